@@ -1,0 +1,37 @@
+"""Contextual BERT embeddings, streamed into PyTorch training loops."""
+
+from .collate import TokenCollate
+from .dataset import StreamConfig, TextStream
+from .encoder import Encoder
+from .errors import (
+    BertstreamError,
+    CacheError,
+    ConfigError,
+    EncoderError,
+    LoaderClosedError,
+    ShardError,
+    StateError,
+)
+from .loader import EmbeddingLoader, stream, wrap
+from .types import Embeddings, TokenBatch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BertstreamError",
+    "CacheError",
+    "ConfigError",
+    "EmbeddingLoader",
+    "Embeddings",
+    "Encoder",
+    "EncoderError",
+    "LoaderClosedError",
+    "ShardError",
+    "StateError",
+    "StreamConfig",
+    "TextStream",
+    "TokenBatch",
+    "TokenCollate",
+    "stream",
+    "wrap",
+]

@@ -1,0 +1,42 @@
+"""The side stream on which the encoder runs; on the CPU the same calls do nothing special."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+class SideStream:
+    """One CUDA stream for a loader's life, and the hand-over from it to the consumer's.
+
+    Args:
+        device: where the encoder runs; on any device but CUDA every method is a no-op.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def run(self) -> AbstractContextManager[object]:
+        """Work inside this context is queued on the side stream."""
+        return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
+
+    def mark(self) -> torch.cuda.Event | None:
+        """An event behind everything queued so far: what a batch's consumer has to wait for."""
+        return self._stream.record_event() if self._stream is not None else None
+
+    def hand_over(self, event: torch.cuda.Event | None, tensors: Iterable[Tensor]) -> None:
+        """Make the calling thread's current stream wait for the event; the CPU does not wait.
+
+        Each CUDA tensor is recorded on that stream: its memory, which the side stream allocated, is then not handed
+        out again before the consumer's queued work has read it.
+        """
+        if event is None or self._stream is None:
+            return
+        current = torch.cuda.current_stream(self._stream.device)
+        current.wait_event(event)
+        for tensor in tensors:
+            if tensor.is_cuda:
+                tensor.record_stream(current)

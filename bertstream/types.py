@@ -1,0 +1,347 @@
+"""The things that flow: a text as read, texts as tokens, texts as vectors.
+
+Shapes: B texts, T tokens of the longest text, N tokens in all, H hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .errors import ConfigError
+
+Text: TypeAlias = str | list[str] | tuple[str, str]
+"""One text: a string, a list of words, or a pair of strings."""
+
+Int32Array: TypeAlias = npt.NDArray[np.int32]
+Output: TypeAlias = Literal["tokens", "sentence"]
+Layout: TypeAlias = Literal["padded", "nested", "packed_sequence", "flat"]
+
+
+@dataclass(slots=True)
+class Record:
+    """One text as it was read, with its place.
+
+    Attributes:
+        text: the text, a list of words, or a pair of texts.
+        fields: the record's other fields, by name, untouched.
+        key: a name that is unique in its shard.
+        shard: the path or URL of the shard.
+        index: position in the shard, counted from 0, broken records included.
+    """
+
+    text: Text
+    fields: dict[str, Any]
+    key: str
+    shard: str
+    index: int
+
+
+@dataclass(slots=True)
+class TokenizedText:
+    """The token ids of one text, special tokens included.
+
+    Attributes:
+        input_ids: [L] int32.
+        token_type_ids: [L] int32, the segment of each token in a pair of texts; None for a single text.
+        word_ids: [L] int32, the word each token belongs to, -1 for special tokens; None unless the text was a list of
+            words.
+        num_words: how many words the text had, those that were cut included; 0 unless it was a list of words.
+        cut_tokens: how many tokens truncation dropped.
+    """
+
+    input_ids: Int32Array
+    token_type_ids: Int32Array | None = None
+    word_ids: Int32Array | None = None
+    num_words: int = 0
+    cut_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A lane's place: what it yields next is a pure function of this and of the stream's settings.
+
+    Attributes:
+        epoch: counted from 0.
+        lane: which lane of the stream.
+        piece: which of the lane's pieces (a shard, or a part of one) its current window starts in.
+        record: how many records of that piece come before the window, broken ones included.
+        batch: how many of the window's batches were handed out.
+    """
+
+    epoch: int
+    lane: int
+    piece: int = 0
+    record: int = 0
+    batch: int = 0
+
+
+@dataclass(eq=False)
+class TokenBatch:
+    """A batch of texts as tokens, without padding, on the host.
+
+    Attributes:
+        input_ids: [N] int32, the texts one after the other.
+        cu_seqlens: [B + 1] int32; text i owns tokens cu_seqlens[i]:cu_seqlens[i + 1].
+        token_type_ids: [N] int32 segment ids, or None where every text is a single one.
+        word_ids: [N] int32, the word of each token, -1 for none; None where no text is a list of words.
+        num_words: [B] int32, words of each text, those that were cut included.
+        cut_tokens: [B] int32, tokens of each text that truncation dropped.
+        fields: the records' other fields by name, one entry a text: an array [B] of numbers, or a list.
+        cursor: the stream's place after this batch; None for a batch that no stream made.
+    """
+
+    input_ids: Int32Array
+    cu_seqlens: Int32Array
+    token_type_ids: Int32Array | None
+    word_ids: Int32Array | None
+    num_words: Int32Array
+    cut_tokens: Int32Array
+    fields: dict[str, Any] = field(default_factory=dict)
+    cursor: Cursor | None = None
+
+    @classmethod
+    def from_texts(cls, texts: Sequence[TokenizedText]) -> TokenBatch:
+        """Lay texts out one after the other. A text without segment or word ids gets 0 or -1 where others have them."""
+        lengths = np.fromiter((len(text.input_ids) for text in texts), np.int64, len(texts))
+        cu_seqlens = np.zeros(len(texts) + 1, np.int32)
+        np.cumsum(lengths, out=cu_seqlens[1:])
+
+        def lay_out(name: str, absent: int) -> Int32Array | None:
+            parts: list[Int32Array | None] = [getattr(text, name) for text in texts]
+            if all(part is None for part in parts):
+                return None
+            filled = [
+                np.full(length, absent, np.int32) if part is None else part
+                for part, length in zip(parts, lengths, strict=True)
+            ]
+            return np.concatenate(filled)
+
+        return cls(
+            input_ids=np.concatenate([text.input_ids for text in texts]) if texts else np.zeros(0, np.int32),
+            cu_seqlens=cu_seqlens,
+            token_type_ids=lay_out("token_type_ids", 0),
+            word_ids=lay_out("word_ids", -1),
+            num_words=np.fromiter((text.num_words for text in texts), np.int32, len(texts)),
+            cut_tokens=np.fromiter((text.cut_tokens for text in texts), np.int32, len(texts)),
+        )
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    def __repr__(self) -> str:
+        fields = f", fields={list(self.fields)}" if self.fields else ""
+        return f"TokenBatch({len(self)} texts, {self.num_tokens} tokens{fields})"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all, special tokens included."""
+        return len(self.input_ids)
+
+    @property
+    def lengths(self) -> Int32Array:
+        """[B] int32, tokens of each text."""
+        return np.diff(self.cu_seqlens)
+
+
+@dataclass(eq=False)
+class Embeddings:
+    """A batch of texts as vectors, without padding.
+
+    It owns its tensors; on CUDA they are safe to use on the stream that was current when the batch was handed out.
+
+    Attributes:
+        values: [N, H] one row a token, texts one after the other, or [B, H] one row a text for sentence output.
+        cu_seqlens: [B + 1] int32, device of `values`; text i owns rows cu_seqlens[i]:cu_seqlens[i + 1].
+        lengths: [B] int64 on the CPU, rows of each text (what `pack_padded_sequence` asks for).
+        tokens: the texts as tokens, on the host.
+        output: "tokens" or "sentence": what a row stands for.
+    """
+
+    values: Tensor
+    cu_seqlens: Tensor
+    lengths: Tensor
+    tokens: TokenBatch
+    output: Output
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """The rows of one text: [L, H], or [H] for sentence output; a view of `values`."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"text {index} of a batch of {len(self)}")
+        if self.output == "sentence":
+            return self.values[index]
+        end = int(self.lengths.cumsum(0)[index])
+        return self.values[end - int(self.lengths[index]) : end]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.values if self.output == "sentence" else self.values.split(self.lengths.tolist()))
+
+    def __repr__(self) -> str:
+        kind = f"{self.values.dtype}, {self.values.device}".replace("torch.", "")
+        return f"Embeddings({len(self)} texts, {self.output} {list(self.values.shape)}, {kind})"
+
+    @property
+    def vectors(self) -> Tensor:
+        """[B, H], one vector a text; only for sentence output."""
+        if self.output != "sentence":
+            raise ConfigError(
+                f"these are {self.output} vectors, several a text: ask the encoder for output='sentence', or use "
+                ".padded(), .nested() or .packed_sequence()"
+            )
+        return self.values
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Every text filled up with zeros to the longest.
+
+        Returns:
+            [B, T, H] in the dtype of `values`, and the mask [B, T] bool, True where a row is real.
+        """
+        self._refuse_sentence("padded")
+        longest, rows = int(self.lengths.max()) if len(self) else 0, self._padded_rows()
+        shape = (len(self) * longest, self.values.shape[1])
+        flat = self.values.new_zeros(shape).index_copy(0, rows, self.values)
+        steps = torch.arange(longest, device=self.values.device)
+        return flat.view(len(self), longest, self.values.shape[1]), steps < self.cu_seqlens.diff()[:, None]
+
+    def nested(self) -> Tensor:
+        """A jagged nested tensor [B, j, H] over the same memory."""
+        self._refuse_sentence("nested")
+        if not len(self):
+            raise ConfigError("an empty batch has no nested form")
+        return torch.nested.nested_tensor_from_jagged(
+            self.values,
+            self.cu_seqlens.to(torch.int64),
+            min_seqlen=int(self.lengths.min()),
+            max_seqlen=int(self.lengths.max()),
+        )
+
+    def packed_sequence(self) -> PackedSequence:
+        """What `nn.LSTM` and `nn.GRU` take, built without padding and without `enforce_sorted` worries.
+
+        Raises:
+            ConfigError: a text has no row at all (PackedSequence has no such texts).
+        """
+        self._refuse_sentence("packed_sequence")
+        empty = torch.nonzero(self.lengths == 0).flatten().tolist()
+        if empty or not len(self):
+            raise ConfigError(f"a PackedSequence cannot hold texts without a row: texts {empty} of {len(self)}")
+        lengths = self.lengths.numpy()
+        order = np.argsort(-lengths, kind="stable")
+        batch_sizes = len(lengths) - np.searchsorted(np.sort(lengths), np.arange(lengths.max()), side="right")
+        # Row (rank, step) of the sorted texts goes to: all rows of earlier steps, then the texts ranked before it.
+        step_starts = np.cumsum(batch_sizes) - batch_sizes
+        starts = np.cumsum(lengths) - lengths
+        steps = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+        ranks = np.empty_like(order)
+        ranks[order] = np.arange(len(order))
+        gather = np.empty(len(steps), np.int64)
+        gather[step_starts[steps] + np.repeat(ranks, lengths)] = np.arange(len(steps))
+        device = self.values.device
+        return PackedSequence(
+            self.values[torch.from_numpy(gather).to(device)],
+            torch.from_numpy(batch_sizes.astype(np.int64)),
+            torch.from_numpy(order).to(device),
+            torch.from_numpy(ranks).to(device),
+        )
+
+    def as_layout(self, layout: Layout) -> Any:
+        """Plain tensors: (values, mask), a nested tensor, a PackedSequence, or (values, cu_seqlens); sentence output is
+        one [B, H] in every layout."""
+        if self.output == "sentence":
+            return self.values
+        if layout == "flat":
+            return self.values, self.cu_seqlens
+        return getattr(self, layout)()
+
+    def align(self, tags: Sequence[Sequence[float] | Tensor], pad: float = -100) -> Tensor:
+        """Lay one number a word out as the vectors are.
+
+        A word of several tokens gives its number to its first token; the others, the special tokens and the padding
+        get `pad` (what `F.cross_entropy` ignores). Numbers of words that truncation cut are dropped.
+
+        Args:
+            tags: for each text, one number a word of the text as it was given.
+            pad: what rows without a number get.
+        Returns:
+            [B, T] on the device of `values`: int64 where all are integers, float32 otherwise.
+        Raises:
+            ConfigError: the texts were not lists of words, or a text has another count of words than of tags.
+        """
+        self._refuse_sentence("align")
+        word_ids = self.tokens.word_ids
+        if word_ids is None:
+            raise ConfigError("align needs texts that are lists of words; these were plain strings")
+        counts = np.fromiter((len(row) for row in tags), np.int64, len(tags))
+        if len(tags) != len(self):
+            raise ConfigError(f"{len(tags)} rows of tags for {len(self)} texts")
+        wrong = np.flatnonzero(counts != self.tokens.num_words)
+        if len(wrong):
+            i = int(wrong[0])
+            raise ConfigError(f"text {i} has {self.tokens.num_words[i]} words but {counts[i]} tags")
+        flat = torch.cat([torch.as_tensor(row) for row in tags]) if counts.sum() else torch.zeros(0, dtype=torch.int64)
+        flat = flat.to(torch.float32 if flat.is_floating_point() else torch.int64)
+        texts = np.repeat(np.arange(len(self)), self.tokens.lengths)
+        word_of_row = np.where(word_ids < 0, -1, word_ids + (np.cumsum(counts) - counts)[texts])
+        first = word_of_row != np.concatenate([[-1], word_of_row[:-1]])
+        rows = np.flatnonzero(first & (word_of_row >= 0))
+        longest = int(self.lengths.max()) if len(self) else 0
+        out = flat.new_full((len(self), longest), pad)
+        steps = rows - self.tokens.cu_seqlens[texts[rows]]
+        out[torch.from_numpy(texts[rows]), torch.from_numpy(steps)] = flat[torch.from_numpy(word_of_row[rows])]
+        return out.to(self.values.device)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Embeddings:
+        """The same batch with its tensors on another device; `lengths` stay on the CPU."""
+        return dataclasses.replace(
+            self,
+            values=self.values.to(device, non_blocking=non_blocking),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Embeddings:
+        """The same batch in page-locked host memory."""
+        return dataclasses.replace(self, values=self.values.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
+
+    def _padded_rows(self) -> Tensor:
+        """[N] int64: where each row stands in the flattened padded form; device arithmetic alone, so no sync."""
+        total = self.values.shape[0]
+        device = self.values.device
+        longest = int(self.lengths.max()) if len(self) else 0
+        texts = torch.arange(len(self), device=device).repeat_interleave(self.cu_seqlens.diff(), output_size=total)
+        return torch.arange(total, device=device) - self.cu_seqlens[texts] + texts * longest
+
+    def _refuse_sentence(self, name: str) -> None:
+        if self.output == "sentence":
+            raise ConfigError(f"sentence output is one vector a text: use .vectors, not .{name}()")
+
+
+class SupportsTokenize(Protocol):
+    """What a stream asks of a tokenizer: light, and safe to send to worker processes."""
+
+    def __call__(self, texts: Sequence[Text]) -> list[TokenizedText]: ...
+
+
+class SupportsEncode(Protocol):
+    """What a loader asks of an encoder; tests and users may bring their own."""
+
+    @property
+    def tokenizer(self) -> SupportsTokenize: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def max_forward_tokens(self) -> int: ...
+
+    def encode(self, batch: TokenBatch) -> Embeddings: ...

@@ -1,0 +1,147 @@
+"""Packed attention equals attention text by text, and only models for which that holds may use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    FNetConfig,
+    FNetModel,
+    MobileBertConfig,
+    MobileBertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from bertstream import EncoderError
+from bertstream.attention import PACKED, Packing, packed_attention, probe_packing
+
+TINY = {
+    "vocab_size": 200,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 300,
+}
+
+
+def tiny(model: type[nn.Module], config: type[Any], **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return model(config(**TINY, **options)).eval()
+
+
+def qkv(tokens: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    return [torch.randn(1, tokens, 2, 8, generator=generator).transpose(1, 2).requires_grad_() for _ in range(3)]
+
+
+def one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], window: int | None = None) -> Any:
+    rows, start = [], 0
+    for length in lengths:
+        part = slice(start, start + length)
+        steps = torch.arange(length)
+        seen = (steps[:, None] - steps).abs() < (window or length)
+        rows.append(F.scaled_dot_product_attention(q[:, :, part], k[:, :, part], v[:, :, part], attn_mask=seen))
+        start += length
+    return torch.cat(rows, 2).transpose(1, 2)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), window=st.none() | st.integers(1, 9))
+def test_each_text_attends_to_itself_alone(lengths: list[int], window: int | None) -> None:
+    q, k, v = qkv(sum(lengths))
+    packing = Packing.of(np.array(lengths, np.int32), torch.device("cpu"))
+    out, _ = packed_attention(nn.Identity(), q, k, v, None, packing=packing, sliding_window=window)
+    right = one_by_one(q, k, v, lengths, window)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, right, atol=1e-6, rtol=1e-5)
+    for found, expected in zip(
+        torch.autograd.grad(out.square().sum(), (q, k, v)),
+        torch.autograd.grad(right.square().sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@given(lengths=st.lists(st.integers(1, 5), max_size=20))
+def test_groups_are_the_runs_of_equal_lengths(lengths: list[int]) -> None:
+    groups = Packing.of(np.array(lengths, np.int32), torch.device("cpu")).groups
+    assert [length for texts, length in groups for _ in range(texts)] == lengths
+    assert all(a[1] != b[1] for a, b in zip(groups, groups[1:], strict=False))
+
+
+def test_scores_are_scaled_as_the_model_asks() -> None:
+    q, k, v = qkv(6)
+    packing = Packing.of(np.array([6], np.int32), torch.device("cpu"))
+    out, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=0.03, packing=packing)
+    right = F.scaled_dot_product_attention(q, k, v, scale=0.03).transpose(1, 2)
+    torch.testing.assert_close(out, right)
+
+
+def test_padded_input_is_refused_instead_of_answered_wrongly() -> None:
+    model = tiny(BertModel, BertConfig)
+    assert probe_packing(model).packed
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    with pytest.raises(EncoderError, match="packed row"):
+        model(input_ids=ids, attention_mask=(ids > 0).long())
+
+
+def test_bert_is_admitted_and_roberta_with_its_own_first_position() -> None:
+    bert, roberta = tiny(BertModel, BertConfig), tiny(RobertaModel, RobertaConfig, pad_token_id=1)
+    assert probe_packing(bert).first_position == 0
+    assert probe_packing(roberta).first_position == 2
+    assert bert.config._attn_implementation == roberta.config._attn_implementation == PACKED
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (MPNetModel, MPNetConfig),
+        (DebertaV2Model, DebertaV2Config),
+        (MobileBertModel, MobileBertConfig),
+        (FNetModel, FNetConfig),
+    ],
+)
+def test_a_model_that_mixes_packed_neighbours_is_refused_and_left_as_it_was(model: Any, config: Any) -> None:
+    refused = tiny(model, config)
+    before = refused.config._attn_implementation
+    support = probe_packing(refused)
+    assert not support.packed and support.reason
+    assert refused.config._attn_implementation == before
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    assert refused(input_ids=ids, attention_mask=(ids > 0).long()).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_self_test_judges_half_precision_by_its_own_noise(dtype: torch.dtype) -> None:
+    assert probe_packing(tiny(BertModel, BertConfig).to(dtype)).packed
+    assert not probe_packing(tiny(MPNetModel, MPNetConfig).to(dtype)).packed
+
+
+def test_a_local_attention_window_holds_in_texts_longer_than_the_window() -> None:
+    model = tiny(ModernBertModel, ModernBertConfig, local_attention=16, global_attn_every_n_layers=2, pad_token_id=0)
+    texts = [torch.randint(5, 200, (1, length)) for length in (40, 90)]
+    with torch.no_grad():
+        right = torch.cat([model(input_ids=ids).last_hidden_state for ids in texts], 1)
+        assert probe_packing(model).packed
+        found = model(
+            input_ids=torch.cat(texts, 1),
+            position_ids=torch.cat([torch.arange(40), torch.arange(90)])[None],
+            packing=Packing.of(np.array([40, 90], np.int32), torch.device("cpu")),
+        ).last_hidden_state
+    torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)

