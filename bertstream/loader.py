@@ -7,7 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, TypeVar, get_args
 
 import torch
@@ -284,6 +284,7 @@ class EmbeddingLoader:
         dataset = getattr(self._source, "dataset", None)
         if isinstance(dataset, TextStream):
             dataset.set_epoch(self._epoch)
+        before = replace(self._counts)
         items = _Items(self._start_reading())
         ready = self._encoded(items)
         worker: Iterator[_Ready] = ready
@@ -303,6 +304,7 @@ class EmbeddingLoader:
                 del item  # its memory is the consumer's now, not ours until the next batch
             self._epoch += 1
             self._counts.epochs += 1
+            self._report_truncation(before)
         finally:
             if isinstance(worker, Prefetcher):
                 worker.close()
@@ -312,6 +314,16 @@ class EmbeddingLoader:
             ready.close()
             items.close()
             self._counts.read_s += items.wait_s
+
+    def _report_truncation(self, before: _Counts) -> None:
+        texts = self._counts.cut_texts - before.cut_texts
+        if texts:
+            logger.warning(
+                "truncation cut %d of %d texts in this epoch by %d tokens in all: the model takes no longer ones",
+                texts,
+                self._counts.texts - before.texts,
+                self._counts.cut_tokens - before.cut_tokens,
+            )
 
     def _start_reading(self) -> Iterator[Any]:
         iterator = iter(self._source)
@@ -452,10 +464,13 @@ class _Items(Generic[T]):
     def close(self) -> None:
         """End the iteration, and the source with it."""
         source, self._source = self._source, None
+        self._first.clear()
         close = getattr(source, "close", None)
+        if close is None and not getattr(source, "_persistent_workers", False):
+            # A DataLoader's iterator ends its workers when it is collected, which a kept traceback would put off.
+            close = getattr(source, "_shutdown_workers", None)
         if close is not None:
             close()
-        self._first.clear()
 
 
 def _check_encoder(encoder: Any) -> None:

@@ -10,8 +10,8 @@
 Every ending may be followed by `.gz`. Members of a tar are decoded by their names, never by a look at their bytes, and
 never unpickled: txt, text, transcript to str; cls, cls2, class, count, index, inx, id to int; float, score, weight to
 float; json, jsn parsed, and the keys of a member called just `json` or `jsn` that is an object become fields of the
-record. All others stay bytes, but for the text, which is always UTF-8. As in webdataset, folders, members without an
-ending and members such as `__meta__` are no part of any record.
+record. All others stay bytes, but for the text, which is always UTF-8. Folders, hidden members, members without an
+ending and, as in webdataset, members such as `__meta__` are no part of any record.
 
 `pipe:command` is a shard that a shell command writes to its standard output; the ending of the command's last word says
 what it writes (a comment does too: `pipe:zcat a.gz # .tar`).
@@ -49,6 +49,7 @@ from .types import Record, Text
 _ENDING = re.compile(r"\.(?:(?P<kind>tar|jsonl|ndjson|csv|tsv|txt)(?P<gz>\.gz)?|(?P<tgz>tgz))$", re.IGNORECASE)
 _ENDINGS = ".tar, .tgz, .jsonl, .ndjson, .csv, .tsv, .txt, each but .tgz also with .gz"
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
+_BUFFER_BYTES = 1 << 18  # a stream holds many shards open at once, one a lane; larger ones were no faster
 _BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _BLANK_LINES = (b"\n", b"\r\n", b"\r")
@@ -128,7 +129,7 @@ def expand_shards(
             `pipe:` shard is not allowed.
         ShardError: a local shard does not exist, or a URL cannot be listed.
     """
-    patterns = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
+    patterns = [shards] if isinstance(shards, (str, os.PathLike)) or not isinstance(shards, Iterable) else list(shards)
     if not patterns:
         raise ConfigError(f"no shard is named: got {shards!r}")
     paths: list[str] = []
@@ -140,7 +141,7 @@ def expand_shards(
         _kind_of(path)
         if _is_pipe(path):
             _check_pipe(path, allow_pipe)
-        elif not _is_url(path) and not os.path.exists(path):
+        elif _is_local(path) and not os.path.exists(path):
             raise ShardError(f"{path}: there is no such shard", path=path)
     return paths
 
@@ -156,10 +157,10 @@ def shard_size(path: str, *, storage_options: Mapping[str, Any] | None = None) -
     Raises:
         ShardError: the shard is missing or cannot be reached.
     """
+    if _is_pipe(path):
+        return 0
     try:
-        if _is_pipe(path):
-            return 0
-        if not _is_url(path):
+        if _is_local(path):
             return os.stat(path).st_size
         filesystem, name = url_to_fs(path, **(storage_options or {}))
         return int(filesystem.info(name).get("size") or 0)
@@ -186,9 +187,9 @@ def split_shard(path: str, parts: int) -> list[Piece]:
         raise ConfigError(f"a shard is split into at least 1 part; got parts={parts}")
     kind = _kind_of(path)
     cuts = [(0, 0)]  # (index, offset) of each piece's first record
-    if parts > 1 and not kind.gz and not _is_pipe(path) and not _is_url(path):
+    if parts > 1 and not kind.gz and _is_local(path):
         try:
-            with open(path, "rb", buffering=_BLOCK_BYTES) as stream:
+            with open(path, "rb", buffering=_BUFFER_BYTES) as stream:
                 size = os.fstat(stream.fileno()).st_size
                 cuts.extend(_cuts(_record_starts(stream, kind.name, path), size, parts))
         except _READ_ERRORS as error:
@@ -266,6 +267,10 @@ def _is_url(path: str) -> bool:
     return "://" in path and not _is_pipe(path)
 
 
+def _is_local(path: str) -> bool:
+    return not _is_url(path) and not _is_pipe(path)
+
+
 def _kind_of(path: str) -> _Kind:
     name = path
     if _is_pipe(path):
@@ -285,7 +290,7 @@ def _check_pipe(path: str, allow_pipe: bool) -> None:
 
 
 def _expand(pattern: str, storage_options: Mapping[str, Any]) -> Iterator[str]:
-    if not _is_pipe(pattern) and not _is_url(pattern) and os.path.exists(pattern):
+    if _is_local(pattern) and os.path.exists(pattern):
         if os.path.isdir(pattern):
             raise ConfigError(f"{pattern!r} is a folder: name its shards, such as {os.path.join(pattern, '*.tar')!r}")
         yield pattern
@@ -295,10 +300,12 @@ def _expand(pattern: str, storage_options: Mapping[str, Any]) -> Iterator[str]:
     except ValueError as error:
         raise ConfigError(f"the braces of {pattern!r} do not match") from error
     for path in paths:
-        if _is_pipe(path) or not (("*" in path) if _is_url(path) else glob.has_magic(path)):
-            yield path
-            continue
-        matches = _glob_url(path, storage_options) if _is_url(path) else glob.glob(path, recursive=True)
+        if _is_url(path) and "*" in path:
+            matches = _glob_url(path, storage_options)
+        elif _is_local(path) and glob.has_magic(path) and not os.path.exists(path):
+            matches = glob.glob(path, recursive=True)
+        else:
+            matches = [path]
         if not matches:
             raise ConfigError(f"no file matches {path!r}")
         yield from sorted(matches)
@@ -329,11 +336,18 @@ def _open_shard(path: str, gz: bool, options: ReadOptions) -> Iterator[BinaryIO]
             source = filesystem.open(name, "rb")
         else:
             source = open(path, "rb", buffering=0)  # noqa: SIM115 - the stack closes it
-        stream = stack.enter_context(io.BufferedReader(source, _BLOCK_BYTES))
+        stream = stack.enter_context(io.BufferedReader(source, _BUFFER_BYTES))
         if gz:
-            unzipped: Any = stack.enter_context(gzip.GzipFile(fileobj=stream))
-            stream = stack.enter_context(io.BufferedReader(unzipped, _BLOCK_BYTES))
+            unzipped: Any = stack.enter_context(_Unzipped(fileobj=stream))
+            stream = stack.enter_context(io.BufferedReader(unzipped, _BUFFER_BYTES))
         yield stream
+
+
+class _Unzipped(gzip.GzipFile):
+    """Hands out what it has rather than filling the buffer first, so that all records before a cut are read."""
+
+    def readinto(self, buffer: Any) -> int:
+        return self.readinto1(buffer)
 
 
 class _CommandOutput(io.RawIOBase):
@@ -388,7 +402,8 @@ def _lines(stream: BinaryIO, offset: int) -> Iterator[bytes]:
         stream.seek(offset)
     elif first := stream.readline():
         yield first.removeprefix(_BOM)
-    yield from stream
+    for line in stream:  # noqa: UP028 - `yield from` would close the stream together with this generator
+        yield line
 
 
 def _read_txt(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[_RawRecord]:
@@ -473,6 +488,7 @@ def _read_tar(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[
     # Payloads are read by the parser, so those of skipped records are passed over.
     for key, members in itertools.groupby(tar.members(), lambda member: member.key):
         yield _RawRecord(partial(_parse_members, tar, members, options), key)
+    tar.check_nothing_follows()
 
 
 def _parse_members(tar: _Tar, members: Iterable[_Member], options: ReadOptions) -> dict[str, Any]:
@@ -515,7 +531,8 @@ def _decode(name: str, payload: bytes) -> Any:
     try:
         return number(payload)
     except ValueError as error:
-        raise _RecordError(f"a member of this name holds an {number.__name__}, not {_shown(payload)}", name) from error
+        message = f"a member of this name is read as {number.__name__}, but holds {_shown(payload)}"
+        raise _RecordError(message, name) from error
 
 
 class _Header(tarfile.TarInfo):
@@ -527,8 +544,14 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
         size, checksum = buf[124:136].rstrip(b"\0 "), buf[148:156].rstrip(b"\0 ")
+        # A checksum counts its own field as blanks.
         plain = len(buf) == tarfile.BLOCKSIZE and buf[156:157] == tarfile.REGTYPE and buf[345:346] == b"\0"
-        if plain and size.isdigit() and checksum.isdigit() and int(checksum, 8) == sum(buf) - sum(buf[148:156]) + 256:
+        if (
+            plain
+            and size.isdigit()
+            and checksum.isdigit()
+            and int(checksum, 8) == sum(buf) - sum(buf[148:156]) + 8 * 32
+        ):
             info = cls(buf[:100].partition(b"\0")[0].decode(encoding, errors))
             info.size = int(size, 8)
             return info
@@ -575,13 +598,19 @@ class _Tar:
             raise EOFError(f"the archive is cut off inside member {member.info.name!r}")
         return payload
 
+    def check_nothing_follows(self) -> None:
+        """Archives that were joined end to end have members after the first end marker, which must not be lost."""
+        while block := self.read(_BUFFER_BYTES):
+            if block.strip(b"\0"):
+                raise tarfile.ReadError(f"more follows the end marker, before byte {self._position}: joined archives?")
+
     def tell(self) -> int:
         return self._position
 
     def read(self, size: int) -> bytes:
         """Up to `size` bytes, in steps: a broken header may promise more than there is memory."""
         parts = [b""]
-        while size and (part := self._stream.read(min(size, 64 * _BLOCK_BYTES))):
+        while size and (part := self._stream.read(min(size, 1 << 26))):
             parts.append(part)
             size -= len(part)
         self._at_end = size > 0
@@ -595,28 +624,21 @@ class _Tar:
         try:
             info = _Header.fromtarfile(cast(tarfile.TarFile, self))
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            self._check_nothing_follows()
             return None
         except (tarfile.HeaderError, ValueError, ArithmeticError, RecursionError) as error:
             if self._at_end:
                 raise EOFError(f"the archive is cut off after byte {self._position}, without an end marker") from error
             raise tarfile.ReadError(f"there is no valid tar header at byte {start}: {error}") from error
-        if info.size < 0 or self.offset < self._position:  # it would send the reader round in circles
-            raise tarfile.ReadError(f"the tar header at byte {start} has a negative size")
+        if not 0 <= info.size < 1 << 40 or self.offset < self._position:  # some would send us round in circles
+            raise tarfile.ReadError(f"the tar header at byte {start} has an impossible size")
         return info
 
     def _skip_to(self, target: int) -> None:
-        if target - self._position > _BLOCK_BYTES and self._stream.seekable():
+        if target - self._position > _BUFFER_BYTES and self._stream.seekable():
             self._position = self._stream.seek(target - 1)  # the byte before shows whether the file goes that far
         while self._position < target:
-            if not self.read(min(target - self._position, _BLOCK_BYTES)):
+            if not self.read(min(target - self._position, _BUFFER_BYTES)):
                 raise EOFError(f"the archive is cut off before byte {target}, inside a member")
-
-    def _check_nothing_follows(self) -> None:
-        """Archives that were joined end to end have members after the first end marker, which must not be lost."""
-        while block := self.read(_BLOCK_BYTES):
-            if block.strip(b"\0"):
-                raise tarfile.ReadError(f"more follows the end marker, before byte {self._position}: joined archives?")
 
 
 _READERS: dict[str, _Reader] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_each_text_attends_to_itself_alone(lengths: list[int], window: int | Non
 def test_groups_are_the_runs_of_equal_lengths(lengths: list[int]) -> None:
     groups = Packing.of(np.array(lengths, np.int32), torch.device("cpu")).groups
     assert [length for texts, length in groups for _ in range(texts)] == lengths
-    assert all(a[1] != b[1] for a, b in zip(groups, groups[1:], strict=False))
+    assert all(a[1] != b[1] for a, b in pairwise(groups))
 
 
 def test_scores_are_scaled_as_the_model_asks() -> None:

@@ -66,9 +66,7 @@ def test_packed_float32_equals_plain_transformers_text_by_text(
     assert worst_error(minilm(texts), texts, plain_minilm) <= 1e-5
 
 
-def test_packed_bfloat16_is_within_its_stated_error(
-    texts: list[Text], plain_minilm: Callable[[Text], Tensor]
-) -> None:
+def test_packed_bfloat16_is_within_its_stated_error(texts: list[Text], plain_minilm: Callable[[Text], Tensor]) -> None:
     encoder = Encoder.from_pretrained("all-MiniLM-L6-v2", dtype="bfloat16", device="cpu")
     found = encoder(texts)
     assert encoder.packing.packed and found.values.dtype == torch.float32
@@ -229,9 +227,7 @@ def test_a_batch_that_is_too_long_never_reaches_the_model(tokenizer: Any, minilm
         ({"max_forward_tokens": 0}, "max_forward_tokens=0"),
     ],
 )
-def test_a_bad_argument_is_refused_with_the_value_seen(
-    minilm_folder: str, options: dict[str, Any], seen: str
-) -> None:
+def test_a_bad_argument_is_refused_with_the_value_seen(minilm_folder: str, options: dict[str, Any], seen: str) -> None:
     with pytest.raises(ConfigError, match=seen):
         Encoder.from_pretrained(minilm_folder, **options)
 
@@ -273,9 +269,7 @@ def test_the_measured_dtype_is_the_faster_one(monkeypatch: pytest.MonkeyPatch) -
     assert encoder_module.fastest_dtype(cpu, 64) == torch.float32
 
 
-def test_a_model_saved_in_half_precision_still_runs_in_the_dtype_asked_for(
-    minilm_folder: str, tmp_path: Path
-) -> None:
+def test_a_model_saved_in_half_precision_still_runs_in_the_dtype_asked_for(minilm_folder: str, tmp_path: Path) -> None:
     AutoModel.from_pretrained(minilm_folder, dtype=torch.float16).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(minilm_folder).save_pretrained(tmp_path)
     assert Encoder.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32

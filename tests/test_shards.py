@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -10,10 +11,11 @@ import json
 import os
 import pickle
 import subprocess
+import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import pytest
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from bertstream.errors import ConfigError, ShardError
 from bertstream.shards import Piece, ReadOptions, expand_shards, read_records, shard_size, split_shard
@@ -62,8 +65,7 @@ def texts(records: list[Record]) -> list[Any]:
 def read_until_error(path: str, options: ReadOptions = LINES, **piece: Any) -> tuple[list[Record], ShardError]:
     records: list[Record] = []
     with pytest.raises(ShardError) as caught:
-        for record in read_records(Piece(path, **piece), options):
-            records.append(record)
+        records.extend(read_records(Piece(path, **piece), options))
     return records, caught.value
 
 
@@ -212,8 +214,9 @@ def test_what_webdataset_writes_is_what_we_read_and_what_webdataset_reads(tmp_pa
         for i, text in enumerate(["é", "", "b" * 5000]):
             writer.write({"__key__": f"dir/x{i}", "txt": text, "cls": i, "json": {"n": i}, "bin": b"\0\1"})
     records = read(path, TAR)
-    theirs = list(webdataset.WebDataset(path, shardshuffle=False, empty_check=False).decode())
-    assert texts(records) == [sample["txt"] for sample in theirs] == ["é", "", "b" * 5000]
+    with open(path, "rb") as stream:
+        theirs = list(group_by_keys(tar_file_expander([{"url": path, "stream": stream}])))
+    assert texts(records) == [sample["txt"].decode() for sample in theirs] == ["é", "", "b" * 5000]
     assert [record.key for record in records] == [sample["__key__"] for sample in theirs]
     assert [record.fields for record in records] == [{"bin": b"\0\1", "cls": i, "n": i} for i in range(3)]
 
@@ -298,7 +301,8 @@ def test_a_broken_header_in_mid_file_is_noticed_even_while_skipping(tmp_path: Pa
     path = write(tmp_path / "a.tar", bytes(data))
     with pytest.raises(ShardError, match=rf"no valid tar header at byte {at}.*bad checksum") as caught:
         list(read_records(Piece(path), TAR, skip=skip))
-    assert caught.value.index == 1
+    # Whether record 0 ended before the broken header, nobody can tell, so it is not handed out.
+    assert caught.value.index == (1 if skip else 0)
 
 
 def test_archives_joined_end_to_end_are_refused(tmp_path: Path) -> None:
@@ -317,7 +321,7 @@ def test_links_and_special_members_are_refused(tmp_path: Path, type: bytes) -> N
     assert "k.txt" in str(error)
 
 
-@pytest.mark.parametrize("size", [-1, -600, -(2**40), 2**62])
+@pytest.mark.parametrize("size", [-1, -600, -(2**40), 2**50, 2**62, 2**80])
 def test_a_header_with_an_impossible_size_neither_hangs_nor_fills_the_memory(tmp_path: Path, size: int) -> None:
     data = texts_tar("one", "two")
     at = data.index(b"001.txt")
@@ -325,7 +329,7 @@ def test_a_header_with_an_impossible_size_neither_hangs_nor_fills_the_memory(tmp
     info.size = size
     header = info.tobuf(tarfile.GNU_FORMAT)
     for skip in (0, 5):
-        with pytest.raises(ShardError, match="negative size|cut off"):
+        with pytest.raises(ShardError, match="impossible size|cut off"):
             list(read_records(Piece(write(tmp_path / "a.tar", data[:at] + header + data[at + 512 :])), TAR, skip=skip))
 
 
@@ -335,10 +339,8 @@ def test_damaged_tars_end_in_shard_errors_only(tmp_path_factory: pytest.TempPath
     data[at : at + len(noise)] = noise
     path = write(tmp_path_factory.getbasetemp() / "damaged.tar", bytes(data))
     for piece in (Piece(path), *split_shard(path, 3)):
-        try:
-            list(read_records(piece, TAR))
-        except ShardError as error:
-            assert error.path == path
+        with contextlib.suppress(ShardError):
+            assert len(list(read_records(piece, TAR))) <= 2
 
 
 def test_memory_stays_flat_over_many_members(tmp_path: Path) -> None:
@@ -393,8 +395,14 @@ def test_memory_stays_flat_over_many_members(tmp_path: Path) -> None:
         ("a.csv", b"text,b\na,1\nb\rc,2\n", LINES, None, "cannot be parsed"),
         ("a.tar", tar_bytes([("0.txt", b"a"), ("1.cls", b"1")]), TAR, "txt", r"no such field; it has \['cls'\]"),
         ("a.tar", tar_bytes([("0.txt", b"a"), ("1.txt", b"b"), ("1.TXT", b"c")]), TAR, "txt", "two members"),
-        ("a.tar", tar_bytes([("0.txt", b"a"), ("1.txt", b"b"), ("1.cls", b"x")]), TAR, "cls", "holds an int.*b'x'"),
-        ("a.tar", tar_bytes([("0.txt", b"a"), ("1.txt", b"b"), ("1.score", b"")]), TAR, "score", "a float"),
+        (
+            "a.tar",
+            tar_bytes([("0.txt", b"a"), ("1.txt", b"b"), ("1.cls", b"x")]),
+            TAR,
+            "cls",
+            "read as int, but holds b'x'",
+        ),
+        ("a.tar", tar_bytes([("0.txt", b"a"), ("1.txt", b"b"), ("1.score", b"")]), TAR, "score", "read as float"),
         ("a.tar", tar_bytes([("0.txt", b"a"), ("1.txt", b"b"), ("1.json", b"{")]), TAR, "json", "not JSON"),
         ("a.tar", tar_bytes([("0.txt", b"a"), ("1.txt", b"\xff")]), TAR, "txt", "not UTF-8"),
         (
@@ -434,10 +442,11 @@ def test_a_stray_quote_in_the_middle_of_a_csv_field_is_a_quote(tmp_path: Path) -
 
 def test_nul_bytes_in_csv_are_data_or_a_shard_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "text,b\na\0c,1\nb,2\n")
-    try:
-        assert texts(read(path)) == ["a\0c", "b"]
-    except ShardError as error:  # the parser of Python 3.10 takes none
-        assert error.index == 0
+    taken = "a\0c" if sys.version_info >= (3, 11) else (0, None)  # the parser of Python 3.10 refuses them
+    assert [item.text if isinstance(item, Record) else item for item in everything([Piece(path)], LINES)] == [
+        taken,
+        "b",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -448,9 +457,7 @@ def test_nul_bytes_in_csv_are_data_or_a_shard_error(tmp_path: Path) -> None:
         ('"text\n', None, "header is broken"),
     ],
 )
-def test_a_bad_csv_header_is_an_error_of_the_shard(
-    tmp_path: Path, data: str, field: str | None, message: str
-) -> None:
+def test_a_bad_csv_header_is_an_error_of_the_shard(tmp_path: Path, data: str, field: str | None, message: str) -> None:
     path = write(tmp_path / "a.csv", data)
     _, error = read_until_error(path)
     assert (error.path, error.index, error.field) == (path, None, field)
@@ -558,7 +565,9 @@ def contents(draw: st.DrawFn) -> tuple[str, bytes]:
         return ending, data[: len(data) - draw(st.sampled_from([0, 0, 0, 10_000]))]
     separator = "\t" if ending == "tsv" else ","
     body = draw(st.lists(pieces_of_csv | st.just(f"a{separator}b\n") | st.just(f'"a\n""\n"{separator}b\r\n')))
-    header = draw(st.sampled_from([f"text{separator}b\n", f'\n"te""xt"{separator}text\r\n', f'text{separator}"b\nc"\n']))
+    header = draw(
+        st.sampled_from([f"text{separator}b\n", f'\n"te""xt"{separator}text\r\n', f'text{separator}"b\nc"\n'])
+    )
     return ending, mark + (header + "".join(body)).encode()
 
 
@@ -663,8 +672,7 @@ def test_a_negative_skip_is_refused(tmp_path: Path) -> None:
 def test_braces_globs_and_lists_mix(tmp_path: Path) -> None:
     for name in ("b-01.txt", "b-02.txt", "c2.txt", "c1.txt", "d.csv"):
         write(tmp_path / name, "x")
-    names = [f"{tmp_path}/b-{{01..02}}.txt", tmp_path / "d.csv", f"{tmp_path}/{{c*,d}}.{{txt,csv}}"[:-10] + ".txt"]
-    names[2] = f"{tmp_path}/c?.txt"
+    names = [f"{tmp_path}/b-{{01..02}}.txt", tmp_path / "d.csv", f"{tmp_path}/c?.txt"]
     expected = [str(tmp_path / name) for name in ("b-01.txt", "b-02.txt", "d.csv", "c1.txt", "c2.txt")]
     assert expand_shards(names) == expected
     assert expand_shards(tmp_path / "c*.txt") == expected[3:]
@@ -773,4 +781,95 @@ def test_a_pipe_is_read_where_it_is_allowed(tmp_path: Path) -> None:
     write(tmp_path / "0.txt", "one\n")
     write(tmp_path / "1.txt.gz", gzip.compress(b"two\n"))
     assert texts(list(piped(f"cat {tmp_path}/a.tar", "txt"))) == ["x" * 3_000_000, "b"]
-    assert texts(list(read_records(Piece(f"pipe:cat {tmp_path}/a.tar"), ReadOptions(text="cls", allow_pipe=True)))) == []
+    assert texts(list(piped(f"cat '{tmp_path}/1.txt.gz'"))) == ["two"]
+    assert texts(list(piped(f"gzip -dc {tmp_path}/1.txt.gz # .txt"))) == ["two"]
+    assert expand_shards(f"pipe:cat {tmp_path}/{{0..1}}.txt", allow_pipe=True) == [
+        f"pipe:cat {tmp_path}/0.txt",
+        f"pipe:cat {tmp_path}/1.txt",
+    ]
+    assert shard_size(f"pipe:cat {tmp_path}/0.txt") == 0
+
+
+def test_a_pipe_that_is_not_allowed_runs_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="allow_pipe=True"):
+        read(f"pipe:touch {tmp_path}/trace; echo a.txt")
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "index", "status"),
+    [
+        ("echo a; exit 3 # .txt", 1, 3),
+        ("exit 4 # .tar", 0, 4),
+        ("head -c 1000 {tar}; exit 5 # .tar", 0, 5),
+        ("cat {tar}; exit 6 # .tar", 2, 6),
+        ("nosuchcommand 2> {tar}.log # .jsonl.gz", 0, 127),
+    ],
+)
+def test_a_command_that_fails_is_an_error_with_its_status(
+    tmp_path: Path, command: str, index: int, status: int
+) -> None:
+    tar = write(tmp_path / "a.tar", texts_tar("a", "b"))
+    with pytest.raises(ShardError, match=f"ended with status {status}") as caught:
+        list(piped(command.format(tar=tar), "txt" if command.endswith(".tar") else "text"))
+    assert caught.value.index == index
+
+
+def children() -> set[str]:
+    """Process ids of this process's children, zombies included."""
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
+    return {line for line in listed.stdout.splitlines() if " ps " not in line}
+
+
+@pytest.mark.parametrize("command", ["yes a # .txt", "yes a | cat # .txt", "echo a; sleep 1000; : .txt"])
+def test_a_pipe_that_is_left_early_is_ended_at_once(command: str) -> None:
+    before, files = children(), open_files()
+    records = piped(command)
+    assert next(records).text == "a"
+    started = time.monotonic()
+    records.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - started < 5
+    assert children() == before and open_files() == files
+
+
+# --- leaving nothing open ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.csv", "a.tar", "a.tar.gz", "pipe"])
+@pytest.mark.parametrize("ending", ["closed", "exhausted", "broken", "stopped", "missing field"])
+def test_files_are_closed_however_reading_ends(tmp_path: Path, name: str, ending: str) -> None:
+    broken = ending == "broken"
+    data = {
+        "txt": b"a\n" * 9 + b"\xff" * broken,
+        "jsonl": b'{"text": "a"}\n' * 9 + b"?" * broken,
+        "csv": b"text\n" + b"a\n" * 9 + b"a,b" * broken,
+        "tar": texts_tar(*"aaaaaaaaa")[: -15_000 if broken else None],
+    }[name.split(".")[1] if "." in name else "txt"]
+    path = write(tmp_path / (name if "." in name else "a.txt"), gzip.compress(data) if name.endswith("gz") else data)
+    field = "txt" if ".tar" in name else "text"
+    options = ReadOptions(text=field, fields=["none"] if ending == "missing field" else None, allow_pipe=True)
+    files, processes = open_files(), children()
+    records = read_records(
+        Piece(f"pipe:cat {path}" if name == "pipe" else path, stop=2 if ending == "stopped" else None), options
+    )
+    if ending == "closed":
+        next(records)
+        assert open_files() > files
+        records.close()  # type: ignore[attr-defined]
+    elif ending in ("broken", "missing field"):
+        with pytest.raises(ShardError):
+            list(records)
+    else:
+        assert len(list(records)) == (2 if ending == "stopped" else 9)
+    assert open_files() == files and children() == processes
+
+
+def test_several_threads_read_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text\n" + f'"{"x" * 200_000}"\n' * 20)
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(len(read(path)))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [20] * 4

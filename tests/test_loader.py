@@ -1,0 +1,690 @@
+"""`wrap` and `stream`: the user's batches with vectors in them, whatever goes wrong around them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from conftest import running
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
+
+import bertstream
+from bertstream import (
+    ConfigError,
+    EmbeddingLoader,
+    Embeddings,
+    Encoder,
+    EncoderError,
+    LoaderClosedError,
+    ShardError,
+    StreamConfig,
+    TextStream,
+    TokenBatch,
+    TokenCollate,
+)
+from bertstream.types import Text, TokenizedText
+
+Pair = namedtuple("Pair", ["sentence", "label"])
+
+
+@dataclass(frozen=True)
+class Example:
+    sentence: Any
+    label: Any
+
+
+class FakeEncoder:
+    """Vectors that say which text and token they are: [token id, place in the text, tokens of the text]."""
+
+    device = torch.device("cpu")
+    max_forward_tokens = 64
+
+    def __init__(self, fail: Callable[[TokenBatch], None] = lambda batch: None) -> None:
+        self.fail = fail
+        self.threads: set[str] = set()
+
+    @staticmethod
+    def tokenizer(texts: list[Text]) -> list[TokenizedText]:
+        for i, text in enumerate(texts):
+            if not isinstance(text, (str, list)):
+                raise EncoderError(f"text {i} is {text!r}", records=(i,))
+        return [TokenizedText(np.array([len(word) for word in _words(text)], np.int32)) for text in texts]
+
+    def encode(self, batch: TokenBatch) -> Embeddings:
+        self.threads.add(threading.current_thread().name)
+        self.fail(batch)
+        lengths = torch.from_numpy(batch.lengths.astype(np.int64))
+        steps = torch.cat([torch.arange(n) for n in lengths]) if len(batch) else torch.zeros(0)
+        rows = [torch.from_numpy(batch.input_ids), steps, lengths.repeat_interleave(lengths)]
+        values = torch.stack([row.float() for row in rows], 1)
+        return Embeddings(values, torch.from_numpy(batch.cu_seqlens), lengths, batch, "tokens")
+
+
+def _words(text: Text) -> list[str]:
+    return text.split() if isinstance(text, str) else list(text)
+
+
+def right_rows(texts: list[Text]) -> list[list[list[float]]]:
+    return [[[len(w), i, len(_words(t))] for i, w in enumerate(_words(t))] for t in texts]
+
+
+def rows(embeddings: Embeddings) -> list[list[list[float]]]:
+    return [text.tolist() for text in embeddings]
+
+
+def batches(count: int, size: int = 4) -> list[dict[str, Any]]:
+    return [{"text": [f"batch {b} " + "word " * (i + b % 5) for i in range(size)], "n": b} for b in range(count)]
+
+
+class Records(Dataset[Any]):
+    """Dicts with a text and its number."""
+
+    def __init__(self, count: int, make: Callable[[int], Any] = lambda i: {"text": f"text {i}", "n": i}) -> None:
+        self.count, self.make = count, make
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Any:
+        return self.make(i)
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda s, n: {"sentence": s, "label": n}, "sentence"),
+        (lambda s, n: (s, n), 0),
+        (lambda s, n: (n, s), -1),
+        (lambda s, n: [s, n], 0),
+        (Pair, "sentence"),
+        (Pair, 0),
+        (Example, "sentence"),
+    ],
+)
+def test_every_batch_structure_keeps_its_type_and_its_other_fields(make: Any, text: Any) -> None:
+    sentences, label = ["one two", "three"], torch.tensor([3, 4])
+    batch = make(sentences, label)
+    (out,) = bertstream.wrap([batch], FakeEncoder(), text=text)
+    assert type(out) is type(batch)
+    values = (
+        list(out.values()) if isinstance(out, dict) else list(vars(out).values()) if isinstance(out, Example) else out
+    )
+    found = next(value for value in values if isinstance(value, Embeddings))
+    assert rows(found) == right_rows(sentences)
+    assert any(value is label for value in values)
+    before = batch[text] if isinstance(batch, (dict, list, tuple)) and not isinstance(text, str) else None
+    assert before is None or before is sentences, "the user's own batch was changed"
+
+
+def test_a_bare_list_of_texts_becomes_bare_embeddings() -> None:
+    (out,) = bertstream.wrap(DataLoader(["a bb", "ccc"], batch_size=2), FakeEncoder())
+    assert rows(out) == right_rows(["a bb", "ccc"])
+
+
+def test_several_texts_are_encoded_at_once_and_into_keeps_the_originals() -> None:
+    batch = {"question": ["a b", "c"], "answer": ["dd", "ee ff"], "id": 7}
+    (out,) = bertstream.wrap([batch], FakeEncoder(), text=("question", "answer"))
+    assert rows(out["question"]) == right_rows(batch["question"])
+    assert rows(out["answer"]) == right_rows(batch["answer"])
+    (kept,) = bertstream.wrap([batch], FakeEncoder(), text=("question", "answer"), into=("q", "a"), layout="padded")
+    assert kept["question"] == ["a b", "c"] and kept["q"].shape == (2, 2, 3)
+    assert kept["a_mask"].tolist() == [[True, False], [True, True]]
+    assert set(batch) == {"question", "answer", "id"}
+
+
+def test_layouts_hand_out_plain_tensors() -> None:
+    batch = {"text": ["a b", "c"]}
+    wrap = bertstream.wrap
+    (padded,) = wrap([batch], FakeEncoder(), text="text", layout="padded")
+    assert padded["text"].shape == (2, 2, 3) and padded["text_mask"].tolist() == [[True, True], [True, False]]
+    (nested,) = wrap([batch], FakeEncoder(), text="text", layout="nested")
+    assert [part.shape for part in nested["text"].unbind()] == [(2, 3), (1, 3)]
+    (packed,) = wrap([batch], FakeEncoder(), text="text", layout="packed_sequence")
+    assert packed["text"].batch_sizes.tolist() == [2, 1]
+    (flat,) = wrap([batch], FakeEncoder(), text="text", layout="flat")
+    assert flat["text"][0].shape == (3, 3) and flat["text"][1].tolist() == [0, 2, 3]
+    (placed,) = wrap([(batch["text"], 5)], FakeEncoder(), text=0, layout="padded")
+    assert placed[0][0].shape == (2, 2, 3) and placed[0][1].shape == (2, 2) and placed[1] == 5
+
+
+def test_wrapping_changes_neither_order_nor_boundaries_of_a_shuffled_dataloader() -> None:
+    def loader() -> DataLoader[Any]:
+        torch.manual_seed(5)
+        return DataLoader(Records(50), batch_size=7, shuffle=True, drop_last=True)
+
+    right = [(batch["text"], batch["n"].tolist()) for batch in loader()]
+    for prefetch in (0, 1, 4):
+        wrapped = bertstream.wrap(loader(), FakeEncoder(), text="text", into="vectors", prefetch=prefetch)
+        assert len(wrapped) == 7
+        assert [(batch["text"], batch["n"].tolist()) for batch in wrapped] == right
+
+
+def test_a_sampler_draws_its_seed_where_it_would_have_without_wrapping() -> None:
+    def program(wrapped: bool) -> list[Any]:
+        torch.manual_seed(1)
+        loader: Any = DataLoader(Records(20), batch_size=5, shuffle=True)
+        loader = bertstream.wrap(loader, FakeEncoder(), text="text", into="v") if wrapped else loader
+        out = []
+        for _ in range(3):
+            for batch in loader:
+                out += [batch["n"].tolist(), torch.rand(1).item()]
+        return out
+
+    assert program(True) == program(False)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_tokenizing_in_the_users_workers_gives_the_same(minilm: Encoder, num_workers: int) -> None:
+    data = Records(10, lambda i: {"words": ["word"] * (i % 4 + 1), "tags": list(range(i % 4 + 1)), "n": i})
+    collate = TokenCollate(minilm, text="words")
+    loader = bertstream.wrap(DataLoader(data, 4, num_workers=num_workers, collate_fn=collate), minilm, text="words")
+    seen = []
+    for batch in loader:
+        texts = [data[i]["words"] for i in batch["n"].tolist()]
+        torch.testing.assert_close(batch["words"].values, minilm(texts).values)
+        aligned = batch["words"].align(batch["tags"])
+        assert aligned.shape == batch["words"].padded()[1].shape
+        assert [row[row >= 0].tolist() for row in aligned] == [data[i]["tags"] for i in batch["n"].tolist()]
+        seen += batch["n"].tolist()
+    assert seen == list(range(10))
+
+
+def test_webdatasets_own_pipelines_go_through_wrap(tmp_path: Path, minilm: Encoder) -> None:
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        for i in range(9):
+            tar.write({"__key__": f"{i:03d}", "txt": f"the text of number {i}", "cls": i})
+    pipeline = (
+        webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False).decode().to_tuple("txt", "cls").batched(4)
+    )
+    with bertstream.wrap(webdataset.WebLoader(pipeline, batch_size=None, num_workers=1), minilm, text=0) as loader:
+        out = list(loader)
+    assert [label for _, labels in out for label in np.asarray(labels).tolist()] == list(range(9))
+    right = minilm([f"the text of number {i}" for i in range(9)])
+    torch.testing.assert_close(torch.cat([e.values for e, _ in out]), right.values, atol=1e-5, rtol=1e-4)
+
+
+def test_stream_hands_out_every_record_with_its_own_vectors(tmp_path: Path, minilm: Encoder) -> None:
+    texts = [f"text {i} " + "spring " * (i % 13) for i in range(60)] + [""]
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        for i, text in enumerate(texts):
+            tar.write({"__key__": f"{i:03d}", "txt": text, "cls": i})
+    for num_workers, options in ((0, {"batch_size": 8}), (2, {"max_tokens": 64})):
+        loader = bertstream.stream(
+            tmp_path / "a.tar", minilm, text="txt", into="vectors", shuffle=True, num_workers=num_workers,
+            reading=StreamConfig(lanes=3, window=10), **options,
+        )  # fmt: skip
+        seen = []
+        for batch in loader:
+            assert batch["txt"] == [texts[i] for i in batch["cls"].tolist()]
+            assert torch.equal(batch["__index__"], batch["cls"]) and set(batch["__shard__"]) == {
+                str(tmp_path / "a.tar")
+            }
+            torch.testing.assert_close(batch["vectors"].values, minilm(batch["txt"]).values, atol=1e-5, rtol=1e-4)
+            seen += batch["cls"].tolist()
+        assert sorted(seen) == list(range(61)) and loader.epoch == 1
+
+
+def test_prefetch_and_workers_never_change_a_stream(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "word " * (i % 17), "id": i}) + "\n" for i in range(300)))
+
+    def order(**options: Any) -> list[list[int]]:
+        reading = StreamConfig(lanes=5, window=16)
+        loader = bertstream.stream(path, FakeEncoder(), batch_size=4, shuffle=True, reading=reading, **options)
+        return [batch["id"].tolist() for _ in range(2) for batch in loader]
+
+    right = order(prefetch=0)
+    assert sorted(i for batch in right for i in batch) == sorted(list(range(300)) * 2)
+    assert right[: len(right) // 2] != right[len(right) // 2 :], "the second epoch has another order"
+    for options in ({"prefetch": 1}, {"prefetch": 9}, {"num_workers": 1}, {"num_workers": 3, "prefetch": 0}):
+        assert order(**options) == right
+
+
+def test_a_text_stream_in_ones_own_dataloader_can_be_wrapped_too(tmp_path: Path, minilm: Encoder) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {i}", "id": i}) + "\n" for i in range(20)))
+    loader = DataLoader(TextStream(path, minilm, batch_size=8, shuffle=True), batch_size=None, num_workers=1)
+    wrapped = bertstream.wrap(loader, minilm, text="text")
+    orders = [[i for batch in wrapped for i in batch["id"].tolist()] for _ in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(20)) and orders[0] != orders[1]
+
+
+def test_the_vectors_train_a_downstream_layer(minilm: Encoder) -> None:
+    loader = bertstream.wrap([(["the river bank", "a bank loan"], torch.tensor([0, 1]))] * 30, minilm, text=0)
+    head = nn.Linear(minilm.embedding_dim, 2)
+    optimizer = torch.optim.Adam(head.parameters(), 0.01)
+    losses = []
+    for x, y in loader:
+        values, mask = x.padded()
+        loss = nn.functional.cross_entropy(head((values * mask[..., None]).sum(1)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 < losses[0]
+
+
+# --- epochs, ranks, life and death ------------------------------------------------------------------------------------
+
+
+def test_set_epoch_reaches_every_part_of_the_wrapped_loader() -> None:
+    sampler = DistributedSampler(Records(8), num_replicas=2, rank=0)
+    loader = bertstream.wrap(DataLoader(Records(8), 2, sampler=sampler), FakeEncoder(), text="text", into="v")
+    loader.set_epoch(5)
+    assert sampler.epoch == 5 == loader.epoch
+    list(loader)
+    assert loader.epoch == 6 and sampler.epoch == 5, "the user's own sampler moves only when the user says so"
+    assert loader.sampler is sampler and isinstance(loader.batch_sampler, BatchSampler)
+
+    class Batches(list[Any]):
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+    own = Batches(batches(2))
+    bertstream.wrap(own, FakeEncoder(), text="text").set_epoch(3)
+    assert own.epoch == 3
+    inside = DistributedSampler(Records(8), num_replicas=2, rank=0)
+    nested = DataLoader(Records(8), batch_sampler=BatchSampler(inside, 2, False))
+    bertstream.wrap(nested, FakeEncoder(), text="text").set_epoch(4)
+    assert inside.epoch == 4
+
+
+def test_several_ranks_never_read_the_same_data_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    plain = DataLoader(Records(8), batch_size=2, shuffle=True)
+    with pytest.raises(ConfigError, match=r"2 ranks would each read all 8 records.*DistributedSampler\(dataset\)"):
+        bertstream.wrap(plain, FakeEncoder(), text="text")
+    with pytest.raises(ConfigError, match="DistributedSampler"):
+        bertstream.wrap(DataLoader(["a", "b"], batch_size=None), FakeEncoder())
+    assert len(list(bertstream.wrap(plain, FakeEncoder(), text="text", allow_replicated=True))) == 4
+
+    class ByRank(BatchSampler):
+        """A batch sampler of the user's own is trusted to know its rank."""
+
+    sampled = DataLoader(Records(8), 2, sampler=DistributedSampler(Records(8), num_replicas=2, rank=1))
+    own = DataLoader(Records(8), batch_sampler=ByRank(RandomSampler(Records(8)), 2, False))
+    for loader in (sampled, own):
+        assert bertstream.wrap(loader, FakeEncoder(), text="text") is not None
+
+
+def test_an_iterator_that_can_be_read_once_says_so_the_second_time() -> None:
+    loader = bertstream.wrap(iter(batches(3)), FakeEncoder(), text="text")
+    assert len(list(loader)) == 3
+    with pytest.raises(ConfigError, match="read only once"):
+        list(loader)
+
+
+def test_the_worker_runs_ahead_by_a_bounded_number_of_tokens() -> None:
+    read = 0
+
+    class Counting:
+        def __iter__(self) -> Iterator[Any]:
+            nonlocal read
+            for batch in [{"text": ["word " * 16] * 2}] * 50:
+                read += 1
+                yield batch
+
+    encoder = FakeEncoder()
+    loader = bertstream.wrap(Counting(), encoder, text="text", prefetch=2)
+    iteration = iter(loader)
+    next(iteration)
+    time.sleep(0.3)
+    # 32 tokens a batch and 128 ahead: one handed out, four waiting, one in the worker's hands.
+    assert read == 6
+    del iteration
+    list(loader)
+    assert loader.stats()["peak_ahead_tokens"] <= 128
+    assert encoder.threads == {"bertstream-encode"}
+
+
+def test_prefetch_0_works_in_the_callers_thread() -> None:
+    encoder = FakeEncoder()
+    before = threading.active_count()
+    for _ in bertstream.wrap(batches(3), encoder, text="text", prefetch=0):
+        assert threading.active_count() == before
+    assert encoder.threads == {threading.current_thread().name}
+
+
+def test_a_new_iteration_ends_the_one_before_it() -> None:
+    loader = bertstream.wrap(batches(50), FakeEncoder(), text="text")
+    first = iter(loader)
+    next(first)
+    assert len(list(loader)) == 50
+    with pytest.raises(StopIteration):
+        next(first)
+
+
+def test_a_closed_loader_says_so() -> None:
+    with bertstream.wrap(batches(3), FakeEncoder(), text="text") as loader:
+        iteration = iter(loader)
+        next(iteration)
+    assert "closed" in repr(loader)
+    with pytest.raises(LoaderClosedError):
+        iter(loader)
+    with pytest.raises(StopIteration):
+        next(iteration)
+    loader.close()
+
+
+def test_stats_count_what_was_handed_out(minilm_folder: str) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", overflow="truncate", max_length=8)
+    loader = bertstream.wrap([["short", "many " * 20], ["three short words"]], encoder)
+    list(loader)
+    stats = loader.stats()
+    assert (stats["epochs"], stats["batches"], stats["texts"], stats["tokens"]) == (1, 2, 3, 3 + 8 + 5)
+    assert (stats["cut_texts"], stats["cut_tokens"]) == (1, 14)
+    assert stats["encode_s"] > 0 and stats["consumer_wait_s"] > 0
+
+
+def test_truncation_is_reported_once_an_epoch(minilm_folder: str, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", overflow="truncate", max_length=8)
+    loader = bertstream.wrap([["many " * 20], ["more " * 30]], encoder)
+    list(loader)
+    (record,) = [r for r in caplog.records if r.name == "bertstream.loader"]
+    assert "2 of 2 texts" in record.getMessage() and "38 tokens" in record.getMessage()
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(stop=st.integers(0, 12), prefetch=st.sampled_from([0, 1, 5]), way=st.sampled_from(["break", "raise", "close"]))
+def test_leaving_a_loop_anywhere_leaves_nothing_behind_and_the_next_works(stop: int, prefetch: int, way: str) -> None:
+    before = running()
+    closed = []
+
+    class Source:
+        def __iter__(self) -> Iterator[Any]:
+            try:
+                yield from batches(12)
+            finally:
+                closed.append(True)
+
+    loader = bertstream.wrap(Source(), FakeEncoder(), text="text", prefetch=prefetch)
+    try:
+        for number, _ in enumerate(loader):
+            if number == stop and way == "break":
+                break
+            if number == stop and way == "raise":
+                raise ZeroDivisionError
+            if number == stop:
+                loader.close()
+    except ZeroDivisionError:
+        pass
+    assert running() == before and closed == [True]
+    if way != "close" or stop >= 12:
+        assert len(list(loader)) == 12
+
+
+@pytest.mark.parametrize("through", ["wrap", "stream"])
+def test_leaving_a_loop_ends_worker_processes_and_closes_files(tmp_path: Path, through: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(5000)))
+    fds = Path("/proc/self/fd")
+
+    def loop() -> None:
+        if through == "wrap":
+            loader = bertstream.wrap(DataLoader(Records(500), 2, num_workers=2), FakeEncoder(), text="text")
+        else:
+            loader = bertstream.stream(path, FakeEncoder(), batch_size=2, num_workers=2)
+        for _ in range(2):
+            for _ in loader:
+                break
+        assert len(list(loader)) > 100
+
+    loop()
+    before = len(list(fds.iterdir())) if fds.exists() else 0
+    shared = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    loop()
+    gc.collect()
+    assert not fds.exists() or len(list(fds.iterdir())) <= before
+    assert not shared or set(os.listdir("/dev/shm")) <= shared
+
+
+def test_a_traceback_that_is_kept_keeps_no_worker_process_alive() -> None:
+    def fail(batch: TokenBatch) -> None:
+        raise EncoderError("no")
+
+    loader = bertstream.wrap(DataLoader(Records(500), 2, num_workers=2), FakeEncoder(fail), text="text")
+    before = running()
+    with pytest.raises(EncoderError) as caught:
+        list(loader)
+    assert running() <= before and caught.tb is not None
+
+
+def test_a_worker_that_is_busy_is_waited_for() -> None:
+    finished = []
+
+    def slow(batch: TokenBatch) -> None:
+        time.sleep(0.3)
+        finished.append(True)
+
+    loader = bertstream.wrap(batches(9), FakeEncoder(slow), text="text")
+    iteration = iter(loader)
+    next(iteration)
+    loader.close()
+    done = len(finished)
+    time.sleep(0.4)
+    assert len(finished) == done, "a forward ran on after close()"
+
+
+SCRIPT = """
+    import os, sys, time, threading
+    import bertstream
+    sys.path.insert(0, {tests!r})
+    from test_loader import FakeEncoder, Records
+    from torch.utils.data import DataLoader
+
+    loader = bertstream.wrap(DataLoader(Records(10**6), 2, num_workers=2), FakeEncoder(), text="text")
+    {body}
+"""
+
+
+def run(body: str) -> subprocess.Popen[str]:
+    script = textwrap.dedent(SCRIPT).format(tests=str(Path(__file__).parent), body=body)
+    root = str(Path(__file__).parent.parent)
+    env = os.environ | {"PYTHONPATH": root}
+    return subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+
+
+def test_ctrl_c_ends_the_loop_and_the_next_iteration_works() -> None:
+    body = """
+try:
+    for number, batch in enumerate(loader):
+        if number == 3:
+            print("ready", flush=True)
+except KeyboardInterrupt:
+    import multiprocessing
+    end = time.monotonic() + 10
+    while (multiprocessing.active_children() or threading.active_count() > 1) and time.monotonic() < end:
+        time.sleep(0.05)
+    print(len(multiprocessing.active_children()), threading.active_count(), flush=True)
+    for batch in loader:
+        print("again", flush=True)
+        break
+"""
+    process = run(body)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert out == "0 1\nagain\n", err
+
+
+def test_a_program_may_end_in_the_middle_of_an_iteration() -> None:
+    process = run("iteration = iter(loader); next(iteration); print('done', flush=True)")
+    out, err = process.communicate(timeout=60)
+    assert (out, process.returncode) == ("done\n", 0), err
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+class TheirError(Exception):
+    """An exception class of the user's own, which torch cannot rebuild from one argument."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(code, reason)
+        self.code = code
+
+
+@settings(max_examples=30)
+@given(at=st.integers(0, 9), prefetch=st.sampled_from([0, 1, 4]), stage=st.sampled_from(["read", "text", "encode"]))
+def test_an_error_at_any_stage_and_place_arrives_once_after_the_batches_before_it(
+    at: int, prefetch: int, stage: str
+) -> None:
+    error = TheirError(7, "theirs")
+
+    class Source:
+        def __iter__(self) -> Iterator[Any]:
+            for number, batch in enumerate(batches(10)):
+                if number == at and stage == "read":
+                    raise error
+                yield {"text": [3]} if number == at and stage == "text" else batch
+
+    def fail(batch: TokenBatch) -> None:
+        fail.seen += 1  # type: ignore[attr-defined]
+        if fail.seen == at + 1 and stage == "encode":  # type: ignore[attr-defined]
+            raise MemoryError("no memory left")
+
+    fail.seen = 0  # type: ignore[attr-defined]
+    loader = bertstream.wrap(Source(), FakeEncoder(fail), text="text", prefetch=prefetch)
+    seen = 0
+    with pytest.raises((TheirError, EncoderError)) as caught:
+        for _ in loader:
+            seen += 1
+    assert seen == at
+    if stage == "read":
+        assert caught.value is error
+    elif stage == "text":
+        assert caught.value.records == (0,) and f"batch {at}" in str(caught.value)
+    else:
+        assert f"batch {at}" in str(caught.value) and "no memory left" in str(caught.value)
+        assert isinstance(caught.value.__cause__.__cause__, MemoryError)
+
+
+def test_a_users_exception_from_a_worker_process_is_what_torch_makes_of_it() -> None:
+    def fail(i: int) -> Any:
+        if i == 5:
+            raise KeyError("theirs")
+        return {"text": "a", "n": i}
+
+    loader = bertstream.wrap(DataLoader(Records(8, fail), 2, num_workers=1), FakeEncoder(), text="text")
+    seen = []
+    with pytest.raises(KeyError, match="theirs"):
+        for batch in loader:
+            seen += batch["n"].tolist()
+    assert seen == [0, 1, 2, 3]
+    assert not multiprocessing.active_children(), "the traceback, which is still held, kept a worker alive"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_our_errors_keep_their_fields_from_worker_processes(tmp_path: Path, minilm: Encoder, num_workers: int) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n{"txt": "no such field"}\n')
+    with pytest.raises(ShardError, match=r"a\.jsonl, record 1, field 'text'") as caught:
+        list(bertstream.stream(path, minilm, num_workers=num_workers))
+    assert (caught.value.path, caught.value.index, caught.value.field) == (str(path), 1, "text")
+    data = Records(4, lambda i: {"text": "word " * (600 if i == 3 else 1)})
+    loader = DataLoader(data, 2, num_workers=num_workers, collate_fn=TokenCollate(minilm, text="text"))
+    with pytest.raises(EncoderError, match="field 'text': text 1 has 602 tokens") as failed:
+        list(bertstream.wrap(loader, minilm, text="text"))
+    assert failed.value.records == (1,)
+
+
+def test_word_lists_that_default_collate_turned_inside_out_are_refused_with_the_cure() -> None:
+    data = Records(4, lambda i: {"words": ["a", "b", "c"]})
+    with pytest.raises(ConfigError, match=r"TokenCollate\(encoder, text=\.\.\.\)"):
+        list(bertstream.wrap(DataLoader(data, 2), FakeEncoder(), text="words"))
+
+
+@pytest.mark.parametrize(
+    ("batch", "text", "seen"),
+    [
+        ({"sentence": ["a"]}, "text", r"text='text' names nothing in a dict with the keys \['sentence'\]"),
+        ({"sentence": ["a"]}, None, r"name its text, text= one of \['sentence'\]"),
+        ((["a"], 1), 5, "text=5 names nothing in a tuple of length 2"),
+        ({"text": "a single record"}, "text", "text='text' is a str"),
+        ({"text": torch.zeros(2)}, "text", "text='text' is a Tensor"),
+        ({"text": None}, "text", "text='text' is a NoneType"),
+    ],
+)
+def test_a_batch_without_the_text_says_what_it_has(batch: Any, text: Any, seen: str) -> None:
+    with pytest.raises(ConfigError, match=seen):
+        list(bertstream.wrap([batch], FakeEncoder(), text=text))
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [
+        ({"layout": "ragged"}, "layout='ragged'"),
+        ({"prefetch": -1}, "prefetch=-1"),
+        ({"text": ()}, r"text=\(\)"),
+        ({"text": ("a", "b"), "into": "c"}, "into='c'"),
+        ({"loader": 5}, "loader is a int"),
+        ({"encoder": object()}, "encoder is a object without encode"),
+    ],
+)
+def test_a_bad_argument_of_wrap_is_refused_with_the_value_seen(options: dict[str, Any], seen: str) -> None:
+    arguments = {"loader": batches(1), "encoder": FakeEncoder(), "text": "text"} | options
+    with pytest.raises(ConfigError, match=seen):
+        bertstream.wrap(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"), [({"num_workers": -1}, "num_workers=-1"), ({"batch_size": 0}, "batch_size=0")]
+)
+def test_a_bad_argument_of_stream_is_refused_before_any_file_is_opened(options: dict[str, Any], seen: str) -> None:
+    with pytest.raises(ConfigError, match=seen):
+        bertstream.stream("does/not/exist.tar", FakeEncoder(), **options)
+
+
+def test_into_needs_dicts_and_negative_epochs_are_refused() -> None:
+    loader = bertstream.wrap([(["a"],)], FakeEncoder(), text=0, into="v")
+    with pytest.raises(ConfigError, match="dicts"):
+        list(loader)
+    with pytest.raises(ConfigError, match="epoch=-1"):
+        loader.set_epoch(-1)
+
+
+def test_lengths_are_known_where_the_wrapped_loader_knows_them() -> None:
+    assert len(bertstream.wrap(batches(3), FakeEncoder(), text="text")) == 3
+
+    class Endless(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter([])
+
+    with pytest.raises(TypeError):
+        len(bertstream.wrap(DataLoader(Endless()), FakeEncoder(), text="text"))
+
+
+def test_two_loaders_share_one_encoder(minilm: Encoder, sentences: list[str]) -> None:
+    train = bertstream.wrap([sentences[i : i + 3] for i in range(0, 30, 3)], minilm)
+    valid = bertstream.wrap([sentences[i : i + 2] for i in range(0, 20, 2)], minilm)
+    for i, (a, b) in enumerate(zip(train, valid, strict=True)):
+        torch.testing.assert_close(a.values, minilm(sentences[3 * i : 3 * i + 3]).values)
+        torch.testing.assert_close(b.values, minilm(sentences[2 * i : 2 * i + 2]).values)
+    assert isinstance(train, EmbeddingLoader) and isinstance(a.values, Tensor)
