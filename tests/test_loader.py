@@ -470,6 +470,9 @@ def test_a_traceback_that_is_kept_keeps_no_worker_process_alive() -> None:
     before = running()
     with pytest.raises(EncoderError) as caught:
         list(loader)
+    deadline = time.monotonic() + 1  # a queue's feeder thread ends just after its process
+    while running() - before and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert running() <= before and caught.tb is not None
 
 
