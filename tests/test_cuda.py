@@ -1,0 +1,224 @@
+"""The side stream: nothing on a CPU; on CUDA vectors that are right, safe to read, and never wait for the device."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bertstream
+from bertstream import ConfigError, Encoder, StreamConfig
+from bertstream.attention import Packing, packed_attention
+from bertstream.cuda import SideStream
+from bertstream.encoder import fastest_dtype, resolve_device
+from bertstream.types import Text
+
+cuda = pytest.mark.cuda
+
+
+def test_on_a_cpu_the_same_calls_do_nothing() -> None:
+    side = SideStream(torch.device("cpu"))
+    with side.run():
+        values = torch.ones(2)
+    assert side.mark() is None
+    side.hand_over(None, [values])
+
+
+def test_auto_is_the_cpu_where_there_is_no_cuda_and_cuda_by_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="device='cuda:1', but torch sees no CUDA device"):
+        resolve_device("cuda:1")
+
+
+@pytest.mark.parametrize(("current", "local", "found"), [(0, None, 0), (3, "1", 3), (0, "2", 2), (0, "9", 1)])
+def test_auto_is_the_current_device_or_local_ranks(
+    monkeypatch: pytest.MonkeyPatch, current: int, local: str | None, found: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    assert resolve_device("auto") == torch.device("cuda", found)
+    assert resolve_device("cuda") == torch.device("cuda", current)
+
+
+# --- on a device ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_cuda(minilm_folder: str) -> Encoder:
+    """MiniLM in the dtype that CUDA chooses by itself."""
+    return Encoder.from_pretrained(minilm_folder)
+
+
+@cuda
+def test_packed_bfloat16_vectors_equal_plain_transformers(
+    on_cuda: Encoder, sentences: list[str], plain_minilm: Callable[[Text], Tensor]
+) -> None:
+    texts: list[Any] = ["", *sentences[:200], *sorted(sentences, key=len)[-20:], (sentences[0], sentences[1])]
+    assert on_cuda.device.type == "cuda" and on_cuda.dtype == torch.bfloat16 and on_cuda.packing.packed
+    found = on_cuda(texts)
+    assert found.values.is_cuda and found.values.dtype == torch.float32 and found.cu_seqlens.is_cuda
+    for i, text in enumerate(texts):
+        right = plain_minilm(text)
+        assert float((found[i].cpu() - right).norm() / right.norm()) <= 0.025
+
+
+@cuda
+def test_packed_float32_vectors_equal_plain_transformers(
+    minilm_folder: str, sentences: list[str], plain_minilm: Callable[[Text], Tensor]
+) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32")
+    found = encoder(sentences[:60])
+    for i, text in enumerate(sentences[:60]):
+        right = plain_minilm(text)
+        assert float((found[i].cpu() - right).norm() / right.norm()) <= 1e-5
+
+
+@cuda
+@pytest.mark.parametrize("scaling", [None, 0.05])
+def test_the_flash_kernel_equals_attention_text_by_text(scaling: float | None) -> None:
+    lengths = [1, 5, 5, 64, 300]
+    q, k, v = (torch.randn(1, 4, sum(lengths), 32, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    packing = Packing.of(np.array(lengths, np.int32), q.device)
+    out, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=scaling, packing=packing)
+    start = 0
+    for length in lengths:
+        part = slice(start, start + length)
+        right = nn.functional.scaled_dot_product_attention(
+            *(x[:, :, part].float() for x in (q, k, v)), scale=scaling
+        ).transpose(1, 2)
+        torch.testing.assert_close(out[:, part].float(), right, atol=2e-2, rtol=2e-2)
+        start += length
+
+
+def write_shard(folder: Path, count: int) -> Path:
+    path = folder / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "word " * (i % 61 + 1), "id": i}) + "\n" for i in range(count)))
+    return path
+
+
+@cuda
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_gives_every_record_its_own_vectors(on_cuda: Encoder, tmp_path: Path, num_workers: int) -> None:
+    path = write_shard(tmp_path, 400)
+    right = on_cuda(["word " * (i + 1) for i in range(61)])
+    seen = []
+    reading = StreamConfig(lanes=3, window=64)
+    for batch in bertstream.stream(
+        path, on_cuda, batch_size=16, shuffle=True, num_workers=num_workers, reading=reading
+    ):
+        for record, rows in zip(batch["id"].tolist(), batch["text"], strict=True):
+            expected = right[record % 61]
+            assert float((rows - expected).norm() / expected.norm()) <= 0.02
+            seen.append(record)
+    assert sorted(seen) == list(range(400))
+
+
+class Churn:
+    """Batches of constant vectors, queued late on the side stream while other memory is taken and freed."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.tokenizer, self.device = encoder.tokenizer, encoder.device
+        self.max_forward_tokens = 1 << 16
+        self.number = 0
+
+    def encode(self, batch: bertstream.TokenBatch) -> bertstream.Embeddings:
+        torch.cuda._sleep(2_000_000)  # the vectors come late: whoever does not wait reads what was there before
+        values = torch.full((batch.num_tokens, 256), float(self.number), device=self.device)
+        self.number += 1
+        lengths = torch.from_numpy(batch.lengths.astype(np.int64))
+        return bertstream.Embeddings(values, torch.from_numpy(batch.cu_seqlens).cuda(), lengths, batch, "tokens")
+
+
+@cuda
+def test_no_batch_is_read_before_it_is_written_or_overwritten_before_it_is_read(on_cuda: Encoder) -> None:
+    texts = [["word " * 200] * 16 for _ in range(60)]
+    sums = []
+    for batch in bertstream.wrap(texts, Churn(on_cuda), prefetch=3):
+        torch.cuda._sleep(3_000_000)  # the consumer is slow: its reads are queued long after the batch was handed out
+        sums.append((batch.values - len(sums)).abs().max())
+        del batch  # the memory may now be given to a later batch while this one's read still waits
+    assert torch.stack(sums).tolist() == [0.0] * 60
+
+
+@cuda
+def test_encoding_and_handing_over_never_wait_for_the_device(on_cuda: Encoder, sentences: list[str]) -> None:
+    on_cuda(sentences[:8])
+    side = SideStream(on_cuda.device)
+    batch = on_cuda.tokenizer.batch(sentences[:64])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with side.run():
+            found = on_cuda.encode(batch)
+        side.hand_over(side.mark(), [found.values, found.cu_seqlens])
+        found.padded()
+        found.nested()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@cuda
+def test_reserved_memory_is_flat_over_many_epochs(on_cuda: Encoder, sentences: list[str]) -> None:
+    loader = bertstream.wrap([sentences[i : i + 32] for i in range(0, 256, 32)], on_cuda)
+    reserved = []
+    for epoch in range(40):
+        for number, batch in enumerate(loader):
+            batch.padded()
+            if epoch % 3 == 2 and number == 4:
+                break
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] <= reserved[3]
+
+
+@cuda
+def test_layouts_on_the_device_hold_the_same_rows(on_cuda: Encoder, sentences: list[str]) -> None:
+    found = on_cuda(sentences[:20])
+    values, mask = found.padded()
+    unpacked, lengths = nn.utils.rnn.pad_packed_sequence(found.packed_sequence(), batch_first=True)
+    assert torch.equal(values[mask], found.values) and torch.equal(unpacked, values)
+    assert torch.equal(lengths, found.lengths) and lengths.device.type == "cpu"
+    assert all(torch.equal(a, b) for a, b in zip(found.nested().unbind(), found, strict=True))
+    assert found.to("cpu").pin_memory().values.is_pinned()
+
+
+@cuda
+def test_a_downstream_model_on_the_device_trains_from_the_loader(on_cuda: Encoder) -> None:
+    lstm = nn.LSTM(on_cuda.embedding_dim, 32, batch_first=True).cuda()
+    head = nn.Linear(32, 2).cuda()
+    optimizer = torch.optim.Adam([*lstm.parameters(), *head.parameters()], 0.01)
+    batch = (["the river bank", "a bank loan", "banks of the stream", "the bank paid"], torch.tensor([0, 1, 0, 1]))
+    losses = []
+    for x, y in bertstream.wrap([batch] * 60, on_cuda, text=0):
+        _, (state, _) = lstm(x.packed_sequence())
+        loss = nn.functional.cross_entropy(head(state[-1]), y.cuda())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 < losses[0]
+
+
+@cuda
+def test_an_encoder_moves_between_devices(on_cuda: Encoder) -> None:
+    moved = copy.deepcopy(on_cuda).to("cpu")
+    assert moved.device.type == "cpu" and moved(["a"]).values.device.type == "cpu"
+    assert fastest_dtype(on_cuda.device, 384) == torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _synchronized() -> Iterator[None]:
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
