@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import EncoderError
-from .types import Int32Array
+from .types import Int32Array, cumulate
 
 PACKED = "bertstream_packed"
 """The name under which transformers finds `packed_attention`; free of the substrings that it treats specially."""
@@ -37,13 +37,6 @@ class Packing:
 
     lengths: Int32Array
     cu_seqlens: Tensor
-
-    @classmethod
-    def of(cls, lengths: Int32Array, device: torch.device) -> Packing:
-        """The packing of texts of these lengths, in this order."""
-        cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
-        np.cumsum(lengths, out=cu_seqlens[1:])
-        return cls(lengths, torch.from_numpy(cu_seqlens).to(device, non_blocking=True))
 
     @cached_property
     def groups(self) -> list[tuple[int, int]]:
@@ -207,7 +200,7 @@ def _relative_error(found: Tensor, right: Tensor) -> float:
 def _packed_error(model: nn.Module, ids: list[Tensor], alone: list[Tensor], first_position: int) -> float:
     device = ids[0].device
     positions = torch.cat([torch.arange(row.shape[1], device=device) for row in ids])[None] + first_position
-    packing = Packing.of(_PROBE_LENGTHS, device)
+    packing = Packing(_PROBE_LENGTHS, torch.from_numpy(cumulate(_PROBE_LENGTHS)).to(device))
     out = model(input_ids=torch.cat(ids, 1), position_ids=positions, packing=packing).last_hidden_state[0]
     texts = out.split(_PROBE_LENGTHS.tolist())
     worst = max(_relative_error(found, right) for found, right in zip(texts, alone, strict=True))

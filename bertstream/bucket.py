@@ -12,6 +12,9 @@ from .types import Record, TokenBatch, TokenizedText
 
 Indices = npt.NDArray[np.int64]
 
+# What torch's default collate makes of Python's numbers.
+_DTYPES: dict[type, type] = {bool: np.bool_, int: np.int64, float: np.float64}
+
 
 def cut_window(
     lengths: npt.NDArray[Any],
@@ -34,16 +37,16 @@ def cut_window(
     order = np.arange(len(lengths)) if shuffle is None else shuffle.permutation(len(lengths))
     order = order[np.argsort(lengths[order], kind="stable")]
     if batch_size is not None:
-        cuts = list(range(batch_size, len(order), batch_size))
+        starts = list(range(0, len(order), batch_size))
     else:
         assert max_tokens is not None
-        cuts, held = [], 0
+        starts, held = [0], 0
         for place, length in enumerate(lengths[order].tolist()):
-            if held and held + length > max_tokens:
-                cuts.append(place)
+            if place > starts[-1] and held + length > max_tokens:
+                starts.append(place)
                 held = 0
             held += length
-    batches = [np.sort(batch) for batch in np.split(order, cuts) if len(batch)]
+    batches = [np.sort(batch) for batch in np.split(order, starts[1:]) if len(batch)]
     if shuffle is not None:
         batches = [batches[i] for i in shuffle.permutation(len(batches))]
     return batches
@@ -73,19 +76,24 @@ def make_batch(records: Sequence[Record], texts: Sequence[TokenizedText], *, kee
 def stack_column(values: list[Any]) -> Any:
     """One field of a batch: an array if every record has a number, else a list with one entry a record.
 
-    Dtypes are those of torch's default collate: bool, int64, float64. A list of numbers (one a word, say) becomes an
-    array of its own and is never joined with another record's. A missing value is None, and keeps the column a list.
+    Dtypes are those of torch's default collate: bool, int64, float64, and a numpy number's own. Lists of numbers (one a
+    word, say) become arrays of one dtype, one a record, and are never joined. A missing value is None, and keeps the
+    column a list.
     """
-    kinds = {type(value) for value in values}
+    lists = [value for value in values if isinstance(value, list)]
     try:
-        if kinds and kinds <= {bool, int, float} and (bool not in kinds or len(kinds) == 1):
-            return np.array(values, bool if bool in kinds else np.float64 if float in kinds else np.int64)
-        return [_number_list(value) for value in values]
+        if dtype := _number_dtype(values):
+            return np.array(values, dtype)
+        if dtype := _number_dtype([item for items in lists for item in items]):
+            return [np.array(value, dtype) if isinstance(value, list) else value for value in values]
     except OverflowError:  # an integer beyond 64 bits stays what it is
-        return values
+        pass
+    return values
 
 
-def _number_list(value: Any) -> Any:
-    if not isinstance(value, list) or not value or not {type(item) for item in value} <= {int, float}:
-        return value
-    return np.array(value, np.float64 if any(isinstance(item, float) for item in value) else np.int64)
+def _number_dtype(values: list[Any]) -> np.dtype[Any] | None:
+    """The dtype that holds all of these; None if there are none, or they are not all numbers, or not all truth values."""
+    kinds = {_DTYPES.get(type(value), type(value)) for value in values}
+    if not kinds or not all(issubclass(kind, (np.number, np.bool_)) for kind in kinds):
+        return None
+    return None if np.bool_ in kinds and len(kinds) > 1 else np.result_type(*kinds)

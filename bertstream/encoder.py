@@ -24,7 +24,7 @@ from .distributed import local_rank
 from .errors import ConfigError, EncoderError
 from .pooling import mean_pool
 from .tokenizer import Overflow, TextTokenizer
-from .types import Embeddings, Int32Array, Output, Text, TokenBatch
+from .types import Embeddings, Int32Array, Output, Text, TokenBatch, cumulate
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +241,8 @@ class Encoder(nn.Module):
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids[rows]
         tensors = {name: self._to_device(ids.astype(np.int64))[None] for name, ids in inputs.items()}
-        out: Tensor = self.model(**tensors, packing=Packing.of(lengths, self.device)).last_hidden_state
+        packing = Packing(lengths, self._to_device(cumulate(lengths)))
+        out: Tensor = self.model(**tensors, packing=packing).last_hidden_state
         return out[0]
 
     def _padded_forward(self, batch: TokenBatch, rows: Any, lengths: Int32Array) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -112,8 +112,7 @@ class TokenBatch:
     def from_texts(cls, texts: Sequence[TokenizedText]) -> TokenBatch:
         """Lay texts out one after the other. A text without segment or word ids gets 0 or -1 where others have them."""
         lengths = np.fromiter((len(text.input_ids) for text in texts), np.int64, len(texts))
-        cu_seqlens = np.zeros(len(texts) + 1, np.int32)
-        np.cumsum(lengths, out=cu_seqlens[1:])
+        cu_seqlens = cumulate(lengths)
 
         def lay_out(name: str, absent: int) -> Int32Array | None:
             parts: list[Int32Array | None] = [getattr(text, name) for text in texts]
@@ -208,11 +207,14 @@ class Embeddings:
             [B, T, H] in the dtype of `values`, and the mask [B, T] bool, True where a row is real.
         """
         self._refuse_sentence("padded")
-        longest, rows = int(self.lengths.max()) if len(self) else 0, self._padded_rows()
-        shape = (len(self) * longest, self.values.shape[1])
-        flat = self.values.new_zeros(shape).index_copy(0, rows, self.values)
-        steps = torch.arange(longest, device=self.values.device)
-        return flat.view(len(self), longest, self.values.shape[1]), steps < self.cu_seqlens.diff()[:, None]
+        device, (total, size) = self.values.device, self.values.shape
+        longest = int(self.lengths.max()) if len(self) else 0
+        lengths = self.cu_seqlens.diff()
+        # Device arithmetic alone, so that the CPU never waits for the vectors.
+        texts = torch.arange(len(self), device=device).repeat_interleave(lengths, output_size=total)
+        rows = torch.arange(total, device=device) - self.cu_seqlens[texts] + texts * longest
+        flat = self.values.new_zeros(len(self) * longest, size).index_copy_(0, rows, self.values)
+        return flat.view(len(self), longest, size), torch.arange(longest, device=device) < lengths[:, None]
 
     def nested(self) -> Tensor:
         """A jagged nested tensor [B, j, H] over the same memory."""
@@ -238,26 +240,23 @@ class Embeddings:
             raise ConfigError(f"a PackedSequence cannot hold texts without a row: texts {empty} of {len(self)}")
         lengths = self.lengths.numpy()
         order = np.argsort(-lengths, kind="stable")
-        batch_sizes = len(lengths) - np.searchsorted(np.sort(lengths), np.arange(lengths.max()), side="right")
-        # Row (rank, step) of the sorted texts goes to: all rows of earlier steps, then the texts ranked before it.
-        step_starts = np.cumsum(batch_sizes) - batch_sizes
-        starts = np.cumsum(lengths) - lengths
-        steps = np.arange(lengths.sum()) - np.repeat(starts, lengths)
-        ranks = np.empty_like(order)
-        ranks[order] = np.arange(len(order))
-        gather = np.empty(len(steps), np.int64)
-        gather[step_starts[steps] + np.repeat(ranks, lengths)] = np.arange(len(steps))
+        ranks = np.argsort(order)
+        steps = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        # Step by step, and within a step the longest text first.
+        gather = np.lexsort((np.repeat(ranks, lengths), steps))
         device = self.values.device
         return PackedSequence(
-            self.values[torch.from_numpy(gather).to(device)],
-            torch.from_numpy(batch_sizes.astype(np.int64)),
-            torch.from_numpy(order).to(device),
-            torch.from_numpy(ranks).to(device),
+            self.values.index_select(0, _to_device(torch.from_numpy(gather), device)),
+            torch.from_numpy(np.bincount(steps)),
+            _to_device(torch.from_numpy(order), device),
+            _to_device(torch.from_numpy(ranks), device),
         )
 
     def as_layout(self, layout: Layout) -> Any:
         """Plain tensors: (values, mask), a nested tensor, a PackedSequence, or (values, cu_seqlens); sentence output is
         one [B, H] in every layout."""
+        if layout not in get_args(Layout):
+            raise ConfigError(f"layout={layout!r}: write one of {', '.join(map(repr, get_args(Layout)))}")
         if self.output == "sentence":
             return self.values
         if layout == "flat":
@@ -268,13 +267,14 @@ class Embeddings:
         """Lay one number a word out as the vectors are.
 
         A word of several tokens gives its number to its first token; the others, the special tokens and the padding
-        get `pad` (what `F.cross_entropy` ignores). Numbers of words that truncation cut are dropped.
+        get `pad` (what `F.cross_entropy` ignores). Numbers of words that truncation cut, and of words without any token
+        (a blank, say), have no row and are dropped.
 
         Args:
             tags: for each text, one number a word of the text as it was given.
             pad: what rows without a number get.
         Returns:
-            [B, T] on the device of `values`: int64 where all are integers, float32 otherwise.
+            [B, T] on the device of `values`: int64 where all numbers, `pad` included, are whole, float32 otherwise.
         Raises:
             ConfigError: the texts were not lists of words, or a text has another count of words than of tags.
         """
@@ -282,15 +282,18 @@ class Embeddings:
         word_ids = self.tokens.word_ids
         if word_ids is None:
             raise ConfigError("align needs texts that are lists of words; these were plain strings")
-        counts = np.fromiter((len(row) for row in tags), np.int64, len(tags))
         if len(tags) != len(self):
             raise ConfigError(f"{len(tags)} rows of tags for {len(self)} texts")
+        rows_of_tags = [_numbers(row, text) for text, row in enumerate(tags)]
+        counts = np.fromiter(map(len, rows_of_tags), np.int64, len(self))
         wrong = np.flatnonzero(counts != self.tokens.num_words)
         if len(wrong):
             i = int(wrong[0])
             raise ConfigError(f"text {i} has {self.tokens.num_words[i]} words but {counts[i]} tags")
-        flat = torch.cat([torch.as_tensor(row) for row in tags]) if counts.sum() else torch.zeros(0, dtype=torch.int64)
-        flat = flat.to(torch.float32 if flat.is_floating_point() else torch.int64)
+        # An empty list has no dtype to say: as float32 it would turn the other texts' integers into floats.
+        flat = torch.cat([row for row in rows_of_tags if len(row)] or [torch.zeros(0, dtype=torch.int64)])
+        whole = not flat.is_floating_point() and float(pad).is_integer()
+        flat = flat.to(torch.int64 if whole else torch.float32)
         texts = np.repeat(np.arange(len(self)), self.tokens.lengths)
         word_of_row = np.where(word_ids < 0, -1, word_ids + (np.cumsum(counts) - counts)[texts])
         first = word_of_row != np.concatenate([[-1], word_of_row[:-1]])
@@ -299,7 +302,7 @@ class Embeddings:
         out = flat.new_full((len(self), longest), pad)
         steps = rows - self.tokens.cu_seqlens[texts[rows]]
         out[torch.from_numpy(texts[rows]), torch.from_numpy(steps)] = flat[torch.from_numpy(word_of_row[rows])]
-        return out.to(self.values.device)
+        return _to_device(out, self.values.device)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Embeddings:
         """The same batch with its tensors on another device; `lengths` stay on the CPU."""
@@ -313,17 +316,33 @@ class Embeddings:
         """The same batch in page-locked host memory."""
         return dataclasses.replace(self, values=self.values.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
 
-    def _padded_rows(self) -> Tensor:
-        """[N] int64: where each row stands in the flattened padded form; device arithmetic alone, so no sync."""
-        total = self.values.shape[0]
-        device = self.values.device
-        longest = int(self.lengths.max()) if len(self) else 0
-        texts = torch.arange(len(self), device=device).repeat_interleave(self.cu_seqlens.diff(), output_size=total)
-        return torch.arange(total, device=device) - self.cu_seqlens[texts] + texts * longest
-
     def _refuse_sentence(self, name: str) -> None:
         if self.output == "sentence":
             raise ConfigError(f"sentence output is one vector a text: use .vectors, not .{name}()")
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device; the CPU does not wait for what is queued there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _numbers(row: Any, text: int) -> Tensor:
+    try:
+        numbers = torch.as_tensor(row, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        numbers = None
+    if numbers is None or numbers.dim() != 1:
+        shown = repr(row)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        raise ConfigError(f"tags of text {text} are {shown}: give a list of numbers, one a word")
+    return numbers
+
+
+def cumulate(lengths: npt.NDArray[Any]) -> Int32Array:
+    """[B + 1] int32: where each text begins, and after the last one where it ends."""
+    cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    return cu_seqlens
 
 
 class SupportsTokenize(Protocol):

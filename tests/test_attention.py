@@ -31,6 +31,7 @@ from transformers import (
 
 from bertstream import EncoderError
 from bertstream.attention import PACKED, Packing, packed_attention, probe_packing
+from bertstream.types import cumulate
 
 TINY = {
     "vocab_size": 200,
@@ -45,6 +46,10 @@ TINY = {
 def tiny(model: type[nn.Module], config: type[Any], **options: Any) -> nn.Module:
     torch.manual_seed(0)
     return model(config(**TINY, **options)).eval()
+
+
+def packing_of(lengths: list[int]) -> Packing:
+    return Packing(np.array(lengths, np.int32), torch.from_numpy(cumulate(np.array(lengths))))
 
 
 def qkv(tokens: int) -> list[torch.Tensor]:
@@ -66,7 +71,7 @@ def one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), window=st.none() | st.integers(1, 9))
 def test_each_text_attends_to_itself_alone(lengths: list[int], window: int | None) -> None:
     q, k, v = qkv(sum(lengths))
-    packing = Packing.of(np.array(lengths, np.int32), torch.device("cpu"))
+    packing = packing_of(lengths)
     out, _ = packed_attention(nn.Identity(), q, k, v, None, packing=packing, sliding_window=window)
     right = one_by_one(q, k, v, lengths, window)
     assert out.is_contiguous()
@@ -81,14 +86,14 @@ def test_each_text_attends_to_itself_alone(lengths: list[int], window: int | Non
 
 @given(lengths=st.lists(st.integers(1, 5), max_size=20))
 def test_groups_are_the_runs_of_equal_lengths(lengths: list[int]) -> None:
-    groups = Packing.of(np.array(lengths, np.int32), torch.device("cpu")).groups
+    groups = packing_of(lengths).groups
     assert [length for texts, length in groups for _ in range(texts)] == lengths
     assert all(a[1] != b[1] for a, b in pairwise(groups))
 
 
 def test_scores_are_scaled_as_the_model_asks() -> None:
     q, k, v = qkv(6)
-    packing = Packing.of(np.array([6], np.int32), torch.device("cpu"))
+    packing = packing_of([6])
     out, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=0.03, packing=packing)
     right = F.scaled_dot_product_attention(q, k, v, scale=0.03).transpose(1, 2)
     torch.testing.assert_close(out, right)
@@ -143,6 +148,6 @@ def test_a_local_attention_window_holds_in_texts_longer_than_the_window() -> Non
         found = model(
             input_ids=torch.cat(texts, 1),
             position_ids=torch.cat([torch.arange(40), torch.arange(90)])[None],
-            packing=Packing.of(np.array([40, 90], np.int32), torch.device("cpu")),
+            packing=packing_of([40, 90]),
         ).last_hidden_state
     torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)

@@ -18,7 +18,7 @@ from bertstream import ConfigError, Encoder, StreamConfig
 from bertstream.attention import Packing, packed_attention
 from bertstream.cuda import SideStream
 from bertstream.encoder import fastest_dtype, resolve_device
-from bertstream.types import Text
+from bertstream.types import Text, cumulate
 
 cuda = pytest.mark.cuda
 
@@ -90,7 +90,7 @@ def test_packed_float32_vectors_equal_plain_transformers(
 def test_the_flash_kernel_equals_attention_text_by_text(scaling: float | None) -> None:
     lengths = [1, 5, 5, 64, 300]
     q, k, v = (torch.randn(1, 4, sum(lengths), 32, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    packing = Packing.of(np.array(lengths, np.int32), q.device)
+    packing = Packing(np.array(lengths, np.int32), torch.from_numpy(cumulate(np.array(lengths))).cuda())
     out, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=scaling, packing=packing)
     start = 0
     for length in lengths:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fsspec
 import pytest
@@ -571,14 +572,15 @@ def contents(draw: st.DrawFn) -> tuple[str, bytes]:
     return ending, mark + (header + "".join(body)).encode()
 
 
-@given(contents(), st.integers(1, 9))
+@given(contents(), st.integers(1, 9), st.sampled_from([1, 7, 30, 1 << 20]))
 def test_pieces_hold_the_records_of_the_whole(
-    tmp_path_factory: pytest.TempPathFactory, content: tuple[str, bytes], parts: int
+    tmp_path_factory: pytest.TempPathFactory, content: tuple[str, bytes], parts: int, block_bytes: int
 ) -> None:
     ending, data = content
     path = write(tmp_path_factory.getbasetemp() / f"pieces.{ending}", data)
     options = TAR if ending == "tar" else LINES
-    pieces = split_shard(path, parts)
+    with mock.patch("bertstream.shards._BLOCK_BYTES", block_bytes):
+        pieces = split_shard(path, parts)
     assert 1 <= len(pieces) <= parts
     assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
     assert pieces[-1].stop is None
