@@ -1,0 +1,166 @@
+"""Measure bertstream beside what people do without it, in one run; prints one JSON line.
+
+    python tools/bench.py encode --data ../shared/data
+
+The contenders take turns, so that a machine whose speed drifts slows them alike; figures are medians over the rounds,
+and ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+import bertstream
+
+
+def read_texts(data: Path, count: int) -> list[str]:
+    """Banking queries and web sentences, none twice, in an order mixed by seed 0."""
+    texts: dict[str, None] = {}
+    for name in ("train", "test"):
+        with (data / "banking77" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+            texts |= dict.fromkeys(row["text"] for row in csv.DictReader(file))
+    for name in ("dev", "test"):
+        with (data / "ud_english_ewt" / f"{name}.conllu").open(encoding="utf-8") as file:
+            texts |= dict.fromkeys(line[9:].strip() for line in file if line.startswith("# text = "))
+    chosen = list(texts)
+    np.random.default_rng(0).shuffle(chosen)
+    return chosen[:count]
+
+
+class PlainLoop:
+    """What people write: file order, batches of 32, padded, float32."""
+
+    def __init__(self, folder: str) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]) -> list[Tensor]:
+        rows: list[Tensor] = []
+        for start in range(0, len(texts), 32):
+            inputs = self.tokenizer(texts[start : start + 32], padding=True, truncation=True, return_tensors="pt")
+            hidden = self.model(**inputs).last_hidden_state
+            rows += [text[mask.bool()] for text, mask in zip(hidden, inputs["attention_mask"], strict=True)]
+        return rows
+
+
+class Stream:
+    """The same through `bertstream.stream` over a shard on disk: reading and tokenizing counted in."""
+
+    def __init__(self, shard: Path, name: str, dtype: str) -> None:
+        encoder = bertstream.Encoder.from_pretrained(name, dtype=dtype, device="cpu", overflow="truncate")
+        self.dtype = str(encoder.dtype).removeprefix("torch.")
+        self.loader = bertstream.stream(shard, encoder, max_tokens=encoder.max_forward_tokens, shuffle=True)
+
+    def __call__(self, texts: list[str]) -> list[Tensor]:
+        rows: list[Tensor | None] = [None] * len(texts)
+        for batch in self.loader:
+            for index, text in zip(batch["__index__"].tolist(), batch["text"], strict=True):
+                rows[index] = text
+        return [row for row in rows if row is not None]
+
+
+def worst_error(found: list[Tensor], right: list[Tensor]) -> float:
+    """The relative L2 error of the worst text."""
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, right, strict=True))
+
+
+def encode(arguments: argparse.Namespace) -> dict[str, object]:
+    """Token vectors of every text: the plain loop against the stream, in each dtype."""
+    texts = read_texts(arguments.data, arguments.texts)
+    with tempfile.TemporaryDirectory() as folder:
+        shard = Path(folder) / "corpus.jsonl"
+        shard.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        streams = {f"stream_{dtype}": Stream(shard, arguments.model, dtype) for dtype in arguments.dtypes}
+        chosen = Stream(shard, arguments.model, "auto").dtype
+        plain = PlainLoop(next(iter(streams.values())).loader.encoder.model.config._name_or_path)
+        contenders: dict[str, Callable[[list[str]], list[Tensor]]] = {"plain": plain, **streams}
+        right = plain(texts)
+        tokens = sum(len(row) for row in right)
+        errors = {name: worst_error(stream(texts), right) for name, stream in streams.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(arguments.rounds):
+            for name, contender in contenders.items():
+                started = time.perf_counter()
+                contender(texts)
+                seconds[name].append(time.perf_counter() - started)
+    lengths = [len(row) for row in right]
+    return {
+        "texts": len(texts),
+        "tokens": tokens,
+        "tokens_quantiles_0_50_90_100": np.quantile(lengths, [0, 0.5, 0.9, 1]).tolist(),
+        "sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
+        "model": arguments.model,
+        "auto_dtype": chosen,
+        "tokens_per_s": {name: round(tokens / statistics.median(times)) for name, times in seconds.items()},
+        "times_plain": {
+            name: round(statistics.median(p / t for p, t in zip(seconds["plain"], seconds[name], strict=True)), 2)
+            for name in streams
+        },
+        "worst_text_relative_l2_error": {name: float(f"{error:.1e}") for name, error in errors.items()},
+        "rounds": arguments.rounds,
+    }
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "avx512_bf16": "avx512_bf16" in flags,
+        "amx": "amx_bf16" in flags,
+        "matmul_gflops": {
+            str(d).removeprefix("torch."): round(matmul_rate(d)) for d in (torch.float32, torch.bfloat16)
+        },
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of MiniLM's feed-forward products, (2048, 384) x (384, 1536) and back: median of 20."""
+    up, down = torch.nn.Linear(384, 1536, dtype=dtype), torch.nn.Linear(1536, 384, dtype=dtype)
+    rows, times = torch.randn(2048, 384, dtype=dtype), []
+    with torch.no_grad():
+        for _ in range(25):
+            started = time.perf_counter()
+            down(up(rows))
+            times.append(time.perf_counter() - started)
+    return 4 * 2048 * 384 * 1536 / statistics.median(times[5:]) / 1e9
+
+
+def main() -> int:
+    """Run one benchmark and print its JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    command = commands.add_parser("encode", help="the plain transformers loop against bertstream.stream")
+    command.add_argument("--data", type=Path, required=True, help="folder with banking77/ and ud_english_ewt/")
+    command.add_argument("--texts", type=int, default=3000)
+    command.add_argument("--rounds", type=int, default=5)
+    command.add_argument("--model", default="all-MiniLM-L6-v2")
+    command.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    arguments = parser.parse_args()
+    print(json.dumps({"benchmark": arguments.benchmark} | encode(arguments) | {"machine": machine()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
