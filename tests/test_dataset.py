@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -289,3 +292,33 @@ def test_missing_and_empty_shards_are_named(tmp_path: Path, minilm: Encoder) -> 
     empty.touch()
     with pytest.raises(ShardError, match="holds no record"):
         list(TextStream(empty, minilm))
+
+
+RANK = """
+import sys
+import torch.distributed as dist
+import bertstream
+rank, shards, store = int(sys.argv[1]), sys.argv[3:], sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+sys.path.insert(0, TESTS)
+from test_loader import FakeEncoder
+loader = bertstream.stream(shards, FakeEncoder(), shuffle=True, num_workers=rank, reading=bertstream.StreamConfig(lanes=5))
+print(*(i for batch in loader for i in batch["id"].tolist()))
+dist.destroy_process_group()
+"""
+
+
+def test_real_ranks_share_the_records(shards: list[str], tmp_path: Path) -> None:
+    script = RANK.replace("TESTS", repr(str(Path(__file__).parent)))
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(rank), str(tmp_path / "store"), *shards],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for rank in range(2)
+    ]
+    found = [[int(i) for i in rank.communicate(timeout=100)[0].split()] for rank in ranks]
+    assert sorted(found[0] + found[1]) == list(range(403)) and all(found)
