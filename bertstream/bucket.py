@@ -92,7 +92,7 @@ def stack_column(values: list[Any]) -> Any:
 
 
 def _number_dtype(values: list[Any]) -> np.dtype[Any] | None:
-    """The dtype that holds all of these; None if there are none, or they are not all numbers, or not all truth values."""
+    """The dtype that holds all of these; None if there are none, or not all are numbers, or all truth values."""
     kinds = {_DTYPES.get(type(value), type(value)) for value in values}
     if not kinds or not all(issubclass(kind, (np.number, np.bool_)) for kind in kinds):
         return None

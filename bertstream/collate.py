@@ -34,6 +34,8 @@ class TokenCollate:
     """
 
     def __init__(self, encoder: SupportsEncode, text: Place | Sequence[Place] | None = None) -> None:
+        if not hasattr(encoder, "tokenizer"):
+            raise ConfigError(f"encoder is a {type(encoder).__name__} without a tokenizer: pass a bertstream.Encoder")
         self._tokenizer = encoder.tokenizer
         self._places = as_places(text)
 
@@ -41,8 +43,10 @@ class TokenCollate:
         """Make a batch of a list of records.
 
         Raises:
-            EncoderError: a text is of a wrong type or too long. In a worker process the error is returned in place of
-                the batch, for `wrap` to raise: torch would rebuild it without its fields.
+            EncoderError: a text is of a wrong type or too long.
+            ConfigError: `text` names nothing in a record, or the records are of several shapes. In a worker process
+                either error is returned in place of the batch, for `wrap` to raise: torch would rebuild it without
+                its fields.
         """
         try:
             return self._batch(records)
@@ -57,27 +61,13 @@ class TokenCollate:
         columns = {
             place: self._tokenize([get_place(record, place) for record in records], place) for place in self._places
         }
-        first = records[0]
+        first, fields = records[0], _fields(records)
+        if isinstance(first, Sequence):
+            columns = {_position(first, place): column for place, column in columns.items()}
+        rest = {name: tensor_column(values) for name, values in fields.items() if name not in columns}
         if isinstance(first, Mapping):
-            names = dict.fromkeys(name for record in records for name in record)
-            rest = {
-                name: tensor_column([record.get(name) for record in records]) for name in names if name not in columns
-            }
-            return {name: columns[name] if name in columns else rest[name] for name in names}
-        if dataclasses.is_dataclass(first):
-            rest = {
-                f.name: tensor_column([getattr(record, f.name) for record in records])
-                for f in dataclasses.fields(first)
-                if f.name not in columns
-            }
-            return put_places(first, columns | rest)
-        positions: list[Place] = list(getattr(first, "_fields", range(len(first))))
-        by_position = {(positions[p] if isinstance(p, int) else p): column for p, column in columns.items()}
-        parts = [
-            by_position[name] if name in by_position else tensor_column([record[i] for record in records])
-            for i, name in enumerate(positions)
-        ]
-        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+            return {name: columns[name] if name in columns else rest[name] for name in fields}
+        return put_places(first, columns | rest)
 
     def _tokenize(self, texts: Sequence[Any], place: Place | None) -> TokenBatch:
         try:
@@ -92,18 +82,21 @@ def as_places(text: Place | Sequence[Place] | None) -> tuple[Place, ...] | None:
     """The user's `text=` as a tuple of places; None stays None."""
     if text is None:
         return None
-    places = (text,) if isinstance(text, (str, int)) else tuple(text)
-    if not places or any(not isinstance(place, (str, int)) or isinstance(place, bool) for place in places):
-        raise ConfigError(f"text={text!r}: name a key, a position or an attribute, or several of them")
+    places = tuple(text) if isinstance(text, Sequence) and not isinstance(text, str) else (text,)
+    named = all(isinstance(place, (str, int)) and not isinstance(place, bool) for place in places)
+    if not places or not named or len(set(places)) < len(places):
+        raise ConfigError(f"text={text!r}: name a key, a position or an attribute, or several different ones")
     return places
 
 
 def get_place(holder: Any, place: Place) -> Any:
     """What stands at a key of a mapping, a position of a sequence, or an attribute of anything else."""
     try:
-        if isinstance(holder, Mapping) or (isinstance(place, int) and isinstance(holder, Sequence)):
+        if isinstance(holder, Mapping):
             return holder[place]
-        if isinstance(place, str) and not isinstance(holder, (str, list)):
+        if isinstance(place, int) and isinstance(holder, Sequence) and not isinstance(holder, str):
+            return holder[place]
+        if isinstance(place, str) and (hasattr(holder, "_fields") or not isinstance(holder, Sequence)):
             return getattr(holder, place)
     except (KeyError, IndexError, AttributeError):
         pass
@@ -128,25 +121,72 @@ def put_places(holder: Any, values: Mapping[Any, Any]) -> Any:
 
 def tensor_column(values: list[Any]) -> Any:
     """One field of a batch as tensors, see `TokenCollate`."""
-    if values and all(isinstance(value, Tensor) for value in values):
-        return torch.stack(values) if len({(v.shape, v.dtype) for v in values}) == 1 else values
-    if values and all(isinstance(value, (np.ndarray, np.generic)) for value in values):
-        return tensor_column([torch.as_tensor(value) for value in values])
-    return as_tensors(stack_column(values))
+    column = as_tensors(stack_column(values))
+    tensors = [part for part in column if isinstance(part, Tensor)] if isinstance(column, list) else []
+    if not tensors:
+        return column
+    arrays = all(isinstance(value, (Tensor, np.ndarray)) for value in values)
+    if arrays and len(tensors) == len(values) and len({(tensor.shape, tensor.dtype) for tensor in tensors}) == 1:
+        return torch.stack(tensors)
+    return _in_one_memory(column)
 
 
 def as_tensors(column: Any) -> Any:
-    """A column of `bucket.stack_column` with its arrays as tensors over the same memory."""
-    if isinstance(column, np.ndarray):
-        return torch.from_numpy(column)
+    """A column of `bucket.stack_column` with its arrays of numbers as tensors over the same memory."""
     if isinstance(column, list):
-        return [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in column]
-    return column
+        return [_as_tensor(value) for value in column]
+    return _as_tensor(column)
+
+
+def _as_tensor(value: Any) -> Any:
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc":
+        return value
+    return torch.from_numpy(value if value.flags.writeable else value.copy())
+
+
+def _in_one_memory(column: list[Any]) -> list[Any]:
+    """The tensors of a ragged column as views of a single one.
+
+    On their way out of a worker process tensors cost a file handle for each memory, and a process has 1,024 as a rule.
+    """
+    rows = [value for value in column if isinstance(value, Tensor)]
+    plain = all(row.dim() and row.device.type == "cpu" and row.layout is torch.strided for row in rows)
+    if not plain or len({(row.dtype, row.shape[1:]) for row in rows}) > 1:
+        return column
+    views = iter(torch.cat(rows).split([len(row) for row in rows]))
+    return [next(views) if isinstance(value, Tensor) else value for value in column]
+
+
+def _fields(records: Sequence[Any]) -> dict[Place, list[Any]]:
+    """All fields of records of one shape: name or position -> one entry a record."""
+    first = records[0]
+    if isinstance(first, Mapping):
+        names = dict.fromkeys(name for record in records for name in record)
+        return {name: [record.get(name) for record in records] for name in names}
+    if dataclasses.is_dataclass(first):
+        return {field.name: [getattr(record, field.name) for record in records] for field in dataclasses.fields(first)}
+    if not isinstance(first, Sequence):
+        kinds = "TokenCollate knows dicts, tuples, lists, namedtuples and dataclasses"
+        raise ConfigError(f"a record is {_describe(first)}: {kinds}")
+    odd = next((i for i, record in enumerate(records) if len(record) != len(first)), None)
+    if odd is not None:
+        raise ConfigError(f"record {odd} of the batch is {_describe(records[odd])}, the first {_describe(first)}")
+    return dict(enumerate(map(list, zip(*records, strict=True))))
+
+
+def _position(record: Any, place: Place) -> Place:
+    """The position, counted from the front, of a place in a namedtuple, tuple or list."""
+    return record._fields.index(place) if isinstance(place, str) else place % len(record)
 
 
 def _describe(holder: Any) -> str:
+    kind = f"a {type(holder).__name__}"
     if isinstance(holder, Mapping):
-        return f"a {type(holder).__name__} with the keys {list(holder)}"
+        return f"{kind} with the keys {list(holder)}"
+    if hasattr(holder, "_fields"):
+        return f"{kind} with the fields {list(holder._fields)}"
+    if dataclasses.is_dataclass(holder):
+        return f"{kind} with the fields {[field.name for field in dataclasses.fields(holder)]}"
     if isinstance(holder, Sequence) and not isinstance(holder, str):
-        return f"a {type(holder).__name__} of length {len(holder)}"
-    return f"a {type(holder).__name__}"
+        return f"{kind} of length {len(holder)}"
+    return kind

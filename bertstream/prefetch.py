@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
+import sys
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_alive: weakref.WeakSet[Prefetcher[object]] = weakref.WeakSet()
+EXIT_WAIT_S = 30.0
+"""How long the end of the process waits for an item in progress; a forward takes seconds at most."""
+
+_alive: weakref.WeakSet[Prefetcher[Any]] = weakref.WeakSet()
 
 
 class Prefetcher(Generic[T]):
@@ -26,7 +31,7 @@ class Prefetcher(Generic[T]):
 
     Args:
         source: the iterator to run; if it has a `close()`, the thread calls it at the end, however that comes.
-        weigh: an item's weight.
+        weigh: an item's weight; counted as at least 1, so that the queue is bounded in any case.
         limit: weight that may wait in the queue. One item is always let in, however heavy, so nothing blocks for good.
         stage: what the thread does, for its name and for the note on errors.
     """
@@ -49,7 +54,7 @@ class Prefetcher(Generic[T]):
         self._finished = False
         self._closing = False
         self._changed = threading.Condition()
-        # A daemon, so that a loop which nobody closes cannot keep the interpreter alive; atexit closes it first.
+        # A daemon, so that a loop which nobody closes cannot keep the interpreter alive; atexit stops it first.
         self._thread = threading.Thread(target=self._run, args=(source,), name=f"bertstream-{stage}", daemon=True)
         _alive.add(self)
         self._thread.start()
@@ -70,41 +75,48 @@ class Prefetcher(Generic[T]):
                 return item
             error, self._error = self._error, None
         self.close()
-        if error is not None:
-            raise error
-        raise StopIteration
+        try:
+            raise StopIteration if error is None else error
+        finally:
+            del error  # its traceback holds this frame: a circle would keep all that its frames hold alive
 
     def close(self) -> None:
-        """Stop the thread and wait for it: at most as long as the item in progress takes."""
+        """Stop the thread and wait for it: at most as long as the item in progress takes.
+
+        What it read ahead is dropped, an error included: that is logged.
+        """
+        if sys.is_finalizing():
+            return  # threads stand still then, and one that stands still cannot be waited for
+        self._stop()
+        if self._thread is not threading.current_thread():
+            while not self._ended_within(30):
+                logger.warning("closing: the %s thread is still busy with the item in progress", self.stage)
+            error, self._error = self._error, None
+            if error is not None:
+                logger.warning("closing: the %s thread had failed ahead of its consumer: %r", self.stage, error)
+        _alive.discard(self)
+
+    def _stop(self) -> None:
         with self._changed:
             self._closing = True
             self._queue.clear()
             self._weight = 0
             self._changed.notify_all()
-        if self._thread is not threading.current_thread():
-            while self._thread.is_alive():
-                self._thread.join(timeout=30)
-                if self._thread.is_alive():
-                    logger.warning("closing: the %s thread is still busy with the item in progress", self.stage)
-        _alive.discard(self)
+
+    def _ended_within(self, seconds: float) -> bool:
+        self._thread.join(timeout=seconds)
+        return not self._thread.is_alive()
 
     def _run(self, source: Iterator[T]) -> None:
-        error: BaseException | None = None
-        try:
-            self._pump(source)
-        except BaseException as caught:  # whatever it is, it belongs to the consumer
-            if hasattr(caught, "add_note"):  # Python 3.11 and later
-                caught.add_note(f"raised in bertstream's {self.stage} thread")
-            error = caught
-        try:
-            close = getattr(source, "close", None)
-            if close is not None:
-                close()
-        except BaseException as caught:
-            error = error or caught
-        del source
+        for step in (self._pump, _close_source):
+            try:
+                step(source)
+            except BaseException as error:  # whatever it is, it belongs to the consumer
+                if self._error is None:
+                    self._error = error
+                    if hasattr(error, "add_note"):  # Python 3.11 and later
+                        error.add_note(f"raised in bertstream's {self.stage} thread")
         with self._changed:
-            self._error = error
             self._finished = True
             self._changed.notify_all()
 
@@ -117,7 +129,7 @@ class Prefetcher(Generic[T]):
                 return
             finally:
                 self.source_s += time.perf_counter() - started
-            weight = self._weigh(item)
+            weight = max(1, self._weigh(item))
             started = time.perf_counter()
             with self._changed:
                 while self._queue and self._weight + weight > self._limit and not self._closing:
@@ -129,9 +141,26 @@ class Prefetcher(Generic[T]):
                 self._weight += weight
                 self.peak_weight = max(self.peak_weight, self._weight)
                 self._changed.notify_all()
+            del item  # its memory is the consumer's now, not ours until the next item
+
+
+def _close_source(source: Iterator[Any]) -> None:
+    close = getattr(source, "close", None)
+    if close is not None:
+        close()
 
 
 @atexit.register
-def _close_all() -> None:
-    for prefetcher in list(_alive):
-        prefetcher.close()
+def _stop_all() -> None:
+    prefetchers = list(_alive)
+    for prefetcher in prefetchers:
+        prefetcher._stop()
+    deadline = time.monotonic() + EXIT_WAIT_S
+    for prefetcher in prefetchers:
+        if not prefetcher._ended_within(max(0.0, deadline - time.monotonic())):
+            logger.warning("exiting: the %s thread is still busy and is left behind", prefetcher.stage)
+
+
+# The threads do not exist in a forked child, and their locks may be held for good.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_alive.clear)

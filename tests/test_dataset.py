@@ -302,7 +302,8 @@ rank, shards, store = int(sys.argv[1]), sys.argv[3:], sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 sys.path.insert(0, TESTS)
 from test_loader import FakeEncoder
-loader = bertstream.stream(shards, FakeEncoder(), shuffle=True, num_workers=rank, reading=bertstream.StreamConfig(lanes=5))
+reading = bertstream.StreamConfig(lanes=5)
+loader = bertstream.stream(shards, FakeEncoder(), shuffle=True, num_workers=rank, reading=reading)
 print(*(i for batch in loader for i in batch["id"].tolist()))
 dist.destroy_process_group()
 """

@@ -10,11 +10,11 @@ import itertools
 import json
 import os
 import pickle
-import subprocess
 import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -165,12 +165,13 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, ending: str) -
 
 def test_a_text_of_several_megabytes_is_read(tmp_path: Path) -> None:
     long = "wörter " * 500_000
-    for ending, data, options in [
+    cases: list[tuple[str, str | bytes, ReadOptions]] = [
         ("txt", long, LINES),
         ("jsonl", json.dumps({"text": long}), LINES),
         ("csv", f'text,b\n"{long}",1\n', LINES),
         ("tar", texts_tar(long), TAR),
-    ]:
+    ]
+    for ending, data, options in cases:
         assert texts(read(write(tmp_path / f"a.{ending}", data), options)) == [long]
 
 
@@ -242,6 +243,12 @@ def test_the_text_is_found_in_the_json_member_or_under_any_ending(tmp_path: Path
     assert texts(read(path, ReadOptions(text="de", fields=["sentence"]))) == ["außen"]
 
 
+def test_members_that_are_not_wanted_are_not_looked_at(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", tar_bytes([("k.cls", b"?"), ("k.txt", b"x"), ("k.id", b"7")]))
+    assert read(path, ReadOptions(text="txt", fields=["id"]))[0].fields == {"id": 7}
+    assert read_until_error(path, TAR)[1].field == "cls"
+
+
 def test_folders_hidden_files_and_meta_members_are_no_records(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -283,8 +290,8 @@ def test_nothing_in_a_tar_is_ever_run(tmp_path: Path) -> None:
 
 
 def test_a_tar_cut_anywhere_is_noticed(tmp_path: Path) -> None:
-    data = tar_bytes([(f"{i}.txt", b"x" * 700 * i) for i in range(3)])
-    end = data.rstrip(b"\0").__len__() // 512 * 512 + 512  # of the last member
+    data = tar_bytes([(f"{i}.json", json.dumps({"txt": "x" * 700 * i}).encode()) for i in range(3)])
+    end = len(data.rstrip(b"\0")) // 512 * 512 + 512  # of the last member
     whole = read(write(tmp_path / "a.tar", data), TAR)
     for size in [*range(1, end, 37), *range(512, end + 1, 512)]:
         for path, cut in [(tmp_path / "a.tar", data[:size]), (tmp_path / "a.tar.gz", gzip.compress(data[:size], 1))]:
@@ -292,6 +299,14 @@ def test_a_tar_cut_anywhere_is_noticed(tmp_path: Path) -> None:
             assert texts(records) == texts(whole)[: len(records)]
             assert "cut off" in str(error), (size, error)
             assert (error.path, error.index) == (str(path), len(records))
+
+
+def test_a_cut_inside_a_large_member_is_noticed_though_it_is_passed_over(tmp_path: Path) -> None:
+    data = tar_bytes([("a.txt", b"a"), ("b.txt", b"b"), ("b.bin", b"x" * 3_000_000)])
+    for path, cut in [(tmp_path / "a.tar", data[:2_000_000]), (tmp_path / "a.tar.gz", gzip.compress(data[:2_000_000]))]:
+        for options, skip in [(ReadOptions(text="txt", fields=[]), 0), (TAR, 2)]:
+            with pytest.raises(ShardError, match="cut off.* inside a member"):
+                list(read_records(Piece(write(path, cut)), options, skip=skip))
 
 
 @pytest.mark.parametrize("skip", [0, 1, 2])
@@ -334,6 +349,25 @@ def test_a_header_with_an_impossible_size_neither_hangs_nor_fills_the_memory(tmp
             list(read_records(Piece(write(tmp_path / "a.tar", data[:at] + header + data[at + 512 :])), TAR, skip=skip))
 
 
+def test_a_sparse_header_with_a_negative_size_does_not_hang(tmp_path: Path) -> None:
+    info = tarfile.TarInfo(".hidden")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, -1024
+    data = texts_tar("one")
+    _, error = read_until_error(
+        write(tmp_path / "a.tar", data[:2048] + info.tobuf(tarfile.GNU_FORMAT) + data[2048:]), TAR
+    )
+    assert "impossible size" in str(error)
+
+
+def test_a_global_header_is_never_cut_off_from_its_members(tmp_path: Path) -> None:
+    first, second = texts_tar("a", "b"), tar_bytes([("last.txt", b"x" * 9000)])
+    data = first[: 8 * 512] + tarfile.TarInfo.create_pax_global_header({"path": "renamed.txt"}) + second
+    path = write(tmp_path / "a.tar", data)
+    assert [record.key for record in read(path, TAR)] == ["000", "001", "renamed"]
+    for parts in range(2, 20):
+        assert everything(split_shard(path, parts), TAR) == read(path, TAR)
+
+
 @given(st.binary(max_size=3000), st.integers(0, 7000))
 def test_damaged_tars_end_in_shard_errors_only(tmp_path_factory: pytest.TempPathFactory, noise: bytes, at: int) -> None:
     data = bytearray(tar_bytes([("f" * 120 + "é.txt", b"x" * 600), ("b.txt", b""), ("b.json", b'{"a": 1}')]))
@@ -345,8 +379,6 @@ def test_damaged_tars_end_in_shard_errors_only(tmp_path_factory: pytest.TempPath
 
 
 def test_memory_stays_flat_over_many_members(tmp_path: Path) -> None:
-    import tracemalloc
-
     path = str(tmp_path / "a.tar")
     with webdataset.TarWriter(path) as writer:
         for i in range(4000):
@@ -590,6 +622,26 @@ def test_pieces_hold_the_records_of_the_whole(
         assert all(everything([piece], options) for piece in pieces)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        '"a"c,"d\ne",f\n',
+        'a\rb,"c\nd",e\n',
+        'a","b\n',
+        'a,b"\n',
+        '"a\0b\nc",d\n',
+        '"a ""b""\n\n",""""\n',
+        '"a"\r,"b\nc"\n',
+    ],
+)
+def test_rows_that_upset_the_parser_are_cut_where_it_takes_up_again(tmp_path: Path, row: str) -> None:
+    for ending in ("", '"never closed,\n1,2\n'):
+        path = write(tmp_path / "a.csv", "text,b\n" + 'good,"1\n2"\n' * 3 + row + 'good,"1\n2"\n' * 9 + ending)
+        whole = everything([Piece(path)], LINES)
+        for parts in range(2, 40):
+            assert everything(split_shard(path, parts), LINES) == whole
+
+
 @given(contents(), st.integers(1, 4), st.integers(0, 12))
 def test_skipping_is_dropping(
     tmp_path_factory: pytest.TempPathFactory, content: tuple[str, bytes], parts: int, skip: int
@@ -674,7 +726,7 @@ def test_a_negative_skip_is_refused(tmp_path: Path) -> None:
 def test_braces_globs_and_lists_mix(tmp_path: Path) -> None:
     for name in ("b-01.txt", "b-02.txt", "c2.txt", "c1.txt", "d.csv"):
         write(tmp_path / name, "x")
-    names = [f"{tmp_path}/b-{{01..02}}.txt", tmp_path / "d.csv", f"{tmp_path}/c?.txt"]
+    names: list[str | Path] = [f"{tmp_path}/b-{{01..02}}.txt", tmp_path / "d.csv", f"{tmp_path}/c?.txt"]
     expected = [str(tmp_path / name) for name in ("b-01.txt", "b-02.txt", "d.csv", "c1.txt", "c2.txt")]
     assert expand_shards(names) == expected
     assert expand_shards(tmp_path / "c*.txt") == expected[3:]
@@ -686,6 +738,7 @@ def test_a_file_whose_name_looks_like_a_pattern_is_taken_as_it_is(tmp_path: Path
     for name in ("a[1].txt", "{a,b}.txt"):
         path = write(tmp_path / name, "x")
         assert expand_shards(path) == [path]
+    assert expand_shards(f"{tmp_path}/{{a,a}}[1].txt") == [str(tmp_path / "a[1].txt")] * 2
 
 
 @pytest.mark.parametrize(
@@ -817,19 +870,28 @@ def test_a_command_that_fails_is_an_error_with_its_status(
     assert caught.value.index == index
 
 
-def children() -> set[str]:
-    """Process ids of this process's children, zombies included."""
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
-    return {line for line in listed.stdout.splitlines() if " ps " not in line}
+def processes() -> Iterator[tuple[int, int, bytes]]:
+    """(id, parent's id, command line) of every process, zombies included."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            parent = (folder / "stat").read_bytes().rpartition(b")")[2].split()[1]
+            yield int(folder.name), int(parent), (folder / "cmdline").read_bytes()
 
 
-@pytest.mark.parametrize("command", ["yes a # .txt", "yes a | cat # .txt", "echo a; sleep 1000; : .txt"])
+def children() -> set[int]:
+    return {process for process, parent, _ in processes() if parent == os.getpid()}
+
+
+@pytest.mark.parametrize("command", ["yes a # .txt", "yes a | cat # .txt", "echo a; sleep 4321.25; : .txt"])
 def test_a_pipe_that_is_left_early_is_ended_at_once(command: str) -> None:
     before, files = children(), open_files()
     records = piped(command)
     assert next(records).text == "a"
     started = time.monotonic()
     records.close()  # type: ignore[attr-defined]
+    while any(b"4321.25" in command for _, _, command in processes()):  # the shell's own child, which is not ours
+        assert time.monotonic() - started < 5
+        time.sleep(0.01)
     assert time.monotonic() - started < 5
     assert children() == before and open_files() == files
 
@@ -850,7 +912,7 @@ def test_files_are_closed_however_reading_ends(tmp_path: Path, name: str, ending
     path = write(tmp_path / (name if "." in name else "a.txt"), gzip.compress(data) if name.endswith("gz") else data)
     field = "txt" if ".tar" in name else "text"
     options = ReadOptions(text=field, fields=["none"] if ending == "missing field" else None, allow_pipe=True)
-    files, processes = open_files(), children()
+    files, before = open_files(), children()
     records = read_records(
         Piece(f"pipe:cat {path}" if name == "pipe" else path, stop=2 if ending == "stopped" else None), options
     )
@@ -863,7 +925,7 @@ def test_files_are_closed_however_reading_ends(tmp_path: Path, name: str, ending
             list(records)
     else:
         assert len(list(records)) == (2 if ending == "stopped" else 9)
-    assert open_files() == files and children() == processes
+    assert open_files() == files and children() == before
 
 
 def test_several_threads_read_at_once(tmp_path: Path) -> None:
