@@ -20,7 +20,7 @@ PACKAGE = ROOT / "bertstream"
 # Each module imports from rows above its own only.
 LAYERS = (
     ("errors",),
-    ("types", "distributed"),
+    ("types", "distributed", "tar"),
     ("shards", "tokenizer", "bucket", "pooling", "attention", "cuda", "prefetch"),
     ("dataset", "collate", "encoder", "cache"),
     ("loader", "module"),
