@@ -1,12 +1,20 @@
-"""The side stream on which the encoder runs; on the CPU the same calls do nothing special."""
+"""Copies to a device, and the side stream on which the encoder runs; on the CPU the same calls do nothing special."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+
+def to_device(data: npt.NDArray[Any] | Tensor, device: torch.device) -> Tensor:
+    """Host data as a tensor on a device; for the CPU the same memory. The CPU does not wait for what is queued there."""
+    tensor = data if isinstance(data, Tensor) else torch.from_numpy(data)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class SideStream:

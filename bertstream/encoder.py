@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Packing, probe_packing
+from .cuda import to_device
 from .distributed import local_rank
 from .errors import ConfigError, EncoderError
 from .pooling import mean_pool
@@ -264,8 +265,7 @@ class Encoder(nn.Module):
         return out.flatten(0, 1).index_select(0, self._to_device(places))
 
     def _to_device(self, array: Any) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return to_device(array, self.device)
 
     def _longest_text(self, tokenizer: Any) -> int:
         config: Any = self.model.config

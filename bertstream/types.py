@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .cuda import to_device
 from .errors import ConfigError
 
 Text: TypeAlias = str | list[str] | tuple[str, str]
@@ -246,10 +247,10 @@ class Embeddings:
         gather = np.lexsort((np.repeat(ranks, lengths), steps))
         device = self.values.device
         return PackedSequence(
-            self.values.index_select(0, _to_device(torch.from_numpy(gather), device)),
+            self.values.index_select(0, to_device(gather, device)),
             torch.from_numpy(np.bincount(steps)),
-            _to_device(torch.from_numpy(order), device),
-            _to_device(torch.from_numpy(ranks), device),
+            to_device(order, device),
+            to_device(ranks, device),
         )
 
     def as_layout(self, layout: Layout) -> Any:
@@ -302,7 +303,7 @@ class Embeddings:
         out = flat.new_full((len(self), longest), pad)
         steps = rows - self.tokens.cu_seqlens[texts[rows]]
         out[torch.from_numpy(texts[rows]), torch.from_numpy(steps)] = flat[torch.from_numpy(word_of_row[rows])]
-        return _to_device(out, self.values.device)
+        return to_device(out, self.values.device)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Embeddings:
         """The same batch with its tensors on another device; `lengths` stay on the CPU."""
@@ -319,11 +320,6 @@ class Embeddings:
     def _refuse_sentence(self, name: str) -> None:
         if self.output == "sentence":
             raise ConfigError(f"sentence output is one vector a text: use .vectors, not .{name}()")
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on a device; the CPU does not wait for what is queued there."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _numbers(row: Any, text: int) -> Tensor:

@@ -20,8 +20,9 @@ PACKAGE = ROOT / "bertstream"
 # Each module imports from rows above its own only.
 LAYERS = (
     ("errors",),
-    ("types", "distributed", "tar"),
-    ("shards", "tokenizer", "bucket", "pooling", "attention", "cuda", "prefetch"),
+    ("cuda", "distributed", "tar"),
+    ("types",),
+    ("shards", "tokenizer", "bucket", "pooling", "attention", "prefetch"),
     ("dataset", "collate", "encoder", "cache"),
     ("loader", "module"),
     ("cli", "integrations", "testing"),
