@@ -13,6 +13,7 @@ from .errors import (
     StateError,
 )
 from .loader import EmbeddingLoader, stream, wrap
+from .pooling import ScalarMix
 from .types import Embeddings, TokenBatch
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "Encoder",
     "EncoderError",
     "LoaderClosedError",
+    "ScalarMix",
     "ShardError",
     "StateError",
     "StreamConfig",

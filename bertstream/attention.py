@@ -1,7 +1,7 @@
 """Packed attention: several texts in one row, each attending to itself alone.
 
 transformers' encoders look their attention function up by name, so a packed forward needs no change to a model: this
-module registers one more name. The self-test in `probe_packing` decides which models may use it; a list of model
+module registers one more name. The self-test in `probe_batching` decides which models may use it; a list of model
 names would be wrong for somebody (several encoders accept the name and silently mix neighbouring texts).
 
 Shapes: N tokens in all, d size of one head.
@@ -10,9 +10,10 @@ Shapes: N tokens in all, d size of one head.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -129,16 +130,16 @@ def register() -> None:
 
 
 @dataclass(frozen=True)
-class PackingSupport:
-    """What the self-test found.
+class BatchingSupport:
+    """How the self-test found that texts may share a forward.
 
     Attributes:
-        packed: whether the model may run packed.
-        reason: why, or why not, in words with the error seen.
+        way: "packed" in one row; "padded" to the longest; "grouped", texts of equal length only.
+        reason: why, in words, with the errors seen.
         first_position: the position id of a text's first token (RoBERTa's family counts from padding_idx + 1).
     """
 
-    packed: bool
+    way: Literal["packed", "padded", "grouped"]
     reason: str
     first_position: int = 0
 
@@ -147,54 +148,84 @@ class PackingSupport:
 _PROBE_LENGTHS = np.array([5, 7, 11], np.int32)
 
 
-def probe_packing(model: nn.Module) -> PackingSupport:
-    """Run three short texts packed and one by one, and compare.
+def probe_batching(model: nn.Module, packed: bool | None = None) -> BatchingSupport:
+    """Run three short texts together and one by one, and compare.
 
-    The model is left with its packed attention if it passes, and with its own attention otherwise. It must be in eval
-    mode; its config is changed, so it must not be shared with the user.
+    The model is left with its packed attention if it passes packed, and with its own attention otherwise. It must be
+    in eval mode; its config is changed, so it must not be shared with the user.
 
+    Args:
+        model: a transformers encoder.
+        packed: True refuses a model that cannot be packed, False does not try.
     Returns:
-        The verdict. A model passes if no text is off by more than a relative L2 error of 1e-4 in float32; in half
-        precision by more than 8 times what separates its own eager attention from scaled_dot_product_attention.
+        The fastest way that is right. A way passes if no text is off by more than a relative L2 error of 1e-4 in
+        float32; in half precision by more than 8 times what separates the model's eager attention from
+        scaled_dot_product_attention.
+    Raises:
+        EncoderError: `packed` is True and packed texts do not come out as they do one by one.
     """
     register()
     config: Any = model.config
     parameter = next(model.parameters())
-    ids, start = [], 0
-    usable = range(max(16, config.vocab_size // 8), config.vocab_size)
-    for length in _PROBE_LENGTHS.tolist():
-        ids.append(torch.tensor([[usable[(start + 37 * i) % len(usable)] for i in range(length)]]))
-        start += len(usable) // 3
-    ids = [row.to(parameter.device) for row in ids]
     native = config._attn_implementation
+    ids = [row.to(parameter.device) for row in _probe_texts(config.vocab_size)]
+    reason = "packing was not asked for"
     with torch.inference_mode(False), torch.no_grad():
-        alone = [model(input_ids=row, attention_mask=torch.ones_like(row)).last_hidden_state[0].float() for row in ids]
-        if "position_ids" not in inspect.signature(model.forward).parameters:
-            return PackingSupport(False, f"{type(model).__name__} takes no position_ids, so positions cannot restart")
+        try:
+            alone = [model(input_ids=x, attention_mask=torch.ones_like(x)).last_hidden_state[0].float() for x in ids]
+        except RuntimeError as error:
+            raise EncoderError(
+                f"{type(model).__name__} does not run in {parameter.dtype} on {parameter.device}: {error}"
+            ) from error
         tolerance = 1e-4
         if parameter.dtype != torch.float32:
-            other = "eager" if native != "eager" else "sdpa"
-            tolerance = max(tolerance, 8 * _noise(model, ids, alone, native, other))
-        try:
-            model.set_attn_implementation(PACKED)  # type: ignore[operator]
-            errors = {first: _packed_error(model, ids, alone, first) for first in _first_positions(config)}
-        except Exception as error:  # whatever a model that cannot be packed does: the verdict says it
+            tolerance = max(tolerance, 8 * _noise(model, ids, alone, native, "sdpa" if native == "eager" else "eager"))
+        if packed is not False:
+            support = _try_packed(model, ids, alone, tolerance)
+            if support.way == "packed":
+                return support
             model.set_attn_implementation(native)  # type: ignore[operator]
-            return PackingSupport(False, f"the packed self-test raised {type(error).__name__}: {error}")
+            reason = support.reason
+            if packed:
+                raise EncoderError(f"{type(model).__name__} cannot run packed: {reason}; leave packed= out")
+        error = _padded_error(model, ids, alone)
+    if error <= tolerance:
+        return BatchingSupport("padded", f"{reason}; padded equals one by one ({error:.1e})")
+    return BatchingSupport(
+        "grouped", f"{reason}; padded differs from one by one (relative L2 error {error:.1e} > {tolerance:.0e})"
+    )
+
+
+def _probe_texts(vocab_size: int) -> list[Tensor]:
+    usable = range(max(16, vocab_size // 8), vocab_size)
+    return [
+        torch.tensor([[usable[(text * len(usable) // 3 + 37 * i) % len(usable)] for i in range(length)]])
+        for text, length in enumerate(_PROBE_LENGTHS.tolist())
+    ]
+
+
+def _try_packed(model: nn.Module, ids: list[Tensor], alone: list[Tensor], tolerance: float) -> BatchingSupport:
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return BatchingSupport("padded", f"{type(model).__name__} takes no position_ids, so positions cannot restart")
+    pad = getattr(model.config, "pad_token_id", None)
+    try:
+        model.set_attn_implementation(PACKED)  # type: ignore[operator]
+        errors = {
+            first: _packed_error(model, ids, alone, first) for first in sorted({0, 0 if pad is None else pad + 1})
+        }
+    except Exception as error:  # whatever a model that cannot be packed does: the verdict says it
+        return BatchingSupport("padded", f"the packed self-test raised {type(error).__name__}: {error}")
     first, worst = min(errors.items(), key=lambda item: item[1])
     if worst <= tolerance:
-        return PackingSupport(True, f"packed equals one by one (worst relative L2 error {worst:.1e})", first)
-    model.set_attn_implementation(native)  # type: ignore[operator]
-    return PackingSupport(False, f"packed differs from one by one (relative L2 error {worst:.1e} > {tolerance:.0e})")
+        return BatchingSupport("packed", f"packed equals one by one (worst relative L2 error {worst:.1e})", first)
+    return BatchingSupport(
+        "padded", f"packed differs from one by one (relative L2 error {worst:.1e} > {tolerance:.0e})"
+    )
 
 
-def _first_positions(config: Any) -> list[int]:
-    pad = getattr(config, "pad_token_id", None)
-    return [0] if pad is None else sorted({0, pad + 1})
-
-
-def _relative_error(found: Tensor, right: Tensor) -> float:
-    return float((found.float() - right).norm() / right.norm())
+def _worst_error(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    worst = max(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, right, strict=True))
+    return worst if worst == worst else float("inf")
 
 
 def _packed_error(model: nn.Module, ids: list[Tensor], alone: list[Tensor], first_position: int) -> float:
@@ -202,9 +233,17 @@ def _packed_error(model: nn.Module, ids: list[Tensor], alone: list[Tensor], firs
     positions = torch.cat([torch.arange(row.shape[1], device=device) for row in ids])[None] + first_position
     packing = Packing(_PROBE_LENGTHS, torch.from_numpy(cumulate(_PROBE_LENGTHS)).to(device))
     out = model(input_ids=torch.cat(ids, 1), position_ids=positions, packing=packing).last_hidden_state[0]
-    texts = out.split(_PROBE_LENGTHS.tolist())
-    worst = max(_relative_error(found, right) for found, right in zip(texts, alone, strict=True))
-    return worst if worst == worst else float("inf")
+    return _worst_error(out.split(_PROBE_LENGTHS.tolist()), alone)
+
+
+def _padded_error(model: nn.Module, ids: list[Tensor], alone: list[Tensor]) -> float:
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    longest = int(_PROBE_LENGTHS.max())
+    padded = torch.cat([nn.functional.pad(row, (0, longest - row.shape[1]), value=pad) for row in ids])
+    steps = torch.arange(longest, device=padded.device)
+    mask = (steps < torch.tensor(_PROBE_LENGTHS, device=padded.device)[:, None]).long()
+    out = model(input_ids=padded, attention_mask=mask).last_hidden_state
+    return _worst_error([row[:length] for row, length in zip(out, _PROBE_LENGTHS.tolist(), strict=True)], alone)
 
 
 def _noise(model: nn.Module, ids: list[Tensor], alone: list[Tensor], native: str, other: str) -> float:
@@ -216,4 +255,4 @@ def _noise(model: nn.Module, ids: list[Tensor], alone: list[Tensor], native: str
         return 1e-3
     finally:
         model.set_attn_implementation(native)  # type: ignore[operator]
-    return max(_relative_error(a, b) for a, b in zip(found, alone, strict=True))
+    return _worst_error(found, alone)

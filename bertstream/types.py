@@ -19,11 +19,12 @@ from torch.nn.utils.rnn import PackedSequence
 from .cuda import to_device
 from .errors import ConfigError
 
-Text: TypeAlias = str | list[str] | tuple[str, str]
-"""One text: a string, a list of words, or a pair of strings."""
+Text: TypeAlias = str | list[str] | tuple[str, str] | tuple[list[str], list[str]]
+"""One text: a string, a list of words, or a pair of either."""
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
-Output: TypeAlias = Literal["tokens", "sentence"]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+Output: TypeAlias = Literal["tokens", "words", "sentence"]
 Layout: TypeAlias = Literal["padded", "nested", "packed_sequence", "flat"]
 
 
@@ -50,20 +51,28 @@ class Record:
 class TokenizedText:
     """The token ids of one text, special tokens included.
 
+    A text that is longer than the model takes may come as several windows, one after the other, which overlap.
+
     Attributes:
         input_ids: [L] int32.
+        special: [L] bool, the special tokens that frame a text; None for none.
         token_type_ids: [L] int32, the segment of each token in a pair of texts; None for a single text.
         word_ids: [L] int32, the word each token belongs to, -1 for special tokens; None unless the text was a list of
-            words.
+            words. Words of a pair are counted through both.
         num_words: how many words the text had, those that were cut included; 0 unless it was a list of words.
         cut_tokens: how many tokens truncation dropped.
+        window_lengths: [W] int32, the tokens of each window; None for a single one.
+        owned: [L] bool, the tokens whose vectors are used, each of the text's tokens in one window; None for all.
     """
 
     input_ids: Int32Array
+    special: BoolArray | None = None
     token_type_ids: Int32Array | None = None
     word_ids: Int32Array | None = None
     num_words: int = 0
     cut_tokens: int = 0
+    window_lengths: Int32Array | None = None
+    owned: BoolArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,44 +101,57 @@ class TokenBatch:
     Attributes:
         input_ids: [N] int32, the texts one after the other.
         cu_seqlens: [B + 1] int32; text i owns tokens cu_seqlens[i]:cu_seqlens[i + 1].
+        special: [N] bool, the special tokens that frame texts; None where there are none.
         token_type_ids: [N] int32 segment ids, or None where every text is a single one.
         word_ids: [N] int32, the word of each token, -1 for none; None where no text is a list of words.
         num_words: [B] int32, words of each text, those that were cut included.
         cut_tokens: [B] int32, tokens of each text that truncation dropped.
+        window_lengths: [W] int32, tokens of each window of each text, W >= B; None where every text is one window.
+        owned: [N] bool, the tokens whose vectors are used, where windows overlap; None for all.
         fields: the records' other fields by name, one entry a text: an array [B] of numbers, or a list.
         cursor: the stream's place after this batch; None for a batch that no stream made.
     """
 
     input_ids: Int32Array
     cu_seqlens: Int32Array
+    special: BoolArray | None
     token_type_ids: Int32Array | None
     word_ids: Int32Array | None
     num_words: Int32Array
     cut_tokens: Int32Array
+    window_lengths: Int32Array | None = None
+    owned: BoolArray | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     cursor: Cursor | None = None
 
     @classmethod
     def from_texts(cls, texts: Sequence[TokenizedText]) -> TokenBatch:
-        """Lay texts out one after the other. A text without segment or word ids gets 0 or -1 where others have them."""
-        lengths = np.fromiter((len(text.input_ids) for text in texts), np.int64, len(texts))
-        cu_seqlens = cumulate(lengths)
+        """Lay texts out one after the other; what a text lacks and others have is filled in."""
+        lengths = np.fromiter((len(text.input_ids) for text in texts), np.int32, len(texts))
 
-        def lay_out(name: str, absent: int) -> Int32Array | None:
-            parts: list[Int32Array | None] = [getattr(text, name) for text in texts]
+        def lay_out(name: str, absent: Any) -> Any:
+            parts = [getattr(text, name) for text in texts]
             if all(part is None for part in parts):
                 return None
-            filled = [
-                np.full(length, absent, np.int32) if part is None else part
-                for part, length in zip(parts, lengths, strict=True)
-            ]
+            filled = [np.full(n, absent) if part is None else part for part, n in zip(parts, lengths, strict=True)]
             return np.concatenate(filled)
 
+        windows = None
+        if any(text.window_lengths is not None for text in texts):
+            windows = np.concatenate(
+                [
+                    lengths[i : i + 1] if text.window_lengths is None else text.window_lengths
+                    for i, text in enumerate(texts)
+                ]
+            )
         return cls(
             input_ids=np.concatenate([text.input_ids for text in texts]) if texts else np.zeros(0, np.int32),
-            cu_seqlens=cu_seqlens,
-            token_type_ids=lay_out("token_type_ids", 0),
-            word_ids=lay_out("word_ids", -1),
+            cu_seqlens=cumulate(lengths),
+            special=lay_out("special", False),
+            token_type_ids=lay_out("token_type_ids", np.int32(0)),
+            word_ids=lay_out("word_ids", np.int32(-1)),
+            window_lengths=windows,
+            owned=lay_out("owned", True),
             num_words=np.fromiter((text.num_words for text in texts), np.int32, len(texts)),
             cut_tokens=np.fromiter((text.cut_tokens for text in texts), np.int32, len(texts)),
         )
@@ -159,11 +181,16 @@ class Embeddings:
     It owns its tensors; on CUDA they are safe to use on the stream that was current when the batch was handed out.
 
     Attributes:
-        values: [N, H] one row a token, texts one after the other, or [B, H] one row a text for sentence output.
+        values: [N, H] one row a token or a word, texts one after the other, or [B, H] one row a text for sentence
+            output; [N, K, H] where K layers are stacked.
         cu_seqlens: [B + 1] int32, device of `values`; text i owns rows cu_seqlens[i]:cu_seqlens[i + 1].
         lengths: [B] int64 on the CPU, rows of each text (what `pack_padded_sequence` asks for).
         tokens: the texts as tokens, on the host.
-        output: "tokens" or "sentence": what a row stands for.
+        output: "tokens", "words" or "sentence": what a row stands for.
+        word_ids: [N] int32 on the host, the word of each row, -1 where a row stands for none or for a word that was
+            cut; None where no text is a list of words.
+        present: [N] bool, device of `values`: False for a word without a vector, because it was cut or no token stands
+            for it (a blank, say); its row is zeros. None where every row has a vector.
     """
 
     values: Tensor
@@ -171,6 +198,8 @@ class Embeddings:
     lengths: Tensor
     tokens: TokenBatch
     output: Output
+    word_ids: Int32Array | None = None
+    present: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -205,17 +234,17 @@ class Embeddings:
         """Every text filled up with zeros to the longest.
 
         Returns:
-            [B, T, H] in the dtype of `values`, and the mask [B, T] bool, True where a row is real.
+            [B, T, H] in the dtype of `values`, and the mask [B, T] bool, True where a text has a row.
         """
         self._refuse_sentence("padded")
-        device, (total, size) = self.values.device, self.values.shape
+        device, total, sizes = self.values.device, len(self.values), self.values.shape[1:]
         longest = int(self.lengths.max()) if len(self) else 0
         lengths = self.cu_seqlens.diff()
         # Device arithmetic alone, so that the CPU never waits for the vectors.
         texts = torch.arange(len(self), device=device).repeat_interleave(lengths, output_size=total)
         rows = torch.arange(total, device=device) - self.cu_seqlens[texts] + texts * longest
-        flat = self.values.new_zeros(len(self) * longest, size).index_copy_(0, rows, self.values)
-        return flat.view(len(self), longest, size), torch.arange(longest, device=device) < lengths[:, None]
+        flat = self.values.new_zeros(len(self) * longest, *sizes).index_copy_(0, rows, self.values)
+        return flat.view(len(self), longest, *sizes), torch.arange(longest, device=device) < lengths[:, None]
 
     def nested(self) -> Tensor:
         """A jagged nested tensor [B, j, H] over the same memory."""
@@ -267,9 +296,9 @@ class Embeddings:
     def align(self, tags: Sequence[Sequence[float] | Tensor], pad: float = -100) -> Tensor:
         """Lay one number a word out as the vectors are.
 
-        A word of several tokens gives its number to its first token; the others, the special tokens and the padding
-        get `pad` (what `F.cross_entropy` ignores). Numbers of words that truncation cut, and of words without any token
-        (a blank, say), have no row and are dropped.
+        Word output: each word's row gets its number. Token output: a word gives its number to its first token; the
+        others and the special tokens get `pad` (what `F.cross_entropy` ignores), as does the padding. Numbers of words
+        that truncation cut are dropped, and in token output those of words without any token (a blank, say) too.
 
         Args:
             tags: for each text, one number a word of the text as it was given.
@@ -280,7 +309,7 @@ class Embeddings:
             ConfigError: the texts were not lists of words, or a text has another count of words than of tags.
         """
         self._refuse_sentence("align")
-        word_ids = self.tokens.word_ids
+        word_ids = self.word_ids
         if word_ids is None:
             raise ConfigError("align needs texts that are lists of words; these were plain strings")
         if len(tags) != len(self):
@@ -295,13 +324,13 @@ class Embeddings:
         flat = torch.cat([row for row in rows_of_tags if len(row)] or [torch.zeros(0, dtype=torch.int64)])
         whole = not flat.is_floating_point() and float(pad).is_integer()
         flat = flat.to(torch.int64 if whole else torch.float32)
-        texts = np.repeat(np.arange(len(self)), self.tokens.lengths)
+        lengths = self.lengths.numpy()
+        texts = np.repeat(np.arange(len(self)), lengths)
         word_of_row = np.where(word_ids < 0, -1, word_ids + (np.cumsum(counts) - counts)[texts])
         first = word_of_row != np.concatenate([[-1], word_of_row[:-1]])
         rows = np.flatnonzero(first & (word_of_row >= 0))
-        longest = int(self.lengths.max()) if len(self) else 0
-        out = flat.new_full((len(self), longest), pad)
-        steps = rows - self.tokens.cu_seqlens[texts[rows]]
+        out = flat.new_full((len(self), lengths.max(initial=0)), pad)
+        steps = rows - (np.cumsum(lengths) - lengths)[texts[rows]]
         out[torch.from_numpy(texts[rows]), torch.from_numpy(steps)] = flat[torch.from_numpy(word_of_row[rows])]
         return to_device(out, self.values.device)
 

