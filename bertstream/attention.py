@@ -188,11 +188,11 @@ def probe_batching(model: nn.Module, packed: bool | None = None) -> BatchingSupp
             reason = support.reason
             if packed:
                 raise EncoderError(f"{type(model).__name__} cannot run packed: {reason}; leave packed= out")
-        error = _padded_error(model, ids, alone)
-    if error <= tolerance:
-        return BatchingSupport("padded", f"{reason}; padded equals one by one ({error:.1e})")
+        worst = _padded_error(model, ids, alone)
+    if worst <= tolerance:
+        return BatchingSupport("padded", f"{reason}; padded equals one by one ({worst:.1e})")
     return BatchingSupport(
-        "grouped", f"{reason}; padded differs from one by one (relative L2 error {error:.1e} > {tolerance:.0e})"
+        "grouped", f"{reason}; padded differs from one by one (relative L2 error {worst:.1e} > {tolerance:.0e})"
     )
 
 

@@ -250,11 +250,7 @@ class Encoder(nn.Module):
         values = self._picked(combine_layers(layers, self.combine), kept)
         pooled = pool_runs(values, self._to_device(cumulate(counts)), cast(WordPooling, self.pooling[0]))
         numbers = _steps(batch.num_words)
-        # Words behind the last that has a token, in a text that was cut, are the ones that were cut.
-        reached = np.zeros(len(batch), np.int32)
-        np.maximum.at(reached, texts[kept], word_ids[kept] + 1)
-        cut = (batch.cut_tokens > 0)[np.repeat(np.arange(len(batch)), batch.num_words)]
-        cut &= numbers >= np.repeat(reached, batch.num_words)
+        cut = numbers >= np.repeat(batch.num_words - batch.cut_words, batch.num_words)
         present = self._to_device(counts > 0)
         word_of_row = np.where(cut, -1, numbers).astype(np.int32)
         return self._embeddings(pooled, batch.num_words, batch, word_ids=word_of_row, present=present)
@@ -389,6 +385,11 @@ class Encoder(nn.Module):
             texts = np.flatnonzero(batch.lengths > longest)
             message = f"text {texts[0]} has {batch.lengths[texts[0]]} tokens, the model takes {longest}"
             raise EncoderError(message, records=texts.tolist())
+        if not self.special_tokens and batch.special is None and batch.num_tokens:
+            raise EncoderError(
+                "special_tokens=False needs texts, or tokens of this encoder's own tokenizer: in ids that are padded "
+                "already special tokens cannot be told apart"
+            )
         if self.output == "words" and batch.word_ids is None and batch.num_tokens:
             raise EncoderError(
                 "word vectors need texts as lists of words, or strings tokenized by this encoder's own tokenizer"

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, TypeVar, get_args
 
 import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
 
 from .collate import Place, as_places, as_tensors, get_place, put_places
@@ -43,7 +44,8 @@ def wrap(
     Args:
         loader: a DataLoader, or any iterable of batches: dicts, tuples, lists, namedtuples or dataclasses that hold
             texts, or bare lists of texts. Texts are strings or lists of words; where a `TokenCollate` has tokenized
-            them already, they are taken so.
+            them already, they are taken so. Padded `input_ids` [B, T] are taken in a dict that has their
+            `attention_mask` (and `token_type_ids`, for pairs) beside them.
         encoder: what turns them into vectors.
         text: the key, position or attribute of the texts, or several; None where a batch is the bare texts.
         into: where the vectors go instead (a new key of a dict), one for each of `text`; the texts then stay.
@@ -140,6 +142,7 @@ class _Counts:
     texts: int = 0
     tokens: int = 0
     cut_texts: int = 0
+    cut_words: int = 0
     cut_tokens: int = 0
     read_s: float = 0.0
     tokenize_s: float = 0.0
@@ -254,7 +257,8 @@ class EmbeddingLoader:
     def stats(self) -> dict[str, float]:
         """What passed through since the loader was made.
 
-        `epochs`, `batches`, `texts` and `tokens` were handed out; `cut_texts` and `cut_tokens` of them were truncated.
+        `epochs`, `batches`, `texts` and `tokens` were handed out; `cut_texts` of them were truncated, by `cut_words`
+        (known where texts are lists of words) and `cut_tokens` in all.
         Seconds: `read_s` waiting for the wrapped loader or the shards, `tokenize_s`, `encode_s` (on CUDA: queueing),
         `room_wait_s` the worker waiting because it was far enough ahead, `consumer_wait_s` the training loop waiting
         for a batch. `peak_ahead_tokens` is the most that was waiting, encoded, to be handed out. Times of the worker
@@ -319,9 +323,11 @@ class EmbeddingLoader:
         texts = self._counts.cut_texts - before.cut_texts
         if texts:
             logger.warning(
-                "truncation cut %d of %d texts in this epoch by %d tokens in all: the model takes no longer ones",
+                "truncation cut %d of %d texts in this epoch, by %d words and %d tokens in all: overflow='windows' "
+                "keeps them",
                 texts,
                 self._counts.texts - before.texts,
+                self._counts.cut_words - before.cut_words,
                 self._counts.cut_tokens - before.cut_tokens,
             )
 
@@ -373,14 +379,16 @@ class EmbeddingLoader:
         found = {place: batch if place is None else get_place(batch, place) for place in places}
         started = time.perf_counter()
         out = {
-            place: texts if isinstance(texts, TokenBatch) else self._tokenized(texts, place)
+            place: texts if isinstance(texts, TokenBatch) else self._tokenized(texts, place, batch)
             for place, texts in found.items()
         }
         self._counts.tokenize_s += time.perf_counter() - started
         return out
 
-    def _tokenized(self, texts: Any, place: Place | None) -> TokenBatch:
+    def _tokenized(self, texts: Any, place: Place | None, batch: Any) -> TokenBatch:
         where = "the batch" if place is None else f"text={place!r}"
+        if isinstance(texts, Tensor) and isinstance(batch, Mapping) and "attention_mask" in batch:
+            return TokenBatch.from_padded(texts, batch["attention_mask"], batch.get("token_type_ids"))
         if isinstance(texts, Mapping) and place is None:
             raise ConfigError(f"a batch is a {type(texts).__name__}: name its text, text= one of {list(texts)}")
         if not isinstance(texts, Sequence) or isinstance(texts, str):
@@ -403,6 +411,7 @@ class EmbeddingLoader:
             counts.texts += len(embeddings)
             counts.tokens += embeddings.tokens.num_tokens
             counts.cut_texts += int((embeddings.tokens.cut_tokens > 0).sum())
+            counts.cut_words += int(embeddings.tokens.cut_words.sum())
             counts.cut_tokens += int(embeddings.tokens.cut_tokens.sum())
         return self._with_vectors(item.batch, item.embeddings)
 

@@ -168,6 +168,40 @@ class TokenBatch:
         """Tokens in all, special tokens included."""
         return len(self.input_ids)
 
+    @classmethod
+    def from_padded(cls, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> TokenBatch:
+        """Data that is tokenized already, padded on either side.
+
+        Args:
+            input_ids: [B, T] integers.
+            attention_mask: [B, T], other than 0 where a token is real.
+            token_type_ids: [B, T] segment ids, or None.
+        Raises:
+            ConfigError: the shapes differ.
+        """
+        real = attention_mask != 0
+        shapes = [list(part.shape) for part in (input_ids, attention_mask, token_type_ids) if part is not None]
+        if input_ids.dim() != 2 or any(shape != shapes[0] for shape in shapes):
+            raise ConfigError(f"padded ids, their mask and their segment ids are one [B, T]; these are {shapes}")
+        nothing = np.zeros(len(input_ids), np.int32)
+        return cls(
+            input_ids=input_ids[real].cpu().numpy().astype(np.int32),
+            cu_seqlens=cumulate(real.sum(1).cpu().numpy()),
+            special=None,
+            token_type_ids=None if token_type_ids is None else token_type_ids[real].cpu().numpy().astype(np.int32),
+            word_ids=None,
+            num_words=nothing,
+            cut_tokens=nothing,
+        )
+
+    @property
+    def cut_words(self) -> Int32Array:
+        """[B] int32, words of each text that truncation cut whole: those behind the last one that has a token."""
+        reached = np.zeros(len(self), np.int32)
+        if self.word_ids is not None:
+            np.maximum.at(reached, np.repeat(np.arange(len(self)), self.lengths), self.word_ids + 1)
+        return np.where(self.cut_tokens > 0, self.num_words - reached, 0).astype(np.int32)
+
     @property
     def lengths(self) -> Int32Array:
         """[B] int32, tokens of each text."""
