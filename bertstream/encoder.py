@@ -250,9 +250,10 @@ class Encoder(nn.Module):
         values = self._picked(combine_layers(layers, self.combine), kept)
         pooled = pool_runs(values, self._to_device(cumulate(counts)), cast(WordPooling, self.pooling[0]))
         numbers = _steps(batch.num_words)
-        cut = numbers >= np.repeat(batch.num_words - batch.cut_words, batch.num_words)
         present = self._to_device(counts > 0)
-        word_of_row = np.where(cut, -1, numbers).astype(np.int32)
+        word_of_row = numbers.astype(np.int32)
+        if batch.words_cut is not None:
+            word_of_row[batch.words_cut] = -1
         return self._embeddings(pooled, batch.num_words, batch, word_ids=word_of_row, present=present)
 
     def _sentences(self, layers: list[Tensor], batch: TokenBatch) -> Embeddings:

@@ -7,6 +7,7 @@ loses its threads in the child.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -19,6 +20,8 @@ from .types import BoolArray, Int32Array, Text, TokenBatch, TokenizedText
 
 Overflow: TypeAlias = Literal["error", "truncate", "windows"]
 Split: TypeAlias = Callable[[str], Sequence[str]]
+
+_BLANK_BEGINS_WORDS = re.compile(r"ByteLevel\(add_prefix_space=False|prepend_scheme=never")
 
 
 class TextTokenizer:
@@ -66,7 +69,9 @@ class TextTokenizer:
         self.split = split
         self.segments = segments
         # Such a tokenizer knows that a word begins by the blank before it: without one, a list's words would be glued.
-        self._blank_before_words = "ByteLevel(add_prefix_space=False" in repr(backend.pre_tokenizer)
+        # A blank before one of its added tokens would be a token of its own.
+        self._blank_before_words = _BLANK_BEGINS_WORDS.search(repr(backend.pre_tokenizer)) is not None
+        self._no_blank_before = (" ", *(token.content for token in backend.get_added_tokens_decoder().values()))
         self._json: str = backend.to_str()
         self._built: tuple[int, Any] | None = None
 
@@ -92,7 +97,7 @@ class TextTokenizer:
         backend = self._backend()
         parts = [_parts(text, i) for i, text in enumerate(texts)]
         if self.split is not None:
-            parts = [[list(self.split(p)) if isinstance(p, str) else p for p in text] for text in parts]
+            parts = [[self._words(part, i) for part in text] for i, text in enumerate(parts)]
         out: list[TokenizedText | None] = [None] * len(texts)
         for in_words in (False, True):
             places = [i for i, text in enumerate(parts) if isinstance(text[0], list) is in_words]
@@ -123,10 +128,19 @@ class TextTokenizer:
             self._built = (os.getpid(), backend)
         return self._built[1]
 
+    def _words(self, part: str | list[str], place: int) -> list[str]:
+        if isinstance(part, list):
+            return part
+        assert self.split is not None
+        words = self.split(part)
+        if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+            raise ConfigError(f"split made {_shortened(words)} of text {place}: it must give a list of words")
+        return list(words)
+
     def _marked(self, part: str | list[str]) -> str | list[str]:
         if isinstance(part, str) or not self._blank_before_words:
             return part
-        return [f" {word}" if word and word[0] != " " else word for word in part]
+        return [f" {word}" if word and not word.startswith(self._no_blank_before) else word for word in part]
 
     def _text(self, encoding: Any, parts: list[Any], place: int) -> TokenizedText:
         in_words = isinstance(parts[0], list)
@@ -153,70 +167,64 @@ class TextTokenizer:
             )
         sequence_ids = _or_minus_one(encoding.sequence_ids)
         if self.overflow == "truncate":
-            out = _picked(out, _kept(sequence_ids, self.max_length))
-            out.cut_tokens = length - self.max_length
-            return out
+            kept = _picked(out, _kept(sequence_ids, self.max_length))
+            kept.cut_tokens = length - self.max_length
+            if in_words:
+                kept.words_cut = _has_token(out) & ~_has_token(kept)
+            return kept
         return self._windowed(out, sequence_ids, place)
 
     def _windowed(self, text: TokenizedText, sequence_ids: Int32Array, place: int) -> TokenizedText:
         """The text as windows: each repeats what does not slide, special tokens and a pair's first text."""
-        slides = sequence_ids == sequence_ids.max(initial=0)
-        content = np.flatnonzero(slides)
-        room = self.max_length - (len(slides) - len(content))
+        content = np.flatnonzero(sequence_ids == sequence_ids.max())  # neighbours, and more than fit into one window
+        before, after = np.arange(content[0]), np.arange(content[-1] + 1, len(sequence_ids))
+        room = self.max_length - len(before) - len(after)
         if room <= self.stride:
             raise EncoderError(
-                f"text {place}: its first text leaves {room} tokens of a window to the second, and windows overlap by "
-                f"stride={self.stride}",
+                f"text {place}: beside its first text a window has room for {max(room, 0)} tokens of the second, and "
+                f"windows overlap by stride={self.stride}",
                 records=(place,),
             )
         count = len(content)
         # The last window is as full as the others: the tokens at the end see as much before them as any.
         starts = np.minimum(np.arange(0, count - self.stride, room - self.stride), count - room)
-        words = np.arange(count) if text.word_ids is None else text.word_ids[content]
-        owner = _owners(words, starts, room)
-        picked, owned = [], []
-        for window, start in enumerate(starts.tolist()):
-            inside = ~slides
-            inside[content[start : start + room]] = True
-            tokens = np.flatnonzero(inside)
-            mine = np.zeros(len(slides), bool)
-            mine[content] = owner == window
-            # What is repeated belongs to the first window, but what ends the text to the last.
-            before = np.arange(len(slides)) < content[0]
-            mine |= ~slides & (before if window == 0 else False)
-            mine |= ~slides & (~before if window == len(starts) - 1 else False)
-            picked.append(tokens)
-            owned.append(mine[tokens])
-        out = _picked(text, np.concatenate(picked))
-        out.window_lengths = np.fromiter(map(len, picked), np.int32, len(picked))
-        out.owned = np.concatenate(owned)
+        inside = starts[:, None] + np.arange(room)
+        windows = np.arange(len(starts))[:, None]
+        owner = _owners(np.arange(count) if text.word_ids is None else text.word_ids[content], starts, room)
+
+        def side_by_side(*parts: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return np.concatenate([np.broadcast_to(x, (len(starts), x.shape[-1])) for x in parts], 1).ravel()
+
+        out = _picked(text, side_by_side(before, content[inside], after))
+        out.window_lengths = np.full(len(starts), self.max_length, np.int32)
+        # What is repeated belongs to the first window, but what ends the text to the last.
+        first, last = windows == 0, windows == len(starts) - 1
+        out.owned = side_by_side(first.repeat(len(before), 1), owner[inside] == windows, last.repeat(len(after), 1))
         return out
 
 
 def _owners(words: npt.NDArray[Any], starts: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
-    """[n] which window each sliding token's vector is taken from, all tokens of a word from the same one.
+    """Which window each sliding token's vector is taken from.
 
-    That is the window in which the word stands farthest from an edge where the text goes on beyond it; one that holds
-    the whole word comes before all that do not.
+    That is the one in which its word stands farthest from an edge beyond which the text goes on, the earlier of two
+    that are as good. A word's tokens have one owner, unless no window holds the word whole: then each has its own.
+
+    Args:
+        words: [n] the word of each token, ascending.
+        starts: [W] the first token of each window, ascending, from 0 to n - room.
+        room: tokens of each window.
+    Returns:
+        [n] ascending, so that owned tokens keep their order.
     """
-    count = len(words)
-    first = np.concatenate([[0], np.flatnonzero(np.diff(words)) + 1]) if count else np.zeros(0, np.int64)
-    last = np.append(first[1:], count) - 1
-    best = np.zeros(len(first), np.int64)
-    margin = np.full(len(first), np.iinfo(np.int64).min)
-    # Only a few windows hold a word: the one that begins last before it, and its neighbours by overlap.
-    newest = np.searchsorted(starts, first, side="right") - 1
-    for back in range(int(np.ceil(room / max(1, np.diff(starts).min(initial=room)))) + 1):
-        window = newest - back
-        valid = window >= 0
-        start = starts[np.maximum(window, 0)]
-        end = start + room - 1
-        left = np.where(start == 0, count, first - start)
-        right = np.where(end >= count - 1, count, end - last)
-        found = np.where(valid, np.minimum(left, right), np.iinfo(np.int64).min)
-        better = found > margin
-        best[better], margin[better] = window[better], found[better]
-    return np.repeat(best, last - first + 1)
+    # Window i + 1 beats window i for a word whose middle lies behind the middle of both taken together. That is also
+    # so at the text's ends, where an edge does not count: there the other edge alone decides, at the same point.
+    middles = starts[:-1] + starts[1:] + room - 1
+    first = np.flatnonzero(np.diff(words, prepend=-1))
+    last = np.append(first[1:], len(words)) - 1
+    owner = np.searchsorted(middles, first + last)
+    whole = (starts[owner] <= first) & (last < starts[owner] + room)
+    by_token = np.searchsorted(middles, 2 * np.arange(len(words)))
+    return np.where(np.repeat(whole, last - first + 1), np.repeat(owner, last - first + 1), by_token)
 
 
 def _picked(text: TokenizedText, tokens: npt.NDArray[Any]) -> TokenizedText:
@@ -232,6 +240,14 @@ def _picked(text: TokenizedText, tokens: npt.NDArray[Any]) -> TokenizedText:
         word_ids=pick(text.word_ids),
         num_words=text.num_words,
     )
+
+
+def _has_token(text: TokenizedText) -> BoolArray:
+    """[num_words] which words have a token."""
+    found = np.zeros(text.num_words, bool)
+    if text.word_ids is not None:
+        found[text.word_ids[text.word_ids >= 0]] = True
+    return found
 
 
 def _kept(sequence_ids: Int32Array, max_length: int) -> BoolArray:

@@ -6,7 +6,7 @@ Shapes: B texts, T tokens of the longest text, N tokens in all, H hidden size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
@@ -61,6 +61,7 @@ class TokenizedText:
             words. Words of a pair are counted through both.
         num_words: how many words the text had, those that were cut included; 0 unless it was a list of words.
         cut_tokens: how many tokens truncation dropped.
+        words_cut: [num_words] bool, the words that truncation left without a token; None where none was cut.
         window_lengths: [W] int32, the tokens of each window; None for a single one.
         owned: [L] bool, the tokens whose vectors are used, each of the text's tokens in one window; None for all.
     """
@@ -71,6 +72,7 @@ class TokenizedText:
     word_ids: Int32Array | None = None
     num_words: int = 0
     cut_tokens: int = 0
+    words_cut: BoolArray | None = None
     window_lengths: Int32Array | None = None
     owned: BoolArray | None = None
 
@@ -106,6 +108,7 @@ class TokenBatch:
         word_ids: [N] int32, the word of each token, -1 for none; None where no text is a list of words.
         num_words: [B] int32, words of each text, those that were cut included.
         cut_tokens: [B] int32, tokens of each text that truncation dropped.
+        words_cut: [sum of num_words] bool, the words that truncation left without a token; None where none was cut.
         window_lengths: [W] int32, tokens of each window of each text, W >= B; None where every text is one window.
         owned: [N] bool, the tokens whose vectors are used, where windows overlap; None for all.
         fields: the records' other fields by name, one entry a text: an array [B] of numbers, or a list.
@@ -119,6 +122,7 @@ class TokenBatch:
     word_ids: Int32Array | None
     num_words: Int32Array
     cut_tokens: Int32Array
+    words_cut: BoolArray | None = None
     window_lengths: Int32Array | None = None
     owned: BoolArray | None = None
     fields: dict[str, Any] = field(default_factory=dict)
@@ -128,12 +132,13 @@ class TokenBatch:
     def from_texts(cls, texts: Sequence[TokenizedText]) -> TokenBatch:
         """Lay texts out one after the other; what a text lacks and others have is filled in."""
         lengths = np.fromiter((len(text.input_ids) for text in texts), np.int32, len(texts))
+        num_words = np.fromiter((text.num_words for text in texts), np.int32, len(texts))
 
-        def lay_out(name: str, absent: Any) -> Any:
+        def lay_out(name: str, absent: Any, sizes: Int32Array = lengths) -> Any:
             parts = [getattr(text, name) for text in texts]
             if all(part is None for part in parts):
                 return None
-            filled = [np.full(n, absent) if part is None else part for part, n in zip(parts, lengths, strict=True)]
+            filled = [np.full(n, absent) if part is None else part for part, n in zip(parts, sizes, strict=True)]
             return np.concatenate(filled)
 
         windows = None
@@ -152,8 +157,9 @@ class TokenBatch:
             word_ids=lay_out("word_ids", np.int32(-1)),
             window_lengths=windows,
             owned=lay_out("owned", True),
-            num_words=np.fromiter((text.num_words for text in texts), np.int32, len(texts)),
+            num_words=num_words,
             cut_tokens=np.fromiter((text.cut_tokens for text in texts), np.int32, len(texts)),
+            words_cut=lay_out("words_cut", False, num_words),
         )
 
     def __len__(self) -> int:
@@ -196,11 +202,10 @@ class TokenBatch:
 
     @property
     def cut_words(self) -> Int32Array:
-        """[B] int32, words of each text that truncation cut whole: those behind the last one that has a token."""
-        reached = np.zeros(len(self), np.int32)
-        if self.word_ids is not None:
-            np.maximum.at(reached, np.repeat(np.arange(len(self)), self.lengths), self.word_ids + 1)
-        return np.where(self.cut_tokens > 0, self.num_words - reached, 0).astype(np.int32)
+        """[B] int32, how many words of each text truncation left without a token."""
+        if self.words_cut is None:
+            return np.zeros(len(self), np.int32)
+        return np.diff(cumulate(self.words_cut)[cumulate(self.num_words)])
 
     @property
     def lengths(self) -> Int32Array:
@@ -370,15 +375,15 @@ class Embeddings:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Embeddings:
         """The same batch with its tensors on another device; `lengths` stay on the CPU."""
-        return dataclasses.replace(
-            self,
-            values=self.values.to(device, non_blocking=non_blocking),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
-        )
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Embeddings:
         """The same batch in page-locked host memory."""
-        return dataclasses.replace(self, values=self.values.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Embeddings:
+        present = None if self.present is None else move(self.present)
+        return dataclasses.replace(self, values=move(self.values), cu_seqlens=move(self.cu_seqlens), present=present)
 
     def _refuse_sentence(self, name: str) -> None:
         if self.output == "sentence":

