@@ -167,6 +167,8 @@ def probe_batching(model: nn.Module, packed: bool | None = None) -> BatchingSupp
     register()
     config: Any = model.config
     parameter = next(model.parameters())
+    if config._attn_implementation == PACKED:  # the model of another encoder
+        model.set_attn_implementation("sdpa")  # type: ignore[operator]
     native = config._attn_implementation
     ids = [row.to(parameter.device) for row in _probe_texts(config.vocab_size)]
     reason = "packing was not asked for"

@@ -170,7 +170,8 @@ class TextTokenizer:
             kept = _picked(out, _kept(sequence_ids, self.max_length))
             kept.cut_tokens = length - self.max_length
             if in_words:
-                kept.words_cut = _has_token(out) & ~_has_token(kept)
+                numbers = np.arange(out.num_words)
+                kept.words_cut = np.isin(numbers, out.word_ids) & ~np.isin(numbers, kept.word_ids)
             return kept
         return self._windowed(out, sequence_ids, place)
 
@@ -240,14 +241,6 @@ def _picked(text: TokenizedText, tokens: npt.NDArray[Any]) -> TokenizedText:
         word_ids=pick(text.word_ids),
         num_words=text.num_words,
     )
-
-
-def _has_token(text: TokenizedText) -> BoolArray:
-    """[num_words] which words have a token."""
-    found = np.zeros(text.num_words, bool)
-    if text.word_ids is not None:
-        found[text.word_ids[text.word_ids >= 0]] = True
-    return found
 
 
 def _kept(sequence_ids: Int32Array, max_length: int) -> BoolArray:
