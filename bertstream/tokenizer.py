@@ -167,12 +167,13 @@ class TextTokenizer:
             )
         sequence_ids = _or_minus_one(encoding.sequence_ids)
         if self.overflow == "truncate":
-            kept = _picked(out, _kept(sequence_ids, self.max_length))
-            kept.cut_tokens = length - self.max_length
-            if in_words:
+            kept = _kept(sequence_ids, self.max_length)
+            short = _picked(out, kept)
+            short.cut_tokens = length - self.max_length
+            if out.word_ids is not None:
                 numbers = np.arange(out.num_words)
-                kept.words_cut = np.isin(numbers, out.word_ids) & ~np.isin(numbers, kept.word_ids)
-            return kept
+                short.words_cut = np.isin(numbers, out.word_ids) & ~np.isin(numbers, out.word_ids[kept])
+            return short
         return self._windowed(out, sequence_ids, place)
 
     def _windowed(self, text: TokenizedText, sequence_ids: Int32Array, place: int) -> TokenizedText:
