@@ -82,7 +82,9 @@ def as_places(text: Place | Sequence[Place] | None) -> tuple[Place, ...] | None:
     """The user's `text=` as a tuple of places; None stays None."""
     if text is None:
         return None
-    places = tuple(text) if isinstance(text, Sequence) and not isinstance(text, str) else (text,)
+    places: tuple[Any, ...] = (text,)
+    if isinstance(text, Sequence) and not isinstance(text, (str, bytes)):
+        places = tuple(text)
     named = all(isinstance(place, (str, int)) and not isinstance(place, bool) for place in places)
     if not places or not named or len(set(places)) < len(places):
         raise ConfigError(f"text={text!r}: name a key, a position or an attribute, or several different ones")
@@ -168,7 +170,7 @@ def _fields(records: Sequence[Any]) -> dict[Place, list[Any]]:
     if not isinstance(first, Sequence):
         kinds = "TokenCollate knows dicts, tuples, lists, namedtuples and dataclasses"
         raise ConfigError(f"a record is {_describe(first)}: {kinds}")
-    odd = next((i for i, record in enumerate(records) if len(record) != len(first)), None)
+    odd = next((i for i, r in enumerate(records) if type(r) is not type(first) or len(r) != len(first)), None)
     if odd is not None:
         raise ConfigError(f"record {odd} of the batch is {_describe(records[odd])}, the first {_describe(first)}")
     return dict(enumerate(map(list, zip(*records, strict=True))))

@@ -23,6 +23,8 @@ Split: TypeAlias = Callable[[str], Sequence[str]]
 
 _BLANK_BEGINS_WORDS = re.compile(r"ByteLevel\(add_prefix_space=False|prepend_scheme=never")
 
+_IMPORTED_IN = os.getpid()
+
 
 class TextTokenizer:
     """Texts to token ids, special tokens included; light, and safe to send to worker processes.
@@ -119,9 +121,10 @@ class TextTokenizer:
         if self._built is None or self._built[0] != os.getpid():
             from tokenizers import Tokenizer
 
-            if get_worker_info() is not None:
-                # This process is a DataLoader worker's own, and its neighbours use the other cores.
-                os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            if get_worker_info() is not None or os.getpid() != _IMPORTED_IN:
+                # Of a forked process the Rust threads stayed behind: to call on them, as "true" does, hangs for good.
+                # And a DataLoader worker's neighbours use the other cores.
+                os.environ["TOKENIZERS_PARALLELISM"] = "false"
             backend = Tokenizer.from_str(self._json)
             backend.no_padding()
             backend.no_truncation()

@@ -1,0 +1,431 @@
+"""`Embeddings` hands the same rows out in every form, and lays per-word numbers out as it lays out the rows."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.data import DataLoader
+
+from bertstream.errors import ConfigError
+from bertstream.types import Cursor, Embeddings, Layout, Record, TokenBatch, TokenizedText, cumulate
+
+H = 3
+LENGTHS = st.lists(st.integers(0, 9), max_size=8)
+FULL_LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
+LAYOUTS: tuple[Layout, ...] = ("padded", "nested", "packed_sequence", "flat")
+
+
+def text_of(length: int) -> TokenizedText:
+    return TokenizedText(np.zeros(length, np.int32))
+
+
+def embeddings_of(texts: Sequence[TokenizedText], values: Tensor | None = None) -> Embeddings:
+    """Token output for these texts; by default every number in it is another one."""
+    tokens = TokenBatch.from_texts(texts)
+    if values is None:
+        values = torch.arange(1.0, tokens.num_tokens * H + 1).view(-1, H)
+    lengths = torch.from_numpy(tokens.lengths.astype(np.int64))
+    return Embeddings(values, torch.from_numpy(tokens.cu_seqlens), lengths, tokens, "tokens")
+
+
+def tokens_of(lengths: Sequence[int], values: Tensor | None = None) -> Embeddings:
+    return embeddings_of([text_of(length) for length in lengths], values)
+
+
+def sentences_of(values: Tensor) -> Embeddings:
+    count = len(values)
+    cu_seqlens, lengths = torch.arange(count + 1, dtype=torch.int32), torch.ones(count, dtype=torch.int64)
+    return Embeddings(values, cu_seqlens, lengths, TokenBatch.from_texts([text_of(4)] * count), "sentence")
+
+
+def rows_of(embeddings: Embeddings) -> list[Tensor]:
+    """The rows text by text, by the definition of cu_seqlens."""
+    bounds = embeddings.cu_seqlens.tolist()
+    return [embeddings.values[start:end] for start, end in pairwise(bounds)]
+
+
+def same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+    return len(found) == len(wanted) and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+# Forms of one batch.
+
+
+@given(LENGTHS)
+@example([])
+@example([0, 0])
+def test_padded_holds_each_texts_rows_and_zeros_behind_them(lengths: list[int]) -> None:
+    embeddings = tokens_of(lengths)
+    values, mask = embeddings.padded()
+    assert values.shape == (len(lengths), max(lengths, default=0), H)
+    assert mask.dtype == torch.bool and mask.sum(1).tolist() == lengths
+    assert same([row[real] for row, real in zip(values, mask, strict=True)], rows_of(embeddings))
+    assert same([row[:length] for row, length in zip(values, lengths, strict=True)], rows_of(embeddings))
+    assert not values[~mask].any()
+
+
+@given(LENGTHS.filter(len))
+@example([0])
+def test_nested_holds_each_texts_rows_in_the_same_memory(lengths: list[int]) -> None:
+    embeddings = tokens_of(lengths)
+    nested = embeddings.nested()
+    assert same(nested.unbind(), rows_of(embeddings))
+    assert nested.values().data_ptr() == embeddings.values.data_ptr()
+    assert torch.equal(torch.nested.to_padded_tensor(nested, 0.0), embeddings.padded()[0])
+
+
+@given(FULL_LENGTHS)
+def test_packed_sequence_unpacks_to_each_texts_rows(lengths: list[int]) -> None:
+    embeddings = tokens_of(lengths)
+    values, found = pad_packed_sequence(embeddings.packed_sequence(), batch_first=True)
+    assert found.tolist() == lengths
+    assert torch.equal(values, embeddings.padded()[0])
+
+
+@given(FULL_LENGTHS)
+def test_packed_sequence_gives_an_lstm_what_torchs_own_packing_gives_it(lengths: list[int]) -> None:
+    torch.manual_seed(0)
+    embeddings = tokens_of(lengths, torch.randn(sum(lengths), H))
+    lstm = nn.LSTM(H, 4, bidirectional=True, batch_first=True)
+    theirs = pack_padded_sequence(embeddings.padded()[0], embeddings.lengths, batch_first=True, enforce_sorted=False)
+    packed = embeddings.packed_sequence()
+    assert packed.batch_sizes.device.type == "cpu" and torch.equal(packed.batch_sizes, theirs.batch_sizes)
+    (output, (state, _)), (right, (right_state, _)) = lstm(packed), lstm(theirs)
+    torch.testing.assert_close(pad_packed_sequence(output)[0], pad_packed_sequence(right)[0])
+    torch.testing.assert_close(state, right_state)
+
+
+@given(LENGTHS)
+@example([])
+def test_iterating_and_indexing_give_each_texts_rows_as_views(lengths: list[int]) -> None:
+    embeddings = tokens_of(lengths)
+    wanted = rows_of(embeddings)
+    assert len(embeddings) == len(lengths)
+    iterated = list(embeddings)
+    indexed = [embeddings[i] for i in range(len(lengths))]
+    from_the_end = [embeddings[i - len(lengths)] for i in range(len(lengths))]
+    assert all(same(found, wanted) for found in (iterated, indexed, from_the_end))
+    embeddings.values.zero_()
+    assert not any(row.any() for row in (*iterated, *indexed, *from_the_end))
+    for index in (len(lengths), -len(lengths) - 1):
+        with pytest.raises(IndexError, match=f"text {index} of a batch of {len(lengths)}"):
+            embeddings[index]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_layout_keeps_the_dtype(dtype: torch.dtype) -> None:
+    embeddings = tokens_of([2, 1], torch.randn(3, H).to(dtype))
+    assert embeddings.padded()[0].dtype == dtype
+    assert embeddings.nested().dtype == dtype
+    assert embeddings.packed_sequence().data.dtype == dtype
+
+
+def test_pad_ids_and_zero_vectors_are_no_padding() -> None:
+    """Trap 11: a pad token may equal another one, so that lengths come from cu_seqlens alone."""
+    embeddings = tokens_of([3, 1], torch.zeros(4, H))  # every id is 0, BERT's [PAD]
+    assert embeddings.padded()[1].tolist() == [[True, True, True], [True, False, False]]
+
+
+@given(LENGTHS, st.sampled_from(["padded", "nested", "packed_sequence"]))
+def test_gradients_flow_back_to_the_rows_they_came_from(lengths: list[int], layout: str) -> None:
+    assume(layout == "padded" or (lengths and (layout == "nested" or min(lengths))))
+    values = torch.randn(sum(lengths), H, requires_grad=True)
+    embeddings = tokens_of(lengths, values)
+    weights = torch.randn(sum(lengths), H)
+    out, weights_out = (getattr(tokens_of(lengths, rows), layout)() for rows in (embeddings.values, weights))
+    flat, flat_weights = {
+        "padded": lambda: (out[0], weights_out[0]),
+        "nested": lambda: (out.values(), weights_out.values()),
+        "packed_sequence": lambda: (out.data, weights_out.data),
+    }[layout]()
+    (flat * flat_weights).sum().backward()
+    assert values.grad is not None and torch.equal(values.grad, weights)
+
+
+@pytest.mark.parametrize("lengths", [[2, 0, 1, 0], [0]])
+def test_a_packed_sequence_refuses_texts_without_a_row_and_names_them(lengths: list[int]) -> None:
+    """Trap 18."""
+    empty = [i for i, length in enumerate(lengths) if not length]
+    with pytest.raises(ConfigError, match=rf"texts \[{', '.join(map(str, empty))}\] of {len(lengths)}"):
+        tokens_of(lengths).packed_sequence()
+
+
+@pytest.mark.parametrize("form", ["nested", "packed_sequence"])
+def test_an_empty_batch_is_refused_where_torch_has_no_form_for_it(form: str) -> None:
+    with pytest.raises(ConfigError):
+        getattr(tokens_of([]), form)()
+
+
+# Layouts by name, and sentence output.
+
+
+def test_a_layout_by_name_is_the_method_of_that_name() -> None:
+    embeddings = tokens_of([2, 1])
+    assert same(embeddings.as_layout("padded"), embeddings.padded())
+    assert same(embeddings.as_layout("nested").unbind(), embeddings.nested().unbind())
+    assert torch.equal(embeddings.as_layout("packed_sequence").data, embeddings.packed_sequence().data)
+    assert embeddings.as_layout("flat") == (embeddings.values, embeddings.cu_seqlens)
+
+
+@pytest.mark.parametrize("output", ["tokens", "sentence"])
+def test_an_unknown_layout_is_refused_with_the_known_ones(output: str) -> None:
+    embeddings = tokens_of([1]) if output == "tokens" else sentences_of(torch.ones(1, H))
+    with pytest.raises(ConfigError, match="layout='align': write one of 'padded', 'nested', 'packed_sequence', 'flat'"):
+        embeddings.as_layout("align")  # type: ignore[arg-type]
+
+
+def test_sentence_output_is_one_vector_a_text_in_every_layout() -> None:
+    values = torch.randn(4, H)
+    embeddings = sentences_of(values)
+    assert embeddings.vectors is values
+    assert all(embeddings.as_layout(layout) is values for layout in LAYOUTS)
+    assert len(embeddings) == 4 and same(list(embeddings), list(values))
+    assert torch.equal(embeddings[-1], values[3])
+    assert list(sentences_of(torch.zeros(0, H))) == []
+
+
+@pytest.mark.parametrize(
+    "form", [Embeddings.padded, Embeddings.nested, Embeddings.packed_sequence, lambda e: e.align([[1]])]
+)
+def test_sentence_output_refuses_forms_of_several_rows(form: Callable[[Embeddings], Any]) -> None:
+    with pytest.raises(ConfigError, match="use .vectors"):
+        form(sentences_of(torch.ones(1, H)))
+
+
+def test_token_output_has_no_vectors() -> None:
+    with pytest.raises(ConfigError, match="output='sentence'"):
+        _ = tokens_of([2]).vectors
+
+
+# Numbers a word.
+
+
+@st.composite
+def texts_of_words(draw: st.DrawFn) -> TokenizedText:
+    """Words of no, one or several tokens between two special tokens, perhaps cut by truncation."""
+    tokens_per_word = draw(st.lists(st.integers(0, 3), max_size=6))
+    content = [word for word, count in enumerate(tokens_per_word) for _ in range(count)]
+    kept = draw(st.integers(0, len(content)))
+    special = draw(st.booleans())
+    word_ids = [-1] * special + content[:kept] + [-1] * special
+    return TokenizedText(
+        np.zeros(len(word_ids), np.int32),
+        word_ids=np.array(word_ids, np.int32),
+        num_words=len(tokens_per_word),
+        cut_tokens=len(content) - kept,
+    )
+
+
+@st.composite
+def word_batches(draw: st.DrawFn) -> list[TokenizedText]:
+    """At least one text is a list of words; the others may be plain strings."""
+    texts = [
+        draw(texts_of_words()),
+        *draw(st.lists(st.one_of(texts_of_words(), st.builds(text_of, st.integers(0, 4))))),
+    ]
+    return draw(st.permutations(texts))
+
+
+def aligned_by_a_loop(texts: Sequence[TokenizedText], tags: Sequence[Sequence[float]], pad: float) -> list[list[float]]:
+    longest = max(len(text.input_ids) for text in texts)
+    out = []
+    for text, row in zip(texts, tags, strict=True):
+        line, seen = [], set()
+        for word in [] if text.word_ids is None else text.word_ids.tolist():
+            line.append(pad if word < 0 or word in seen else row[word])
+            seen.add(word)
+        out.append(line + [pad] * (longest - len(line)))
+    return out
+
+
+@given(word_batches(), st.data())
+def test_align_equals_a_loop_over_tokens(texts: list[TokenizedText], data: st.DataObject) -> None:
+    number: st.SearchStrategy[float] = data.draw(
+        st.sampled_from([st.integers(-5, 5), st.floats(-5, 5, width=32), st.booleans()])
+    )
+    tags = [data.draw(st.lists(number, min_size=text.num_words, max_size=text.num_words)) for text in texts]
+    pad = data.draw(st.sampled_from([-100, 0, -1.0, 0.5]))
+    embeddings = embeddings_of(texts)
+    found = embeddings.align(tags, pad=pad)
+    assert found.shape == embeddings.padded()[1].shape
+    assert found.tolist() == aligned_by_a_loop(texts, tags, pad)
+    flat = [tag for row in tags for tag in row]
+    whole = not any(isinstance(tag, float) for tag in flat) and float(pad).is_integer()
+    assert found.dtype == (torch.int64 if whole else torch.float32)
+
+
+def two_texts() -> Embeddings:
+    """[CLS] un ##like ##ly [SEP] of a two-word text whose second word was cut, and an empty list of words."""
+    first = TokenizedText(np.zeros(5, np.int32), word_ids=np.array([-1, 0, 0, 0, -1], np.int32), num_words=2)
+    second = TokenizedText(np.zeros(2, np.int32), word_ids=np.array([-1, -1], np.int32), num_words=0)
+    return embeddings_of([first, second])
+
+
+@pytest.mark.parametrize(
+    ("tags", "dtype"),
+    [
+        ([[7, 8], []], torch.int64),
+        ([[True, False], []], torch.int64),
+        ([[7.5, 8], []], torch.float32),
+        ([torch.tensor([7, 8], dtype=torch.int16), torch.tensor([])], torch.int64),
+        ([np.array([7, 8], np.float64), np.array([])], torch.float32),
+    ],
+)
+def test_a_text_without_words_does_not_change_the_dtype(tags: list[Any], dtype: torch.dtype) -> None:
+    aligned = two_texts().align(tags)
+    assert aligned.dtype == dtype
+    assert aligned.tolist() == [[-100, float(tags[0][0]), -100, -100, -100], [-100] * 5]
+
+
+def test_what_align_fills_with_is_ignored_by_cross_entropy() -> None:
+    """Trap 15: labels of words that were cut are dropped, and shapes stay equal."""
+    embeddings = two_texts()
+    logits = embeddings.padded()[0]
+    loss = F.cross_entropy(logits.flatten(0, 1), embeddings.align([[2, 1], []]).flatten())
+    torch.testing.assert_close(loss, F.cross_entropy(logits[0, 1:2], torch.tensor([2])))
+
+
+def test_a_pad_that_is_no_whole_number_is_not_rounded() -> None:
+    assert math.isnan(two_texts().align([[7, 8], []], pad=math.nan)[1, 0])
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ([[1, 2]], "1 rows of tags for 2 texts"),
+        ([[1, 2], [3]], "text 1 has 0 words but 1 tags"),
+        ([[1], []], "text 0 has 2 words but 1 tags"),
+        ([["B", "O"], []], r"tags of text 0 are \['B', 'O'\]: give a list of numbers, one a word"),
+        ([[1, 2], None], "tags of text 1 are None"),
+        ([5, 6], "tags of text 0 are 5"),
+        (torch.tensor([5, 6]), r"tags of text 0 are tensor\(5\)"),
+        ([[[1], [2]], []], "tags of text 0 are"),
+        ([["x" * 1000, "O"], []], r"tags of text 0 are \['x{75}\.\.\.: give"),
+    ],
+)
+def test_align_refuses_what_it_cannot_lay_out_and_names_the_text(tags: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        two_texts().align(tags)
+
+
+def test_align_refuses_plain_strings() -> None:
+    with pytest.raises(ConfigError, match="plain strings"):
+        tokens_of([2]).align([[1, 2]])
+
+
+# Where it lives.
+
+
+def test_to_moves_the_tensors_and_leaves_the_lengths_on_the_cpu() -> None:
+    embeddings = tokens_of([2, 1])
+    moved = embeddings.to("meta")
+    assert (moved.values.device.type, moved.cu_seqlens.device.type, moved.lengths.device.type) == (
+        "meta",
+        "meta",
+        "cpu",
+    )
+    assert moved.tokens is embeddings.tokens and moved.output == "tokens"
+    assert embeddings.values.device.type == "cpu"
+    assert embeddings.to("cpu").values is embeddings.values
+
+
+@pytest.mark.cuda
+def test_pin_memory_is_what_a_dataloader_pins() -> None:
+    embeddings = tokens_of([2, 1])
+    for pinned in (embeddings.pin_memory(), next(iter(DataLoader([embeddings], batch_size=None, pin_memory=True)))):
+        assert pinned.values.is_pinned() and pinned.cu_seqlens.is_pinned()
+        assert torch.equal(pinned.values, embeddings.values)
+
+
+@pytest.mark.cuda
+def test_no_form_makes_the_cpu_wait_for_the_device() -> None:
+    def forms(embeddings: Embeddings) -> list[Tensor]:
+        values, mask = embeddings.padded()
+        packed = embeddings.packed_sequence()
+        return [values, mask, packed.data, embeddings.nested().values(), embeddings.align([[7, 8], []])]
+
+    here = two_texts()
+    there = here.to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = forms(there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(tensor.is_cuda for tensor in found)
+    assert same([tensor.cpu() for tensor in found], forms(here))
+
+
+# Texts as tokens.
+
+
+@given(LENGTHS)
+@example([])
+def test_cumulate_says_where_each_text_begins_and_the_last_one_ends(lengths: list[int]) -> None:
+    cu_seqlens = cumulate(np.array(lengths, np.int64))
+    assert cu_seqlens.dtype == np.int32
+    assert cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.booleans()), max_size=6))
+def test_a_token_batch_holds_each_texts_ids_one_after_the_other(shapes: list[tuple[int, bool, bool]]) -> None:
+    texts = [
+        TokenizedText(
+            np.arange(length, dtype=np.int32) + 10 * number,
+            token_type_ids=np.ones(length, np.int32) if pair else None,
+            word_ids=np.arange(length, dtype=np.int32) if words else None,
+            num_words=length if words else 0,
+            cut_tokens=number,
+        )
+        for number, (length, pair, words) in enumerate(shapes)
+    ]
+    batch = TokenBatch.from_texts(texts)
+    assert len(batch) == len(texts) and batch.num_tokens == len(batch.input_ids)
+    assert batch.lengths.tolist() == [length for length, _, _ in shapes]
+    assert (batch.token_type_ids is None) == (not any(pair for _, pair, _ in shapes))
+    assert (batch.word_ids is None) == (not any(words for _, _, words in shapes))
+    for i, text in enumerate(texts):
+        place = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
+        assert batch.input_ids[place].tolist() == text.input_ids.tolist()
+        if batch.token_type_ids is not None:
+            assert batch.token_type_ids[place].tolist() == [int(shapes[i][1])] * shapes[i][0]
+        if batch.word_ids is not None:
+            assert batch.word_ids[place].tolist() == (
+                list(range(shapes[i][0])) if shapes[i][2] else [-1] * shapes[i][0]
+            )
+    assert batch.num_words.tolist() == [text.num_words for text in texts]
+    assert batch.cut_tokens.tolist() == list(range(len(texts)))
+    arrays = (batch.input_ids, batch.token_type_ids, batch.word_ids, batch.num_words, batch.cut_tokens)
+    assert all(array is None or array.dtype == np.int32 for array in arrays)
+
+
+def test_what_flows_can_be_sent_to_another_process() -> None:
+    record = Record("a text", {"label": 1}, "key", "a.tar", 3)
+    assert pickle.loads(pickle.dumps(record)) == record
+    cursor = Cursor(1, 2, 3, 4, 5)
+    assert pickle.loads(pickle.dumps(cursor)) == cursor
+    batch = TokenBatch.from_texts([text_of(2), text_of(0)])
+    batch.fields, batch.cursor = {"label": np.array([1, 2])}, cursor
+    back = pickle.loads(pickle.dumps(batch))
+    assert back.cu_seqlens.tolist() == [0, 2, 2] and back.fields["label"].tolist() == [1, 2] and back.cursor == cursor
+    embeddings = tokens_of([2, 1])
+    assert torch.equal(pickle.loads(pickle.dumps(embeddings)).values, embeddings.values)
+
+
+def test_their_representations_say_what_they_hold_in_a_line() -> None:
+    embeddings = tokens_of([2, 1], torch.zeros(3, H, dtype=torch.bfloat16))
+    assert repr(embeddings) == "Embeddings(2 texts, tokens [3, 3], bfloat16, cpu)"
+    assert repr(embeddings.tokens) == "TokenBatch(2 texts, 3 tokens)"
+    embeddings.tokens.fields["label"] = [1, 2]
+    assert repr(embeddings.tokens) == "TokenBatch(2 texts, 3 tokens, fields=['label'])"
