@@ -29,7 +29,7 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    encoder = bertstream.Encoder.from_pretrained(args.model, output="sentence")
+    encoder = bertstream.Encoder.from_pretrained(args.model, output="sentence", pooling="mean")
 
     # A pass without vectors, over token batches, to see which classes there are.
     labelled = bertstream.TextStream(args.train, encoder, text=args.text, fields=[args.label])

@@ -54,7 +54,7 @@ held_out.classes = dataset.classes
 train = DataLoader(dataset, batch_size=args.batch_size, shuffle=True)
 test = DataLoader(held_out, batch_size=args.batch_size)
 
-encoder = bertstream.Encoder.from_pretrained("all-MiniLM-L6-v2", output="sentence")
+encoder = bertstream.Encoder.from_pretrained("all-MiniLM-L6-v2", output="sentence", pooling="mean")
 train = bertstream.wrap(train, encoder, text="text")  # the one line: batch["text"] was strings, and is vectors now
 test = bertstream.wrap(test, encoder, text="text")
 

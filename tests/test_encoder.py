@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import shutil
 import threading
@@ -26,7 +27,8 @@ from transformers import (
     MPNetModel,
 )
 
-from bertstream import ConfigError, Embeddings, Encoder, EncoderError, loading
+import bertstream
+from bertstream import ConfigError, Embeddings, Encoder, EncoderError, ScalarMix, TokenBatch, loading
 from bertstream.types import Text
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -272,3 +274,111 @@ def test_a_model_saved_in_half_precision_still_runs_in_the_dtype_asked_for(minil
     AutoModel.from_pretrained(minilm_folder, dtype=torch.float16).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(minilm_folder).save_pretrained(tmp_path)
     assert Encoder.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32
+
+
+def test_sentence_vectors_are_sentence_transformers_own(minilm_folder: str, sentences: list[str]) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    reference = SentenceTransformer(minilm_folder, device="cpu")
+    texts = [text for text in sentences if len(text) < 600][:500]
+    assert len(texts) == 500
+    right = torch.from_numpy(reference.encode(texts))
+    found = Encoder.from_pretrained(minilm_folder, output="sentence", dtype="float32")(texts).vectors
+    assert float((found - right).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "pooling"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, ("cls", "mean")),
+        ({"pooling_mode": "max"}, ("max",)),
+        ({"pooling_mode_weightedmean_tokens": True}, ("weighted_mean",)),
+    ],
+)
+def test_a_sentence_transformers_folder_says_how_sentences_are_pooled(
+    minilm_folder: str, tmp_path: Path, config: dict[str, Any], pooling: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(minilm_folder, folder)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps([m for m in modules if "Normalize" not in m["type"]]))
+    followed = Encoder.from_pretrained(folder, output="sentence", dtype="float32")
+    assert followed.pooling == pooling and not followed.normalize
+    assert Encoder.from_pretrained(folder, output="sentence", pooling="cls").pooling == ("cls",)
+    assert Encoder.from_pretrained(folder).pooling == ()
+
+
+def test_a_folder_whose_pooling_is_not_known_is_refused_until_one_is_chosen(minilm_folder: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(minilm_folder, folder)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
+    with pytest.raises(EncoderError, match="Transformer, Pooling, Normalize in a way that is not known.*pooling="):
+        Encoder.from_pretrained(folder, output="sentence")
+    assert Encoder.from_pretrained(folder, output="sentence", pooling="mean").pooling == ("mean",)
+
+
+def test_layers_that_are_not_asked_for_are_neither_run_nor_kept(minilm_folder: str) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, layers=(1, 2), combine="mean", dtype="float32")
+    assert len(encoder.model.encoder.layer) == 3  # two layers, and the end
+    assert sum(p.numel() for p in encoder.model.encoder.parameters()) == 2 * 1_774_464
+    assert not any(module._forward_pre_hooks for module in encoder.modules())
+
+
+def test_a_scalar_mix_learns_which_of_the_stacked_layers_to_take(minilm_folder: str) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, layers=(0, 2, -1), combine="stack", dtype="float32")
+    mix = ScalarMix(3)
+    padded, mask = encoder(["the bank", "a spring in the desert"]).padded()
+    assert padded.shape[2:] == (3, 384) == (3, encoder.embedding_dim)
+    torch.testing.assert_close(mix(padded), padded.mean(2))
+    mix(padded)[mask].sum().backward()
+    assert mix.weights.grad is not None and mix.gamma.grad is not None
+    with pytest.raises(ConfigError, match=r"\[2, 384\].*3 layers"):
+        mix(torch.zeros(2, 384))
+
+
+def test_padded_ids_are_taken_as_they_are(minilm: Encoder, tokenizer: Any) -> None:
+    texts = ["a bank", "the spring of the river", ""]
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        padded = tokenizer(texts, padding=True, return_tensors="pt")
+        batch = TokenBatch.from_padded(padded["input_ids"], padded["attention_mask"], padded["token_type_ids"])
+        torch.testing.assert_close(minilm.encode(batch).values, minilm(texts).values)
+    with pytest.raises(ConfigError, match="one .B, T.; these are"):
+        TokenBatch.from_padded(padded["input_ids"], padded["attention_mask"][:1])
+    (out,) = bertstream.wrap([dict(padded)], minilm, text="input_ids", into="vectors")
+    torch.testing.assert_close(out["vectors"].values, minilm(texts).values)
+    bare = Encoder(minilm.model, tokenizer, special_tokens=False)
+    with pytest.raises(EncoderError, match="special tokens cannot be told apart"):
+        bare.encode(batch)
+
+
+def test_float16_that_overflows_is_refused_at_the_first_batch(tokenizer: Any) -> None:
+    own = tiny_bert()
+    with torch.no_grad():
+        own.encoder.layer[-1].output.dense.weight.mul_(1e7)
+        own.encoder.layer[-1].output.LayerNorm.weight.mul_(1e7)
+    with pytest.raises(EncoderError, match="not finite.*bfloat16"):
+        Encoder(own, tokenizer, dtype="float16")(["some text"])
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [
+        ({"layers": (7,)}, r"layers=\(7,\): the model has the layers 0 \(embeddings\) to 6"),
+        ({"layers": (-8,)}, r"layers=\(-8,\)"),
+        ({"layers": ()}, r"layers=\(\)"),
+        ({"layers": (6, -1)}, r"layers=\(6, -1\)"),
+        ({"combine": "max"}, "combine='max'"),
+        ({"pooling": "mean"}, "token output is not pooled"),
+        ({"output": "words", "pooling": "cls"}, "pooling='cls'"),
+        ({"output": "sentence", "pooling": ("cls", "first")}, "pooling='first'"),
+        ({"output": "sentence", "pooling": "pooler", "layers": (2,)}, "works on the last layer alone"),
+        ({"overflow": "windows", "stride": 509}, "stride=509"),
+    ],
+)
+def test_a_bad_choice_of_vectors_is_refused_with_the_value_seen(
+    minilm_folder: str, options: dict[str, Any], seen: str
+) -> None:
+    with pytest.raises(ConfigError, match=seen):
+        Encoder.from_pretrained(minilm_folder, **options)

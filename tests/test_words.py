@@ -28,8 +28,34 @@ CORPUS = [
 ]
 
 ODD_WORDS = ["", " ", "  ", "\t", "\n", "\x00", "\x7f", "\u200b", "\u3000", "\ufffd", "\u02dc", "\ue000", "\U0010ffff"]
-ODD_WORDS += ["\u0301", "e\u0301", "\u0915\u094d\u0937", "👍🏽", "👩‍👩‍👧", "🇫🇷", "[SEP]", "[CLS]", "[UNK]", "[PAD]", "[sep]", " [SEP]"]
-ODD_WORDS += ["New York", " river", "river ", "a  b", "the\nbank", "river" * 25, "x" * 101, "don't", "e-mail", "▁", "Ġ", "##s"]
+ODD_WORDS += [
+    "\u0301",
+    "e\u0301",
+    "\u0915\u094d\u0937",
+    "👍🏽",
+    "👩‍👩‍👧",
+    "🇫🇷",
+    "[SEP]",
+    "[CLS]",
+    "[UNK]",
+    "[PAD]",
+    "[sep]",
+    " [SEP]",
+]
+ODD_WORDS += [
+    "New York",
+    " river",
+    "river ",
+    "a  b",
+    "the\nbank",
+    "river" * 25,
+    "x" * 101,
+    "don't",
+    "e-mail",
+    "▁",
+    "Ġ",
+    "##s",
+]
 
 
 def wordpiece() -> Tokenizer:
@@ -172,7 +198,11 @@ def test_words_that_were_cut_are_told_apart(kind: Kind, texts: list[Text], max_l
     assert found.lengths.tolist() == [word_count(text) for text in texts]
     aligned = []
     for i, (text, word_ids, present) in enumerate(
-        zip(texts, *(np.split(array, np.cumsum(found.lengths)[:-1]) for array in (found.word_ids, found.present.numpy())), strict=True)
+        zip(
+            texts,
+            *(np.split(array, np.cumsum(found.lengths)[:-1]) for array in (found.word_ids, found.present.numpy())),
+            strict=True,
+        )
     ):
         whole = {*word_of_token(text, kind.right_encoding(text))}
         left = {*word_of_token(text, kind.right_encoding(text, truncation=True, max_length=max_length))}

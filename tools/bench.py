@@ -1,6 +1,7 @@
 """Measure bertstream beside what people do without it, in one run; prints one JSON line.
 
-    python tools/bench.py encode --data ../shared/data
+    python tools/bench.py encode --data ../shared/data      the stream against the loop that people write
+    python tools/bench.py outputs --data ../shared/data     what fewer layers and word vectors cost
 
 The contenders take turns, so that a machine whose speed drifts slows them alike; figures are medians over the rounds,
 and ratios are taken within a round.
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,12 +96,7 @@ def encode(arguments: argparse.Namespace) -> dict[str, object]:
         right = plain(texts)
         tokens = sum(len(row) for row in right)
         errors = {name: worst_error(stream(texts), right) for name, stream in streams.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(arguments.rounds):
-            for name, contender in contenders.items():
-                started = time.perf_counter()
-                contender(texts)
-                seconds[name].append(time.perf_counter() - started)
+        seconds = take_turns({name: partial(contender, texts) for name, contender in contenders.items()}, arguments)
     lengths = [len(row) for row in right]
     return {
         "texts": len(texts),
@@ -116,6 +113,49 @@ def encode(arguments: argparse.Namespace) -> dict[str, object]:
         "worst_text_relative_l2_error": {name: float(f"{error:.1e}") for name, error in errors.items()},
         "rounds": arguments.rounds,
     }
+
+
+def outputs(arguments: argparse.Namespace) -> dict[str, object]:
+    """The encoder alone, on token batches: the last layer, layer 2, and words, all packed."""
+    texts = read_texts(arguments.data, arguments.texts)
+    options = {"tokens_last": {}, "tokens_layer_2": {"layers": (2,)}, "words_last": {"output": "words"}}
+    contenders = {}
+    for name, option in options.items():
+        encoder = bertstream.Encoder.from_pretrained(
+            arguments.model, dtype=arguments.dtypes[0], device="cpu", overflow="truncate", **option
+        )
+        # Lists of words for all, so that each encodes the same tokens.
+        batches = [encoder.tokenizer.batch([t.split() for t in texts[i : i + 128]]) for i in range(0, len(texts), 128)]
+        contenders[name] = partial(encode_all, encoder, batches)
+        contenders[name]()
+    seconds = take_turns(contenders, arguments)
+    pairs = {name: list(zip(seconds["tokens_last"], times, strict=True)) for name, times in seconds.items()}
+    return {
+        "texts": len(texts),
+        "tokens": sum(batch.num_tokens for batch in batches),
+        "model": arguments.model,
+        "dtype": arguments.dtypes[0],
+        "tokens_last_times_layer_2": round(statistics.median(p / t for p, t in pairs["tokens_layer_2"]), 2),
+        "words_over_tokens": round(statistics.median(t / p for p, t in pairs["words_last"]), 3),
+        "rounds": arguments.rounds,
+    }
+
+
+def encode_all(encoder: bertstream.Encoder, batches: list[bertstream.TokenBatch]) -> None:
+    """Every batch, its vectors dropped."""
+    for batch in batches:
+        encoder.encode(batch)
+
+
+def take_turns(contenders: dict[str, Callable[[], object]], arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each contender in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(arguments.rounds):
+        for name, contender in contenders.items():
+            started = time.perf_counter()
+            contender()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
 
 
 def machine() -> dict[str, object]:
@@ -151,14 +191,16 @@ def main() -> int:
     """Run one benchmark and print its JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True)
-    command = commands.add_parser("encode", help="the plain transformers loop against bertstream.stream")
-    command.add_argument("--data", type=Path, required=True, help="folder with banking77/ and ud_english_ewt/")
-    command.add_argument("--texts", type=int, default=3000)
-    command.add_argument("--rounds", type=int, default=5)
-    command.add_argument("--model", default="all-MiniLM-L6-v2")
-    command.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    for benchmark in (encode, outputs):
+        command = commands.add_parser(benchmark.__name__, help=benchmark.__doc__)
+        command.set_defaults(run=benchmark)
+        command.add_argument("--data", type=Path, required=True, help="folder with banking77/ and ud_english_ewt/")
+        command.add_argument("--texts", type=int, default=3000)
+        command.add_argument("--rounds", type=int, default=5)
+        command.add_argument("--model", default="all-MiniLM-L6-v2")
+        command.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     arguments = parser.parse_args()
-    print(json.dumps({"benchmark": arguments.benchmark} | encode(arguments) | {"machine": machine()}))
+    print(json.dumps({"benchmark": arguments.benchmark} | arguments.run(arguments) | {"machine": machine()}))
     return 0
 
 
