@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def to_device(data: npt.NDArray[Any] | Tensor, device: torch.device) -> Tensor:
-    """Host data as a tensor on a device; for the CPU the same memory. The CPU does not wait for what is queued there."""
+    """Host data as a tensor on a device; for the CPU the same memory. Never waits for what is queued there."""
     tensor = data if isinstance(data, Tensor) else torch.from_numpy(data)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
