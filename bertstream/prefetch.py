@@ -132,7 +132,7 @@ class Prefetcher(Generic[T]):
             weight = max(1, self._weigh(item))
             started = time.perf_counter()
             with self._changed:
-                while self._queue and self._weight + weight > self._limit and not self._closing:
+                while self._queue and self._weight + weight > self._limit:  # closing empties the queue
                     self._changed.wait()
                 self.put_wait_s += time.perf_counter() - started
                 if self._closing:

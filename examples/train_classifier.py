@@ -24,6 +24,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--window", type=int, default=16384, help="records mixed at once; more if sorted by class")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that read and tokenize")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -37,7 +38,8 @@ def main():
     numbers = {name: number for number, name in enumerate(classes)}
 
     settings = {"text": args.text, "fields": {args.label: numbers.__getitem__}, "num_workers": args.num_workers}
-    train = bertstream.stream(args.train, encoder, **settings, batch_size=args.batch_size, shuffle=True, seed=args.seed)
+    mixing = {"shuffle": True, "seed": args.seed, "reading": bertstream.StreamConfig(window=args.window)}
+    train = bertstream.stream(args.train, encoder, **settings, batch_size=args.batch_size, **mixing)
     test = bertstream.stream(args.test, encoder, **settings)
 
     classifier = nn.Linear(encoder.embedding_dim, len(classes)).to(encoder.device)

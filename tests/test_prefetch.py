@@ -113,7 +113,7 @@ def test_what_was_handed_out_is_not_kept() -> None:
 
     def source() -> Iterator[Item]:
         yield Item()
-        release.wait(WAIT_S)
+        release.wait()
 
     worker = ahead(source())
     seen = weakref.ref(next(worker))
@@ -354,26 +354,29 @@ def test_a_process_that_closes_nothing_ends_in_silence_and_closes_the_source(tmp
 
 
 def test_a_source_that_is_stuck_does_not_keep_the_process() -> None:
-    """A generator that is still open closes the prefetcher once more, when the interpreter clears its modules."""
+    """A loop that is still open closes its prefetcher once more, when the interpreter clears the script's names.
+
+    It clears them only if the thread, which never ends, refers to none of the script's functions.
+    """
     code = """
+    from itertools import chain
+
     prefetch.EXIT_WAIT_S = 0.2
 
-    def stuck():
-        yield 0
-        threading.Event().wait()
-
-    def loop():
-        worker = ahead(stuck())
+    def loop(write=os.write):
+        stuck = chain(["item"], iter(threading.Event().wait, None))
+        worker = prefetch.Prefetcher(stuck, weigh=len, limit=2, stage="encode")
         try:
             yield from worker
         finally:
             worker.close()
+            write(1, b"closed")
 
     batches = loop()
     next(batches)
     """
     done = process(code)
-    assert done.returncode == 0
+    assert (done.returncode, done.stdout) == (0, "closed")
     assert done.stderr.strip() == "exiting: the encode thread is still busy and is left behind"
 
 
