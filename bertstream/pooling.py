@@ -35,8 +35,6 @@ def pool_runs(values: Tensor, offsets: Tensor, how: WordPooling | SentencePoolin
         return torch.cat([pool_runs(values, offsets, "first"), pool_runs(values, offsets, "last")], -1)
     lengths = offsets.diff()
     trailing = (1,) * (values.dim() - 1)
-    if not len(values):
-        return values.new_zeros(len(lengths), *values.shape[1:])
     if how in ("mean", "weighted_mean"):
         rows, weight = values.float(), lengths
         if how == "weighted_mean":
@@ -45,6 +43,8 @@ def pool_runs(values: Tensor, offsets: Tensor, how: WordPooling | SentencePoolin
             rows, weight = rows * steps.view(-1, *trailing), lengths * (lengths + 1) // 2
         sums = torch.segment_reduce(rows, "sum", offsets=offsets.to(torch.int64), axis=0, unsafe=True)
         return sums / weight.clamp(min=1).view(-1, *trailing)
+    if not len(values):
+        return values.new_zeros(len(lengths), *values.shape[1:])
     if how == "max":
         found = torch.segment_reduce(values.float(), "max", offsets=offsets.to(torch.int64), axis=0, unsafe=True)
         found = found.to(values.dtype)

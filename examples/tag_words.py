@@ -40,7 +40,7 @@ def read(path):
 
 
 class Tagger(nn.Module):
-    """Word vectors [B, T, H] to a score for each tag [B, T, 17]."""
+    """Word vectors to a score for each tag of each word, [B, T, 17]."""
 
     def __init__(self, size):
         super().__init__()
@@ -48,7 +48,6 @@ class Tagger(nn.Module):
         self.head = nn.Linear(256, len(UPOS))
 
     def forward(self, vectors):
-        """One score a tag for each word."""
         packed, _ = self.lstm(vectors.packed_sequence())
         return self.head(nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0])
 

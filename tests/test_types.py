@@ -37,7 +37,7 @@ def embeddings_of(texts: Sequence[TokenizedText], values: Tensor | None = None) 
     if values is None:
         values = torch.arange(1.0, tokens.num_tokens * H + 1).view(-1, H)
     lengths = torch.from_numpy(tokens.lengths.astype(np.int64))
-    return Embeddings(values, torch.from_numpy(tokens.cu_seqlens), lengths, tokens, "tokens")
+    return Embeddings(values, torch.from_numpy(tokens.cu_seqlens), lengths, tokens, "tokens", tokens.word_ids)
 
 
 def tokens_of(lengths: Sequence[int], values: Tensor | None = None) -> Embeddings:
