@@ -129,3 +129,20 @@ def test_wrap_dataloader_learns_from_a_csv(run: Run, topics: tuple[Path, Path]) 
     train, test = topics
     columns = ["--text", "text", "--label", "category"]
     assert accuracy(run("examples/wrap_dataloader.py", "--train", train, "--test", test, *columns, *QUICK)) >= 0.9
+
+
+def test_the_tagger_learns_parts_of_speech_from_word_vectors(run: Run, tmp_path: Path) -> None:
+    words = {"DET": ["the", "a"], "ADJ": ["unbelievable", "red"], "NOUN": ["bank", "electroencephalograph", "spring"]}
+    words |= {"VERB": ["sees", "repairs"], "PUNCT": ["."]}
+    for name, start in (("train", 0), ("test", 40)):
+        rows = []
+        for number in range(start, start + 40):
+            tags = ["DET", "ADJ", "NOUN", "VERB", "DET", "NOUN", "PUNCT"][number % 3 == 0 :]
+            for i, tag in enumerate(tags, 1):
+                rows.append(f"{i}\t{words[tag][(number * i) % len(words[tag])]}\t_\t{tag}\t_\t_\t0\t_\t_\t_")
+            rows.append("")
+        (tmp_path / name).write_text("# a comment\n" + "\n".join(rows), encoding="utf-8")
+    printed = run("examples/tag_words.py", "--train", tmp_path / "train", "--test", tmp_path / "test", "--epochs", 6)
+    match = re.search(r"^accuracy with layer 2: (\d\.\d{4}) \(mean of 1\)$", printed, re.MULTILINE)
+    assert match, printed
+    assert float(match[1]) >= 0.95
