@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 # Texts handed to the tokenizer at once: enough for its own threads, little enough to keep a first batch quick.
 _TOKENIZE_CHUNK = 256
 _MOST_LANES = 32
-_LANE_BYTES = 256 * 1024
+# About a window of records in a tar, where each takes 2 KiB at least; tokenizing as much text takes two seconds.
+_LANE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +35,7 @@ class StreamConfig:
     Attributes:
         window: records that are held, sorted by length and cut into batches at once, for each lane. Larger means less
             difference of lengths within a batch, better mixing, and more memory.
-        lanes: how many independent streams share out the shards; None is one for every 256 KiB of data, 32 at most.
+        lanes: how many independent streams share out the shards; None is one for every 4 MiB of data, 32 at most.
             The order of batches depends on it, not on the number of workers. It bounds the number of ranks.
         allow_pipe: whether `pipe:command` may be read, which runs the command in a shell.
         storage_options: handed to fsspec for URLs.

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from bertstream import ConfigError, Encoder, ShardError, StreamConfig, TextStream, TokenBatch
+from bertstream import ConfigError, Encoder, ShardError, StreamConfig, TextStream, TokenBatch, dataset
 from bertstream.types import Cursor
 
 
@@ -164,7 +164,10 @@ def test_a_window_as_small_as_a_batch_keeps_the_file_order(tmp_path: Path, minil
     assert ids(TextStream(path, minilm, batch_size=8, reading=reading)) == list(range(100))
 
 
-def test_one_large_file_is_read_by_several_lanes(tmp_path: Path, minilm: Encoder) -> None:
+def test_one_large_file_is_read_by_several_lanes(
+    tmp_path: Path, minilm: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "_LANE_BYTES", 256 * 1024)
     path = write_jsonl(tmp_path / "a.jsonl", some_texts(12_000))
     stream = TextStream(path, minilm, max_tokens=4096)
     size = Path(path).stat().st_size
