@@ -241,7 +241,7 @@ class Encoder(nn.Module):
 
     def _words(self, layers: list[Tensor], batch: TokenBatch) -> Embeddings:
         """Each word's tokens are neighbours, so words are runs of rows, and index arithmetic on the host finds them."""
-        word_ids = cast(Int32Array, batch.word_ids)
+        word_ids = _word_ids(batch)
         kept = word_ids >= 0 if batch.owned is None else (word_ids >= 0) & batch.owned
         starts = cumulate(batch.num_words)
         texts = np.repeat(np.arange(len(batch)), batch.lengths)
@@ -391,10 +391,17 @@ class Encoder(nn.Module):
                 "special_tokens=False needs texts, or tokens of this encoder's own tokenizer: in ids that are padded "
                 "already special tokens cannot be told apart"
             )
-        if self.output == "words" and batch.word_ids is None and batch.num_tokens:
-            raise EncoderError(
-                "word vectors need texts as lists of words, or strings tokenized by this encoder's own tokenizer"
-            )
+        if self.output == "words":
+            of_no_word = _word_ids(batch) < 0
+            if batch.special is not None:
+                of_no_word &= ~batch.special
+            texts = np.flatnonzero(_count_by_text(of_no_word, batch))
+            if len(texts):
+                raise EncoderError(
+                    "word vectors need texts as lists of words, or strings tokenized by this encoder's own tokenizer; "
+                    f"text {texts[0]} has tokens that belong to no word",
+                    records=texts.tolist(),
+                )
 
     def _check_finite(self, found: Embeddings) -> None:
         if not bool(found.values.isfinite().all()):
@@ -441,6 +448,11 @@ def _kept_tokens(batch: TokenBatch, special_tokens: bool) -> BoolArray | None:
     if special_tokens or batch.special is None:
         return batch.owned
     return ~batch.special if batch.owned is None else batch.owned & ~batch.special
+
+
+def _word_ids(batch: TokenBatch) -> Int32Array:
+    """[N] the word of each token, -1 for none."""
+    return np.full(batch.num_tokens, -1, np.int32) if batch.word_ids is None else batch.word_ids
 
 
 def _count_by_text(kept: BoolArray, batch: TokenBatch) -> Int32Array:

@@ -63,6 +63,8 @@ class TextTokenizer:
         if max_length < least:
             raise ConfigError(f"max_length={max_length}: the special tokens of a pair of texts alone take {least}")
         room = max_length - least
+        if overflow == "windows" and not room:
+            raise ConfigError(f"max_length={max_length}: beside a pair's special tokens no window has room for a text")
         if stride < 0 or (overflow == "windows" and stride >= room):
             raise ConfigError(f"stride={stride}: windows of {max_length} tokens overlap by 0 to {room - 1}")
         self.max_length = max_length

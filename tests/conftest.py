@@ -68,6 +68,15 @@ def _nothing_is_left_running() -> Iterator[None]:
     assert not left, f"left running: {sorted(map(repr, left))}"
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny models: on busy cores torch's threads wait for one another up to twenty times longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def minilm_folder() -> str:
     """The folder of the real weights that the demo extra brings."""
