@@ -53,7 +53,9 @@ class Prefetcher(Generic[T]):
         self._error: BaseException | None = None
         self._finished = False
         self._closing = False
-        self._changed = threading.Condition()
+        # `with` on the lock itself: entering a Condition runs Python code, where Ctrl-C can strike with the lock taken.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         # A daemon, so that a loop which nobody closes cannot keep the interpreter alive; atexit stops it first.
         self._thread = threading.Thread(target=self._run, args=(source,), name=f"bertstream-{stage}", daemon=True)
         _alive.add(self)
@@ -64,7 +66,7 @@ class Prefetcher(Generic[T]):
 
     def __next__(self) -> T:
         started = time.perf_counter()
-        with self._changed:
+        with self._lock:
             while not (self._queue or self._finished):
                 self._changed.wait()
             self.get_wait_s += time.perf_counter() - started
@@ -97,7 +99,7 @@ class Prefetcher(Generic[T]):
         _alive.discard(self)
 
     def _stop(self) -> None:
-        with self._changed:
+        with self._lock:
             self._closing = True
             self._queue.clear()
             self._weight = 0
@@ -116,7 +118,7 @@ class Prefetcher(Generic[T]):
                     self._error = error
                     if hasattr(error, "add_note"):  # Python 3.11 and later
                         error.add_note(f"raised in bertstream's {self.stage} thread")
-        with self._changed:
+        with self._lock:
             self._finished = True
             self._changed.notify_all()
 
@@ -131,7 +133,7 @@ class Prefetcher(Generic[T]):
                 self.source_s += time.perf_counter() - started
             weight = max(1, self._weigh(item))
             started = time.perf_counter()
-            with self._changed:
+            with self._lock:
                 while self._queue and self._weight + weight > self._limit:  # closing empties the queue
                     self._changed.wait()
                 self.put_wait_s += time.perf_counter() - started
