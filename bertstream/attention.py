@@ -10,6 +10,7 @@ Shapes: N tokens in all, d size of one head.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,7 +87,7 @@ def packed_attention(
             "on padded input, call set_attn_implementation('sdpa') on it first"
         )
     windowed = sliding_window is not None and packing.max_length > sliding_window
-    if query.is_cuda and query.dtype != torch.float32 and not windowed and _flash_fits(query):
+    if query.is_cuda and query.dtype != torch.float32 and not (windowed or dropout) and _flash_fits(query):
         return _varlen(query, key, value, scaling, dropout, packing)[None], None
     out: list[Tensor] = []
     start = 0
@@ -226,8 +227,8 @@ def _try_packed(model: nn.Module, ids: list[Tensor], alone: list[Tensor], tolera
 
 
 def _worst_error(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    worst = max(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, right, strict=True))
-    return worst if worst == worst else float("inf")
+    errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, right, strict=True)]
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf  # max() passes over a NaN
 
 
 def _packed_error(model: nn.Module, ids: list[Tensor], alone: list[Tensor], first_position: int) -> float:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Packing, probe_batching
+from .attention import Packing, probe_batching, register
 from .cuda import to_device
 from .errors import ConfigError, EncoderError
 from .layers import kept_inputs, resolve_layers, stop_behind
@@ -415,6 +415,7 @@ class Encoder(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        register()  # the process that unpickles it may not have made one itself
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lock = threading.Lock()
 

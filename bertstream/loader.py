@@ -403,7 +403,7 @@ class EmbeddingLoader:
         return TokenBatch.from_texts(self.encoder.tokenizer(texts))
 
     def _handed_over(self, item: _Ready) -> Any:
-        tensors = [t for e in item.embeddings.values() for t in (e.values, e.cu_seqlens)]
+        tensors = [t for e in item.embeddings.values() for t in (e.values, e.cu_seqlens, e.present) if t is not None]
         self._side.hand_over(item.event, tensors)
         counts = self._counts
         counts.batches += 1
