@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .bucket import cut_window, make_batch
 from .distributed import rank_and_world_size
 from .errors import BertstreamError, ConfigError, EncoderError, ShardError
+from .files import Access
 from .shards import Piece, ReadOptions, expand_shards, read_records, shard_size, split_shard
 from .types import Cursor, Record, SupportsEncode, TokenBatch, TokenizedText
 
@@ -29,7 +30,7 @@ _LANE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StreamConfig:
+class StreamConfig(Access):
     """How shards are read; the defaults suit most corpora.
 
     Attributes:
@@ -39,14 +40,20 @@ class StreamConfig:
             The order of batches depends on it, not on the number of workers. It bounds the number of ranks.
         allow_pipe: whether `pipe:command` may be read, which runs the command in a shell.
         storage_options: handed to fsspec for URLs.
+        shard_cache: a folder into which each remote shard is downloaded once, and read from there; None reads remotely.
+            It is not bounded, and a copy is not renewed when its origin changes: delete it. Workers and ranks may share
+            it. Fewer remote shards than lanes are downloaded at once, to be cut into pieces.
+        stall_warning_s: seconds after which a read of a URL or pipe that is still waiting is named in the log; None is
+            never.
+    Raises:
+        ConfigError: a value of a wrong type or out of range.
     """
 
     window: int = 2048
     lanes: int | None = None
-    allow_pipe: bool = False
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        Access.__post_init__(self)
         for name in ("window", "lanes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -115,11 +122,9 @@ class TextStream(IterableDataset[TokenBatch]):
         self._seed = seed
         self._keep_text_as = keep_text_as
         self._reading = reading = reading or StreamConfig()
-        self._options = ReadOptions(
-            text=text, fields=fields, allow_pipe=reading.allow_pipe, storage_options=reading.storage_options
-        )
+        self._options = ReadOptions(text=text, fields=fields, access=reading)
         self._tokenizer = encoder.tokenizer
-        self.shards = expand_shards(shards, allow_pipe=reading.allow_pipe, storage_options=reading.storage_options)
+        self.shards = expand_shards(shards, reading)
         self._pieces, self.num_lanes = self._share_out()
         self.rank, self.world_size = rank_and_world_size()
         if self.world_size > self.num_lanes:
@@ -184,14 +189,14 @@ class TextStream(IterableDataset[TokenBatch]):
         pieces: list[tuple[Piece, int]] = []
         for path, size in zip(self.shards, sizes, strict=True):
             parts = max(1, round(lanes * size / sum(sizes))) if len(self.shards) < lanes and size else 1
-            split = split_shard(path, parts)
+            split = split_shard(path, parts, self._reading)
             if len(split) < parts:
                 logger.info("%s feeds %d lanes where %d are its share: it cannot be split", path, len(split), parts)
             pieces += [(piece, size // len(split)) for piece in split]
         return pieces, lanes
 
     def _size(self, path: str) -> int:
-        return shard_size(path, storage_options=self._options.storage_options)
+        return shard_size(path, self._reading)
 
     def _lanes(self, epoch: int) -> list[list[Piece]]:
         """Deal the epoch's pieces to the lanes, each to the one with the fewest bytes so far."""
