@@ -231,6 +231,8 @@ def _retried(
         try:
             return attempt()
         except Exception as error:  # what a file system behind fsspec raises is its own choice
+            if getattr(error, "status", None) in (404, 410):
+                raise FileNotFoundError(f"the server says that there is no such file: {named(error)}") from error
             if not _may_pass(error):
                 raise
             if number == _TRIES:

@@ -293,7 +293,7 @@ def _check_packages(path: str, kind: _Kind) -> None:
     if kind.packing == "zst":
         check_installed(path, "zstandard", "zstd")
     if kind.name == "parquet":
-        check_installed(path, "pyarrow.parquet", "parquet")
+        check_installed(path, "pyarrow", "parquet")
         if is_pipe(path):
             raise ConfigError(f"{path!r}: Parquet is read from its end, which a pipe cannot do: write it to a file")
 
