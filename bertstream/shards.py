@@ -541,10 +541,12 @@ def _cuts(blocks: Iterable[npt.NDArray[np.int64]], size: int, parts: int) -> Ite
 
 
 def _group_cuts(file: ParquetReader, parts: int) -> Iterator[tuple[int, int]]:
-    ends = np.cumsum(file.sizes, dtype=np.int64)
-    if len(ends):
-        for group, _ in _cuts([ends - file.sizes], int(ends[-1]), parts):
-            yield file.first_rows[group], 0
+    """Index, and 0 for the offset, of the row groups that begin nearest to where each share but the first should."""
+    ends = np.cumsum(file.sizes, dtype=np.float64)
+    if len(ends) > 1:
+        shares = ends[-1] * np.arange(1, parts) / parts
+        for group in np.unique(np.abs(ends[:-1, None] - shares).argmin(axis=0)):
+            yield file.first_rows[group + 1], 0
 
 
 def _record_starts(stream: BinaryIO, kind: str, path: str) -> Iterator[npt.NDArray[np.int64]]:

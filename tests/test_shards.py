@@ -23,6 +23,7 @@ from unittest import mock
 import fsspec
 import pytest
 import webdataset
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -36,6 +37,7 @@ from bertstream.types import Record
 LINES = ReadOptions(text="text")
 TAR = ReadOptions(text="txt")
 PIPES = Access(allow_pipe=True)
+PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 
 
 def write(path: Path, data: bytes | str) -> str:
@@ -100,7 +102,7 @@ def open_files() -> set[str]:
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gz", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
 @pytest.mark.parametrize(
     ("ending", "data", "text"),
     [
@@ -112,8 +114,10 @@ def open_files() -> set[str]:
         ("tar", texts_tar("one", "two"), "txt"),
     ],
 )
-def test_every_format_is_read_plain_and_gzipped(tmp_path: Path, ending: str, data: bytes, text: str, gz: bool) -> None:
-    path = write(tmp_path / f"a.{ending}{'.gz' * gz}", gzip.compress(data) if gz else data)
+def test_every_format_is_read_plain_and_packed(
+    tmp_path: Path, ending: str, data: bytes, text: str, packing: str
+) -> None:
+    path = write(tmp_path / f"a.{ending}{packing}", PACK[packing](data))
     records = read(path, ReadOptions(text=text))
     assert texts(records) == ["one", "two"]
     assert [record.index for record in records] == [0, 1]
@@ -540,16 +544,17 @@ def test_a_file_of_no_bytes_is_no_tar_and_no_record(tmp_path: Path) -> None:
     assert "no record" in str(read_until_error(write(tmp_path / "a.txt.gz", b""))[1])
 
 
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "tar"])
-def test_a_truncated_gz_names_the_shard_and_the_record(tmp_path: Path, ending: str) -> None:
+def test_a_truncated_packed_file_names_the_shard_and_the_record(tmp_path: Path, ending: str, packing: str) -> None:
     noise = [os.urandom(20).hex() for _ in range(3000)]
     data = {
         "jsonl": "".join(json.dumps({"text": line}) + "\n" for line in noise).encode(),
         "csv": "\n".join(["text", *noise]).encode(),
         "tar": texts_tar(*noise),
     }[ending]
-    zipped = gzip.compress(data)
-    path = write(tmp_path / f"a.{ending}.gz", zipped[: len(zipped) // 2])
+    packed = PACK[packing](data)
+    path = write(tmp_path / f"a.{ending}{packing}", packed[: len(packed) - len(packed) // 4])
     records, error = read_until_error(path, TAR if ending == "tar" else LINES)
     assert 0 < len(records) < 3000 and texts(records) == noise[: len(records)]
     assert (error.path, error.index) == (path, len(records))
@@ -697,7 +702,8 @@ def test_large_files_are_split_block_by_block(tmp_path: Path) -> None:
 
 def test_what_cannot_be_sought_stays_whole(tmp_path: Path) -> None:
     zipped = write(tmp_path / "a.txt.gz", gzip.compress(b"a\nb\nc\n"))
-    for path in (zipped, "memory://a.txt", "pipe:cat a.txt", write(tmp_path / "a.txt", "abc")):
+    squeezed = write(tmp_path / "a.txt.zst", zstandard.compress(b"a\nb\nc\n"))
+    for path in (zipped, squeezed, "memory://a.txt", "pipe:cat a.txt", write(tmp_path / "a.txt", "abc")):
         assert split_shard(path, 3) == [Piece(path)]
     with pytest.raises(ConfigError, match="parts=0"):
         split_shard(zipped, 0)
@@ -897,7 +903,7 @@ def test_a_pipe_that_is_left_early_is_ended_at_once(command: str) -> None:
 # --- leaving nothing open ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.csv", "a.tar", "a.tar.gz", "pipe"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.csv", "a.tar", "a.tar.gz", "a.tar.zst", "pipe"])
 @pytest.mark.parametrize("ending", ["closed", "exhausted", "broken", "stopped", "missing field"])
 def test_files_are_closed_however_reading_ends(tmp_path: Path, name: str, ending: str) -> None:
     broken = ending == "broken"
@@ -907,7 +913,8 @@ def test_files_are_closed_however_reading_ends(tmp_path: Path, name: str, ending
         "csv": b"text\n" + b"a\n" * 9 + b"a,b" * broken,
         "tar": texts_tar(*"aaaaaaaaa")[: -15_000 if broken else None],
     }[name.split(".")[1] if "." in name else "txt"]
-    path = write(tmp_path / (name if "." in name else "a.txt"), gzip.compress(data) if name.endswith("gz") else data)
+    pack = PACK.get(Path(name).suffix, bytes)
+    path = write(tmp_path / (name if "." in name else "a.txt"), pack(data))
     field = "txt" if ".tar" in name else "text"
     options = ReadOptions(text=field, fields=["none"] if ending == "missing field" else None, access=PIPES)
     files, before = open_files(), children()
