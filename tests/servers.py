@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+import socketserver
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -107,3 +109,42 @@ class Server:
 
     def gets(self) -> list[Request]:
         return [request for request in self.requests if request.method == "GET"]
+
+
+class CuttingProxy:
+    """Passes connections on to another server, and cuts each after as many bytes of answers as its entry of `cuts`."""
+
+    def __init__(self, host: str, port: int, cuts: list[int | None], always_cut_at: int | None = None) -> None:
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                left = cuts.pop(0) if cuts else always_cut_at
+                with socket.create_connection((host, port)) as upstream, suppress(OSError):
+                    asking = threading.Thread(target=self.pass_on, args=(upstream,))
+                    asking.start()
+                    while (left is None or left > 0) and (data := upstream.recv(1 << 16)):
+                        self.request.sendall(data[:left])
+                        left = None if left is None else left - len(data)
+                    for side in (self.request, upstream):
+                        with suppress(OSError):
+                            side.shutdown(socket.SHUT_RDWR)
+                    asking.join()
+
+            def pass_on(self, upstream: socket.socket) -> None:
+                with suppress(OSError):
+                    while data := self.request.recv(1 << 16):
+                        upstream.sendall(data)
+                with suppress(OSError):
+                    upstream.shutdown(socket.SHUT_RDWR)
+
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True  # clients keep idle connections, which nobody should wait for
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+
+    def __enter__(self) -> str:
+        self._thread.start()
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __exit__(self, *exception: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()

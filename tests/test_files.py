@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import zstandard
-from servers import Server
+from servers import CuttingProxy, Server
 from torch.utils.data import DataLoader
 
 from bertstream import ConfigError, Encoder, ShardError, StreamConfig, TextStream, TokenBatch, files
@@ -216,7 +216,7 @@ def s3() -> Iterator[dict[str, Any]]:
     client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys)
     client.create_bucket(Bucket="shards")
     options = {"key": "a", "secret": "b", "client_kwargs": {"endpoint_url": f"http://{host}:{port}"}}
-    yield {"client": client, "options": options}
+    yield {"client": client, "options": options, "host": host, "port": port}
     client.close()
     server.stop()
 
@@ -232,6 +232,34 @@ def test_s3_is_listed_sized_and_read(s3: dict[str, Any], lines: bytes) -> None:
     assert [record.text for record in records] == ["a", "b"]
     missing = error_of("s3://shards/none.txt", access)
     assert isinstance(missing.__cause__, FileNotFoundError)
+
+
+def test_s3_reads_that_are_cut_go_on_at_the_byte(
+    s3: dict[str, Any], lines: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # its own, which this test would otherwise not get past
+    s3["client"].put_object(Bucket="shards", Key="cut.txt", Body=lines)
+    with CuttingProxy(s3["host"], s3["port"], [6 * MIB, 100_000, 100_000]) as endpoint:
+        options = {**s3["options"], "client_kwargs": {"endpoint_url": endpoint}, "skip_instance_cache": True}
+        assert content("s3://shards/cut.txt", Access(storage_options=options)) == lines
+    places = re.findall(r"cut.txt: try (\d) of 6 failed at byte (\d+)", caplog.text)
+    assert [number for number, _ in places] == ["1", "2", "3"]
+    assert 4 * MIB <= int(places[0][1]) < 6 * MIB and len({byte for _, byte in places}) == 1
+
+
+def test_an_s3_server_that_always_cuts_is_given_up(
+    s3: dict[str, Any], lines: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    s3["client"].put_object(Bucket="shards", Key="cut.txt", Body=lines)
+    with CuttingProxy(s3["host"], s3["port"], [], always_cut_at=10_000) as endpoint:
+        options = {**s3["options"], "client_kwargs": {"endpoint_url": endpoint}, "skip_instance_cache": True}
+        error = error_of("s3://shards/cut.txt", Access(storage_options=options))
+    assert f"gave up at byte 0 of {len(lines)} after 6 tries" in str(error)
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------
