@@ -6,6 +6,7 @@ import re
 import socket
 import socketserver
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -112,18 +113,25 @@ class Server:
 
 
 class CuttingProxy:
-    """Passes connections on to another server, and cuts each after as many bytes of answers as its entry of `cuts`."""
+    """Passes connections on to another server, and cuts the one by which its answers reach a count of `cuts`, in bytes."""
 
-    def __init__(self, host: str, port: int, cuts: list[int | None], always_cut_at: int | None = None) -> None:
+    def __init__(self, host: str, port: int, cuts: Iterable[int]) -> None:
+        cuts = list(cuts)
+        passed = 0
+
         class Handler(socketserver.BaseRequestHandler):
             def handle(self) -> None:
-                left = cuts.pop(0) if cuts else always_cut_at
+                nonlocal passed
                 with socket.create_connection((host, port)) as upstream, suppress(OSError):
                     asking = threading.Thread(target=self.pass_on, args=(upstream,))
                     asking.start()
-                    while (left is None or left > 0) and (data := upstream.recv(1 << 16)):
+                    while data := upstream.recv(1 << 16):
+                        left = cuts[0] - passed if cuts else len(data) + 1
                         self.request.sendall(data[:left])
-                        left = None if left is None else left - len(data)
+                        passed += len(data[:left])
+                        if left <= len(data):
+                            cuts.pop(0)
+                            break
                     for side in (self.request, upstream):
                         with suppress(OSError):
                             side.shutdown(socket.SHUT_RDWR)

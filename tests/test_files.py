@@ -241,7 +241,7 @@ def test_s3_reads_that_are_cut_go_on_at_the_byte(
 
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # its own, which this test would otherwise not get past
     s3["client"].put_object(Bucket="shards", Key="cut.txt", Body=lines)
-    with CuttingProxy(s3["host"], s3["port"], [6 * MIB, 100_000, 100_000]) as endpoint:
+    with CuttingProxy(s3["host"], s3["port"], [6 * MIB, 6 * MIB + 100_000, 6 * MIB + 200_000]) as endpoint:
         options = {**s3["options"], "client_kwargs": {"endpoint_url": endpoint}, "skip_instance_cache": True}
         assert content("s3://shards/cut.txt", Access(storage_options=options)) == lines
     places = re.findall(r"cut.txt: try (\d) of 6 failed at byte (\d+)", caplog.text)
@@ -256,7 +256,7 @@ def test_an_s3_server_that_always_cuts_is_given_up(
 
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     s3["client"].put_object(Bucket="shards", Key="cut.txt", Body=lines)
-    with CuttingProxy(s3["host"], s3["port"], [], always_cut_at=10_000) as endpoint:
+    with CuttingProxy(s3["host"], s3["port"], range(10_000, 1_000_000, 10_000)) as endpoint:
         options = {**s3["options"], "client_kwargs": {"endpoint_url": endpoint}, "skip_instance_cache": True}
         error = error_of("s3://shards/cut.txt", Access(storage_options=options))
     assert f"gave up at byte 0 of {len(lines)} after 6 tries" in str(error)
