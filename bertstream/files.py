@@ -217,15 +217,8 @@ def named(error: BaseException) -> str:
 # --- behind a URL -----------------------------------------------------------------------------------------------------
 
 
-def _retried(
-    path: str,
-    attempt: Callable[[], T],
-    *,
-    position: int = 0,
-    size: int | None = None,
-    failed: Callable[[], None] | None = None,
-) -> T:
-    """What `attempt` returns, tried again for as long as its errors may pass; `failed` is called after each."""
+def _retried(path: str, attempt: Callable[[], T], *, position: int = 0, size: int | None = None) -> T:
+    """What `attempt` returns, tried again for as long as its errors may pass."""
     place = f"byte {position}" + (f" of {size}" if size else "")
     for number in range(1, _TRIES + 1):
         try:
@@ -251,11 +244,9 @@ def _may_pass(error: BaseException) -> bool:
     """Whether an error may be gone at the next try: all are but those that say that the request itself is wrong."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and cause is not None:
-        # fsspec says "not found" of a URL whatever its server answered, or did not.
-        from_http = type(cause).__module__.startswith("aiohttp")
-        return (from_http or isinstance(cause, (ConnectionError, TimeoutError, asyncio.TimeoutError))) and _may_pass(
-            cause
-        )
+        # fsspec says "not found" of a URL whatever its server answered, and if it did not answer at all.
+        of_http = type(cause).__module__.startswith("aiohttp") or isinstance(cause, (OSError, asyncio.TimeoutError))
+        return of_http and _may_pass(cause)
     final = (
         RemoteReadError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ImportError,
         NotImplementedError, AttributeError, LookupError, TypeError, ValueError,
@@ -343,7 +334,8 @@ class _RemoteFile(io.RawIOBase):
             if self._version is not None:
                 filesystem.invalidate_cache()
             info = filesystem.info(name)
-            version = (info.get("size"), info.get("ETag"))
+            # Some servers say 0 where they do not know. HTTP and S3 write ETag, others etag.
+            version = (int(info.get("size") or 0) or None, info.get("ETag") or info.get("etag"))
             if self._version is not None and version != self._version:
                 was, now = (f"{size} bytes, ETag {tag}" for size, tag in (self._version, version))
                 raise RemoteReadError(f"it changed while it was read: {was} at first, {now} now")

@@ -113,7 +113,7 @@ class Server:
 
 
 class CuttingProxy:
-    """Passes connections on to another server, and cuts the one by which its answers reach a count of `cuts`, in bytes."""
+    """Passes connections on to another server; when it has answered as many bytes as `cuts` says, it cuts one."""
 
     def __init__(self, host: str, port: int, cuts: Iterable[int]) -> None:
         cuts = list(cuts)
