@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gzip
 import logging
+import multiprocessing
 import os
 import pickle
 import re
-import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -282,26 +284,17 @@ def test_a_cached_shard_is_downloaded_once_and_read_from_disk(lines: bytes, tmp_
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".lock", ".txt"]
 
 
+def length_of(url: str, folder: Path) -> int:
+    return len(content(url, Access(shard_cache=folder)))
+
+
 def test_many_threads_and_processes_download_a_shard_once_between_them(lines: bytes, tmp_path: Path) -> None:
-    code = (
-        "import sys; from bertstream.files import Access, open_bytes\n"
-        "with open_bytes(sys.argv[1], Access(shard_cache=sys.argv[2])) as file: print(len(file.read()))"
-    )
-    with Server({"a.txt": lines}) as server:
+    with Server({"a.txt": lines}) as server, multiprocessing.get_context("fork").Pool(3) as processes:
         url = f"{server.url}/a.txt"
-        processes = [
-            subprocess.Popen([sys.executable, "-c", code, url, tmp_path], stdout=subprocess.PIPE) for _ in range(2)
-        ]
-        found: list[bytes] = []
-        threads = [
-            threading.Thread(target=lambda: found.append(content(url, Access(shard_cache=tmp_path)))) for _ in range(3)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert found == [lines] * 3
-        assert [int(process.communicate()[0]) for process in processes] == [len(lines)] * 2
+        in_processes = processes.starmap_async(length_of, [(url, tmp_path)] * 3)
+        with ThreadPoolExecutor(3) as threads:
+            in_threads = list(threads.map(length_of, [url] * 3, [tmp_path] * 3))
+        assert in_threads == in_processes.get() == [len(lines)] * 3
         assert sum(request.sent for request in server.gets()) == len(lines)
 
 
@@ -439,18 +432,14 @@ def test_a_zst_that_is_damaged_or_none_is_an_os_error(tmp_path: Path) -> None:
 
 
 def test_what_a_tiny_zst_unpacks_to_is_never_held_at_once(tmp_path: Path) -> None:
-    (tmp_path / "a.zst").write_bytes(zstandard.compress(bytes(300 * MIB)))
-    code = (
-        "import resource, sys; from bertstream.files import Access, open_bytes\n"
-        "with open_bytes(sys.argv[1], Access(), 'zst') as file:\n"
-        "    file.read(1); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "    while file.read(1 << 16): pass\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "a.zst"], stdout=subprocess.PIPE, check=True, text=True
-    )
-    assert int(done.stdout) < 100 * 1024  # KiB
+    (tmp_path / "a.zst").write_bytes(zstandard.compress(bytes(200 * MIB)))
+    tracemalloc.start()
+    try:
+        with open_bytes(str(tmp_path / "a.zst"), Access(), "zst") as file:
+            assert sum(len(part) for part in iter(lambda: file.read(MIB), b"")) == 200 * MIB
+        assert tracemalloc.get_traced_memory()[1] < 100 * MIB
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
