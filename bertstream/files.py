@@ -42,7 +42,7 @@ _LEAST_REMOTE_BLOCK_BYTES = 1 << 14
 _TRIES = 6
 _FIRST_WAIT_S = 0.5  # doubled after each try, so 15.5 s in all: a server is restarted in less
 # Packed bytes that are unpacked at once: the most extreme zstd data grows 32,000 times.
-_ZSTD_CHUNK_BYTES = 1 << 11
+_ZSTD_CHUNK_BYTES = 1 << 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

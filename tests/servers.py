@@ -65,6 +65,9 @@ class Server:
                 wanted = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
                 if server.ranges and wanted:
                     start = int(wanted[1])
+                    if start >= total:
+                        self.send_error(416)
+                        return
                     data = data[start : int(wanted[2]) + 1 if wanted[2] else None]
                     self.send_response(206)
                     self.send_header("Content-Range", f"bytes {start}-{start + len(data) - 1}/{total}")

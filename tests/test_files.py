@@ -167,6 +167,15 @@ def test_a_shard_that_changes_while_it_is_read_is_an_error(lines: bytes, change:
             list(records)
 
 
+def test_a_shard_that_shrinks_while_it_is_read_is_an_error(lines: bytes) -> None:
+    with Server({"a.txt": lines}) as server:
+        records = read_records(Piece(f"{server.url}/a.txt"), ReadOptions())
+        next(records)
+        server.files["a.txt"] = lines[:1000]
+        with pytest.raises(ShardError, match="it changed while it was read.*1000 bytes"):
+            list(records)
+
+
 def test_a_broken_connection_a_cut_file_and_a_broken_tar_are_told_apart() -> None:
     noise = os.urandom(5000).hex().encode()
     zipped, squeezed = gzip.compress(noise), zstandard.compress(noise)
@@ -249,6 +258,18 @@ def test_s3_reads_that_are_cut_go_on_at_the_byte(
     places = re.findall(r"cut.txt: try (\d) of 6 failed at byte (\d+)", caplog.text)
     assert [number for number, _ in places] == ["1", "2", "3"]
     assert 4 * MIB <= int(places[0][1]) < 6 * MIB and len({byte for _, byte in places}) == 1
+
+
+def test_an_s3_shard_that_changes_is_noticed_though_its_listing_is_cached(s3: dict[str, Any], lines: bytes) -> None:
+    s3["client"].put_object(Bucket="shards", Key="changing.txt", Body=lines)
+    with CuttingProxy(s3["host"], s3["port"], [6 * MIB]) as endpoint:
+        access = Access(storage_options={**s3["options"], "client_kwargs": {"endpoint_url": endpoint}})
+        (path,) = expand_shards("s3://shards/chang*.txt", access)
+        records = read_records(Piece(path), ReadOptions(access=access))
+        next(records)
+        s3["client"].put_object(Bucket="shards", Key="changing.txt", Body=lines + b"0")
+        with pytest.raises(ShardError, match="it changed while it was read"):
+            list(records)
 
 
 def test_an_s3_server_that_always_cuts_is_given_up(
