@@ -118,6 +118,7 @@ class TextStream(IterableDataset[TokenBatch]):
         self._options = ReadOptions(
             text=text, fields=fields, allow_pipe=reading.allow_pipe, storage_options=reading.storage_options
         )
+        self.text = text
         self._tokenizer = encoder.tokenizer
         self.shards = expand_shards(shards, allow_pipe=reading.allow_pipe, storage_options=reading.storage_options)
         self._pieces, self.num_lanes = self._share_out()
