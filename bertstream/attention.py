@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .errors import EncoderError
 from .types import Int32Array, cumulate
@@ -69,7 +71,7 @@ def packed_attention(
 
     Args:
         module: the attention layer.
-        query: [1, heads, N, d]; `key` and `value` likewise.
+        query: [1, heads, N, d]; `key` and `value` likewise, or of fewer heads, which groups of query heads share.
         attention_mask: must be None; a packed row has no padding.
         scaling: factor of the scores; 1 / sqrt(d) if None.
         dropout: probability, applied to the attention weights.
@@ -86,9 +88,11 @@ def packed_attention(
             f"{PACKED} attention runs only on a packed row (packing= given and no attention_mask); to run this model "
             "on padded input, call set_attn_implementation('sdpa') on it first"
         )
+    if key.shape[1] != query.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     windowed = sliding_window is not None and packing.max_length > sliding_window
     if query.is_cuda and query.dtype != torch.float32 and not (windowed or dropout) and _flash_fits(query):
-        return _varlen(query, key, value, scaling, dropout, packing)[None], None
+        return _varlen(query, key, value, scaling, packing)[None], None
     out: list[Tensor] = []
     start = 0
     for texts, length in packing.groups:
@@ -109,10 +113,8 @@ def _flash_fits(query: Tensor) -> bool:
     return head <= 256 and head % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, packing: Packing
-) -> Tensor:
-    """[N, heads, d] by the variable-length flash kernel; it has no dropout, so training with dropout goes elsewhere."""
+def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, packing: Packing) -> Tensor:
+    """[N, heads, d] by the variable-length flash kernel, which has no dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -145,12 +147,8 @@ class BatchingSupport:
     first_position: int = 0
 
 
-# Three short texts, no two of one length, told apart in every token by a different stride through the vocabulary.
-_PROBE_LENGTHS = np.array([5, 7, 11], np.int32)
-
-
 def probe_batching(model: nn.Module, packed: bool | None = None) -> BatchingSupport:
-    """Run three short texts together and one by one, and compare.
+    """Run three texts together and one by one, and compare.
 
     The model is left with its packed attention if it passes packed, and with its own attention otherwise. It must be
     in eval mode; its config is changed, so it must not be shared with the user.
@@ -163,67 +161,96 @@ def probe_batching(model: nn.Module, packed: bool | None = None) -> BatchingSupp
         float32; in half precision by more than 8 times what separates the model's eager attention from
         scaled_dot_product_attention.
     Raises:
-        EncoderError: `packed` is True and packed texts do not come out as they do one by one.
+        EncoderError: the model is no encoder, or does not run in its precision; or `packed` is True and packed texts
+            do not come out as they do one by one.
     """
     register()
     config: Any = model.config
     parameter = next(model.parameters())
-    if config._attn_implementation == PACKED:  # the model of another encoder
-        model.set_attn_implementation("sdpa")  # type: ignore[operator]
     native = config._attn_implementation
-    ids = [row.to(parameter.device) for row in _probe_texts(config.vocab_size)]
+    first_position = _first_position(model)
+    ids = [row.to(parameter.device) for row in _probe_texts(config, first_position)]
     reason = "packing was not asked for"
-    with torch.inference_mode(False), torch.no_grad():
-        try:
-            alone = [model(input_ids=x, attention_mask=torch.ones_like(x)).last_hidden_state[0].float() for x in ids]
-        except RuntimeError as error:
-            raise EncoderError(
-                f"{type(model).__name__} does not run in {parameter.dtype} on {parameter.device}: {error}"
-            ) from error
+    with plain_mode(parameter.device):
+        alone = _one_by_one(model, ids)
         tolerance = 1e-4
         if parameter.dtype != torch.float32:
             tolerance = max(tolerance, 8 * _noise(model, ids, alone, native, "sdpa" if native == "eager" else "eager"))
         if packed is not False:
-            support = _try_packed(model, ids, alone, tolerance)
-            if support.way == "packed":
-                return support
+            passed, reason = _try_packed(model, ids, alone, first_position, tolerance)
+            if passed:
+                return BatchingSupport("packed", reason, first_position)
             model.set_attn_implementation(native)  # type: ignore[operator]
-            reason = support.reason
             if packed:
                 raise EncoderError(f"{type(model).__name__} cannot run packed: {reason}; leave packed= out")
         worst = _padded_error(model, ids, alone)
     if worst <= tolerance:
-        return BatchingSupport("padded", f"{reason}; padded equals one by one ({worst:.1e})")
-    return BatchingSupport(
-        "grouped", f"{reason}; padded differs from one by one (relative L2 error {worst:.1e} > {tolerance:.0e})"
-    )
+        return BatchingSupport("padded", f"{reason}; padded equals one by one ({worst:.1e})", first_position)
+    reason = f"{reason}; padded differs from one by one (relative L2 error {worst:.1e} > {tolerance:.0e})"
+    return BatchingSupport("grouped", reason, first_position)
 
 
-def _probe_texts(vocab_size: int) -> list[Tensor]:
-    usable = range(max(16, vocab_size // 8), vocab_size)
+@contextmanager
+def plain_mode(device: torch.device) -> Iterator[None]:
+    """No gradients, no inference tensors and no autocast, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _first_position(model: nn.Module) -> int:
+    """RoBERTa's family counts positions from behind its padding id."""
+    for path, module in model.named_modules():
+        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+def _probe_texts(config: Any, first_position: int) -> list[Tensor]:
+    """Three texts, no two of one length, told apart in every token by a different stride through the vocabulary.
+
+    The longest reaches beyond the sliding window of a model that has one.
+    """
+    windows = [getattr(config, name, None) or 0 for name in ("sliding_window", "local_attention")]
+    longest = max(11, *(window + 1 for window in windows))
+    longest = min(longest, (getattr(config, "max_position_embeddings", None) or longest) - first_position)
+    usable = range(max(16, config.vocab_size // 8), config.vocab_size)
     return [
         torch.tensor([[usable[(text * len(usable) // 3 + 37 * i) % len(usable)] for i in range(length)]])
-        for text, length in enumerate(_PROBE_LENGTHS.tolist())
+        for text, length in enumerate((5, 7, longest))
     ]
 
 
-def _try_packed(model: nn.Module, ids: list[Tensor], alone: list[Tensor], tolerance: float) -> BatchingSupport:
+def _one_by_one(model: nn.Module, ids: list[Tensor]) -> list[Tensor]:
+    name, parameter = type(model).__name__, next(model.parameters())
+    try:
+        found = [model(input_ids=row, attention_mask=torch.ones_like(row)).last_hidden_state[0].float() for row in ids]
+    except AttributeError as error:
+        raise EncoderError(
+            f"{name} gives no last_hidden_state ({error}): pass the encoder alone, as AutoModel loads it or as "
+            "model.base_model holds it"
+        ) from error
+    except RuntimeError as error:
+        raise EncoderError(f"{name} does not run in {parameter.dtype} on {parameter.device}: {error}") from error
+    if not all(bool(row.isfinite().all()) for row in found):
+        way_out = "ask for dtype='bfloat16' or 'float32'" if parameter.dtype == torch.float16 else "look at its weights"
+        raise EncoderError(f"{name} gives values that are not finite in {parameter.dtype}: {way_out}")
+    return found
+
+
+def _try_packed(
+    model: nn.Module, ids: list[Tensor], alone: list[Tensor], first_position: int, tolerance: float
+) -> tuple[bool, str]:
+    """Whether packed texts come out as they do one by one, and what was seen."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        return BatchingSupport("padded", f"{type(model).__name__} takes no position_ids, so positions cannot restart")
-    pad = getattr(model.config, "pad_token_id", None)
+        return False, f"{type(model).__name__} takes no position_ids, so positions cannot restart"
     try:
         model.set_attn_implementation(PACKED)  # type: ignore[operator]
-        errors = {
-            first: _packed_error(model, ids, alone, first) for first in sorted({0, 0 if pad is None else pad + 1})
-        }
+        worst = _packed_error(model, ids, alone, first_position)
     except Exception as error:  # whatever a model that cannot be packed does: the verdict says it
-        return BatchingSupport("padded", f"the packed self-test raised {type(error).__name__}: {error}")
-    first, worst = min(errors.items(), key=lambda item: item[1])
+        return False, f"the packed self-test raised {type(error).__name__}: {error}"
     if worst <= tolerance:
-        return BatchingSupport("packed", f"packed equals one by one (worst relative L2 error {worst:.1e})", first)
-    return BatchingSupport(
-        "padded", f"packed differs from one by one (relative L2 error {worst:.1e} > {tolerance:.0e})"
-    )
+        return True, f"packed equals one by one (worst relative L2 error {worst:.1e})"
+    return False, f"packed differs from one by one (relative L2 error {worst:.1e} > {tolerance:.0e})"
 
 
 def _worst_error(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -233,20 +260,20 @@ def _worst_error(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 def _packed_error(model: nn.Module, ids: list[Tensor], alone: list[Tensor], first_position: int) -> float:
     device = ids[0].device
+    lengths = np.array([row.shape[1] for row in ids], np.int32)
     positions = torch.cat([torch.arange(row.shape[1], device=device) for row in ids])[None] + first_position
-    packing = Packing(_PROBE_LENGTHS, torch.from_numpy(cumulate(_PROBE_LENGTHS)).to(device))
+    packing = Packing(lengths, torch.from_numpy(cumulate(lengths)).to(device))
     out = model(input_ids=torch.cat(ids, 1), position_ids=positions, packing=packing).last_hidden_state[0]
-    return _worst_error(out.split(_PROBE_LENGTHS.tolist()), alone)
+    return _worst_error(out.split(lengths.tolist()), alone)
 
 
 def _padded_error(model: nn.Module, ids: list[Tensor], alone: list[Tensor]) -> float:
     pad = getattr(model.config, "pad_token_id", None) or 0
-    longest = int(_PROBE_LENGTHS.max())
-    padded = torch.cat([nn.functional.pad(row, (0, longest - row.shape[1]), value=pad) for row in ids])
-    steps = torch.arange(longest, device=padded.device)
-    mask = (steps < torch.tensor(_PROBE_LENGTHS, device=padded.device)[:, None]).long()
+    rows = [row[0] for row in ids]
+    padded = pad_sequence(rows, batch_first=True, padding_value=pad)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     out = model(input_ids=padded, attention_mask=mask).last_hidden_state
-    return _worst_error([row[:length] for row, length in zip(out, _PROBE_LENGTHS.tolist(), strict=True)], alone)
+    return _worst_error([found[: len(row)] for found, row in zip(out, rows, strict=True)], alone)
 
 
 def _noise(model: nn.Module, ids: list[Tensor], alone: list[Tensor], native: str, other: str) -> float:
@@ -258,4 +285,5 @@ def _noise(model: nn.Module, ids: list[Tensor], alone: list[Tensor], native: str
         return 1e-3
     finally:
         model.set_attn_implementation(native)  # type: ignore[operator]
-    return _worst_error(found, alone)
+    noise = _worst_error(found, alone)
+    return noise if math.isfinite(noise) else 1e-3

@@ -49,6 +49,8 @@ class TokenCollate:
                 its fields.
         """
         try:
+            if not len(records):
+                raise ConfigError("a batch of no records: the DataLoader's batch sampler gave an empty list")
             return self._batch(records)
         except BertstreamError as error:
             if get_worker_info() is None:

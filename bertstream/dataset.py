@@ -123,6 +123,7 @@ class TextStream(IterableDataset[TokenBatch]):
         self._keep_text_as = keep_text_as
         self._reading = reading = reading or StreamConfig()
         self._options = ReadOptions(text=text, fields=fields, access=reading)
+        self.text = text
         self._tokenizer = encoder.tokenizer
         self.shards = expand_shards(shards, reading)
         self._pieces, self.num_lanes = self._share_out()

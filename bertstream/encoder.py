@@ -7,7 +7,6 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -15,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Packing, probe_batching, register
+from .attention import PACKED, Packing, plain_mode, probe_batching, register
 from .cuda import to_device
-from .errors import ConfigError, EncoderError
-from .layers import kept_inputs, resolve_layers, stop_behind
-from .loading import DType, fastest_dtype, load_pretrained, resolve_device, torch_dtype
-from .pooling import Combine, SentencePooling, WordPooling, check_choice, combine_layers, pool_runs
+from .errors import ConfigError, EncoderError, check_choice
+from .layers import kept_inputs, resolve_layers, stop_behind, unroll
+from .loading import DType, convert, fastest_dtype, load_pretrained, resolve_device, torch_dtype
+from .pooling import Combine, SentencePooling, WordPooling, combine_layers, pool_runs
 from .tokenizer import Overflow, Split, TextTokenizer
 from .types import BoolArray, Embeddings, Int32Array, Output, Text, TokenBatch, cumulate
 
@@ -34,9 +33,9 @@ _FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
 class Encoder(nn.Module):
     """From `TokenBatch` to `Embeddings`, frozen.
 
-    The model's structure is copied and its parameters are shared; the model that is handed in is left as it is. The
-    encoder stays in eval mode whatever `train()` says, and its forwards run one at a time, so that several loaders may
-    hold the same encoder.
+    The model's structure is copied and its parameters are shared; the model that is handed in is left as it is (until
+    `.to()` moves the parameters, in place as torch does, and so for both). The encoder stays in eval mode whatever
+    `train()` says, and its forwards run one at a time, so that several loaders may hold the same encoder.
 
     Args:
         model: a transformers encoder (`AutoModel`) with its weights.
@@ -98,7 +97,14 @@ class Encoder(nn.Module):
         check_choice("combine", combine, Combine)
         if max_forward_tokens is not None and max_forward_tokens < 1:
             raise ConfigError(f"max_forward_tokens={max_forward_tokens}: write a number of at least 1")
-        config: Any = model.config
+        if normalize and output != "sentence":
+            raise ConfigError(f"normalize=True has no effect on output={output!r}: it is for sentence vectors")
+        if split is not None and output != "words":
+            raise ConfigError(f"split= has no effect on output={output!r}: it is for word vectors")
+        config: Any = getattr(model, "config", None)
+        lacking = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(config, name)]
+        if lacking:
+            raise ConfigError(f"{type(model).__name__} is no transformers text encoder: its config has no {lacking[0]}")
         self.output: Output = output
         self.layers = resolve_layers(layers, config.num_hidden_layers)
         self.combine: Combine = combine
@@ -109,6 +115,8 @@ class Encoder(nn.Module):
         self._max_forward_tokens = max_forward_tokens
         self._check_pooler(model)
         self.model = _own_copy(model, device, dtype)
+        if min(self.layers) < self._last_layer:
+            unroll(self.model)
         if max(self.layers) < self._last_layer:
             stop_behind(self.model, max(self.layers))
         self.batching = probe_batching(self.model, packed)
@@ -155,7 +163,9 @@ class Encoder(nn.Module):
         device = resolve_device(device)
         resolved = None if dtype == "auto" else torch_dtype(dtype)
         model, tokenizer, folder = load_pretrained(str(name))
-        if folder is not None and options.get("output") == "sentence" and options.get("pooling") is None:
+        last = resolve_layers(options.get("layers", (-1,)), model.config.num_hidden_layers)
+        of_folder = options.get("output") == "sentence" and last == (model.config.num_hidden_layers,)
+        if folder is not None and of_folder and options.get("pooling") is None:
             if folder.pooling is None:
                 raise EncoderError(
                     f"{name} makes sentence vectors by {', '.join(folder.modules)} in a way that is not known here: "
@@ -166,7 +176,7 @@ class Encoder(nn.Module):
             resolved = fastest_dtype(device, model.config.hidden_size)
         model.requires_grad_(False)
         # Converted here and not by the constructor: it would copy, and these weights have no other owner.
-        model.to(device=device, dtype=resolved)
+        convert(model, device, resolved)
         return cls(model, tokenizer, **options)
 
     @property
@@ -174,7 +184,8 @@ class Encoder(nn.Module):
         """H, the size of the vectors that come out; the name that `nn.Embedding` uses."""
         config: Any = self.model.config
         layers = len(self.layers) if self.combine == "concat" else 1
-        return int(config.hidden_size) * layers * sum(2 if how == "first_last" else 1 for how in self.pooling or ("",))
+        vectors = sum(2 if how == "first_last" else 1 for how in self.pooling) or 1  # tokens are not pooled
+        return int(config.hidden_size) * layers * vectors
 
     @property
     def device(self) -> torch.device:
@@ -217,7 +228,7 @@ class Encoder(nn.Module):
                 were asked for; or a float16 forward overflowed.
         """
         self._check_batch(batch)
-        with self._lock, _plain_mode(self.device):
+        with self._lock, plain_mode(self.device):
             layers = self._token_vectors(batch)
             if self.output == "words":
                 found = self._words(layers, batch)
@@ -249,9 +260,8 @@ class Encoder(nn.Module):
         counts = np.bincount(words, minlength=starts[-1])
         values = self._picked(combine_layers(layers, self.combine), kept)
         pooled = pool_runs(values, self._to_device(cumulate(counts)), cast(WordPooling, self.pooling[0]))
-        numbers = _steps(batch.num_words)
         present = self._to_device(counts > 0)
-        word_of_row = numbers.astype(np.int32)
+        word_of_row = _steps(batch.num_words).astype(np.int32)
         if batch.words_cut is not None:
             word_of_row[batch.words_cut] = -1
         return self._embeddings(pooled, batch.num_words, batch, word_ids=word_of_row, present=present)
@@ -375,7 +385,7 @@ class Encoder(nn.Module):
         if "pooler" not in self.pooling:
             return
         if getattr(model, "pooler", None) is None:
-            raise ConfigError(f"pooling='pooler': {type(model).__name__} has no pooler")
+            raise ConfigError(f"pooling='pooler': {type(model).__name__} has no pooler, or its weights were not saved")
         if self.layers != (self._last_layer,) or self.combine == "stack":
             raise ConfigError(f"pooling='pooler' works on the last layer alone, not on layers={self.layers}")
 
@@ -386,6 +396,15 @@ class Encoder(nn.Module):
             texts = np.flatnonzero(batch.lengths > longest)
             message = f"text {texts[0]} has {batch.lengths[texts[0]]} tokens, the model takes {longest}"
             raise EncoderError(message, records=texts.tolist())
+        vocab_size = cast(Any, self.model.config).vocab_size
+        unknown = np.flatnonzero((batch.input_ids < 0) | (batch.input_ids >= vocab_size))
+        if len(unknown):
+            text = int(np.searchsorted(batch.cu_seqlens, unknown[0], "right")) - 1
+            raise EncoderError(
+                f"text {text} has the token id {batch.input_ids[unknown[0]]}, the model knows 0 to {vocab_size - 1}: "
+                "it was tokenized for another model",
+                records=(text,),
+            )
         if not self.special_tokens and batch.special is None and batch.num_tokens:
             raise EncoderError(
                 "special_tokens=False needs texts, or tokens of this encoder's own tokenizer: in ids that are padded "
@@ -404,6 +423,8 @@ class Encoder(nn.Module):
                 )
 
     def _check_finite(self, found: Embeddings) -> None:
+        if not len(found.values):
+            return
         if not bool(found.values.isfinite().all()):
             raise EncoderError(
                 "the first float16 batch holds values that are not finite: this model overflows in float16, ask for "
@@ -439,9 +460,13 @@ def _own_copy(model: nn.Module, device: torch.device | str, dtype: DType) -> nn.
     parameter = next(model.parameters())
     device = parameter.device if str(device) == "auto" else resolve_device(device)
     dtype = parameter.dtype if dtype == "auto" else torch_dtype(dtype)
-    if (device, dtype) == (parameter.device, parameter.dtype):
-        return copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
-    return copy.deepcopy(model).eval().to(device=device, dtype=dtype).requires_grad_(False)
+    shared = (device, dtype) == (parameter.device, parameter.dtype)
+    own: Any = copy.deepcopy(model, {id(p): p for p in model.parameters()} if shared else {}).eval()
+    if own.config._attn_implementation == PACKED:  # the model of another encoder
+        own.set_attn_implementation("sdpa")
+    if not shared:
+        convert(own.requires_grad_(False), device, dtype)
+    return cast(nn.Module, own)
 
 
 def _kept_tokens(batch: TokenBatch, special_tokens: bool) -> BoolArray | None:
@@ -458,12 +483,6 @@ def _word_ids(batch: TokenBatch) -> Int32Array:
 
 def _count_by_text(kept: BoolArray, batch: TokenBatch) -> Int32Array:
     return np.diff(cumulate(kept)[batch.cu_seqlens])
-
-
-@contextmanager
-def _plain_mode(device: torch.device) -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def _steps(lengths: Int32Array) -> Any:

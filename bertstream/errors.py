@@ -15,6 +15,7 @@ process arrives with its fields.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 
 class BertstreamError(Exception):
@@ -81,3 +82,19 @@ class ConfigError(BertstreamError, ValueError):
 
 class LoaderClosedError(BertstreamError, RuntimeError):
     """The loader was closed and cannot be iterated any more."""
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Refuse a value that is none of a Literal's.
+
+    Raises:
+        ConfigError: with the value seen and the choices.
+    """
+    if value not in get_args(choices):
+        raise ConfigError(f"{name}={shortened(value)}: write one of {', '.join(map(repr, get_args(choices)))}")
+
+
+def shortened(value: object) -> str:
+    """A value as messages show it, 80 characters at most."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."

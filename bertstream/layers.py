@@ -41,7 +41,7 @@ def stop_behind(model: nn.Module, layer: int) -> None:
         layer: counted from 0, below the number of layers.
     """
     config: Any = model.config
-    owner, name, layers = _find(model)
+    owner, name, layers = _layer_list(model)
     end = _End(_gives_tuple(model, layers[0]), getattr(layers[layer], "attention_type", None))
     setattr(owner, name, nn.ModuleList([*layers[:layer], end]))
     config.num_hidden_layers = layer + 1  # some loops count by the config, not by the list
@@ -53,7 +53,7 @@ def stop_behind(model: nn.Module, layer: int) -> None:
 def kept_inputs(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Inside this context a forward leaves the input of these entries of the model's list of layers in the dict."""
     kept: dict[int, Tensor] = {}
-    entries: Sequence[nn.Module] = list(_find(model)[2]) if layers else []
+    entries: Sequence[nn.Module] = list(_layer_list(model)[2]) if layers else []
 
     def keep(layer: int) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -82,31 +82,36 @@ class _End(nn.Module):
         return (hidden_states, None) if self.gives_tuple else hidden_states
 
 
-def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The owner and name of the model's one list of layers, and the list; albert's shared groups are unrolled."""
+def unroll(model: nn.Module) -> None:
+    """Give albert, whose groups of layers are run several times, one entry a layer over the groups' own parameters.
+
+    Args:
+        model: an encoder of the caller's own, structure and config; left as it is if each layer has its entry.
+    """
     config: Any = model.config
     groups = getattr(config, "num_hidden_groups", None)
+    if groups is None or groups == config.num_hidden_layers:
+        return
+    owner, name, entries = _layer_list(model)
+    shared = {id(parameter): parameter for parameter in entries.parameters()}
+    each = config.num_hidden_layers / groups
+    layers = [copy.deepcopy(entries[int(i / each)], dict(shared)) for i in range(config.num_hidden_layers)]
+    setattr(owner, name, nn.ModuleList(layers))
+    config.num_hidden_groups = config.num_hidden_layers
+
+
+def _layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The owner and name of the model's one list of layers, and the list."""
+    config: Any = model.config
+    count = getattr(config, "num_hidden_groups", None) or config.num_hidden_layers
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == (groups or config.num_hidden_layers):
-            owner_path, _, name = path.rpartition(".")
-            owner = model.get_submodule(owner_path)
-            if groups is not None and groups < config.num_hidden_layers:
-                module = _unrolled(module, config)
-                setattr(owner, name, module)
-            return owner, name, module
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            owner, _, name = path.rpartition(".")
+            return model.get_submodule(owner), name, module
     raise ConfigError(
         f"{type(model).__name__} has no list of {config.num_hidden_layers} layers, so only its last can be had: "
         "leave layers= out"
     )
-
-
-def _unrolled(groups: nn.ModuleList, config: Any) -> nn.ModuleList:
-    """One entry a layer over the groups' own parameters."""
-    share = config.num_hidden_layers / len(groups)
-    shared = {id(parameter): parameter for parameter in groups.parameters()}
-    layers = [copy.deepcopy(groups[int(i / share)], dict(shared)) for i in range(config.num_hidden_layers)]
-    config.num_hidden_groups = config.num_hidden_layers
-    return nn.ModuleList(layers)
 
 
 def _gives_tuple(model: nn.Module, layer: nn.Module) -> bool:
@@ -118,4 +123,6 @@ def _gives_tuple(model: nn.Module, layer: nn.Module) -> bool:
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
     finally:
         hook.remove()
+    if not seen:
+        raise ConfigError(f"{type(model).__name__} does not call its layers one by one: leave layers= out")
     return seen[0]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from .collate import Place, as_places, as_tensors, get_place, put_places
 from .cuda import SideStream
 from .dataset import Skip, StreamConfig, TextStream
 from .distributed import rank_and_world_size
-from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedError
+from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedError, check_choice
 from .prefetch import Prefetcher
 from .types import Embeddings, Layout, SupportsEncode, TokenBatch
 
@@ -53,14 +55,19 @@ def wrap(
             a dict the padded mask stands under the key with `_mask` behind it; elsewhere the place holds
             (values, mask). "flat" is (values, cu_seqlens), and sentence output is one [B, H] in every layout.
         prefetch: how far the encoder runs ahead, in forwards' worth of tokens (`encoder.max_forward_tokens`); one
-            batch at least. 0 encodes in `next()` itself, without a thread.
-        allow_replicated: accept that every rank reads all of the data.
+            batch at least. 0 encodes in `next()` itself, without a thread. A DataLoader without workers is read in the
+            thread, all but an epoch's first batch: where its dataset is bound to your thread (a sqlite connection) or
+            draws from torch's global generator, give it `num_workers=1`, or take 0 here.
+        allow_replicated: accept that every rank reads all of the data (not checked where the dataset is an
+            IterableDataset, which shares out its data itself).
     Raises:
         ConfigError: an argument is out of range, or several ranks would each read all of the data.
     """
     if not isinstance(loader, Iterable):
         raise ConfigError(f"loader is a {type(loader).__name__}: pass an iterable of batches")
     places, targets = as_places(text), as_places(into)
+    if targets is not None and places is None and _text_stream(loader) is None:
+        raise ConfigError(f"into={into!r} has no effect where a batch is bare texts: name their place with text=")
     if targets is not None and len(targets) != len(places or (None,)):
         raise ConfigError(f"into={into!r} for text={text!r}: name one place for each text")
     if not allow_replicated:
@@ -127,7 +134,6 @@ def stream(
         keep_text_as=text if into is not None else None,
         reading=reading,
     )
-    dataset.worker_items = True
     loader = DataLoader(dataset, batch_size=None, num_workers=num_workers)
     targets = None if into is None else (into,)
     return EmbeddingLoader(loader, encoder, text=(text,), into=targets, layout=layout, prefetch=prefetch)
@@ -153,6 +159,40 @@ class _Counts:
 
 
 @dataclass
+class _Run:
+    """What an iteration and whoever ends it both know of it."""
+
+    worker: Prefetcher[_Ready] | None = None
+    ended_by: str | None = None
+
+
+class _Iteration(Iterator[Any]):
+    """What a training loop iterates. Dropping it ends the worker: it holds the only reference to the generator."""
+
+    def __init__(self, batches: Generator[Any, None, None], run: _Run) -> None:
+        self._batches = batches
+        self._run = run
+
+    def __next__(self) -> Any:
+        for batch in self._batches:
+            return batch
+        if self._run.ended_by is not None:
+            raise LoaderClosedError(self._run.ended_by)
+        raise StopIteration
+
+    def end(self, reason: str) -> None:
+        """Stop the worker, from whatever thread; the next `next()` says why."""
+        if inspect.getgeneratorstate(self._batches) == inspect.GEN_CLOSED:
+            return
+        self._run.ended_by = reason
+        if self._run.worker is not None:
+            self._run.worker.close()
+        # A loop that waits in another thread has the generator running: it wakes up, and ends it there.
+        with suppress(ValueError):
+            self._batches.close()
+
+
+@dataclass
 class _Ready:
     """A batch whose vectors are queued on the side stream, with the event behind them."""
 
@@ -168,8 +208,9 @@ class _Ready:
 class EmbeddingLoader:
     """Batches with embeddings, encoded ahead of the training loop by one worker thread; made by `wrap` and `stream`.
 
-    Iterate it once an epoch. One iteration runs at a time: a new one ends the one before it. Leaving a loop early
-    stops the worker and its processes; so do `close()` and the end of a `with` block.
+    Iterate it once an epoch. One iteration runs at a time: a new one ends the one before it, whose loop then gets a
+    `LoaderClosedError`. Leaving a loop early stops the worker and its processes; so do `close()` and the end of a
+    `with` block. Workers of a wrapped DataLoader with `persistent_workers` are its own and stay.
     """
 
     def __init__(
@@ -183,25 +224,29 @@ class EmbeddingLoader:
         prefetch: int,
     ) -> None:
         _check_encoder(encoder)
-        if layout is not None and layout not in get_args(Layout):
-            raise ConfigError(f"layout={layout!r}: write one of {', '.join(map(repr, get_args(Layout)))}, or None")
+        if layout is not None:
+            check_choice("layout", layout, Layout)
         if prefetch < 0:
             raise ConfigError(f"prefetch={prefetch}: write a number of at least 0")
+        self._stream = _text_stream(source)
+        if self._stream is not None and text is None:
+            text = (self._stream.text,)
         self.encoder = encoder
         self._source = source
         self._places = text
         self._into = into
         self._layout = layout
         self._prefetch = prefetch
-        self._side = SideStream(encoder.device)
+        self._device = encoder.device
+        self._side = SideStream(self._device)
         self._counts = _Counts()
-        self._epoch = 0
+        self._own_epoch = 0
         self._closed = False
         self._read_once = False
-        self._running: weakref.ref[Generator[Any, None, None]] | None = None
+        self._running: weakref.ref[_Iteration] | None = None
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"epoch {self._epoch}, {self._counts.batches} batches so far"
+        state = "closed" if self._closed else f"epoch {self.epoch}, {self._counts.batches} batches so far"
         return f"EmbeddingLoader({type(self._source).__name__}, {state})"
 
     def __iter__(self) -> Iterator[Any]:
@@ -213,8 +258,12 @@ class EmbeddingLoader:
         """
         if self._closed:
             raise LoaderClosedError("this EmbeddingLoader was closed: make a new one with wrap or stream")
-        self._stop()
-        iteration = self._iterate()
+        self._stop("another iteration of this loader began: two loops at once need two loaders")
+        if self.encoder.device != self._device:  # it was moved
+            self._device = self.encoder.device
+            self._side = SideStream(self._device)
+        run = _Run()
+        iteration = _Iteration(self._iterate(run), run)
         self._running = weakref.ref(iteration)
         return iteration
 
@@ -224,8 +273,11 @@ class EmbeddingLoader:
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next iteration is, counted from 0; each full iteration advances it by one."""
-        return self._epoch
+        """The epoch that the next iteration is, counted from 0; each full iteration advances it by one.
+
+        A `TextStream` follows it. The samplers of a wrapped DataLoader do not: as without bertstream, call `set_epoch`.
+        """
+        return self._own_epoch if self._stream is None else self._stream.epoch
 
     @property
     def dataset(self) -> Any:
@@ -246,7 +298,7 @@ class EmbeddingLoader:
         """Choose the next iteration's epoch, and hand it to every part of the wrapped loader that has `set_epoch`."""
         if epoch < 0:
             raise ConfigError(f"epoch={epoch}: write a number of at least 0")
-        self._epoch = epoch
+        self._own_epoch = epoch
         parts: list[Any] = [self._source]
         parts += [getattr(self._source, name, None) for name in ("batch_sampler", "sampler", "dataset")]
         parts.append(getattr(parts[1], "sampler", None))
@@ -261,15 +313,18 @@ class EmbeddingLoader:
         (known where texts are lists of words) and `cut_tokens` in all.
         Seconds: `read_s` waiting for the wrapped loader or the shards, `tokenize_s`, `encode_s` (on CUDA: queueing),
         `room_wait_s` the worker waiting because it was far enough ahead, `consumer_wait_s` the training loop waiting
-        for a batch. `peak_ahead_tokens` is the most that was waiting, encoded, to be handed out. Times of the worker
-        are added when an iteration ends.
+        for a batch (not measured with `prefetch=0`). `peak_ahead_tokens` is the most that was waiting, encoded, to be
+        handed out. `read_s` and the waits are added when an iteration ends.
         """
         return asdict(self._counts)
 
     def close(self) -> None:
-        """Stop the worker thread and the processes it reads from; the loader cannot be iterated again."""
+        """Stop the worker thread and the processes it reads from; the loader cannot be iterated again.
+
+        May be called from any thread, and more than once.
+        """
         self._closed = True
-        self._stop()
+        self._stop("the loader was closed while this loop ran")
 
     def __enter__(self) -> EmbeddingLoader:
         return self
@@ -277,17 +332,14 @@ class EmbeddingLoader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _stop(self) -> None:
+    def _stop(self, reason: str) -> None:
         iteration = self._running() if self._running is not None else None
         if iteration is not None:
-            iteration.close()
+            iteration.end(reason)
         self._running = None
 
-    def _iterate(self) -> Generator[Any, None, None]:
+    def _iterate(self, run: _Run) -> Generator[Any, None, None]:
         """One epoch. A generator, so that a loop which is left in any way runs the `finally` at once."""
-        dataset = getattr(self._source, "dataset", None)
-        if isinstance(dataset, TextStream):
-            dataset.set_epoch(self._epoch)
         before = replace(self._counts)
         items = _Items(self._start_reading())
         ready = self._encoded(items)
@@ -297,19 +349,26 @@ class EmbeddingLoader:
             # must draw it at the same point of the user's program whatever is prefetched.
             items.read_first()
             if self._prefetch:
-                worker = Prefetcher(
+                worker = run.worker = Prefetcher(
                     ready,
                     weigh=lambda item: item.tokens,
                     limit=self._prefetch * self.encoder.max_forward_tokens,
                     stage="encode",
                 )
             for item in worker:
+                if run.ended_by is not None:
+                    return
                 yield self._handed_over(item)
                 del item  # its memory is the consumer's now, not ours until the next batch
-            self._epoch += 1
+            if run.ended_by is not None:
+                return
+            if self._stream is not None:
+                self._stream.set_epoch(self.epoch + 1)
+            self._own_epoch += 1
             self._counts.epochs += 1
             self._report_truncation(before)
         finally:
+            run.worker = None
             if isinstance(worker, Prefetcher):
                 worker.close()
                 self._counts.room_wait_s += worker.put_wait_s
@@ -332,7 +391,15 @@ class EmbeddingLoader:
             )
 
     def _start_reading(self) -> Iterator[Any]:
-        iterator = iter(self._source)
+        if self._stream is None:
+            iterator = iter(self._source)
+        else:
+            # Workers and iterators take this over as they start; whoever reads the stream without us never sees it.
+            self._stream.worker_items = True
+            try:
+                iterator = iter(self._source)
+            finally:
+                self._stream.worker_items = False
         if iterator is self._source:
             if self._read_once:
                 raise ConfigError(
@@ -487,6 +554,12 @@ def _check_encoder(encoder: Any) -> None:
     if missing:
         kind = type(encoder).__name__
         raise ConfigError(f"encoder is a {kind} without {', '.join(missing)}: pass a bertstream.Encoder")
+
+
+def _text_stream(loader: Any) -> TextStream | None:
+    """The `TextStream` that a loader reads, or is."""
+    dataset = getattr(loader, "dataset", loader)
+    return dataset if isinstance(dataset, TextStream) else None
 
 
 def _refuse_replicated(loader: Any) -> None:

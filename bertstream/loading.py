@@ -119,7 +119,7 @@ def load_pretrained(name: str) -> tuple[Any, Any, FolderPooling | None]:
         source = _packaged_folder(packaged) or name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModel.from_pretrained(source, dtype=torch.float32)
+        model, loaded = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if Path(name).is_dir():
             raise EncoderError(f"the folder {name!r} holds no model that transformers can load: {error}") from error
@@ -129,7 +129,30 @@ def load_pretrained(name: str) -> tuple[Any, Any, FolderPooling | None]:
             f"run `hf download {name} --local-dir FOLDER` where there is one and pass the folder. "
             f"transformers said: {error}"
         ) from error
+    missing = sorted(loaded["missing_keys"])
+    if any(key.startswith("pooler.") for key in missing):
+        model.pooler = None  # its weights are random: better none than those
+    lacking = [key for key in missing if not key.startswith("pooler.")]
+    if lacking:
+        raise EncoderError(
+            f"{name!r} lacks {len(lacking)} of the weights of a {type(model).__name__}, which would be random: "
+            f"{', '.join(lacking[:3])}{' ...' if lacking[3:] else ''}"
+        )
     return model.eval(), tokenizer, _folder_pooling(source)
+
+
+def convert(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a model, in place, and give its weights another precision.
+
+    Buffers that are not saved with the weights keep theirs, as they do when transformers loads a model: rotary
+    frequencies, say, turn positions into wrong angles when they are rounded.
+    """
+    saved = model.state_dict().keys()
+    computed = {path: buffer for path, buffer in model.named_buffers() if path not in saved}
+    model.to(device=device, dtype=dtype)
+    for path, buffer in computed.items():
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, buffer.to(device))
 
 
 # sentence-transformers' names, as flags and as one name, in the order in which it concatenates.

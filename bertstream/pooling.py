@@ -6,7 +6,7 @@ Shapes: B texts, W words, N tokens in all, H hidden size, K layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -98,13 +98,3 @@ class ScalarMix(nn.Module):
                 "as combine='stack' gives them"
             )
         return self.gamma * torch.einsum("k,...kh->...h", self.weights.softmax(0).to(values.dtype), values)
-
-
-def check_choice(name: str, value: object, choices: object) -> None:
-    """Refuse a value that is none of a Literal's.
-
-    Raises:
-        ConfigError: with the value seen and the choices.
-    """
-    if value not in get_args(choices):
-        raise ConfigError(f"{name}={value!r}: write one of {', '.join(map(repr, get_args(choices)))}")

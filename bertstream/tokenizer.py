@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import get_worker_info
 
-from .errors import ConfigError, EncoderError
+from .errors import ConfigError, EncoderError, check_choice, shortened
 from .types import BoolArray, Int32Array, Text, TokenBatch, TokenizedText
 
 Overflow: TypeAlias = Literal["error", "truncate", "windows"]
@@ -57,8 +57,7 @@ class TextTokenizer:
                 f"{type(tokenizer).__name__} is not backed by the tokenizers library: pass a fast tokenizer "
                 "(AutoTokenizer gives one for every BERT family)"
             )
-        if overflow not in ("error", "truncate", "windows"):
-            raise ConfigError(f"overflow={overflow!r}: write 'error', 'truncate' or 'windows'")
+        check_choice("overflow", overflow, Overflow)
         least = max(1, backend.num_special_tokens_to_add(is_pair=True))
         if max_length < least:
             raise ConfigError(f"max_length={max_length}: the special tokens of a pair of texts alone take {least}")
@@ -67,6 +66,8 @@ class TextTokenizer:
             raise ConfigError(f"max_length={max_length}: beside a pair's special tokens no window has room for a text")
         if stride < 0 or (overflow == "windows" and stride >= room):
             raise ConfigError(f"stride={stride}: windows of {max_length} tokens overlap by 0 to {room - 1}")
+        if stride and overflow != "windows":
+            raise ConfigError(f"stride={stride} has no effect with overflow={overflow!r}: windows alone overlap")
         self.max_length = max_length
         self.overflow = overflow
         self.stride = stride
@@ -97,7 +98,7 @@ class TextTokenizer:
             ConfigError: `texts` is one string.
         """
         if isinstance(texts, str):
-            raise ConfigError(f"texts={_shortened(texts)}, one string: pass a list of texts, [text] for a single one")
+            raise ConfigError(f"texts={shortened(texts)}, one string: pass a list of texts, [text] for a single one")
         backend = self._backend()
         parts = [_parts(text, i) for i, text in enumerate(texts)]
         if self.split is not None:
@@ -139,7 +140,7 @@ class TextTokenizer:
         assert self.split is not None
         words = self.split(part)
         if isinstance(words, str) or not all(isinstance(word, str) for word in words):
-            raise ConfigError(f"split made {_shortened(words)} of text {place}: it must give a list of words")
+            raise ConfigError(f"split made {shortened(words)} of text {place}: it must give a list of words")
         return list(words)
 
     def _marked(self, part: str | list[str]) -> str | list[str]:
@@ -166,7 +167,7 @@ class TextTokenizer:
         if self.overflow == "error":
             raise EncoderError(
                 f"text {place} has {length} tokens, the model takes {self.max_length}: "
-                f"{_shortened(parts[0] if len(parts) == 1 else tuple(parts))}; overflow='truncate' cuts such texts and "
+                f"{shortened(parts[0] if len(parts) == 1 else tuple(parts))}; overflow='truncate' cuts such texts and "
                 "counts what it cut, overflow='windows' covers them with several windows",
                 records=(place,),
             )
@@ -275,13 +276,13 @@ def _parts(text: Any, place: int) -> list[Any]:
     well_formed = all(isinstance(string, str) for string in strings) and len(set(lists)) == 1
     if not well_formed or (isinstance(text, tuple) and len(parts) != 2):
         raise EncoderError(
-            f"text {place} is {_shortened(text)}, a {type(text).__name__}: a text is a string, a list of words, or a "
+            f"text {place} is {shortened(text)}, a {type(text).__name__}: a text is a string, a list of words, or a "
             "tuple of two of either",
             records=(place,),
         )
     if not all(map(_is_unicode, strings)):
         raise EncoderError(
-            f"text {place} holds half of a surrogate pair, which is no character: {_shortened(text)}; "
+            f"text {place} holds half of a surrogate pair, which is no character: {shortened(text)}; "
             "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') replaces it",
             records=(place,),
         )
@@ -298,8 +299,3 @@ def _is_unicode(text: str) -> bool:
 
 def _or_minus_one(ids: list[int | None]) -> Int32Array:
     return np.array([-1 if i is None else i for i in ids], np.int32)
-
-
-def _shortened(text: Any) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .cuda import to_device
-from .errors import ConfigError
+from .errors import ConfigError, check_choice, shortened
 
 Text: TypeAlias = str | list[str] | tuple[str, str] | tuple[list[str], list[str]]
 """One text: a string, a list of words, or a pair of either."""
@@ -229,7 +229,7 @@ class Embeddings:
         word_ids: [N] int32 on the host, the word of each row, -1 where a row stands for none or for a word that was
             cut; None where no text is a list of words.
         present: [N] bool, device of `values`: False for a word without a vector, because it was cut or no token stands
-            for it (a blank, say); its row is zeros. None where every row has a vector.
+            for it (a blank, say); its row is zeros. None for tokens and sentences, which all have one.
     """
 
     values: Tensor
@@ -285,6 +285,11 @@ class Embeddings:
         flat = self.values.new_zeros(len(self) * longest, *sizes).index_copy_(0, rows, self.values)
         return flat.view(len(self), longest, *sizes), torch.arange(longest, device=device) < lengths[:, None]
 
+    def padded_present(self) -> Tensor:
+        """[B, T] bool beside `padded()`: True where a row stands for a vector, False for a word without one, too."""
+        present = torch.ones_like(self.values[:, 0], dtype=torch.bool) if self.present is None else self.present
+        return dataclasses.replace(self, values=present).padded()[0]
+
     def nested(self) -> Tensor:
         """A jagged nested tensor [B, j, H] over the same memory."""
         self._refuse_sentence("nested")
@@ -324,8 +329,7 @@ class Embeddings:
     def as_layout(self, layout: Layout) -> Any:
         """Plain tensors: (values, mask), a nested tensor, a PackedSequence, or (values, cu_seqlens); sentence output is
         one [B, H] in every layout."""
-        if layout not in get_args(Layout):
-            raise ConfigError(f"layout={layout!r}: write one of {', '.join(map(repr, get_args(Layout)))}")
+        check_choice("layout", layout, Layout)
         if self.output == "sentence":
             return self.values
         if layout == "flat":
@@ -396,9 +400,7 @@ def _numbers(row: Any, text: int) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         numbers = None
     if numbers is None or numbers.dim() != 1:
-        shown = repr(row)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        raise ConfigError(f"tags of text {text} are {shown}: give a list of numbers, one a word")
+        raise ConfigError(f"tags of text {text} are {shortened(row)}: give a list of numbers, one a word")
     return numbers
 
 

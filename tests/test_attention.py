@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForTokenClassification,
     BertModel,
     DebertaV2Config,
     DebertaV2Model,
@@ -29,7 +30,7 @@ from transformers import (
     RobertaModel,
 )
 
-from bertstream import EncoderError
+from bertstream import EncoderError, attention
 from bertstream.attention import PACKED, Packing, packed_attention, probe_batching
 from bertstream.types import cumulate
 
@@ -131,6 +132,33 @@ def test_a_model_that_mixes_packed_neighbours_is_refused_and_left_as_it_was(mode
     assert refused.config._attn_implementation == before
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     assert refused(input_ids=ids, attention_mask=(ids > 0).long()).last_hidden_state.isfinite().all()
+
+
+def test_the_self_test_looks_beyond_a_sliding_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"local_attention": 16, "global_attn_every_n_layers": 2, "pad_token_id": 0}
+    assert probe_batching(tiny(ModernBertModel, ModernBertConfig, **options)).way == "packed"
+    blind = attention.packed_attention
+
+    def without_window(*arguments: Any, **named: Any) -> Any:
+        return blind(*arguments, **named | {"sliding_window": None})
+
+    monkeypatch.setattr(attention, "packed_attention", without_window)
+    assert probe_batching(tiny(ModernBertModel, ModernBertConfig, **options)).way != "packed"
+    monkeypatch.undo()
+    attention.register()
+
+
+def test_a_model_that_is_no_encoder_is_refused_with_the_way_out() -> None:
+    with pytest.raises(EncoderError, match="base_model"):
+        probe_batching(tiny(BertForTokenClassification, BertConfig))
+
+
+def test_a_model_whose_vectors_are_not_finite_is_refused() -> None:
+    model = tiny(BertModel, BertConfig)
+    with torch.no_grad():
+        model.embeddings.LayerNorm.weight.fill_(float("nan"))
+    with pytest.raises(EncoderError, match="not finite"):
+        probe_batching(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,6 +6,8 @@ import copy
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -382,3 +384,50 @@ def test_a_bad_choice_of_vectors_is_refused_with_the_value_seen(
 ) -> None:
     with pytest.raises(ConfigError, match=seen):
         Encoder.from_pretrained(minilm_folder, **options)
+
+
+def test_the_model_of_another_encoder_is_taken_at_any_layer(minilm: Encoder, tokenizer: Any) -> None:
+    found = Encoder(minilm.model, tokenizer, layers=(1,))(["The bank of the river."])
+    assert torch.equal(found.values, Encoder(minilm.model, tokenizer, layers=(1,), packed=True)(found.tokens).values)
+    assert minilm.batching.way == "packed" and len(minilm(["still works"])) == 1
+
+
+def test_what_has_no_effect_is_refused(minilm_folder: str) -> None:
+    for options in ({"normalize": True}, {"split": str.split}, {"stride": 4}):
+        with pytest.raises(ConfigError, match="has no effect"):
+            Encoder.from_pretrained(minilm_folder, **options)
+
+
+def test_ids_of_another_vocabulary_are_refused_by_text(minilm: Encoder) -> None:
+    ids = torch.tensor([[101, 102], [101, 99_999]])
+    with pytest.raises(EncoderError, match="text 1 has the token id 99999, the model knows 0 to 30521") as caught:
+        minilm(TokenBatch.from_padded(ids, torch.ones_like(ids)))
+    assert caught.value.records == (1,)
+
+
+def test_weights_that_were_not_saved_are_never_random(minilm_folder: str, tmp_path: Path) -> None:
+    model = AutoModel.from_pretrained(minilm_folder)
+    AutoTokenizer.from_pretrained(minilm_folder).save_pretrained(tmp_path)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("pooler.")}
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert len(Encoder.from_pretrained(tmp_path)(["works"])) == 1
+    with pytest.raises(ConfigError, match="weights were not saved"):
+        Encoder.from_pretrained(tmp_path, output="sentence", pooling="pooler")
+    state.pop("encoder.layer.5.output.dense.weight")
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(EncoderError, match=r"lacks 1 of the weights .* encoder\.layer\.5\.output\.dense\.weight"):
+        Encoder.from_pretrained(tmp_path)
+
+
+def test_a_folders_normalisation_is_for_its_own_layer_alone(minilm_folder: str) -> None:
+    assert Encoder.from_pretrained(minilm_folder, output="sentence", layers=(6,)).normalize
+    assert not Encoder.from_pretrained(minilm_folder, output="sentence", layers=(2,)).normalize
+
+
+def test_an_unpickled_encoder_works_in_a_process_that_made_none(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.pickle"
+    encoder = Encoder(tiny_bert(), tokenizer)
+    path.write_bytes(pickle.dumps(encoder))
+    program = f"import pickle; print(pickle.load(open({str(path)!r}, 'rb'))(['a bank']).values.sum().item())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(float(encoder(["a bank"]).values.sum()), abs=1e-3)

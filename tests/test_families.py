@@ -33,6 +33,7 @@ OWN = {
     | {"type_vocab_size": 2},
     "ModernBert": {"local_attention": 16, "global_attn_every_n_layers": 2},
     "EuroBert": {"num_key_value_heads": 4, "head_dim": 8},
+    "GroupedEuroBert": {"num_key_value_heads": 2, "head_dim": 8},
     "MobileBert": {"embedding_size": 32, "intra_bottleneck_size": 16, "true_hidden_size": 16},
     "FNet": {"tpu_short_seq_length": 80},
     "MPNet": {"type_vocab_size": 0},
@@ -41,7 +42,7 @@ OWN = {
     "Camembert": {"pad_token_id": 1, "type_vocab_size": 1},
 }
 PACKED = ("Bert", "Roberta", "XLMRoberta", "Camembert", "DistilBert", "Electra", "Albert", "ModernBert", "NomicBert")
-PACKED = (*PACKED, "EuroBert", "Ernie")
+PACKED = (*PACKED, "EuroBert", "GroupedEuroBert", "Ernie")
 NOT_PACKED = ("MPNet", "DebertaV2", "MobileBert", "FNet")
 FAMILIES = PACKED + NOT_PACKED
 
@@ -65,8 +66,9 @@ def family(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
 
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SIZES | OWN.get(name, {}))
-    model = getattr(transformers, f"{name}Model")(config).eval()
+    kind = name.removeprefix("Grouped")  # heads that share keys and values
+    config = getattr(transformers, f"{kind}Config")(**SIZES | OWN.get(name, {}))
+    model = getattr(transformers, f"{kind}Model")(config).eval()
     with torch.no_grad():  # as spread as trained weights: at their initial ones attention hardly looks anywhere
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -241,3 +243,23 @@ def test_forcing_a_model_to_be_packed_is_refused_and_rightly(name: str, minilm_f
         right = model(input_ids=alone).last_hidden_state[0]
         forced = model(input_ids=both, position_ids=positions).last_hidden_state[0, 10:]
     assert float((forced - right).norm() / right.norm()) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["ModernBert", "EuroBert"])
+def test_half_precision_leaves_the_angles_of_far_positions_as_they_are(name: str, minilm_folder: str) -> None:
+    model = make(name)
+    before = {path: buffer.clone() for path, buffer in model.named_buffers()}
+    half = Encoder(model, Tokenizer(minilm_folder, model), dtype="bfloat16")
+    angles = {path: buffer for path, buffer in half.model.named_buffers() if "inv_freq" in path}
+    assert angles and all(torch.equal(buffer, before[path]) for path, buffer in angles.items())
+
+
+@pytest.mark.parametrize("name", ["Roberta", "MPNet"])
+def test_positions_behind_a_padding_id_are_counted_whether_packed_or_not(name: str, minilm_folder: str) -> None:
+    model = make(name)
+    for packed in (None, False):
+        tokenizer = Tokenizer(minilm_folder, model)
+        tokenizer.model_max_length = 1000
+        encoder = Encoder(model, tokenizer, packed=packed, overflow="truncate")
+        assert encoder.tokenizer.max_length == 80 - 1 - model.embeddings.padding_idx
+        assert encoder(["word " * 100]).values.isfinite().all()

@@ -374,8 +374,39 @@ def test_a_new_iteration_ends_the_one_before_it() -> None:
     first = iter(loader)
     next(first)
     assert len(list(loader)) == 50
-    with pytest.raises(StopIteration):
+    with pytest.raises(LoaderClosedError, match="another iteration"):
         next(first)
+
+
+def test_a_finished_iteration_stays_finished_when_the_next_begins() -> None:
+    loader = bertstream.wrap(batches(2), FakeEncoder(), text="text")
+    first = iter(loader)
+    assert len(list(first)) == 2
+    assert len(list(loader)) == 2
+    assert next(first, None) is None
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_close_from_another_thread_ends_a_loop_that_waits_with_an_error(prefetch: int) -> None:
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def wait(batch: TokenBatch) -> None:
+        waiting.set()
+        go_on.wait(10)
+
+    loader = bertstream.wrap(batches(5), FakeEncoder(wait), text="text", prefetch=prefetch)
+
+    def close() -> None:
+        waiting.wait(10)
+        threading.Timer(0.1, go_on.set).start()
+        loader.close()
+
+    closer = threading.Thread(target=close)
+    closer.start()
+    with pytest.raises(LoaderClosedError, match="while this loop ran"):
+        for _ in loader:
+            time.sleep(0.3)
+    closer.join()
 
 
 def test_a_closed_loader_says_so() -> None:
@@ -385,7 +416,7 @@ def test_a_closed_loader_says_so() -> None:
     assert "closed" in repr(loader)
     with pytest.raises(LoaderClosedError):
         iter(loader)
-    with pytest.raises(StopIteration):
+    with pytest.raises(LoaderClosedError):
         next(iteration)
     loader.close()
 
@@ -430,7 +461,7 @@ def test_leaving_a_loop_anywhere_leaves_nothing_behind_and_the_next_works(stop: 
                 raise ZeroDivisionError
             if number == stop:
                 loader.close()
-    except ZeroDivisionError:
+    except (ZeroDivisionError, LoaderClosedError):
         pass
     assert running() == before and closed == [True]
     if way != "close" or stop >= 12:
@@ -691,3 +722,33 @@ def test_two_loaders_share_one_encoder(minilm: Encoder, sentences: list[str]) ->
         torch.testing.assert_close(a.values, minilm(sentences[3 * i : 3 * i + 3]).values)
         torch.testing.assert_close(b.values, minilm(sentences[2 * i : 2 * i + 2]).values)
     assert isinstance(train, EmbeddingLoader) and isinstance(a.values, Tensor)
+
+
+def test_a_wrapped_text_stream_has_its_own_order_epoch_and_name(tmp_path: Path) -> None:
+    for number in range(4):
+        lines = [json.dumps({"body": f"{'word ' * (i % 7)}{number} {i}"}) for i in range(50)]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
+    options: dict[str, Any] = {"text": "body", "batch_size": 4, "shuffle": True, "reading": StreamConfig(lanes=3)}
+
+    def order(loader: EmbeddingLoader) -> list[Any]:
+        return [list(zip(batch["__shard__"], batch["__index__"].tolist(), strict=True)) for batch in loader]
+
+    streamed = bertstream.stream(f"{tmp_path}/*.jsonl", FakeEncoder(), **options)
+    epochs = [order(streamed), order(streamed)]
+    assert epochs[0] != epochs[1] and streamed.epoch == 2
+    for workers in (0, 2):
+        dataset = TextStream(f"{tmp_path}/*.jsonl", FakeEncoder(), **options)
+        bare = DataLoader(dataset, batch_size=None, num_workers=workers)
+        loader = bertstream.wrap(bare, FakeEncoder(), into="vectors")
+        dataset.set_epoch(1)
+        assert loader.epoch == 1
+        assert order(loader) == epochs[1]
+        assert all(isinstance(batch, TokenBatch) for batch in bare)
+    dataset = TextStream(f"{tmp_path}/*.jsonl", FakeEncoder(), **options)
+    batch = next(iter(bertstream.wrap(DataLoader(dataset, batch_size=None), FakeEncoder())))
+    assert isinstance(batch["body"], Embeddings)
+
+
+def test_into_is_refused_where_it_has_no_effect() -> None:
+    with pytest.raises(ConfigError, match="bare texts"):
+        bertstream.wrap([["a text"]], FakeEncoder(), into="vectors")
