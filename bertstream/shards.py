@@ -31,7 +31,7 @@ import sys
 import tarfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -211,28 +211,31 @@ def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[
     return [Piece(path, start, stop, offset) for (start, offset), stop in zip(cuts, [*stops, None], strict=True)]
 
 
-def read_records(piece: Piece, options: ReadOptions, *, skip: int = 0) -> Iterator[Record]:
+def read_records(
+    piece: Piece, options: ReadOptions, *, skip: int = 0, on_bad: Callable[[ShardError], None] | None = None
+) -> Generator[Record, None, None]:
     """Read the records of a piece in order.
 
-    It holds one record at a time, and its file is closed when it ends, raises or is closed. To go on after a broken
-    record, read again with `skip=error.index - piece.start + 1`: records that are skipped are counted but not parsed.
-    An error with an index before that, or without one, says that no more of the shard can be read.
+    It holds one record at a time, and its file is closed when it ends, raises or is closed.
 
     Args:
         piece: the whole shard, as in `Piece(path)`, or a part of it.
         options: what is taken from each record.
-        skip: how many records of the piece to leap over, broken ones included.
+        skip: how many records of the piece to leap over, broken ones included; they are counted but not parsed.
+        on_bad: is called with the error of each broken record, which is then passed over; None raises it.
     Yields:
         Records whose `index` is the position in the shard.
     Raises:
         ConfigError: the ending is not known, a `pipe:` is not allowed, or `skip` is negative.
-        ShardError: the shard is missing, unreadable, cut off or without any record, or a record is broken.
+        ShardError: the shard is missing, unreadable, cut off or without any record; or, without `on_bad`, a record is
+            broken.
     """
     if skip < 0:
         raise ConfigError(f"skip counts records; got {skip}")
     kind = _kind_of(piece.path)
     first = piece.start if piece.offset else 0
     wanted = replace(piece, start=piece.start + skip)
+    seekable = is_local(piece.path) and not kind.packing
     index = first
     _check_packages(piece.path, kind)
     try:
@@ -243,25 +246,33 @@ def read_records(piece: Piece, options: ReadOptions, *, skip: int = 0) -> Iterat
                 if raw is None:
                     break
                 if index >= wanted.start:
-                    text, fields = _take(raw.parse(), options)
-                    yield Record(text, fields, raw.key or f"{kind.stem}:{index}", piece.path, index)
+                    try:
+                        text, fields = _take(raw.parse(), options)
+                    except _RecordError as broken:
+                        error = _at_record(broken, piece.path, index)
+                        if on_bad is None:
+                            raise error from broken.__cause__
+                        on_bad(error)
+                    else:
+                        offset = raw.offset if seekable else 0
+                        yield Record(text, fields, raw.key or f"{kind.stem}:{index}", piece.path, index, offset)
                 index += raw.records
-    except _RecordError as broken:
-        place = f", field {broken.field!r}" if broken.field is not None else ""
-        raise ShardError(
-            f"{piece.path}, record {index}{place}: {broken}", path=piece.path, index=index, field=broken.field
-        ) from broken.__cause__
     except (ShardError, ConfigError):
         raise
-    except _read_errors(piece.path, kind) as error:
-        message = f"{piece.path}: cannot be read from record {index} on: {named(error)}"
-        raise ShardError(message, path=piece.path, index=index) from error
+    except _read_errors(piece.path, kind) as failure:
+        message = f"{piece.path}: cannot be read from record {index} on: {named(failure)}"
+        raise ShardError(message, path=piece.path, index=index) from failure
     if piece.stop is not None and index < piece.stop:
         message = f"{piece.path}: it ends after {index} records, but {piece.stop} were there when it was split"
         raise ShardError(message, path=piece.path, index=index)
     if piece.stop is None and index == first:
         message = f"{piece.path}: it holds no record{f' from {first} on' if first else ''}"
         raise ShardError(message, path=piece.path, index=index)
+
+
+def _at_record(broken: _RecordError, path: str, index: int) -> ShardError:
+    place = f", field {broken.field!r}" if broken.field is not None else ""
+    return ShardError(f"{path}, record {index}{place}: {broken}", path=path, index=index, field=broken.field)
 
 
 # --- paths ------------------------------------------------------------------------------------------------------------
@@ -331,6 +342,7 @@ def _expand(pattern: str, access: Access) -> Iterator[str]:
 class _RawRecord(NamedTuple):
     parse: Callable[[], dict[str, Any]]
     key: str | None = None
+    offset: int = 0  # byte at which it begins, where reading can begin anew
     records: int = 1  # a Parquet file's row groups before the first record that is wanted are leapt over as one
 
 
@@ -346,21 +358,24 @@ class _RecordError(Exception):
         self.field = field
 
 
-def _lines(stream: BinaryIO, offset: int) -> Iterator[bytes]:
+def _lines(stream: BinaryIO, offset: int) -> Iterator[tuple[int, bytes]]:
+    """Each line with the byte at which it begins."""
     if offset:
         stream.seek(offset)
     elif first := stream.readline():
-        yield first.removeprefix(_BOM)
-    for line in stream:  # noqa: UP028 - `yield from` would close the stream together with this generator
-        yield line
+        yield 0, first.removeprefix(_BOM)
+        offset = len(first)
+    for line in stream:
+        yield offset, line
+        offset += len(line)
 
 
 def _read_txt(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[_RawRecord]:
     if options.text != "text":
         message = f"{piece.path}: the only field of a .txt shard is 'text', not {options.text!r}: write text='text'"
         raise ShardError(message, path=piece.path, field=options.text)
-    for line in _lines(stream, piece.offset):
-        yield _RawRecord(partial(_parse_line, line))
+    for offset, line in _lines(stream, piece.offset):
+        yield _RawRecord(partial(_parse_line, line), offset=offset)
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
@@ -368,9 +383,9 @@ def _parse_line(line: bytes) -> dict[str, Any]:
 
 
 def _read_jsonl(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[_RawRecord]:
-    for line in _lines(stream, piece.offset):
+    for offset, line in _lines(stream, piece.offset):
         if line not in _BLANK_LINES:
-            yield _RawRecord(partial(_parse_object, line))
+            yield _RawRecord(partial(_parse_object, line), offset=offset)
 
 
 def _parse_object(line: bytes) -> dict[str, Any]:
@@ -406,7 +421,7 @@ def _csv_rows(stream: BinaryIO, path: str, delimiter: str) -> tuple[list[str], I
     csv.field_size_limit(max(csv.field_size_limit(), min(sys.maxsize, 2**31 - 1)))
     # A bad byte must not upset the parser, which would then look for the next row at another place: it is found later,
     # by field. Strict, since otherwise an unbalanced quote joins rows without a word.
-    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(stream, 0))
+    lines = (line.decode("utf-8", "surrogateescape") for _, line in _lines(stream, 0))
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         columns = next((row for row in rows if row), [])
@@ -436,7 +451,11 @@ def _read_tar(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[
     tar = TarReader(stream, piece.offset)
     # Payloads are read by the parser, so those of skipped records are passed over.
     for key, members in itertools.groupby(tar.members(), lambda member: member.key):
-        yield _RawRecord(partial(_parse_members, tar, members, options), key)
+        first = next(members)
+        # A global header speaks for all members that follow, so reading cannot begin behind it.
+        offset = 0 if tar.pax_headers else first.info.offset
+        all_members = itertools.chain([first], members)  # noqa: B031 - one iterator, in two steps
+        yield _RawRecord(partial(_parse_members, tar, all_members, options), key, offset)
     tar.check_nothing_follows()
 
 

@@ -83,6 +83,12 @@ class TextTokenizer:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_built": None}
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Two tokenizers with equal ones make the same tokens of a text (a function for `split` goes by its name)."""
+        split = getattr(self.split, "__qualname__", type(self.split).__name__)
+        return self._json, self.max_length, self.overflow, self.stride, self.segments, split
+
     def __repr__(self) -> str:
         return f"TextTokenizer(max_length={self.max_length}, overflow={self.overflow!r})"
 

@@ -1,8 +1,9 @@
-"""Says in the log which read has been waiting for long, from one thread that lives while such reads are possible."""
+"""Small threads that look after a process: which read has been waiting for long, and whether its parent still lives."""
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import threading
 import time
@@ -95,3 +96,26 @@ def _forget() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
+
+
+_PARENT_PAUSE_S = 1.0
+_orphans_end_in = 0  # the process whose parent is looked after
+
+
+def end_with_parent() -> None:
+    """In a worker process: end it soon after the process that started it, however that one ended.
+
+    torch's workers look after their parent too, but not one whose parent died before it looked for the first time, nor
+    one that has a full pipe to write to, which nobody reads any more.
+    """
+    global _orphans_end_in
+    parent = multiprocessing.parent_process()
+    if parent is not None and _orphans_end_in != os.getpid():
+        _orphans_end_in = os.getpid()
+        threading.Thread(target=_end_orphan, args=(parent.pid,), name="bertstream-parent", daemon=True).start()
+
+
+def _end_orphan(parent: int | None) -> None:
+    while os.getppid() == parent:
+        time.sleep(_PARENT_PAUSE_S)
+    os._exit(1)

@@ -23,7 +23,7 @@ LAYERS = (
     ("cuda", "distributed", "parquet", "tar", "watchdog"),
     ("types", "files"),
     ("shards", "tokenizer", "bucket", "pooling", "layers", "attention", "prefetch"),
-    ("loading",),
+    ("loading", "lanes"),
     ("dataset", "collate", "encoder", "cache"),
     ("loader", "module"),
     ("cli", "integrations", "testing"),
@@ -32,7 +32,7 @@ LAYERS = (
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 
 # Rooms of the plan that are not built yet.
-LATER = {"cache", "cli", "integrations", "module", "testing", "__main__"}
+LATER = {"cache", "cli", "integrations", "module", "__main__"}
 
 PUBLIC_NAMES = [
     "BertstreamError",
