@@ -116,6 +116,7 @@ class TextStream(IterableDataset[TokenBatch]):
         shards: paths or URLs, with braces and globs, or a list of them; see `bertstream.stream`.
         encoder: the encoder whose tokenizer is used; the model itself is neither kept nor sent to workers.
         text: the field that holds the text, a string or a list of words.
+        pair: the field that holds the second text, where a record is a pair of texts.
         batch_size: texts in a batch; 32 if neither this nor `max_tokens` is given.
         max_tokens: real tokens in a batch at most, special tokens counted and padding not. A text that is longer is a
             batch of its own.
@@ -135,6 +136,7 @@ class TextStream(IterableDataset[TokenBatch]):
         encoder: SupportsEncode,
         *,
         text: str = "text",
+        pair: str | None = None,
         batch_size: int | None = None,
         max_tokens: int | None = None,
         shuffle: bool = False,
@@ -147,17 +149,17 @@ class TextStream(IterableDataset[TokenBatch]):
         if batch_size is not None and max_tokens is not None:
             raise ConfigError(f"batch_size={batch_size} and max_tokens={max_tokens}: give one of the two")
         for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: write a number of at least 1")
-        if seed < 0:
-            raise ConfigError(f"seed={seed}: write a number of at least 0")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name}={value!r}: write a whole number of at least 1")
+        if not isinstance(seed, int) or seed < 0:
+            raise ConfigError(f"seed={seed!r}: write a whole number of at least 0")
         self._batch_size = 32 if batch_size is None and max_tokens is None else batch_size
         self._max_tokens = max_tokens
         self._shuffle = shuffle
         self._seed = seed
         self._keep_text_as = keep_text_as
         self._reading = reading = reading or StreamConfig()
-        self._options = ReadOptions(text=text, fields=fields, access=reading)
+        self._options = ReadOptions(text=text, pair=pair, fields=fields, access=reading)
         self.text = text
         self._tokenizer = encoder.tokenizer
         self.open_shards = reading.open_shards or (_OPEN_SHARDS if shuffle else 1)
@@ -195,7 +197,7 @@ class TextStream(IterableDataset[TokenBatch]):
             "max_tokens": self._max_tokens,
             "shuffle": self._shuffle,
             "seed": self._seed,
-            "text": self.text,
+            "text": list(self._options.texts),
             "passes_over_bad_records": self._reading.max_bad_records > 0,
             **digests,
         }

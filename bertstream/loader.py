@@ -81,6 +81,7 @@ def stream(
     encoder: SupportsEncode,
     *,
     text: str = "text",
+    pair: str | None = None,
     batch_size: int | None = None,
     max_tokens: int | None = None,
     shuffle: bool = False,
@@ -103,6 +104,8 @@ def stream(
         encoder: what turns texts into vectors.
         text: the field that holds the text: a member of a tar or a key of its json member, a key of a json line, a
             column; lines of a txt file have the one field "text".
+        pair: the field that holds the second text, where a record is a pair of texts; the vectors of both stand under
+            `text`, with segment ids behind them.
         batch_size: texts in a batch, of about equal length; 32 if neither this nor `max_tokens` is given.
         max_tokens: real tokens in a batch at most, special tokens counted and padding not. A text that is longer is a
             batch of its own.
@@ -127,6 +130,7 @@ def stream(
         shards,
         encoder,
         text=text,
+        pair=pair,
         batch_size=batch_size,
         max_tokens=max_tokens,
         shuffle=shuffle,
@@ -287,6 +291,8 @@ class EmbeddingLoader:
 
     def __len__(self) -> int:
         """Batches of an epoch, where the wrapped loader knows it; TypeError otherwise."""
+        if self._stream is not None:
+            raise TypeError("the number of a stream's batches is not known before its shards were read")
         return len(self._source)  # type: ignore[arg-type]
 
     @property
@@ -339,7 +345,8 @@ class EmbeddingLoader:
             StateError: what is wrapped has no `state_dict`, so it cannot say where it is.
         """
         if self._stream is None:
-            return {"version": STATE_VERSION, "epoch": self._own_epoch, "source": self._state_of_source()}
+            state = self._source_state or self._state_of_source()
+            return {"version": STATE_VERSION, "epoch": self._own_epoch, "source": state}
         queues = self._stream.starting_queues()
         if self._queues is not None:
             queues = [None if queue is None else queue.cursors for queue in self._queues]
@@ -373,16 +380,21 @@ class EmbeddingLoader:
         self._source_state = None
         self._source.load_state_dict(state["source"])  # type: ignore[attr-defined]
 
+    @property
+    def _source_has_state(self) -> bool:
+        source = self._source
+        if isinstance(source, EmbeddingLoader):
+            return source._stream is not None or source._source_has_state
+        return hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
+
     def _state_of_source(self) -> Any:
-        if self._source_state is not None:
-            return self._source_state
-        if not (hasattr(self._source, "state_dict") and hasattr(self._source, "load_state_dict")):
+        if not self._source_has_state:
             raise StateError(
                 f"a {type(self._source).__name__} cannot say where it is, so this loader cannot resume: wrap "
                 "torchdata's StatefulDataLoader, or read shards with bertstream.stream",
                 key="source",
             )
-        return self._source.state_dict()
+        return self._source.state_dict()  # type: ignore[attr-defined]
 
     def stats(self) -> dict[str, float]:
         """What passed through since the loader was made.
@@ -421,7 +433,7 @@ class EmbeddingLoader:
     def _iterate(self, run: _Run) -> Generator[Any, None, None]:
         """One epoch. A generator, so that a loop which is left in any way runs the `finally` at once."""
         before = replace(self._counts)
-        state = getattr(self._source, "state_dict", None) if self._stream is None else None
+        state = self._state_of_source if self._stream is None and self._source_has_state else None
         items = _Items(self._start_reading(), state)
         ready = self._encoded(items, run)
         worker: Iterator[_Ready | Skip] = ready
@@ -629,7 +641,9 @@ class EmbeddingLoader:
 
     def _tokenized(self, texts: Any, place: Place | None, batch: Any) -> TokenBatch:
         where = "the batch" if place is None else f"text={place!r}"
-        if isinstance(texts, Tensor) and isinstance(batch, Mapping) and "attention_mask" in batch:
+        if isinstance(texts, Tensor) and not (isinstance(batch, Mapping) and "attention_mask" in batch):
+            raise ConfigError(f"{where} is a tensor: padded ids need their attention_mask beside them, in a dict")
+        if isinstance(texts, Tensor):
             return TokenBatch.from_padded(texts, batch["attention_mask"], batch.get("token_type_ids"))
         if isinstance(texts, Mapping) and place is None:
             raise ConfigError(f"a batch is a {type(texts).__name__}: name its text, text= one of {list(texts)}")
@@ -743,6 +757,8 @@ class _Items(Generic[T]):
 
 
 def _check_encoder(encoder: Any) -> None:
+    if isinstance(encoder, (str, os.PathLike)):
+        raise ConfigError(f"encoder={encoder!r} is a name: pass bertstream.Encoder.from_pretrained({str(encoder)!r})")
     missing = [name for name in ("encode", "tokenizer", "device", "max_forward_tokens") if not hasattr(encoder, name)]
     if missing:
         kind = type(encoder).__name__

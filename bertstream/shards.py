@@ -35,7 +35,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -96,6 +96,7 @@ class ReadOptions:
 
     Attributes:
         text: the field that holds the text: a str, or a list of str (words).
+        pair: the field that holds the second text, where records are pairs of texts; None where they are not.
         fields: the other fields to keep: None for all as they are, names for only these, or a mapping from names to
             functions that their values are passed through.
         access: how shards are opened.
@@ -104,21 +105,30 @@ class ReadOptions:
     """
 
     text: str = "text"
+    pair: str | None = None
     fields: Mapping[str, Callable[[Any], Any]] | Sequence[str] | None = None
     access: Access = DEFAULT_ACCESS
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text:
             raise ConfigError(f"text names the field that holds the text, a str; got {self.text!r}")
+        if self.pair is not None and (not isinstance(self.pair, str) or self.pair in ("", self.text)):
+            raise ConfigError(f"pair names the field that holds the second text, another str; got {self.pair!r}")
         if isinstance(self.fields, str):
             raise ConfigError(f"fields takes several names: write fields=[{self.fields!r}]")
         names = list(self.fields or ())
         if not all(isinstance(name, str) for name in names):
             raise ConfigError(f"fields takes names of fields; got {names!r}")
-        if self.text in names:
-            raise ConfigError(f"fields lists the other fields: leave out {self.text!r}, which is the text")
+        for text in self.texts:
+            if text in names:
+                raise ConfigError(f"fields lists the other fields: leave out {text!r}, which is the text")
         if isinstance(self.fields, Mapping) and not all(callable(function) for function in self.fields.values()):
             raise ConfigError(f"fields maps names to functions; got {dict(self.fields)!r}")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The one or two fields that make the text."""
+        return (self.text,) if self.pair is None else (self.text, self.pair)
 
 
 def expand_shards(
@@ -397,7 +407,7 @@ def _parse_object(line: bytes) -> dict[str, Any]:
 
 def _read_csv(stream: BinaryIO, piece: Piece, options: ReadOptions, *, delimiter: str) -> Iterator[_RawRecord]:
     columns, rows = _csv_rows(stream, piece.path, delimiter)
-    for name in (options.text, *(options.fields or ())):
+    for name in (*options.texts, *(options.fields or ())):
         if columns and name not in columns:
             message = f"{piece.path}, field {name!r}: the header has no such column; it has {_shown(columns)}"
             raise ShardError(message, path=piece.path, field=name)
@@ -460,7 +470,7 @@ def _read_tar(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[
 
 
 def _parse_members(tar: TarReader, members: Iterable[TarMember], options: ReadOptions) -> dict[str, Any]:
-    wanted = None if options.fields is None else {options.text, "json", "jsn", *options.fields}
+    wanted = None if options.fields is None else {*options.texts, "json", "jsn", *options.fields}
     fields: dict[str, Any] = {}
     objects: list[dict[str, Any]] = []
     for member in members:
@@ -478,8 +488,9 @@ def _parse_members(tar: TarReader, members: Iterable[TarMember], options: ReadOp
             if name in fields:
                 raise _RecordError("it is a member, and a key of the json member too: rename one", name)
         fields |= keys
-    if isinstance(fields.get(options.text), bytes):
-        fields[options.text] = _utf8(fields[options.text], options.text)
+    for name in options.texts:
+        if isinstance(fields.get(name), bytes):
+            fields[name] = _utf8(fields[name], name)
     return fields
 
 
@@ -505,8 +516,8 @@ def _decode(name: str, payload: bytes) -> Any:
 
 def _read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[_RawRecord]:
     file = ParquetReader(stream)
-    wanted = None if options.fields is None else [options.text, *options.fields]
-    for name in wanted or [options.text]:
+    wanted = None if options.fields is None else [*options.texts, *options.fields]
+    for name in wanted or options.texts:
         if name not in file.columns:
             message = f"{piece.path}, field {name!r}: the file has no such column; it has {_shown(file.columns)}"
             raise ShardError(message, path=piece.path, field=name)
@@ -626,19 +637,13 @@ def _obeys_rfc_4180(
 
 def _take(values: dict[str, Any], options: ReadOptions) -> tuple[Text, dict[str, Any]]:
     """Part a record's text from its other fields, and take those that are wanted."""
-    for name in (options.text, *(options.fields or ())):
+    for name in (*options.texts, *(options.fields or ())):
         if name not in values:
             raise _RecordError(f"the record has no such field; it has {_shown(sorted(values))}", name)
-    text = values.pop(options.text)
-    words = [text] if isinstance(text, str) else text
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise _RecordError(f"a text is a string or a list of strings, not {_shown(text)}", options.text)
-    for word in words:
-        if not word.isascii():
-            try:
-                word.encode()
-            except UnicodeEncodeError as error:
-                raise _RecordError(f"the text has half a surrogate pair: {_shown(word)}", options.text) from error
+    parts = [_checked_text(values.pop(name), name) for name in options.texts]
+    if len({type(part) for part in parts}) > 1:
+        raise _RecordError("of a pair both texts are strings, or both lists of words", options.pair)
+    text = cast(Text, parts[0] if len(parts) == 1 else tuple(parts))
     if options.fields is None:
         return text, values
     if not isinstance(options.fields, Mapping):
@@ -651,6 +656,19 @@ def _take(values: dict[str, Any], options: ReadOptions) -> tuple[Text, dict[str,
             message = f"the function given for it raised {named(error)} on {_shown(values[name])}"
             raise _RecordError(message, name) from error
     return text, fields
+
+
+def _checked_text(text: Any, name: str) -> str | list[str]:
+    words = [text] if isinstance(text, str) else text
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise _RecordError(f"a text is a string or a list of strings, not {_shown(text)}", name)
+    for word in words:
+        if not word.isascii():
+            try:
+                word.encode()
+            except UnicodeEncodeError as error:
+                raise _RecordError(f"the text has half a surrogate pair: {_shown(word)}", name) from error
+    return cast("str | list[str]", text)
 
 
 def _utf8(data: bytes, name: str | None = None) -> str:

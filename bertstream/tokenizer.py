@@ -173,8 +173,9 @@ class TextTokenizer:
         if self.overflow == "error":
             raise EncoderError(
                 f"text {place} has {length} tokens, the model takes {self.max_length}: "
-                f"{shortened(parts[0] if len(parts) == 1 else tuple(parts))}; overflow='truncate' cuts such texts and "
-                "counts what it cut, overflow='windows' covers them with several windows",
+                f"{shortened(parts[0] if len(parts) == 1 else tuple(parts))}; an encoder made with "
+                "overflow='truncate' cuts such texts and counts what it cut, one with overflow='windows' covers them "
+                "with several windows",
                 records=(place,),
             )
         sequence_ids = _or_minus_one(encoding.sequence_ids)
