@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A training program that saves a checkpoint after every third batch, atomically, and goes on from it when it is started
 # again; it logs the batches that it trained on, and which checkpoint it started from.
 TRAINING = """
-import json, os, sys
+import json, os, sys, time
 import bertstream
 from bertstream.testing import FakeEncoder
 
@@ -46,6 +46,7 @@ with open(os.path.join(folder, "log"), "a", buffering=1) as log:
     print(json.dumps({"from": step}), file=log)
     for batch in loader:
         print(json.dumps({"step": step, "ids": batch["id"].tolist()}), file=log)
+        time.sleep(0.002)
         step += 1
         if step % 3 == 0:
             with open(path + ".new", "w") as file:
@@ -74,10 +75,10 @@ def train_and_kill(folder: Path, shards: list[str], *, kills: int, workers: int,
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, env=environment, start_new_session=True)
         if number < kills:
-            before = log.stat().st_size if log.exists() else 0
-            while process.poll() is None and (not log.exists() or log.stat().st_size <= before):
+            trained = log_lines(log, "ids")
+            while process.poll() is None and log_lines(log, "ids") == trained:
                 time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.03))
+            time.sleep(rng.uniform(0, 0.08))
             process.kill()
         process.wait(timeout=100)
     trained: list[Any] = []
@@ -100,6 +101,11 @@ def train_and_kill(folder: Path, shards: list[str], *, kills: int, workers: int,
         "processes_left": len(left),
         "shared_memory_left": len({name for name in shared_memory() - shared if "torch" in name}),
     }
+
+
+def log_lines(log: Path, kind: str) -> int:
+    """How many lines of a kind the training program has logged."""
+    return log.read_text().count(f'"{kind}"') if log.exists() else 0
 
 
 def processes_of(folder: Path) -> list[int]:
