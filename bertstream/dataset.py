@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from .distributed import rank_and_world_size
 from .errors import BertstreamError, ConfigError, EncoderError, ShardError, StateError, check_choice
 from .files import Access
 from .lanes import BadRecords, LaneQueue, LaneReader, deal, pack_state, unpack_state
-from .shards import Piece, ReadOptions, expand_shards, shard_size, split_shard
+from .shards import Piece, ReadOptions, expand_shards, is_rows, shard_size, split_rows, split_shard
 from .types import Cursor, ReadReport, Record, SupportsEncode, TokenBatch, TokenizedText
 from .watchdog import end_with_parent
 
@@ -33,8 +32,10 @@ _MOST_LANES = 32
 # About a window of records in a tar, where each takes 2 KiB at least; tokenizing as much text takes two seconds.
 _LANE_BYTES = 4 << 20
 _OPEN_SHARDS, _OPEN_IN_ALL = 4, 64
+_ROW_BYTES = 256  # of a dataset that does not say how large its rows are
 
 Uneven: TypeAlias = Literal["pad", "stop", "leave"]
+Shards: TypeAlias = Any  # paths and URLs, str or PathLike, one or several; or a dataset of rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +115,7 @@ class TextStream(IterableDataset[TokenBatch]):
     seed, the epoch and the number of ranks, never on the number of workers.
 
     Args:
-        shards: paths or URLs, with braces and globs, or a list of them; see `bertstream.stream`.
+        shards: paths or URLs, with braces and globs, or a list of them, or a dataset of rows; see `bertstream.stream`.
         encoder: the encoder whose tokenizer is used; the model itself is neither kept nor sent to workers.
         text: the field that holds the text, a string or a list of words.
         pair: the field that holds the second text, where a record is a pair of texts.
@@ -133,7 +134,7 @@ class TextStream(IterableDataset[TokenBatch]):
 
     def __init__(
         self,
-        shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        shards: Shards,
         encoder: SupportsEncode,
         *,
         text: str = "text",
@@ -160,12 +161,13 @@ class TextStream(IterableDataset[TokenBatch]):
         self._seed = seed
         self._keep_text_as = keep_text_as
         self._reading = reading = reading or StreamConfig()
-        self._options = ReadOptions(text=text, pair=pair, fields=fields, access=reading)
+        rows = shards if is_rows(shards) else None
+        self._options = ReadOptions(text=text, pair=pair, fields=fields, access=reading, rows=rows)
         self.text = text
         self._tokenizer = encoder.tokenizer
         self.bad_records = BadRecords(reading.max_bad_records)
         self.uneven, self.rank_timeout_s = reading.uneven, reading.rank_timeout_s
-        self.shards = expand_shards(shards, reading)
+        self.shards = [type(rows).__name__] if rows is not None else expand_shards(shards, reading)
         self._pieces, self.num_lanes, self.open_shards = self._share_out()
         self.rank, self.world_size = rank_and_world_size()
         if self.world_size > self.num_lanes:
@@ -324,6 +326,12 @@ class TextStream(IterableDataset[TokenBatch]):
         """The shards as pieces with their sizes in bytes, the number of lanes, and how many pieces each has open."""
         most = self._reading.lanes or _MOST_LANES
         open_shards = self._reading.open_shards or (_OPEN_SHARDS if self._shuffle else 1)
+        if (rows := self._options.rows) is not None:
+            some = len(rows) * _ROW_BYTES // _LANE_BYTES if hasattr(rows, "__len__") else rows.num_shards
+            lanes = self._reading.lanes or min(most, max(1, some))
+            if self._shuffle and self._reading.open_shards is None:
+                open_shards = max(open_shards, _OPEN_IN_ALL // lanes)
+            return split_rows(rows, lanes * open_shards), lanes, open_shards
         if len(self.shards) >= most * open_shards:
             # Enough for each lane. Asking a server for thousands of sizes would take longer than it helps.
             return [(Piece(path), 1 if "://" in path else self._size(path)) for path in self.shards], most, open_shards

@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from .collate import Place, as_places, as_tensors, get_place, put_places
 from .cuda import SideStream
-from .dataset import Skip, StreamConfig, TextStream
+from .dataset import Shards, Skip, StreamConfig, TextStream
 from .distributed import Peers, can_talk, rank_and_world_size
 from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedError, StateError, check_choice
 from .lanes import STATE_VERSION, LaneQueue, cursor_from_json, cursor_to_json, pack_state
@@ -77,7 +77,7 @@ def wrap(
 
 
 def stream(
-    shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    shards: Shards,
     encoder: SupportsEncode,
     *,
     text: str = "text",
@@ -100,7 +100,8 @@ def stream(
 
     Args:
         shards: paths or URLs of WebDataset tars, jsonl, csv, tsv or txt files, each also with `.gz`; braces
-            (`train-{000..146}.tar`), globs, or a list of them.
+            (`train-{000..146}.tar`), globs, or a list of them. Or a dataset of rows: a Hugging Face `Dataset` or
+            `IterableDataset`, or a list or map-style dataset of dicts.
         encoder: what turns texts into vectors.
         text: the field that holds the text: a member of a tar or a key of its json member, a key of a json line, a
             column; lines of a txt file have the one field "text".

@@ -32,8 +32,8 @@ import tarfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 
@@ -67,6 +67,7 @@ _ENDING = re.compile(
 _ENDINGS = ".tar, .jsonl, .ndjson, .csv, .tsv, .txt, each also with .gz or .zst, .tgz and .parquet"
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 _BLOCK_BYTES = 1 << 20
+_ROWS_AT_ONCE = 256
 _BOM = b"\xef\xbb\xbf"
 _BLANK_LINES = (b"\n", b"\r\n", b"\r")
 _READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
@@ -100,6 +101,7 @@ class ReadOptions:
         fields: the other fields to keep: None for all as they are, names for only these, or a mapping from names to
             functions that their values are passed through.
         access: how shards are opened.
+        rows: a dataset that stands for the shards, see `split_rows`; None for files.
     Raises:
         ConfigError: an argument of a wrong type, or `fields` names the text.
     """
@@ -108,6 +110,7 @@ class ReadOptions:
     pair: str | None = None
     fields: Mapping[str, Callable[[Any], Any]] | Sequence[str] | None = None
     access: Access = DEFAULT_ACCESS
+    rows: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text:
@@ -221,6 +224,31 @@ def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[
     return [Piece(path, start, stop, offset) for (start, offset), stop in zip(cuts, [*stops, None], strict=True)]
 
 
+def is_rows(source: Any) -> bool:
+    """Whether this is a dataset of rows (mappings) rather than names of shards.
+
+    Such are Hugging Face's `Dataset` and `IterableDataset`, and lists and map-style datasets of dicts.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return False
+    if hasattr(source, "num_shards") and hasattr(source, "shard"):
+        return True
+    return hasattr(source, "__getitem__") and len(source) > 0 and isinstance(source[0], Mapping)
+
+
+def split_rows(rows: Any, parts: int) -> list[tuple[Piece, int]]:
+    """A dataset as pieces, each with its size: rows where they can be counted, else 1.
+
+    What has a length is cut into `parts` runs of rows. A Hugging Face `IterableDataset` is taken shard by shard, and
+    read from a shard's first row on.
+    """
+    name = type(rows).__name__
+    if not hasattr(rows, "__len__"):
+        return [(Piece(f"{name} shard {number} of {rows.num_shards}"), 1) for number in range(rows.num_shards)]
+    bounds = np.linspace(0, len(rows), min(parts, len(rows)) + 1).astype(int).tolist()
+    return [(Piece(name, start, stop), stop - start) for start, stop in itertools.pairwise(bounds)]
+
+
 def read_records(
     piece: Piece, options: ReadOptions, *, skip: int = 0, on_bad: Callable[[ShardError], None] | None = None
 ) -> Generator[Record, None, None]:
@@ -242,15 +270,19 @@ def read_records(
     """
     if skip < 0:
         raise ConfigError(f"skip counts records; got {skip}")
-    kind = _kind_of(piece.path)
+    kind = _kind_of(piece.path) if options.rows is None else _Kind("rows", "", piece.path)
     first = piece.start if piece.offset else 0
     wanted = replace(piece, start=piece.start + skip)
-    seekable = is_local(piece.path) and not kind.packing
+    seekable = options.rows is None and is_local(piece.path) and not kind.packing
     index = first
     _check_packages(piece.path, kind)
     try:
-        with open_bytes(piece.path, options.access, kind.packing) as stream:
-            raw_records = _READERS[kind.name](stream, wanted, options)
+        with ExitStack() as stack:
+            if options.rows is not None:
+                raw_records = _read_rows(options.rows, wanted)
+            else:
+                stream = stack.enter_context(open_bytes(piece.path, options.access, kind.packing))
+                raw_records = _READERS[kind.name](stream, wanted, options)
             while piece.stop is None or index < piece.stop:  # asked first: what follows the last one may be broken
                 raw = next(raw_records, None)
                 if raw is None:
@@ -320,8 +352,8 @@ def _check_packages(path: str, kind: _Kind) -> None:
 
 
 def _read_errors(path: str, kind: _Kind) -> tuple[type[Exception], ...]:
-    # What a file system behind fsspec raises is its own choice, and so is what pyarrow does.
-    return (Exception,) if is_url(path) or kind.name == "parquet" else _READ_ERRORS
+    # What a file system behind fsspec raises is its own choice, and so is what pyarrow and datasets do.
+    return (Exception,) if is_url(path) or kind.name in ("parquet", "rows") else _READ_ERRORS
 
 
 def _expand(pattern: str, access: Access) -> Iterator[str]:
@@ -530,6 +562,22 @@ def _read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Itera
         yield _RawRecord(dict, records=file.first_rows[group])
     for row in file.rows(group, wanted):
         yield _RawRecord(partial(_parse_row_values, row))
+
+
+def _read_rows(rows: Any, piece: Piece) -> Iterator[_RawRecord]:
+    if hasattr(rows, "__len__"):
+        if piece.start:
+            yield _RawRecord(dict, records=piece.start)
+        run = range(piece.start, len(rows) if piece.stop is None else piece.stop)
+        # Hugging Face's own iterator reads many rows at a time.
+        source: Iterable[Any] = rows.select(run) if hasattr(rows, "select") else (rows[i] for i in run)
+    else:
+        number, count = (int(word) for word in piece.path.split()[-3::2])
+        # By batches: its iterator of rows would share them out to DataLoader workers once more.
+        batches = rows.shard(num_shards=count, index=number).iter(_ROWS_AT_ONCE)
+        source = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
+    for row in source:
+        yield _RawRecord(partial(dict, row))  # a copy: the rows may be the user's own
 
 
 def _parse_row_values(row: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from bertstream import ConfigError, Encoder, ShardError, StreamConfig, TextStream, TokenBatch, dataset
+import bertstream
+from bertstream import (
+    ConfigError,
+    EmbeddingLoader,
+    Encoder,
+    ShardError,
+    StreamConfig,
+    TextStream,
+    TokenBatch,
+    dataset,
+)
 from bertstream.dataset import Skip
+from bertstream.testing import FakeEncoder, assert_resumes_exactly
 from bertstream.types import Cursor
 
 
@@ -299,3 +310,34 @@ def test_missing_and_empty_shards_are_named(tmp_path: Path, minilm: Encoder) -> 
     empty.touch()
     with pytest.raises(ShardError, match="holds no record"):
         list(TextStream(empty, minilm))
+
+
+@pytest.fixture
+def hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    datasets = pytest.importorskip("datasets")
+    return datasets.Dataset.from_list([{"text": text, "id": i} for i, text in enumerate(some_texts(403))])
+
+
+@pytest.mark.parametrize("kind", ["map-style", "streaming", "a list"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_rows_of_a_dataset_come_once_and_resume_exactly(hugging_face: Any, kind: str, num_workers: int) -> None:
+    rows = {
+        "map-style": lambda: hugging_face,
+        "streaming": lambda: hugging_face.to_iterable_dataset(num_shards=6),
+        "a list": lambda: list(hugging_face),
+    }[kind]()
+
+    def make(workers: int = num_workers) -> EmbeddingLoader:
+        reading = StreamConfig(lanes=3, window=40)
+        return bertstream.stream(rows, FakeEncoder(), batch_size=16, shuffle=True, num_workers=workers, reading=reading)
+
+    found = [i for batch in make() for i in batch["id"].tolist()]
+    assert sorted(found) == list(range(403)) and found != sorted(found)
+    assert_resumes_exactly(make, cuts=[2, 11], resume_with=lambda: make(0))
+
+
+def test_a_row_without_a_text_is_named(hugging_face: Any) -> None:
+    with pytest.raises(ShardError, match="field 'body'") as caught:
+        list(TextStream(hugging_face, FakeEncoder(), text="body"))
+    assert caught.value.path == "Dataset" and caught.value.index == 0
