@@ -52,6 +52,8 @@ class Codec:
 
     def unpack(self, rows: Bytes) -> Tensor:
         """[N, row_bytes] to [N, *row_shape] on the host; the same memory where no conversion is asked for."""
+        if not len(rows):  # numpy gives such an array strides that torch cannot read in another dtype
+            return torch.zeros(0, *self._row_shape, dtype=self._dtype)
         stored = torch.from_numpy(rows)
         flat = self._dequantized(stored) if self._stored is None else stored.view(self._stored)
         return flat.to(self._dtype).view(len(rows), *self._row_shape)
@@ -67,6 +69,6 @@ class Codec:
     def _dequantized(self, stored: Tensor) -> Tensor:
         numbers = stored[:, : self._size].view(torch.int8).float()
         # A copy, because two bytes a number want an even address.
-        scales = stored[:, self._size :].contiguous().view(torch.bfloat16).float()
+        scales = stored[:, self._size :].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
         padded = F.pad(numbers, (0, self._groups * _GROUP - self._size)).view(-1, self._groups, _GROUP)
         return (padded * scales[..., None]).flatten(1)[:, : self._size]

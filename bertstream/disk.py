@@ -35,6 +35,8 @@ _LIVE = 0.8
 _QUEUE_BYTES = 64 << 20
 """Of rows that wait to be written: about 40,000 tokens of 384 float32 dimensions."""
 
+# One table for all: to open a second one, LMDB would wait for whoever is writing.
+_ABOUT, _ORDER, _ROWS = b"format", b"o", b"r"  # by what keys begin with; sorted
 _HEADER = struct.Struct("<IIQ")  # checksum, bytes of the rows, number of the entry: entries are evicted by number
 _NUMBER = struct.Struct(">Q")  # such keys sort as the numbers do
 
@@ -81,7 +83,7 @@ class DiskTier:
         self._lock = threading.Lock()
         self._env: lmdb.Environment | None = self._open()
         try:
-            self._rows, self._order = self._tables(self._env)
+            self._check_format(self._env)
             if not read_only:
                 self._env.reader_check()  # of processes that were killed: their place would keep old pages alive
         except CacheError:
@@ -125,9 +127,9 @@ class DiskTier:
             if self._env is None:
                 return found, np.zeros(0, np.uint8)
             try:
-                with self._env.begin(self._rows, buffers=True) as transaction:
+                with self._env.begin(buffers=True) as transaction:
                     for i, (key, size) in enumerate(zip(keys, sizes, strict=True)):
-                        entry = transaction.get(key)
+                        entry = transaction.get(_ROWS + key)
                         if entry is None:
                             continue
                         rows = _checked_rows(key, entry)
@@ -146,7 +148,7 @@ class DiskTier:
     def absent(self, keys: Sequence[bytes]) -> list[int]:
         """The places of texts that have no entry; entries are not checked."""
         with self._reading() as transaction:
-            return [i for i, key in enumerate(keys) if transaction.get(key, db=self._rows) is None]
+            return [i for i, key in enumerate(keys) if transaction.get(_ROWS + key) is None]
 
     def write(self, keys: Sequence[bytes], sizes: Sequence[int], rows: Bytes, *, wait: bool = False) -> None:
         """Queue texts for writing; where there is no room they are dropped and counted, or waited for.
@@ -165,26 +167,26 @@ class DiskTier:
         with self._lock:
             if self._env is None:
                 return {}
-            with self._env.begin() as transaction:
-                return {
-                    "disk_texts": transaction.stat(self._rows)["entries"],
-                    "disk_bytes": self._live(transaction),
-                }
+            stat = self._env.stat()
+            # Each text is two entries, and one tells the format.
+            return {"disk_texts": stat["entries"] // 2, "disk_bytes": _live(stat)}
 
     def keys_from(self, prefix: bytes = b"") -> Iterator[bytes]:
         """The keys of all entries that begin so, sorted."""
-        with self._reading() as transaction, transaction.cursor(self._rows) as cursor:
-            if not cursor.set_range(prefix):
-                return
-            for key in cursor.iternext(keys=True, values=False):
-                if not key.startswith(prefix):
-                    return
-                yield key
+        with self._reading() as transaction, transaction.cursor() as cursor:
+            if cursor.set_range(_ROWS + prefix):
+                for key in cursor.iternext(keys=True, values=False):
+                    if not key.startswith(_ROWS + prefix):
+                        return
+                    yield key[1:]
 
     def verify(self) -> int:
         """Check every entry; wrong ones are deleted where the folder is not read-only. How many they were."""
-        with self._reading(buffers=True) as transaction, transaction.cursor(self._rows) as cursor:
-            wrong = [bytes(key) for key, entry in cursor if _checked_rows(bytes(key), entry) is None]
+        wrong = []
+        with self._reading(buffers=True) as transaction, transaction.cursor() as cursor:
+            if cursor.set_range(_ROWS):
+                entries = ((bytes(key[1:]), entry) for key, entry in cursor)
+                wrong = [key for key, entry in entries if _checked_rows(key, entry) is None]
         self._discard(wrong)
         self.flush()
         return len(wrong)
@@ -197,13 +199,13 @@ class DiskTier:
         gone = 0
         while keys := list(islice(self.keys_from(prefix), 10_000)):
             with self._writing() as transaction:
-                gone += sum(transaction.delete(key, db=self._rows) for key in keys)
+                gone += sum(_delete(transaction, key) for key in keys)
         return gone
 
     # --- opening ------------------------------------------------------------------------------------------------------
 
     def _open(self) -> lmdb.Environment:
-        options: dict[str, Any] = {"map_size": self._limit_bytes, "max_dbs": 3, "max_readers": 1024, "metasync": False}
+        options: dict[str, Any] = {"map_size": self._limit_bytes, "max_readers": 1024, "metasync": False}
         try:
             if not self.read_only:
                 os.makedirs(self.path, exist_ok=True)
@@ -243,26 +245,22 @@ class DiskTier:
         os.truncate(file, needed)
         return env
 
-    def _tables(self, env: lmdb.Environment) -> tuple[Any, Any]:
-        """The tables of rows and of their order, made where the folder is new."""
+    def _check_format(self, env: lmdb.Environment) -> None:
+        """Refuse what is no cache of this format; mark a new folder as one."""
         with env.begin() as transaction:
-            about = transaction.get(b"format")
-            new = about is None and transaction.stat()["entries"] == 0
-        if new and not self.read_only:
-            rows, order = env.open_db(b"rows"), env.open_db(b"order")
+            about = transaction.get(_ABOUT)
+        if about is None and not self.read_only and not env.stat()["entries"]:
             with env.begin(write=True) as transaction:
-                transaction.put(b"format", FORMAT)
-            return rows, order
-        if about != FORMAT:
+                transaction.put(_ABOUT, FORMAT)
+        elif about != FORMAT:
             seen = "another kind of LMDB folder, or empty"
             if about is not None:
                 seen = f"a cache of the format {about.decode(errors='replace')!r}"
             raise CacheError(
-                f"{self.path} is {seen}, and this version reads {FORMAT.decode()!r}: name another "
-                "folder, or delete this one",
+                f"{self.path} is {seen}, and this version reads {FORMAT.decode()!r}: name another folder, or delete "
+                "this one",
                 path=self.path,
             )
-        return env.open_db(b"rows", create=False), env.open_db(b"order", create=False)
 
     def _reading(self, *, buffers: bool = False) -> Any:
         if self._env is None:
@@ -305,7 +303,7 @@ class DiskTier:
                 return
             except lmdb.MapFullError as error:
                 failed: Exception = error
-            except (lmdb.Error, OSError) as error:
+            except (lmdb.Error, OSError, CacheError) as error:
                 failed = error
                 break
         self.dropped_writes += sum(rows is not None for _, rows in group)
@@ -313,16 +311,16 @@ class DiskTier:
 
     def _put(self, group: list[tuple[bytes, bytes | None]]) -> int:
         evicted = 0
-        with self._writing() as transaction, transaction.cursor(self._order) as order:
-            number = _NUMBER.unpack(order.key())[0] + 1 if order.last() else 0
+        with self._writing() as transaction:
+            number = _next_number(transaction)
             for key, rows in group:
                 if rows is None:
-                    transaction.delete(key, db=self._rows)
+                    _delete(transaction, key)
                     continue
                 evicted += self._make_room(transaction, _page_bytes(len(rows)))
                 header = _HEADER.pack(zlib.crc32(rows, zlib.crc32(key)), len(rows), number)
-                if transaction.put(key, header + rows, overwrite=False, db=self._rows):
-                    order.put(_NUMBER.pack(number), key, append=True)
+                if transaction.put(_ROWS + key, header + rows, overwrite=False):
+                    transaction.put(_ORDER + _NUMBER.pack(number), key)
                     number += 1
         return evicted
 
@@ -333,23 +331,15 @@ class DiskTier:
     def _make_room(self, transaction: Any, room: int) -> int:
         """Delete the oldest entries until so many bytes fit; how many they were."""
         evicted = 0
-        with transaction.cursor(self._order) as order:
-            while self._live(transaction) + room > _LIVE * self._limit_bytes and order.first():
-                number, key = order.key(), order.value()
-                order.delete()
-                entry = transaction.get(key, db=self._rows)
-                # An entry that was dropped and written again has another number.
-                if entry is not None and _HEADER.unpack_from(entry)[2] == _NUMBER.unpack(number)[0]:
-                    transaction.delete(key, db=self._rows)
-                    evicted += 1
+        with transaction.cursor() as cursor:
+            while _live(transaction.stat()) + room > _LIVE * self._limit_bytes:
+                if not (cursor.set_range(_ORDER) and cursor.key().startswith(_ORDER)):
+                    break
+                key = cursor.value()
+                cursor.delete()
+                transaction.delete(_ROWS + key)
+                evicted += 1
         return evicted
-
-    def _live(self, transaction: Any) -> int:
-        pages = 0
-        for table in (self._rows, self._order):
-            stat = transaction.stat(table)
-            pages += stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
-        return int(pages * stat["psize"])
 
     def _discard(self, wrong: list[bytes]) -> None:
         if not wrong:
@@ -383,6 +373,30 @@ def _texts(items: list[_Write]) -> Iterator[tuple[bytes, bytes | None]]:
         for key, size in zip(item.keys, item.sizes, strict=True):
             yield key, data[start : start + size]
             start += size
+
+
+def _live(stat: Any) -> int:
+    """Bytes of the pages that hold data."""
+    return int((stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]) * stat["psize"])
+
+
+def _next_number(transaction: Any) -> int:
+    with transaction.cursor() as cursor:
+        if not (cursor.prev() if cursor.set_range(_ROWS) else cursor.last()) or not cursor.key().startswith(_ORDER):
+            return 0
+        return int(_NUMBER.unpack(cursor.key()[1:])[0]) + 1
+
+
+def _delete(transaction: Any, key: bytes) -> bool:
+    """Delete a text, and its place in the order; whether it was there."""
+    entry = transaction.get(_ROWS + key)
+    if entry is None:
+        return False
+    if len(entry) >= _HEADER.size:
+        place = _ORDER + _NUMBER.pack(_HEADER.unpack_from(entry)[2])
+        if transaction.get(place) == key:  # in a damaged entry the number may be another's
+            transaction.delete(place)
+    return bool(transaction.delete(_ROWS + key))
 
 
 def _page_bytes(size: int) -> int:
