@@ -239,7 +239,8 @@ class EmbeddingCache:
     def _check_process(self) -> None:
         """In a forked child start anew: locks may be held there for good, and LMDB must not be used across a fork."""
         if self._pid != os.getpid():
-            _inherited.append(self._disk)
+            if self._disk is not None:
+                self._disk.leave_to_parent()
             self._start()
 
     def _memory_for(self, row_bytes: int) -> MemoryTier | None:
@@ -252,10 +253,6 @@ class EmbeddingCache:
                     f"{row_bytes}: give it an EmbeddingCache of its own"
                 )
             return self._memory
-
-
-_inherited: list[DiskTier | None] = []
-"""What a forked child must not use and not close either."""
 
 
 class CachedEncoder:
@@ -316,6 +313,8 @@ class CachedEncoder:
                     "the cache is off: parameters of the encoder require gradients, so its weights may change at any "
                     "step; encoder.requires_grad_(False) freezes them"
                 )
+            return self._encoder.encode(batch)
+        if not len(batch):
             return self._encoder.encode(batch)
         keys = text_keys(batch, prefix, self._keyed[0] if self._keyed else b"")
         counts = self._encoder.row_counts(batch)
@@ -512,7 +511,7 @@ def text_keys(batch: TokenBatch, prefix: bytes, fingerprint: bytes) -> list[byte
     rows[tokens, 2] = -1 if batch.word_ids is None else batch.word_ids
     rows[tokens, 3] = flags
     rows[starts, 0] = batch.num_words
-    data = memoryview(cast(Any, rows)).cast("B")
+    data = memoryview(rows.tobytes())
     bounds = (16 * np.append(starts, len(rows))).tolist()
     return [
         prefix + blake2b(data[start:end], digest_size=16, key=fingerprint).digest() for start, end in pairwise(bounds)

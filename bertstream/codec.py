@@ -45,6 +45,8 @@ class Codec:
 
     def pack(self, values: Tensor) -> Bytes:
         """[N, *row_shape] on any device to [N, row_bytes] on the host; waits for the values."""
+        if not len(values):  # numpy gives arrays without rows strides that torch cannot read in another dtype
+            return np.zeros((0, self.row_bytes), np.uint8)
         flat = values.detach().reshape(len(values), self._size)
         stored = self._quantized(flat) if self._stored is None else flat.to(self._stored).contiguous().view(torch.uint8)
         packed: Any = stored.cpu().numpy()
@@ -52,7 +54,7 @@ class Codec:
 
     def unpack(self, rows: Bytes) -> Tensor:
         """[N, row_bytes] to [N, *row_shape] on the host; the same memory where no conversion is asked for."""
-        if not len(rows):  # numpy gives such an array strides that torch cannot read in another dtype
+        if not len(rows):
             return torch.zeros(0, *self._row_shape, dtype=self._dtype)
         stored = torch.from_numpy(rows)
         flat = self._dequantized(stored) if self._stored is None else stored.view(self._stored)

@@ -107,6 +107,13 @@ class DiskTier:
         elif env is not None:
             env.close()
 
+    def leave_to_parent(self) -> None:
+        """In a forked child: let go of what is the parent's, so that the folder can be opened anew."""
+        # Without the lock, which may be held for good. LMDB knows by its process id that locks are not this process's.
+        env, self._env = self._env, None
+        if env is not None:
+            env.close()
+
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until all that was queued is written or dropped; False where that took longer."""
         return self._behind.flush(timeout_s)

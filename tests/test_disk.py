@@ -225,7 +225,7 @@ def test_two_processes_write_and_both_read_it_all(tmp_path: Path) -> None:
     with opened(tmp_path):
         pass  # so that both find it made
     children = [forked(lambda own=own: work(own)) for own in (range(200), range(150, 400))]  # type: ignore[misc]
-    assert all([ended_well(child) for child in children])
+    assert [ended_well(child) for child in children] == [True, True]
     with opened(tmp_path) as tier:
         assert held(tier, range(400)) == [*range(400)]
 
@@ -311,12 +311,9 @@ def test_a_file_that_was_cut_off_loses_what_is_missing(tmp_path: Path, caplog: p
     os.truncate(tmp_path / "data.mdb", size // 2)
     with pytest.raises(CacheError, match="cut off"):
         DiskTier(tmp_path, limit_bytes=16 * MIB, read_only=True)
-    try:
-        with opened(tmp_path) as tier:
-            assert len(held(tier, range(1000))) < 1000
-            assert "cut off" in caplog.text and tier.wrong + tier.failures > 0
-    except CacheError as error:
-        assert "damaged" in str(error)
+    with opened(tmp_path) as tier:
+        assert len(held(tier, range(1000))) < 1000
+        assert "cut off" in caplog.text and tier.wrong + tier.failures > 0
 
 
 def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
