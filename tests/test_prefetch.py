@@ -16,11 +16,12 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bertstream import prefetch
-from bertstream.prefetch import Prefetcher
+from bertstream.prefetch import Behind, Prefetcher
 
 WAIT_S = 10.0
 """How long a test waits for a thread before it fails."""
