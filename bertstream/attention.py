@@ -213,7 +213,7 @@ def _probe_texts(config: Any, first_position: int) -> list[Tensor]:
     windows = [getattr(config, name, None) or 0 for name in ("sliding_window", "local_attention")]
     longest = max(11, *(window + 1 for window in windows))
     longest = min(longest, (getattr(config, "max_position_embeddings", None) or longest) - first_position)
-    usable = range(max(16, config.vocab_size // 8), config.vocab_size)
+    usable = range(min(max(16, config.vocab_size // 8), config.vocab_size // 2), config.vocab_size)
     return [
         torch.tensor([[usable[(text * len(usable) // 3 + 37 * i) % len(usable)] for i in range(length)]])
         for text, length in enumerate((5, 7, longest))

@@ -31,13 +31,19 @@ class TokenCollate:
     Args:
         encoder: whose tokenizer to use.
         text: the key, position or attribute of the text, or several; None where a record is the bare text.
+        pair: the place of the second text, where the one at `text` and this one are a pair; it stays in the batch.
     """
 
-    def __init__(self, encoder: SupportsEncode, text: Place | Sequence[Place] | None = None) -> None:
+    def __init__(
+        self, encoder: SupportsEncode, text: Place | Sequence[Place] | None = None, *, pair: Place | None = None
+    ) -> None:
         if not hasattr(encoder, "tokenizer"):
             raise ConfigError(f"encoder is a {type(encoder).__name__} without a tokenizer: pass a bertstream.Encoder")
         self._tokenizer = encoder.tokenizer
         self._places = as_places(text)
+        self._pair = pair
+        if pair is not None and (self._places is None or len(self._places) > 1):
+            raise ConfigError(f"pair={pair!r} for text={text!r}: name the one place of the first text")
 
     def __call__(self, records: Sequence[Any]) -> Any:
         """Make a batch of a list of records.
@@ -61,7 +67,7 @@ class TokenCollate:
         if self._places is None:
             return self._tokenize(records, None)
         columns = {
-            place: self._tokenize([get_place(record, place) for record in records], place) for place in self._places
+            place: self._tokenize([self._text(record, place) for record in records], place) for place in self._places
         }
         first, fields = records[0], _fields(records)
         if isinstance(first, Sequence):
@@ -70,6 +76,10 @@ class TokenCollate:
         if isinstance(first, Mapping):
             return {name: columns[name] if name in columns else rest[name] for name in fields}
         return put_places(first, columns | rest)
+
+    def _text(self, record: Any, place: Place) -> Any:
+        text = get_place(record, place)
+        return text if self._pair is None else (text, get_place(record, self._pair))
 
     def _tokenize(self, texts: Sequence[Any], place: Place | None) -> TokenBatch:
         try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -15,9 +18,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .bucket import cut_window, make_batch
 from .distributed import rank_and_world_size
-from .errors import BertstreamError, ConfigError, EncoderError, ShardError
-from .shards import Piece, ReadOptions, expand_shards, read_records, shard_size, split_shard
-from .types import Cursor, Record, SupportsEncode, TokenBatch, TokenizedText
+from .errors import BertstreamError, ConfigError, EncoderError, ShardError, StateError, check_choice
+from .files import Access
+from .lanes import BadRecords, LaneQueue, LaneReader, deal, pack_state, unpack_state
+from .shards import Piece, ReadOptions, expand_shards, shard_size, split_shard
+from .types import Cursor, ReadReport, Record, SupportsEncode, TokenBatch, TokenizedText
+from .watchdog import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +32,13 @@ _TOKENIZE_CHUNK = 256
 _MOST_LANES = 32
 # About a window of records in a tar, where each takes 2 KiB at least; tokenizing as much text takes two seconds.
 _LANE_BYTES = 4 << 20
+_OPEN_SHARDS = 4
+
+Uneven: TypeAlias = Literal["pad", "stop", "leave"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StreamConfig:
+class StreamConfig(Access):
     """How shards are read; the defaults suit most corpora.
 
     Attributes:
@@ -37,25 +46,58 @@ class StreamConfig:
             difference of lengths within a batch, better mixing, and more memory.
         lanes: how many independent streams share out the shards; None is one for every 4 MiB of data, 32 at most.
             The order of batches depends on it, not on the number of workers. It bounds the number of ranks.
+        open_shards: how many shards, or parts of one, each lane reads at once, a record of each in turn; None is 4 for
+            a shuffled stream, 1 for one in file order. More mixes data that is sorted better, and opens more files.
+        max_bad_records: how many broken records and shards an epoch may pass over, over all workers of a rank: a
+            number, or a fraction below 1 of the records read, judged once 1,000 were read. 0 raises at the first. Each
+            is counted, and named in the log.
+        uneven: what ranks whose shards give unequal numbers of batches do, so that none waits for good in a collective
+            of the training step. "pad": those that are through repeat their last batch, marked by `__repeated__`, until
+            all are. "stop": all end where the first does; `left_texts` counts what was left. "leave": each ends as it
+            ends. It takes effect where `torch.distributed` is initialised before the loader is made.
+        rank_timeout_s: seconds after which a rank that gave no sign is given up by the others, with an error.
         allow_pipe: whether `pipe:command` may be read, which runs the command in a shell.
         storage_options: handed to fsspec for URLs.
+        shard_cache: a folder into which each remote shard is downloaded once, and read from there; None reads remotely.
+            It is not bounded, and a copy is not renewed when its origin changes: delete it. Workers and ranks may share
+            it. Fewer remote shards than lanes are downloaded at once, to be cut into pieces.
+        stall_warning_s: seconds after which a read of a URL or pipe that is still waiting is named in the log; None is
+            never.
+    Raises:
+        ConfigError: a value of a wrong type or out of range.
     """
 
     window: int = 2048
     lanes: int | None = None
-    allow_pipe: bool = False
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    open_shards: int | None = None
+    max_bad_records: float = 0
+    uneven: Uneven = "pad"
+    rank_timeout_s: float = 600
 
     def __post_init__(self) -> None:
-        for name in ("window", "lanes"):
+        Access.__post_init__(self)
+        if self.max_bad_records < 0 or (self.max_bad_records > 1 and self.max_bad_records % 1):
+            raise ConfigError(f"max_bad_records={self.max_bad_records}: write a whole number, or a fraction below 1")
+        check_choice("uneven", self.uneven, Uneven)
+        if not self.rank_timeout_s > 0:
+            raise ConfigError(f"rank_timeout_s={self.rank_timeout_s}: write a number above 0")
+        for name in ("window", "lanes", "open_shards"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}: write a number of at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Skip:
-    """What a worker yields in place of a batch for a lane that is exhausted, so that workers keep in step."""
+    """What a worker yields in place of a batch for a lane that is exhausted, so that workers keep in step.
+
+    Attributes:
+        lane: the lane that has just ended; None for one that had ended before, or never was.
+        report: what its reading met behind its last batch.
+    """
+
+    lane: int | None = None
+    report: ReadReport | None = None
 
 
 StreamItem: TypeAlias = TokenBatch | Skip | BertstreamError
@@ -74,6 +116,7 @@ class TextStream(IterableDataset[TokenBatch]):
         shards: paths or URLs, with braces and globs, or a list of them; see `bertstream.stream`.
         encoder: the encoder whose tokenizer is used; the model itself is neither kept nor sent to workers.
         text: the field that holds the text, a string or a list of words.
+        pair: the field that holds the second text, where a record is a pair of texts.
         batch_size: texts in a batch; 32 if neither this nor `max_tokens` is given.
         max_tokens: real tokens in a batch at most, special tokens counted and padding not. A text that is longer is a
             batch of its own.
@@ -93,6 +136,7 @@ class TextStream(IterableDataset[TokenBatch]):
         encoder: SupportsEncode,
         *,
         text: str = "text",
+        pair: str | None = None,
         batch_size: int | None = None,
         max_tokens: int | None = None,
         shuffle: bool = False,
@@ -105,22 +149,23 @@ class TextStream(IterableDataset[TokenBatch]):
         if batch_size is not None and max_tokens is not None:
             raise ConfigError(f"batch_size={batch_size} and max_tokens={max_tokens}: give one of the two")
         for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: write a number of at least 1")
-        if seed < 0:
-            raise ConfigError(f"seed={seed}: write a number of at least 0")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name}={value!r}: write a whole number of at least 1")
+        if not isinstance(seed, int) or seed < 0:
+            raise ConfigError(f"seed={seed!r}: write a whole number of at least 0")
         self._batch_size = 32 if batch_size is None and max_tokens is None else batch_size
         self._max_tokens = max_tokens
         self._shuffle = shuffle
         self._seed = seed
         self._keep_text_as = keep_text_as
         self._reading = reading = reading or StreamConfig()
-        self._options = ReadOptions(
-            text=text, fields=fields, allow_pipe=reading.allow_pipe, storage_options=reading.storage_options
-        )
+        self._options = ReadOptions(text=text, pair=pair, fields=fields, access=reading)
         self.text = text
         self._tokenizer = encoder.tokenizer
-        self.shards = expand_shards(shards, allow_pipe=reading.allow_pipe, storage_options=reading.storage_options)
+        self.open_shards = reading.open_shards or (_OPEN_SHARDS if shuffle else 1)
+        self.bad_records = BadRecords(reading.max_bad_records)
+        self.uneven, self.rank_timeout_s = reading.uneven, reading.rank_timeout_s
+        self.shards = expand_shards(shards, reading)
         self._pieces, self.num_lanes = self._share_out()
         self.rank, self.world_size = rank_and_world_size()
         if self.world_size > self.num_lanes:
@@ -130,8 +175,32 @@ class TextStream(IterableDataset[TokenBatch]):
             )
         # Shared memory, because a plain attribute does not reach workers that are kept between epochs.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._queue: LaneQueue | None = None
+        self._resume: list[list[Cursor] | None] | None = None
+        self._resume_epoch = 0
+        self._resume_in_worker = False
         self.worker_items = False
         """Whether workers yield `Skip`s and errors as items, as `EmbeddingLoader` asks; plain loops see neither."""
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What the batches and their order depend on, beside the epoch: a state of another stream is known by it."""
+        # Names and sizes: a corpus that was moved to another folder is the same.
+        shards = [(re.split(r"[/\\]", piece.path)[-1], piece.start, piece.stop, size) for piece, size in self._pieces]
+        parts = {"tokenizer": getattr(self._tokenizer, "identity", None), "shards": shards}
+        digests = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in parts.items()}
+        return {
+            "lanes": self.num_lanes,
+            "open_shards": self.open_shards,
+            "window": self._reading.window,
+            "batch_size": self._batch_size,
+            "max_tokens": self._max_tokens,
+            "shuffle": self._shuffle,
+            "seed": self._seed,
+            "text": list(self._options.texts),
+            "passes_over_bad_records": self._reading.max_bad_records > 0,
+            **digests,
+        }
 
     @property
     def epoch(self) -> int:
@@ -139,60 +208,139 @@ class TextStream(IterableDataset[TokenBatch]):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration; it reaches worker processes that are already running."""
+        """Choose the order of the next iteration; it reaches worker processes that are already running.
+
+        A place that was loaded stays where the epoch is its own.
+        """
         if epoch < 0:
             raise ConfigError(f"epoch={epoch}: write a number of at least 0")
+        if epoch != self.epoch:
+            self._resume = self._queue = None
         self._epoch.fill_(epoch)
 
-    def __iter__(self) -> Iterator[TokenBatch]:
-        items = self._items()
-        if self.worker_items:
-            return items  # type: ignore[return-value]  # EmbeddingLoader knows what it asked for
-        return (item for item in items if isinstance(item, TokenBatch))
+    def state_dict(self) -> dict[str, Any]:
+        """The place behind the batch that this process took last, as JSON; `EmbeddingLoader` has a state of its own.
 
-    def _items(self) -> Iterator[StreamItem]:
+        It is what `StatefulDataLoader` asks for in each of its workers, and serves loops without workers.
+        """
+        worker = get_worker_info()
+        queues = self.starting_queues()
+        if self._queue is not None:
+            queues = [None] * self.world_size
+            queues[self.rank] = self._queue.cursors
+        state = pack_state(self.settings, self.epoch, queues, self.bad_records)
+        return state | {"worker": None if worker is None else [worker.id, worker.num_workers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on from a place. The number of workers or ranks may be another than it was.
+
+        Raises:
+            StateError: the state is of another version or of a stream with other settings, misses the lanes of other
+                ranks, or was taken in a worker of a `StatefulDataLoader` and is not loaded there.
+        """
+        worker = get_worker_info()
+        here = None if worker is None else [worker.id, worker.num_workers]
+        there = state.get("worker") if isinstance(state, dict) else None
+        if there != here:
+            raise StateError(
+                f"the state was taken in DataLoader worker {there} and is loaded in {here} (id, of how many): a "
+                "StatefulDataLoader loads a state with the number of workers that it had",
+                key="worker",
+            )
+        epoch, queues = unpack_state(state, self.settings, self.bad_records)
+        self._epoch.fill_(epoch)
+        self._resume, self._resume_epoch = deal(queues, self.rank, self.world_size), epoch
+        self._resume_in_worker = worker is not None
+        self._queue = None
+
+    def starting_queues(self) -> list[list[Cursor] | None]:
+        """For each rank its lanes with the places from which the next iteration goes on, the next one first.
+
+        None for a rank whose lanes the state that was loaded did not hold.
+        """
+        if self._resume is not None and self._resume_epoch == self.epoch:
+            return self._resume
+        lanes = range(self.num_lanes)
+        return [
+            [Cursor(self.epoch, lane) for lane in lanes[rank :: self.world_size]] for rank in range(self.world_size)
+        ]
+
+    def start(self) -> None:
+        """Let iterations begin their epoch anew again: the place that was loaded has been taken over by one."""
+        if self._resume is None:
+            self.bad_records.reset()
+        self._resume = None
+
+    def __iter__(self) -> Iterator[TokenBatch]:
         worker = get_worker_info()
         num_workers, worker_id = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        epoch = self.epoch
-        lanes = self._lanes(epoch)
-        queue = [Cursor(epoch, lane) for lane in range(self.rank, self.num_lanes, self.world_size)]
-        # Dealt by position and padded to whole rounds, torch's round robin over workers gives the queue's own order.
-        rounds = -(-len(queue) // num_workers)
-        places = [p if p < len(queue) else None for p in range(worker_id, rounds * num_workers, num_workers)]
-        live = [None if p is None else self._lane(lanes[queue[p].lane], queue[p]) for p in places]
+        if worker is not None:
+            end_with_parent()
+        queue = self.starting_queues()[self.rank]
+        assert queue is not None
+        self.start()
+        places: list[Cursor | None] = [*queue]
+        if not self._resume_in_worker:
+            # Dealt by position and padded to whole rounds, torch's round robin over workers gives the queue's order.
+            places += [None] * (-len(queue) % num_workers)
+            places = places[worker_id::num_workers]
+        self._resume_in_worker = False
+        self._queue = LaneQueue(cursor for cursor in places if cursor is not None)
+        items = self._items(places, self.epoch, self._queue)
+        if self.worker_items:
+            return items  # type: ignore[return-value]  # EmbeddingLoader knows what it asked for
+        return self._batches(items)
+
+    def _batches(self, items: Iterator[StreamItem]) -> Iterator[TokenBatch]:
+        """For whoever reads the stream without us: batches alone, with broken records counted in this process."""
+        for item in items:
+            if isinstance(item, (TokenBatch, Skip)) and item.report is not None:
+                self.bad_records.add(item.report)
+            if isinstance(item, TokenBatch):
+                yield item
+        self.bad_records.check_some_were_good()
+
+    def _items(self, places: list[Cursor | None], epoch: int, queue: LaneQueue) -> Iterator[StreamItem]:
+        """Batches of the lanes at these places in turn, and `Skip`s from lanes that have no more."""
+        pieces = self._lanes(epoch)
+        lanes = [None if cursor is None else self._lane(pieces[cursor.lane], cursor) for cursor in places]
         try:
-            while any(lane is not None for lane in live):
-                for i, lane in enumerate(live):
-                    batch = next(lane, None) if lane is not None else None
-                    if batch is None:
-                        live[i] = None
-                        yield Skip()
+            while any(lane is not None for lane in lanes):
+                for i, lane in enumerate(lanes):
+                    item = Skip() if lane is None else next(lane)
+                    if isinstance(item, Skip):
+                        lanes[i] = None
                     else:
-                        yield batch
+                        assert item.cursor is not None
+                        queue.hand_out(item.cursor)
+                    yield item
         except BertstreamError as error:
-            if not (self.worker_items and worker is not None):
+            if not self.worker_items or get_worker_info() is None:
                 raise
             yield error  # torch would rebuild it without its fields
+        queue.end()
 
     def _share_out(self) -> tuple[list[tuple[Piece, int]], int]:
         """The shards as pieces with their sizes in bytes, and the number of lanes."""
         most = self._reading.lanes or _MOST_LANES
-        if len(self.shards) >= most:
-            # Enough for a shard or more a lane. Asking a server for thousands of sizes would take longer than it helps.
+        if len(self.shards) >= most * self.open_shards:
+            # Enough for each lane. Asking a server for thousands of sizes would take longer than it helps.
             return [(Piece(path), 1 if "://" in path else self._size(path)) for path in self.shards], most
         sizes = [self._size(path) for path in self.shards]
-        lanes = self._reading.lanes or min(most, max(1, sum(sizes) // _LANE_BYTES))
+        total = sum(sizes)
+        lanes = self._reading.lanes or min(most, max(1, total // _LANE_BYTES))
+        wanted = lanes * self.open_shards
         pieces: list[tuple[Piece, int]] = []
         for path, size in zip(self.shards, sizes, strict=True):
-            parts = max(1, round(lanes * size / sum(sizes))) if len(self.shards) < lanes and size else 1
-            split = split_shard(path, parts)
+            parts = max(1, round(wanted * size / total)) if len(self.shards) < wanted and size else 1
+            split = split_shard(path, parts, self._reading)
             if len(split) < parts:
-                logger.info("%s feeds %d lanes where %d are its share: it cannot be split", path, len(split), parts)
+                logger.info("%s is read in %d pieces where %d are its share: not cut further", path, len(split), parts)
             pieces += [(piece, size // len(split)) for piece in split]
         return pieces, lanes
 
     def _size(self, path: str) -> int:
-        return shard_size(path, storage_options=self._options.storage_options)
+        return shard_size(path, self._reading)
 
     def _lanes(self, epoch: int) -> list[list[Piece]]:
         """Deal the epoch's pieces to the lanes, each to the one with the fewest bytes so far."""
@@ -208,58 +356,78 @@ class TextStream(IterableDataset[TokenBatch]):
             loads[lane] += max(1, size)
         return lanes
 
-    def _lane(self, pieces: list[Piece], start: Cursor) -> Iterator[TokenBatch]:
-        """A lane's batches from a cursor on."""
-        records = self._records(pieces, start)
+    def _lane(self, pieces: list[Piece], start: Cursor) -> Generator[TokenBatch | Skip, None, None]:
+        """A lane's batches from a place on, and at last a `Skip` with the report of what no batch could carry."""
+        tolerant = self._reading.max_bad_records > 0
+        reader = LaneReader(pieces, self._options, start, open_shards=self.open_shards, tolerant=tolerant)
+        read = 0  # since the last batch, as is `bad`
+        bad: tuple[ShardError, ...] = ()
         try:
             while True:
                 size = self._reading.window
-                if (start.piece, start.record) == (0, 0):
+                if not (start.next_piece or start.open):
                     # Lanes would all fill their first window at once, and again in step; this staggers them.
                     size = max(1, size * (start.lane + 1) // self.num_lanes)
-                window = list(islice(records, size))
+                window = list(islice(iter(reader.read, None), size))
+                passed_over = reader.take_bad()
+                records, texts, refused = self._tokenized(window, tolerant)
+                if not start.batch:  # else what the window met was reported before the place was saved
+                    read += len(window) + sum(not error.gives_up_shard for error in passed_over)
+                    bad += (*passed_over, *refused)
                 if not window:
+                    yield Skip(start.lane, ReadReport(read, bad))
                     return
-                last, record = window[-1]
-                after = replace(start, piece=last, record=record.index - pieces[last].start + 1, batch=0)
-                yield from self._window([record for _, record in window], start, after)
+                after = reader.place(start)
+                for batch in self._window(records, texts, start, after):
+                    batch.report, read, bad = ReadReport(read, bad) if read else None, 0, ()
+                    yield batch
                 start = after
         finally:
-            records.close()
+            reader.close()
 
-    def _window(self, records: list[Record], start: Cursor, after: Cursor) -> Iterator[TokenBatch]:
-        texts = list(self._tokenized(records))
+    def _window(
+        self, records: list[Record], texts: list[TokenizedText], start: Cursor, after: Cursor
+    ) -> Iterator[TokenBatch]:
         lengths = np.array([len(text.input_ids) for text in texts])
-        key = (self._seed, start.epoch, start.lane, start.piece, start.record)
+        # Not the bytes: the order is the same whether or not a place can be sought.
+        places = [number for place in start.open for number in (place.piece, place.records)]
+        key = (self._seed, start.epoch, start.lane, start.next_piece, *places)
         shuffle = np.random.default_rng(key) if self._shuffle else None
         batches = cut_window(lengths, batch_size=self._batch_size, max_tokens=self._max_tokens, shuffle=shuffle)
-        for number, places in enumerate(batches):
+        for number, chosen in enumerate(batches):
             if number < start.batch:
                 continue
             batch = make_batch(
-                [records[i] for i in places], [texts[i] for i in places], keep_text_as=self._keep_text_as
+                [records[i] for i in chosen], [texts[i] for i in chosen], keep_text_as=self._keep_text_as
             )
             batch.cursor = after if number + 1 == len(batches) else replace(start, batch=number + 1)
             yield batch
 
-    def _tokenized(self, records: list[Record]) -> Iterable[TokenizedText]:
+    def _tokenized(
+        self, records: list[Record], tolerant: bool
+    ) -> tuple[list[Record], list[TokenizedText], list[ShardError]]:
+        """The records with their tokens; and the errors of those that were passed over, if that is allowed."""
+        kept: list[Record] = []
+        texts: list[TokenizedText] = []
+        refused: list[ShardError] = []
         for first in range(0, len(records), _TOKENIZE_CHUNK):
             chunk = records[first : first + _TOKENIZE_CHUNK]
-            try:
-                yield from self._tokenizer([record.text for record in chunk])
-            except EncoderError as error:
-                if not error.records:
-                    raise
-                at = chunk[error.records[0]]
-                raise ShardError(
-                    f"{at.shard}, record {at.index}, field {self._options.text!r}: {error}",
-                    path=at.shard,
-                    index=at.index,
-                    field=self._options.text,
-                ) from error
-
-    def _records(self, pieces: list[Piece], start: Cursor) -> Generator[tuple[int, Record], None, None]:
-        for number in range(start.piece, len(pieces)):
-            skip = start.record if number == start.piece else 0
-            for record in read_records(pieces[number], self._options, skip=skip):
-                yield number, record
+            while chunk:
+                try:
+                    texts += self._tokenizer([record.text for record in chunk])
+                    break
+                except EncoderError as error:
+                    if not error.records:
+                        raise
+                    at = chunk.pop(error.records[0])
+                    refusal = ShardError(
+                        f"{at.shard}, record {at.index}, field {self.text!r}: {error}",
+                        path=at.shard,
+                        index=at.index,
+                        field=self.text,
+                    )
+                    if not tolerant:
+                        raise refusal from error
+                    refused.append(refusal)
+            kept += chunk
+        return kept, texts, refused

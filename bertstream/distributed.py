@@ -1,12 +1,22 @@
-"""Which process of how many this is; the only reader of the environment variables that say so."""
+"""Which process of how many this is, and what the processes tell one another about each step.
+
+The only reader of the environment variables that say which rank this is.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+import time
+from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 
-from .errors import ConfigError
+from .errors import BertstreamError, ConfigError
+
+_loaders = itertools.count()
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -31,3 +41,75 @@ def local_rank() -> int | None:
     """LOCAL_RANK, the process's number on its machine; None if it is not set."""
     value = os.environ.get("LOCAL_RANK", "")
     return int(value) if value.isdecimal() else None
+
+
+class Peers:
+    """Messages between the ranks of one loader, one a step, ahead of the training loop.
+
+    They go through the store of `torch.distributed`, not through a collective: whoever waits can be told to stop, a
+    rank that does not answer is known by name, and nothing is left half done on a group. Every rank makes its loaders
+    in the same order.
+
+    Args:
+        timeout_s: seconds after which a rank that did not answer is given up.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.rank, self.world_size = rank_and_world_size()
+        self._timeout_s = timeout_s
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(f"bertstream/{next(_loaders)}", store)  # type: ignore[attr-defined]
+        self._iteration = -1
+        self._step = 0
+
+    def begin(self) -> None:
+        """Start an iteration: the next message is its first."""
+        self._iteration += 1
+        self._step = 0
+
+    def exchange(self, message: Any, is_over: Callable[[], bool]) -> list[Any] | None:
+        """Tell all ranks something, and hear what each of them says at the same step.
+
+        Args:
+            message: anything that JSON holds.
+            is_over: asked while waiting; True gives up.
+        Returns:
+            The messages, by rank; None if it was given up.
+        Raises:
+            BertstreamError: a rank left, or did not answer in time; the message names it.
+        """
+        self._store.set(self._key(self._step, self.rank), json.dumps(message))
+        keys = [self._key(self._step, rank) for rank in range(self.world_size)]
+        deadline, pause = time.monotonic() + self._timeout_s, 1e-4
+        while not self._store.check(keys):
+            if is_over():
+                return None
+            late = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            for rank in late:
+                if self._store.check([self._key("left", rank)]):
+                    said = self._store.get(self._key("left", rank)).decode()
+                    raise BertstreamError(f"rank {rank} left the epoch at batch {self._step}: {said}")
+            if late and time.monotonic() > deadline:
+                raise BertstreamError(
+                    f"rank {', '.join(map(str, late))} gave no sign at batch {self._step} for {self._timeout_s:g} s: "
+                    "it died, hangs, or iterates its loaders in another order than this rank"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
+        found = [json.loads(answer) for answer in self._store.multi_get(keys)]
+        if self._step:  # everybody who answered has read the answers before
+            self._store.delete_key(self._key(self._step - 1, self.rank))
+        self._step += 1
+        return found
+
+    def leave(self, reason: str) -> None:
+        """Tell the others, which wait for this rank or will, that it says no more in this iteration."""
+        self._store.set(self._key("left", self.rank), reason)
+
+    def _key(self, step: int | str, rank: int) -> str:
+        return f"{self._iteration}/{step}/{rank}"
+
+
+def can_talk() -> bool:
+    """Whether there are several ranks, and `torch.distributed` to reach them through."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

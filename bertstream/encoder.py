@@ -42,8 +42,8 @@ class Encoder(nn.Module):
         model: a transformers encoder (`AutoModel`) with its weights.
         tokenizer: the transformers tokenizer that belongs to it.
         output: "tokens" for a vector a token; "words" for a vector a word; "sentence" for a vector a text.
-        layers: which layers the vectors are made of: 0 is the embedding layer, -1 the last. The forward stops at the
-            highest.
+        layers: which layer, or layers, the vectors are made of: 0 is the embedding layer, -1 the last. The forward
+            stops at the highest.
         combine: of several layers: "concat" side by side, "mean", "sum", or "stack" ([N, K, H], see `ScalarMix`).
         pooling: of a word's tokens: "mean" (the default), "first", "last", "max" or "first_last". Of a text's tokens:
             "mean" (the default), "cls", "max", "weighted_mean", "pooler" (the model's own layer over the first token),
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         tokenizer: Any,
         *,
         output: Output = "tokens",
-        layers: Sequence[int] = (-1,),
+        layers: int | Sequence[int] = -1,
         combine: Combine = "concat",
         pooling: WordPooling | SentencePooling | Sequence[SentencePooling] | None = None,
         special_tokens: bool = True,
@@ -165,7 +165,7 @@ class Encoder(nn.Module):
         device = resolve_device(device)
         resolved = None if dtype == "auto" else torch_dtype(dtype)
         model, tokenizer, folder = load_pretrained(str(name))
-        last = resolve_layers(options.get("layers", (-1,)), model.config.num_hidden_layers)
+        last = resolve_layers(options.get("layers", -1), model.config.num_hidden_layers)
         of_folder = options.get("output") == "sentence" and last == (model.config.num_hidden_layers,)
         if folder is not None and of_folder and options.get("pooling") is None:
             if folder.pooling is None:

@@ -29,7 +29,10 @@ class ShardError(BertstreamError):
         path: the shard as it was named, or None.
         index: the record's position in the shard, counted from 0 with broken ones, or None.
         field: the field of the record that is wrong, or None.
+        gives_up_shard: whether the rest of the shard was passed over with it.
     """
+
+    gives_up_shard = False
 
     def __init__(
         self, message: str, *, path: str | None = None, index: int | None = None, field: str | None = None

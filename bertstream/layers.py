@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from .errors import ConfigError
 
 
-def resolve_layers(layers: Sequence[int], count: int) -> tuple[int, ...]:
+def resolve_layers(layers: int | Sequence[int], count: int) -> tuple[int, ...]:
     """Layers counted from 0, of a model with `count` of them behind its embedding layer; -1 is the last.
 
     Raises:
         ConfigError: none is named, one is out of range, or one is named twice.
     """
-    resolved = tuple(layer + count + 1 if layer < 0 else layer for layer in layers)
-    if not resolved or not all(0 <= layer <= count for layer in resolved) or len(set(resolved)) < len(resolved):
+    named = (layers,) if isinstance(layers, int) else tuple(layers)
+    resolved = tuple(layer + count + 1 if layer < 0 else layer for layer in named if isinstance(layer, int))
+    in_range = all(0 <= layer <= count for layer in resolved) and len(resolved) == len(named)
+    if not resolved or not in_range or len(set(resolved)) < len(resolved):
         raise ConfigError(
-            f"layers={tuple(layers)!r}: the model has the layers 0 (embeddings) to {count}, or {-count - 1} to -1 (the "
+            f"layers={layers!r}: the model has the layers 0 (embeddings) to {count}, or {-count - 1} to -1 (the "
             "last); name one or several, none twice"
         )
     return resolved

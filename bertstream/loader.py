@@ -20,10 +20,11 @@ from .cache import EmbeddingCache
 from .collate import Place, as_places, as_tensors, get_place, put_places
 from .cuda import SideStream
 from .dataset import Skip, StreamConfig, TextStream
-from .distributed import rank_and_world_size
-from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedError, check_choice
+from .distributed import Peers, can_talk, rank_and_world_size
+from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedError, StateError, check_choice
+from .lanes import STATE_VERSION, LaneQueue, cursor_from_json, cursor_to_json, pack_state
 from .prefetch import Prefetcher
-from .types import Embeddings, Layout, SupportsEncode, TokenBatch
+from .types import Cursor, Embeddings, Layout, ReadReport, SupportsEncode, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def stream(
     encoder: SupportsEncode,
     *,
     text: str = "text",
+    pair: str | None = None,
     batch_size: int | None = None,
     max_tokens: int | None = None,
     shuffle: bool = False,
@@ -106,6 +108,8 @@ def stream(
         encoder: what turns texts into vectors.
         text: the field that holds the text: a member of a tar or a key of its json member, a key of a json line, a
             column; lines of a txt file have the one field "text".
+        pair: the field that holds the second text, where a record is a pair of texts; the vectors of both stand under
+            `text`, with segment ids behind them.
         batch_size: texts in a batch, of about equal length; 32 if neither this nor `max_tokens` is given.
         max_tokens: real tokens in a batch at most, special tokens counted and padding not. A text that is longer is a
             batch of its own.
@@ -131,6 +135,7 @@ def stream(
         shards,
         encoder,
         text=text,
+        pair=pair,
         batch_size=batch_size,
         max_tokens=max_tokens,
         shuffle=shuffle,
@@ -155,6 +160,9 @@ class _Counts:
     cut_texts: int = 0
     cut_words: int = 0
     cut_tokens: int = 0
+    bad_records: int = 0
+    bad_shards: int = 0
+    left_texts: int = 0
     read_s: float = 0.0
     tokenize_s: float = 0.0
     encode_s: float = 0.0
@@ -167,8 +175,9 @@ class _Counts:
 class _Run:
     """What an iteration and whoever ends it both know of it."""
 
-    worker: Prefetcher[_Ready] | None = None
+    worker: Prefetcher[_Ready | Skip] | None = None
     ended_by: str | None = None
+    is_over: bool = False
 
 
 class _Iteration(Iterator[Any]):
@@ -190,6 +199,7 @@ class _Iteration(Iterator[Any]):
         if inspect.getgeneratorstate(self._batches) == inspect.GEN_CLOSED:
             return
         self._run.ended_by = reason
+        self._run.is_over = True
         if self._run.worker is not None:
             self._run.worker.close()
         # A loop that waits in another thread has the generator running: it wakes up, and ends it there.
@@ -204,7 +214,14 @@ class _Ready:
     batch: Any
     embeddings: dict[Place | None, Embeddings]
     event: torch.cuda.Event | None
+    source_state: Any = None
+    cursors: Sequence[Cursor | None] = ()
     tokens: int = field(init=False)
+
+    @property
+    def report(self) -> ReadReport | None:
+        """What reading the batch met."""
+        return self.batch.report if isinstance(self.batch, TokenBatch) else None
 
     def __post_init__(self) -> None:
         self.tokens = sum(embeddings.tokens.num_tokens for embeddings in self.embeddings.values())
@@ -251,6 +268,11 @@ class EmbeddingLoader:
         self._own_epoch = 0
         self._closed = False
         self._read_once = False
+        self._queues: list[LaneQueue | None] | None = None
+        self._peers: Peers | None = None
+        if self._stream is not None and self._stream.uneven != "leave" and can_talk():
+            self._peers = Peers(self._stream.rank_timeout_s)
+        self._source_state: Any = None
         self._running: weakref.ref[_Iteration] | None = None
 
     def __repr__(self) -> str:
@@ -277,6 +299,8 @@ class EmbeddingLoader:
 
     def __len__(self) -> int:
         """Batches of an epoch, where the wrapped loader knows it; TypeError otherwise."""
+        if self._stream is not None:
+            raise TypeError("the number of a stream's batches is not known before its shards were read")
         return len(self._source)  # type: ignore[arg-type]
 
     @property
@@ -303,9 +327,14 @@ class EmbeddingLoader:
         return self._source.batch_sampler  # type: ignore[attr-defined]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the next iteration's epoch, and hand it to every part of the wrapped loader that has `set_epoch`."""
+        """Choose the next iteration's epoch, and hand it to every part of the wrapped loader that has `set_epoch`.
+
+        A state that was loaded keeps its place where the epoch is its own.
+        """
         if epoch < 0:
             raise ConfigError(f"epoch={epoch}: write a number of at least 0")
+        if epoch != self.epoch:
+            self._queues = None
         self._own_epoch = epoch
         parts: list[Any] = [self._source]
         parts += [getattr(self._source, name, None) for name in ("batch_sampler", "sampler", "dataset")]
@@ -314,11 +343,74 @@ class EmbeddingLoader:
             if callable(getattr(part, "set_epoch", None)):
                 part.set_epoch(epoch)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The place behind the batch that was handed out last, whatever was read ahead; small, and plain JSON.
+
+        For a `stream` it says from where on each lane goes on; it loads with any number of workers, prefetch and ranks.
+        For a wrapped DataLoader it is the DataLoader's own (torchdata's `StatefulDataLoader` has one).
+
+        Raises:
+            StateError: what is wrapped has no `state_dict`, so it cannot say where it is.
+        """
+        if self._stream is None:
+            state = self._source_state or self._state_of_source()
+            return {"version": STATE_VERSION, "epoch": self._own_epoch, "source": state}
+        queues = self._stream.starting_queues()
+        if self._queues is not None:
+            queues = [None if queue is None else queue.cursors for queue in self._queues]
+        return pack_state(self._stream.settings, self.epoch, queues, self._stream.bad_records)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on behind the batch after which the state was taken; a running one ends.
+
+        Raises:
+            StateError: the state does not fit this loader; `.key` names the difference.
+        """
+        self._stop("a state was loaded while this loop ran")
+        self._queues = None
+        if self._stream is not None:
+            self._stream.load_state_dict(state)
+            # Workers that are kept between epochs hold the stream as it was; the next iteration starts new ones.
+            kept = getattr(self._source, "_iterator", None)
+            if kept is not None:
+                kept._shutdown_workers()
+                self._source._iterator = None  # type: ignore[attr-defined]
+            return
+        if not isinstance(state, dict) or "source" not in state:
+            raise StateError("this is no state of a loader around a DataLoader", key="source")
+        if state.get("version") != STATE_VERSION:
+            found = state.get("version")
+            raise StateError(
+                f"the state is of version {found}, this bertstream reads version {STATE_VERSION}", key="version"
+            )
+        self._state_of_source()  # says so where there is none
+        self._own_epoch = state["epoch"]
+        self._source_state = None
+        self._source.load_state_dict(state["source"])  # type: ignore[attr-defined]
+
+    @property
+    def _source_has_state(self) -> bool:
+        source = self._source
+        if isinstance(source, EmbeddingLoader):
+            return source._stream is not None or source._source_has_state
+        return hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
+
+    def _state_of_source(self) -> Any:
+        if not self._source_has_state:
+            raise StateError(
+                f"a {type(self._source).__name__} cannot say where it is, so this loader cannot resume: wrap "
+                "torchdata's StatefulDataLoader, or read shards with bertstream.stream",
+                key="source",
+            )
+        return self._source.state_dict()  # type: ignore[attr-defined]
+
     def stats(self) -> dict[str, float]:
         """What passed through since the loader was made.
 
         `epochs`, `batches`, `texts` and `tokens` were handed out; `cut_texts` of them were truncated, by `cut_words`
-        (known where texts are lists of words) and `cut_tokens` in all.
+        (known where texts are lists of words) and `cut_tokens` in all. `bad_records` and `bad_shards` were passed over,
+        as `max_bad_records` allowed, and are named in the log; `left_texts` were not handed out, because another rank
+        was through and `uneven="stop"`.
         Seconds: `read_s` waiting for the wrapped loader or the shards, `tokenize_s`, `encode_s` (on CUDA: queueing),
         `room_wait_s` the worker waiting because it was far enough ahead, `consumer_wait_s` the training loop waiting
         for a batch (not measured with `prefetch=0`). `peak_ahead_tokens` is the most that was waiting, encoded, to be
@@ -353,9 +445,10 @@ class EmbeddingLoader:
     def _iterate(self, run: _Run) -> Generator[Any, None, None]:
         """One epoch. A generator, so that a loop which is left in any way runs the `finally` at once."""
         before = replace(self._counts)
-        items = _Items(self._start_reading())
-        ready = self._encoded(items)
-        worker: Iterator[_Ready] = ready
+        state = self._state_of_source if self._stream is None and self._source_has_state else None
+        items = _Items(self._start_reading(), state)
+        ready = self._encoded(items, run)
+        worker: Iterator[_Ready | Skip] = ready
         try:
             # The first batch is read in this thread: a sampler draws its seed from torch's global generator then, and
             # must draw it at the same point of the user's program whatever is prefetched.
@@ -363,24 +456,28 @@ class EmbeddingLoader:
             if self._prefetch:
                 worker = run.worker = Prefetcher(
                     ready,
-                    weigh=lambda item: item.tokens,
+                    weigh=lambda item: 0 if isinstance(item, Skip) else item.tokens,
                     limit=self._prefetch * self.encoder.max_forward_tokens,
                     stage="encode",
                 )
             for item in worker:
                 if run.ended_by is not None:
                     return
-                yield self._handed_over(item)
+                self._count_bad(item.report)
+                if isinstance(item, Skip):
+                    self._lane_ended(item)
+                    continue
+                batch = self._handed_over(item)
                 del item  # its memory is the consumer's now, not ours until the next batch
+                yield batch
+                del batch
             if run.ended_by is not None:
                 return
-            if self._stream is not None:
-                self._stream.set_epoch(self.epoch + 1)
-            self._own_epoch += 1
-            self._counts.epochs += 1
+            self._end_epoch()
             self._report_truncation(before)
         finally:
             run.worker = None
+            run.is_over = True
             if isinstance(worker, Prefetcher):
                 worker.close()
                 self._counts.room_wait_s += worker.put_wait_s
@@ -389,6 +486,32 @@ class EmbeddingLoader:
             ready.close()
             items.close()
             self._counts.read_s += items.wait_s
+
+    def _count_bad(self, report: ReadReport | None) -> None:
+        if self._stream is None or report is None:
+            return
+        bad = self._stream.bad_records
+        records, shards = bad.records, len(bad.given_up)
+        try:
+            bad.add(report)
+        finally:
+            self._counts.bad_records += bad.records - records
+            self._counts.bad_shards += len(bad.given_up) - shards
+
+    def _lane_ended(self, skip: Skip) -> None:
+        assert self._stream is not None and self._queues is not None and skip.lane is not None
+        own = self._queues[self._stream.rank]
+        if own is not None:
+            own.drop(skip.lane)
+
+    def _end_epoch(self) -> None:
+        self._own_epoch += 1
+        self._source_state = None
+        if self._stream is not None:
+            self._stream.bad_records.check_some_were_good()
+            self._stream.set_epoch(self.epoch + 1)
+            self._queues = None
+        self._counts.epochs += 1
 
     def _report_truncation(self, before: _Counts) -> None:
         texts = self._counts.cut_texts - before.cut_texts
@@ -408,10 +531,15 @@ class EmbeddingLoader:
         else:
             # Workers and iterators take this over as they start; whoever reads the stream without us never sees it.
             self._stream.worker_items = True
+            queues = self._stream.starting_queues()
             try:
                 iterator = iter(self._source)
             finally:
                 self._stream.worker_items = False
+            self._stream.start()
+            self._queues = [None if queue is None else LaneQueue(queue) for queue in queues]
+            if self._peers is None:  # where the other ranks are is not known
+                self._queues = [q if rank == self._stream.rank else None for rank, q in enumerate(self._queues)]
         if iterator is self._source:
             if self._read_once:
                 raise ConfigError(
@@ -421,19 +549,78 @@ class EmbeddingLoader:
             self._read_once = True
         return iterator
 
-    def _encoded(self, items: Iterator[Any]) -> Generator[_Ready, None, None]:
+    def _encoded(self, items: _Items[Any], run: _Run) -> Generator[_Ready | Skip, None, None]:
         """The encode stage: what the worker thread runs."""
         number = 0
+        for item, cursors in self._located(items) if self._peers is None else self._agreed(items, self._peers, run):
+            if isinstance(item, Skip):
+                yield item
+                continue
+            try:
+                ready = self._encode(item)
+            except EncoderError as error:
+                raise EncoderError(f"batch {number}: {error}", records=error.records) from error
+            ready.source_state, ready.cursors = items.source_state, cursors
+            yield ready
+            del ready
+            number += 1
+
+    def _located(self, items: Iterator[Any]) -> Iterator[tuple[Any, Sequence[Cursor | None]]]:
+        """Batches, and `Skip`s of lanes that have just ended, each with the places behind them, by rank."""
         for item in items:
             if isinstance(item, BertstreamError):
                 raise item
-            if isinstance(item, Skip):
-                continue
-            try:
-                yield self._encode(item)
-            except EncoderError as error:
-                raise EncoderError(f"batch {number}: {error}", records=error.records) from error
-            number += 1
+            cursors: list[Cursor | None] = []
+            if self._stream is not None and isinstance(item, TokenBatch):
+                cursors = [None] * self._stream.world_size
+                cursors[self._stream.rank] = item.cursor
+            if not isinstance(item, Skip) or item.lane is not None:
+                yield item, cursors
+
+    def _agreed(
+        self, items: Iterator[Any], peers: Peers, run: _Run
+    ) -> Generator[tuple[Any, Sequence[Cursor | None]], None, None]:
+        """As `_located`, a batch on every rank or on none."""
+        assert self._stream is not None
+        pad = self._stream.uneven == "pad"
+        located = self._located(items)
+        last: TokenBatch | None = None
+        peers.begin()
+        reason = "it stopped iterating"
+        try:
+            while True:
+                batch: TokenBatch | None = None
+                for item, _ in located:
+                    if isinstance(item, TokenBatch):
+                        batch = last = item
+                        break
+                    yield item, ()
+                place = None if batch is None or batch.cursor is None else cursor_to_json(batch.cursor)
+                places = peers.exchange(place, lambda: run.is_over)
+                if places is None:
+                    return
+                if all(place is None for place in places):
+                    reason = ""
+                    return
+                if not pad and None in places:
+                    left = ([batch] if batch is not None else []) + [b for b, _ in located if isinstance(b, TokenBatch)]
+                    self._counts.left_texts += sum(map(len, left))
+                    reason = ""
+                    return
+                if last is None:
+                    raise ConfigError(
+                        f"rank {peers.rank} has no batch at all, so it has none to repeat beside the others': give as "
+                        "many shards as ranks, or StreamConfig(uneven='stop')"
+                    )
+                cursors = [None if entry is None else cursor_from_json(entry, self.epoch) for entry in places]
+                yield (_marked(last, repeated=batch is None) if pad else last), cursors
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else reason
+            raise
+        finally:
+            if reason:
+                with suppress(Exception):  # the store may be gone with the rank that held it
+                    peers.leave(reason)
 
     def _encode(self, batch: Any) -> _Ready:
         texts = self._token_batches(batch)
@@ -466,7 +653,9 @@ class EmbeddingLoader:
 
     def _tokenized(self, texts: Any, place: Place | None, batch: Any) -> TokenBatch:
         where = "the batch" if place is None else f"text={place!r}"
-        if isinstance(texts, Tensor) and isinstance(batch, Mapping) and "attention_mask" in batch:
+        if isinstance(texts, Tensor) and not (isinstance(batch, Mapping) and "attention_mask" in batch):
+            raise ConfigError(f"{where} is a tensor: padded ids need their attention_mask beside them, in a dict")
+        if isinstance(texts, Tensor):
             return TokenBatch.from_padded(texts, batch["attention_mask"], batch.get("token_type_ids"))
         if isinstance(texts, Mapping) and place is None:
             raise ConfigError(f"a batch is a {type(texts).__name__}: name its text, text= one of {list(texts)}")
@@ -484,6 +673,10 @@ class EmbeddingLoader:
     def _handed_over(self, item: _Ready) -> Any:
         tensors = [t for e in item.embeddings.values() for t in (e.values, e.cu_seqlens, e.present) if t is not None]
         self._side.hand_over(item.event, tensors)
+        self._source_state = item.source_state
+        for queue, cursor in zip(self._queues or (), item.cursors, strict=False):
+            if queue is not None and cursor is not None:
+                queue.hand_out(cursor)
         counts = self._counts
         counts.batches += 1
         for embeddings in item.embeddings.values():
@@ -517,6 +710,14 @@ class EmbeddingLoader:
         return put_places(batch, vectors)
 
 
+def _marked(batch: TokenBatch, *, repeated: bool) -> TokenBatch:
+    """The batch with `__repeated__` among its fields; a repeated one reports nothing again."""
+    marked = replace(batch, fields=batch.fields | {"__repeated__": repeated})
+    if repeated:
+        marked.report = marked.cursor = None
+    return marked
+
+
 class _Items(Generic[T]):
     """An iterator that counts its waiting and lets its source go on `close()`.
 
@@ -524,9 +725,12 @@ class _Items(Generic[T]):
     otherwise keep a DataLoader's worker processes alive.
     """
 
-    def __init__(self, source: Iterator[T]) -> None:
+    def __init__(self, source: Iterator[T], state: Callable[[], Any] | None) -> None:
         self._source: Iterator[T] | None = source
-        self._first: list[T] = []
+        self._state = state
+        self._first: list[tuple[T, Any]] = []
+        self.source_state: Any = None
+        """Where the source stood behind the item that came last, if it can say so."""
         self.wait_s = 0.0
 
     def __iter__(self) -> Iterator[T]:
@@ -534,19 +738,22 @@ class _Items(Generic[T]):
 
     def __next__(self) -> T:
         if self._first:
-            return self._first.pop()
+            item, self.source_state = self._first.pop()
+            return item
         if self._source is None:
             raise StopIteration
         started = time.perf_counter()
         try:
-            return next(self._source)
+            item = next(self._source)
         finally:
             self.wait_s += time.perf_counter() - started
+        self.source_state = None if self._state is None else self._state()
+        return item
 
     def read_first(self) -> None:
         """Advance the source once; the item comes with the next `next()`."""
         for item in self:
-            self._first.append(item)
+            self._first.append((item, self.source_state))
             return
 
     def close(self) -> None:
@@ -562,6 +769,8 @@ class _Items(Generic[T]):
 
 
 def _check_encoder(encoder: Any) -> None:
+    if isinstance(encoder, (str, os.PathLike)):
+        raise ConfigError(f"encoder={encoder!r} is a name: pass bertstream.Encoder.from_pretrained({str(encoder)!r})")
     missing = [name for name in ("encode", "tokenizer", "device", "max_forward_tokens") if not hasattr(encoder, name)]
     if missing:
         kind = type(encoder).__name__

@@ -1,4 +1,4 @@
-"""Shards to records: WebDataset tar, jsonl, csv, tsv and plain text, each also gzipped, on disk or behind a URL.
+"""Shards to records: WebDataset tar, jsonl, csv, tsv and plain text, each also packed, and Parquet; on disk or remote.
 
     ending                 a record                                                 its key
     .tar .tgz              consecutive members that share a name up to its first    the members' common name
@@ -6,12 +6,14 @@
     .jsonl .ndjson         a line: one JSON object; blank lines are no records      <file name>:<index>
     .csv .tsv              a row under a header row; blank lines are no records     <file name>:<index>
     .txt                   a line, blank ones too; its only field is "text"         <file name>:<index>
+    .parquet               a row                                                    <file name>:<index>
 
-Every ending may be followed by `.gz`. Members of a tar are decoded by their names, never by a look at their bytes, and
-never unpickled: txt, text, transcript to str; cls, cls2, class, count, index, inx, id to int; float, score, weight to
-float; json, jsn parsed, and the keys of a member called just `json` or `jsn` that is an object become fields of the
-record. All others stay bytes, but for the text, which is always UTF-8. Folders, hidden members, members without an
-ending and, as in webdataset, members such as `__meta__` are no part of any record.
+Every ending but .parquet, which is packed inside, may be followed by `.gz` or `.zst`. Of a Parquet file only the
+columns that are wanted are read, a row group at a time. Members of a tar are decoded by their names, never by a look at
+their bytes, and never unpickled: txt, text, transcript to str; cls, cls2, class, count, index, inx, id to int; float,
+score, weight to float; json, jsn parsed, and the keys of a member called just `json` or `jsn` that is an object become
+fields of the record. All others stay bytes, but for the text, which is always UTF-8. Folders, hidden members, members
+without an ending and, as in webdataset, members such as `__meta__` are no part of any record.
 
 `pipe:command` is a shard that a shell command writes to its standard output; the ending of the command's last word says
 what it writes (a comment does too: `pipe:zcat a.gz # .tar`).
@@ -21,36 +23,49 @@ from __future__ import annotations
 
 import csv
 import glob
-import gzip
-import io
 import itertools
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 from braceexpand import braceexpand
-from fsspec.core import url_to_fs
 
 from .errors import ConfigError, ShardError
+from .files import (
+    BUFFER_BYTES,
+    DEFAULT_ACCESS,
+    Access,
+    check_installed,
+    check_pipe,
+    is_local,
+    is_pipe,
+    is_url,
+    list_url,
+    named,
+    on_disk,
+    open_bytes,
+    size_of,
+)
+from .parquet import ParquetReader, plain
 from .tar import TarMember, TarReader
 from .types import Record, Text
 
-_ENDING = re.compile(r"\.(?:(?P<kind>tar|jsonl|ndjson|csv|tsv|txt)(?P<gz>\.gz)?|(?P<tgz>tgz))$", re.IGNORECASE)
-_ENDINGS = ".tar, .tgz, .jsonl, .ndjson, .csv, .tsv, .txt, each but .tgz also with .gz"
+_ENDING = re.compile(
+    r"\.(?:(?P<kind>tar|jsonl|ndjson|csv|tsv|txt)(?:\.(?P<packing>gz|zst))?|(?P<whole>tgz|parquet))$", re.IGNORECASE
+)
+_ENDINGS = ".tar, .jsonl, .ndjson, .csv, .tsv, .txt, each also with .gz or .zst, .tgz and .parquet"
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
-_BUFFER_BYTES = 1 << 18  # a stream holds many shards open at once, one a lane; larger ones were no faster
 _BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _BLANK_LINES = (b"\n", b"\r\n", b"\r")
@@ -65,7 +80,8 @@ class Piece:
         path: the shard's path or URL.
         start: index of its first record.
         stop: index after its last record; None for all records to the end of the shard.
-        offset: byte at which record `start` begins. With 0 the shard is read from its beginning, up to `start`.
+        offset: byte at which record `start` begins. With 0 the shard is read from its beginning, up to `start`; Parquet
+            always has 0, and is read from the row group that holds `start`.
     """
 
     path: str
@@ -80,38 +96,43 @@ class ReadOptions:
 
     Attributes:
         text: the field that holds the text: a str, or a list of str (words).
+        pair: the field that holds the second text, where records are pairs of texts; None where they are not.
         fields: the other fields to keep: None for all as they are, names for only these, or a mapping from names to
             functions that their values are passed through.
-        allow_pipe: whether `pipe:` shards may run their shell commands.
-        storage_options: for fsspec, such as credentials; used for URLs only.
+        access: how shards are opened.
     Raises:
         ConfigError: an argument of a wrong type, or `fields` names the text.
     """
 
     text: str = "text"
+    pair: str | None = None
     fields: Mapping[str, Callable[[Any], Any]] | Sequence[str] | None = None
-    allow_pipe: bool = False
-    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold passwords
+    access: Access = DEFAULT_ACCESS
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text:
             raise ConfigError(f"text names the field that holds the text, a str; got {self.text!r}")
+        if self.pair is not None and (not isinstance(self.pair, str) or self.pair in ("", self.text)):
+            raise ConfigError(f"pair names the field that holds the second text, another str; got {self.pair!r}")
         if isinstance(self.fields, str):
             raise ConfigError(f"fields takes several names: write fields=[{self.fields!r}]")
         names = list(self.fields or ())
         if not all(isinstance(name, str) for name in names):
             raise ConfigError(f"fields takes names of fields; got {names!r}")
-        if self.text in names:
-            raise ConfigError(f"fields lists the other fields: leave out {self.text!r}, which is the text")
+        for text in self.texts:
+            if text in names:
+                raise ConfigError(f"fields lists the other fields: leave out {text!r}, which is the text")
         if isinstance(self.fields, Mapping) and not all(callable(function) for function in self.fields.values()):
             raise ConfigError(f"fields maps names to functions; got {dict(self.fields)!r}")
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The one or two fields that make the text."""
+        return (self.text,) if self.pair is None else (self.text, self.pair)
+
 
 def expand_shards(
-    shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    *,
-    allow_pipe: bool = False,
-    storage_options: Mapping[str, Any] | None = None,
+    shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], access: Access = DEFAULT_ACCESS
 ) -> list[str]:
     """List the shards that a pattern, or a sequence of patterns, stands for.
 
@@ -121,13 +142,12 @@ def expand_shards(
 
     Args:
         shards: such as "train-{000..146}.tar", "data/*.jsonl", "s3://bucket/a.csv.gz", or several of them.
-        allow_pipe: whether `pipe:` shards may run their shell commands.
-        storage_options: for fsspec; used for URLs only.
+        access: how they are opened.
     Returns:
         Paths, URLs and `pipe:` commands in the order that they were named in.
     Raises:
-        ConfigError: nothing is named or matched, braces do not match, an ending is not known, a folder is named, or a
-            `pipe:` shard is not allowed.
+        ConfigError: nothing is named or matched, braces do not match, an ending is not known, a folder is named, a
+            `pipe:` shard is not allowed, or a format needs a package that is not installed.
         ShardError: a local shard does not exist, or a URL cannot be listed.
     """
     patterns = [shards] if isinstance(shards, (str, os.PathLike)) or not isinstance(shards, Iterable) else list(shards)
@@ -137,110 +157,121 @@ def expand_shards(
     for pattern in patterns:
         if not isinstance(pattern, (str, os.PathLike)) or not (name := os.fspath(pattern)):
             raise ConfigError(f"a shard is named by a str or a path; got {pattern!r}")
-        paths.extend(_expand(name, storage_options or {}))
+        paths.extend(_expand(name, access))
     for path in paths:
-        _kind_of(path)
-        if _is_pipe(path):
-            _check_pipe(path, allow_pipe)
-        elif _is_local(path) and not os.path.exists(path):
+        _check_packages(path, _kind_of(path))
+        if is_pipe(path):
+            check_pipe(path, access)
+        elif is_local(path) and not os.path.exists(path):
             raise ShardError(f"{path}: there is no such shard", path=path)
     return paths
 
 
-def shard_size(path: str, *, storage_options: Mapping[str, Any] | None = None) -> int:
+def shard_size(path: str, access: Access = DEFAULT_ACCESS) -> int:
     """Bytes of a shard as it is stored: compressed ones are counted compressed.
 
     Args:
         path: a path, URL or `pipe:` command.
-        storage_options: for fsspec; used for URLs only.
+        access: how it is opened.
     Returns:
         0 where it cannot be known: for a pipe, or a server that does not say.
     Raises:
         ShardError: the shard is missing or cannot be reached.
     """
-    if _is_pipe(path):
-        return 0
-    try:
-        if _is_local(path):
-            return os.stat(path).st_size
-        filesystem, name = url_to_fs(path, **(storage_options or {}))
-        return int(filesystem.info(name).get("size") or 0)
-    except Exception as error:  # what a file system behind fsspec raises is its own choice
-        raise ShardError(f"{path}: cannot be reached: {_named(error)}", path=path) from error
+    return size_of(path, access)
 
 
-def split_shard(path: str, parts: int) -> list[Piece]:
+def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[Piece]:
     """Cut a shard into pieces of about equal bytes, for several readers.
 
-    Only local files that are not compressed are cut. The file is read up to its last cut, a tar only its headers. A csv
-    is cut up to its first quote that RFC 4180 would not allow, since from there on only a full parse finds the rows.
+    Parquet is cut between row groups, wherever it is. Of the others only files that are not packed and are on disk are
+    cut; with `access.shard_cache` a remote one is downloaded for it. The file is read up to its last cut, a tar only
+    its headers. A csv is cut up to its first quote that RFC 4180 would not allow, since from there on only a full parse
+    finds the rows.
 
     Args:
         path: a path, URL or `pipe:` command.
         parts: how many pieces are wanted, at least 1.
+        access: how it is opened.
     Returns:
         At most `parts` pieces, none empty, in order; together they are the whole shard.
     Raises:
-        ConfigError: `parts` is below 1, or the shard's ending is not known.
+        ConfigError: `parts` is below 1, the shard's ending is not known, or it needs a package that is not installed.
         ShardError: the shard cannot be read.
     """
     if parts < 1:
         raise ConfigError(f"a shard is split into at least 1 part; got parts={parts}")
     kind = _kind_of(path)
     cuts = [(0, 0)]  # (index, offset) of each piece's first record
-    if parts > 1 and not kind.gz and _is_local(path):
+    if parts > 1 and not kind.packing and not is_pipe(path):
+        _check_packages(path, kind)
         try:
-            with open(path, "rb", buffering=_BUFFER_BYTES) as stream:
-                size = os.fstat(stream.fileno()).st_size
-                cuts.extend(_cuts(_record_starts(stream, kind.name, path), size, parts))
-        except _READ_ERRORS as error:
-            raise ShardError(f"{path}: cannot be read: {_named(error)}", path=path) from error
+            if kind.name == "parquet":
+                with open_bytes(path, access) as stream:
+                    cuts.extend(_group_cuts(ParquetReader(stream), parts))
+            elif (file := on_disk(path, access)) is not None:
+                with open(file, "rb", buffering=BUFFER_BYTES) as stream:
+                    size = os.fstat(stream.fileno()).st_size
+                    cuts.extend(_cuts(_record_starts(stream, kind.name, path), size, parts))
+        except (ShardError, ConfigError):
+            raise
+        except _read_errors(path, kind) as error:
+            raise ShardError(f"{path}: cannot be read: {named(error)}", path=path) from error
     stops = [index for index, _ in cuts[1:]]
     return [Piece(path, start, stop, offset) for (start, offset), stop in zip(cuts, [*stops, None], strict=True)]
 
 
-def read_records(piece: Piece, options: ReadOptions, *, skip: int = 0) -> Iterator[Record]:
+def read_records(
+    piece: Piece, options: ReadOptions, *, skip: int = 0, on_bad: Callable[[ShardError], None] | None = None
+) -> Generator[Record, None, None]:
     """Read the records of a piece in order.
 
-    It holds one record at a time, and its file is closed when it ends, raises or is closed. To go on after a broken
-    record, read again with `skip=error.index - piece.start + 1`: records that are skipped are counted but not parsed.
-    An error with an index before that, or without one, says that no more of the shard can be read.
+    It holds one record at a time, and its file is closed when it ends, raises or is closed.
 
     Args:
         piece: the whole shard, as in `Piece(path)`, or a part of it.
         options: what is taken from each record.
-        skip: how many records of the piece to leap over, broken ones included.
+        skip: how many records of the piece to leap over, broken ones included; they are counted but not parsed.
+        on_bad: is called with the error of each broken record, which is then passed over; None raises it.
     Yields:
         Records whose `index` is the position in the shard.
     Raises:
         ConfigError: the ending is not known, a `pipe:` is not allowed, or `skip` is negative.
-        ShardError: the shard is missing, unreadable, cut off or without any record, or a record is broken.
+        ShardError: the shard is missing, unreadable, cut off or without any record; or, without `on_bad`, a record is
+            broken.
     """
     if skip < 0:
         raise ConfigError(f"skip counts records; got {skip}")
     kind = _kind_of(piece.path)
     first = piece.start if piece.offset else 0
-    count = None if piece.stop is None else max(piece.stop - first, 0)
+    wanted = replace(piece, start=piece.start + skip)
+    seekable = is_local(piece.path) and not kind.packing
     index = first
-    # What a file system behind fsspec raises is its own choice, so for URLs everything counts as a read error.
-    read_errors = (Exception,) if _is_url(piece.path) else _READ_ERRORS
+    _check_packages(piece.path, kind)
     try:
-        with _open_shard(piece.path, kind.gz, options) as stream:
-            for raw in itertools.islice(_READERS[kind.name](stream, piece, options), count):
-                if index >= piece.start + skip:
-                    text, fields = _take(raw.parse(), options)
-                    yield Record(text, fields, raw.key or f"{kind.stem}:{index}", piece.path, index)
-                index += 1
-    except _RecordError as broken:
-        place = f", field {broken.field!r}" if broken.field is not None else ""
-        raise ShardError(
-            f"{piece.path}, record {index}{place}: {broken}", path=piece.path, index=index, field=broken.field
-        ) from broken.__cause__
+        with open_bytes(piece.path, options.access, kind.packing) as stream:
+            raw_records = _READERS[kind.name](stream, wanted, options)
+            while piece.stop is None or index < piece.stop:  # asked first: what follows the last one may be broken
+                raw = next(raw_records, None)
+                if raw is None:
+                    break
+                if index >= wanted.start:
+                    try:
+                        text, fields = _take(raw.parse(), options)
+                    except _RecordError as broken:
+                        error = _at_record(broken, piece.path, index)
+                        if on_bad is None:
+                            raise error from broken.__cause__
+                        on_bad(error)
+                    else:
+                        offset = raw.offset if seekable else 0
+                        yield Record(text, fields, raw.key or f"{kind.stem}:{index}", piece.path, index, offset)
+                index += raw.records
     except (ShardError, ConfigError):
         raise
-    except read_errors as error:
-        message = f"{piece.path}: cannot be read from record {index} on: {_named(error)}"
-        raise ShardError(message, path=piece.path, index=index) from error
+    except _read_errors(piece.path, kind) as failure:
+        message = f"{piece.path}: cannot be read from record {index} on: {named(failure)}"
+        raise ShardError(message, path=piece.path, index=index) from failure
     if piece.stop is not None and index < piece.stop:
         message = f"{piece.path}: it ends after {index} records, but {piece.stop} were there when it was split"
         raise ShardError(message, path=piece.path, index=index)
@@ -249,49 +280,52 @@ def read_records(piece: Piece, options: ReadOptions, *, skip: int = 0) -> Iterat
         raise ShardError(message, path=piece.path, index=index)
 
 
+def _at_record(broken: _RecordError, path: str, index: int) -> ShardError:
+    place = f", field {broken.field!r}" if broken.field is not None else ""
+    return ShardError(f"{path}, record {index}{place}: {broken}", path=path, index=index, field=broken.field)
+
+
 # --- paths ------------------------------------------------------------------------------------------------------------
 
 
 class _Kind(NamedTuple):
-    """What a shard's name says: the format, whether it is gzipped, and the file's name without endings."""
+    """What a shard's name says: the format, how it is packed ("gz", "zst", ""), and the file's name without endings."""
 
     name: str
-    gz: bool
+    packing: str
     stem: str
-
-
-def _is_pipe(path: str) -> bool:
-    return path.startswith("pipe:")
-
-
-def _is_url(path: str) -> bool:
-    return "://" in path and not _is_pipe(path)
-
-
-def _is_local(path: str) -> bool:
-    return not _is_url(path) and not _is_pipe(path)
 
 
 def _kind_of(path: str) -> _Kind:
     name = path
-    if _is_pipe(path):
+    if is_pipe(path):
         name = path.split()[-1].strip("'\"()")
-    elif _is_url(path):  # a chain of fsspec, such as zip://a.txt::s3://b/c.zip, names the file in its first link
+    elif is_url(path):  # a chain of fsspec, such as zip://a.txt::s3://b/c.zip, names the file in its first link
         name = re.split("[?#]", next(link for link in path.split("::") if "://" in link))[0]
     base = re.split(r"[/\\]", name)[-1]
     match = _ENDING.search(base)
     if match is None:
         raise ConfigError(f"the ending of {path!r} is not known; known are {_ENDINGS}")
-    return _Kind((match["kind"] or "tar").lower(), bool(match["gz"] or match["tgz"]), base[: match.start()])
+    name, packing = (match["kind"] or match["whole"]).lower(), (match["packing"] or "").lower()
+    return _Kind(*(("tar", "gz") if name == "tgz" else (name, packing)), base[: match.start()])
 
 
-def _check_pipe(path: str, allow_pipe: bool) -> None:
-    if not allow_pipe:
-        raise ConfigError(f"{path!r} would run a shell command: pass allow_pipe=True if you trust it")
+def _check_packages(path: str, kind: _Kind) -> None:
+    if kind.packing == "zst":
+        check_installed(path, "zstandard", "zstd")
+    if kind.name == "parquet":
+        check_installed(path, "pyarrow", "parquet")
+        if is_pipe(path):
+            raise ConfigError(f"{path!r}: Parquet is read from its end, which a pipe cannot do: write it to a file")
 
 
-def _expand(pattern: str, storage_options: Mapping[str, Any]) -> Iterator[str]:
-    if _is_local(pattern) and os.path.exists(pattern):
+def _read_errors(path: str, kind: _Kind) -> tuple[type[Exception], ...]:
+    # What a file system behind fsspec raises is its own choice, and so is what pyarrow does.
+    return (Exception,) if is_url(path) or kind.name == "parquet" else _READ_ERRORS
+
+
+def _expand(pattern: str, access: Access) -> Iterator[str]:
+    if is_local(pattern) and os.path.exists(pattern):
         if os.path.isdir(pattern):
             raise ConfigError(f"{pattern!r} is a folder: name its shards, such as {os.path.join(pattern, '*.tar')!r}")
         yield pattern
@@ -301,9 +335,9 @@ def _expand(pattern: str, storage_options: Mapping[str, Any]) -> Iterator[str]:
     except ValueError as error:
         raise ConfigError(f"the braces of {pattern!r} do not match") from error
     for path in paths:
-        if _is_url(path) and "*" in path:
-            matches = _glob_url(path, storage_options)
-        elif _is_local(path) and glob.has_magic(path) and not os.path.exists(path):
+        if is_url(path) and "*" in path:
+            matches = list_url(path, access)
+        elif is_local(path) and glob.has_magic(path) and not os.path.exists(path):
             matches = glob.glob(path, recursive=True)
         else:
             matches = [path]
@@ -312,81 +346,17 @@ def _expand(pattern: str, storage_options: Mapping[str, Any]) -> Iterator[str]:
         yield from sorted(matches)
 
 
-def _glob_url(url: str, storage_options: Mapping[str, Any]) -> list[str]:
-    chain, separator, _ = url.rpartition("::")
-    try:
-        filesystem, pattern = url_to_fs(url, **storage_options)
-        return [chain + separator + filesystem.unstrip_protocol(name) for name in filesystem.glob(pattern)]
-    except Exception as error:  # what a file system behind fsspec raises is its own choice
-        raise ShardError(f"{url}: cannot be listed: {_named(error)}", path=url) from error
-
-
-# --- bytes ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _open_shard(path: str, gz: bool, options: ReadOptions) -> Iterator[BinaryIO]:
-    """The shard's bytes, uncompressed, buffered; everything is closed on leaving."""
-    with ExitStack() as stack:
-        source: Any
-        if _is_pipe(path):
-            _check_pipe(path, options.allow_pipe)
-            source = _CommandOutput(path.removeprefix("pipe:"))
-        elif _is_url(path):
-            filesystem, name = url_to_fs(path, **options.storage_options)
-            source = filesystem.open(name, "rb")
-        else:
-            source = open(path, "rb", buffering=0)  # noqa: SIM115 - the stack closes it
-        stream = stack.enter_context(io.BufferedReader(source, _BUFFER_BYTES))
-        if gz:
-            unzipped: Any = stack.enter_context(_Unzipped(fileobj=stream))
-            stream = stack.enter_context(io.BufferedReader(unzipped, _BUFFER_BYTES))
-        yield stream
-
-
-class _Unzipped(gzip.GzipFile):
-    """Hands out what it has rather than filling the buffer first, so that all records before a cut are read."""
-
-    def readinto(self, buffer: Any) -> int:
-        return self.readinto1(buffer)
-
-
-class _CommandOutput(io.RawIOBase):
-    """What a shell command writes. Its end is an OSError unless the command exited with status 0."""
-
-    def __init__(self, command: str) -> None:
-        self._command = command
-        # A session of its own, so that closing can end the shell's children too.
-        self._process = subprocess.Popen(
-            command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
-        )
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        read = cast(io.RawIOBase, self._process.stdout).readinto(buffer)
-        if not read and self._process.wait() != 0:
-            raise OSError(f"the command {self._command!r} ended with status {self._process.returncode}")
-        return read or 0
-
-    def close(self) -> None:
-        if not self.closed:
-            if self._process.poll() is None:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            cast(io.RawIOBase, self._process.stdout).close()
-            self._process.wait()
-        super().close()
-
-
 # --- raw records, not yet parsed: those to skip cost little, and broken ones can be passed ----------------------------
 
 
 class _RawRecord(NamedTuple):
     parse: Callable[[], dict[str, Any]]
     key: str | None = None
+    offset: int = 0  # byte at which it begins, where reading can begin anew
+    records: int = 1  # a Parquet file's row groups before the first record that is wanted are leapt over as one
 
 
+# The piece's `start` is the first record that is wanted: those before it are only counted.
 _Reader: TypeAlias = Callable[[BinaryIO, Piece, ReadOptions], Iterator[_RawRecord]]
 
 
@@ -398,21 +368,24 @@ class _RecordError(Exception):
         self.field = field
 
 
-def _lines(stream: BinaryIO, offset: int) -> Iterator[bytes]:
+def _lines(stream: BinaryIO, offset: int) -> Iterator[tuple[int, bytes]]:
+    """Each line with the byte at which it begins."""
     if offset:
         stream.seek(offset)
     elif first := stream.readline():
-        yield first.removeprefix(_BOM)
-    for line in stream:  # noqa: UP028 - `yield from` would close the stream together with this generator
-        yield line
+        yield 0, first.removeprefix(_BOM)
+        offset = len(first)
+    for line in stream:
+        yield offset, line
+        offset += len(line)
 
 
 def _read_txt(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[_RawRecord]:
     if options.text != "text":
         message = f"{piece.path}: the only field of a .txt shard is 'text', not {options.text!r}: write text='text'"
         raise ShardError(message, path=piece.path, field=options.text)
-    for line in _lines(stream, piece.offset):
-        yield _RawRecord(partial(_parse_line, line))
+    for offset, line in _lines(stream, piece.offset):
+        yield _RawRecord(partial(_parse_line, line), offset=offset)
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
@@ -420,9 +393,9 @@ def _parse_line(line: bytes) -> dict[str, Any]:
 
 
 def _read_jsonl(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[_RawRecord]:
-    for line in _lines(stream, piece.offset):
+    for offset, line in _lines(stream, piece.offset):
         if line not in _BLANK_LINES:
-            yield _RawRecord(partial(_parse_object, line))
+            yield _RawRecord(partial(_parse_object, line), offset=offset)
 
 
 def _parse_object(line: bytes) -> dict[str, Any]:
@@ -434,7 +407,7 @@ def _parse_object(line: bytes) -> dict[str, Any]:
 
 def _read_csv(stream: BinaryIO, piece: Piece, options: ReadOptions, *, delimiter: str) -> Iterator[_RawRecord]:
     columns, rows = _csv_rows(stream, piece.path, delimiter)
-    for name in (options.text, *(options.fields or ())):
+    for name in (*options.texts, *(options.fields or ())):
         if columns and name not in columns:
             message = f"{piece.path}, field {name!r}: the header has no such column; it has {_shown(columns)}"
             raise ShardError(message, path=piece.path, field=name)
@@ -458,7 +431,7 @@ def _csv_rows(stream: BinaryIO, path: str, delimiter: str) -> tuple[list[str], I
     csv.field_size_limit(max(csv.field_size_limit(), min(sys.maxsize, 2**31 - 1)))
     # A bad byte must not upset the parser, which would then look for the next row at another place: it is found later,
     # by field. Strict, since otherwise an unbalanced quote joins rows without a word.
-    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(stream, 0))
+    lines = (line.decode("utf-8", "surrogateescape") for _, line in _lines(stream, 0))
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         columns = next((row for row in rows if row), [])
@@ -488,12 +461,16 @@ def _read_tar(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[
     tar = TarReader(stream, piece.offset)
     # Payloads are read by the parser, so those of skipped records are passed over.
     for key, members in itertools.groupby(tar.members(), lambda member: member.key):
-        yield _RawRecord(partial(_parse_members, tar, members, options), key)
+        first = next(members)
+        # A global header speaks for all members that follow, so reading cannot begin behind it.
+        offset = 0 if tar.pax_headers else first.info.offset
+        all_members = itertools.chain([first], members)  # noqa: B031 - one iterator, in two steps
+        yield _RawRecord(partial(_parse_members, tar, all_members, options), key, offset)
     tar.check_nothing_follows()
 
 
 def _parse_members(tar: TarReader, members: Iterable[TarMember], options: ReadOptions) -> dict[str, Any]:
-    wanted = None if options.fields is None else {options.text, "json", "jsn", *options.fields}
+    wanted = None if options.fields is None else {*options.texts, "json", "jsn", *options.fields}
     fields: dict[str, Any] = {}
     objects: list[dict[str, Any]] = []
     for member in members:
@@ -511,8 +488,9 @@ def _parse_members(tar: TarReader, members: Iterable[TarMember], options: ReadOp
             if name in fields:
                 raise _RecordError("it is a member, and a key of the json member too: rename one", name)
         fields |= keys
-    if isinstance(fields.get(options.text), bytes):
-        fields[options.text] = _utf8(fields[options.text], options.text)
+    for name in options.texts:
+        if isinstance(fields.get(name), bytes):
+            fields[name] = _utf8(fields[name], name)
     return fields
 
 
@@ -536,6 +514,33 @@ def _decode(name: str, payload: bytes) -> Any:
         raise _RecordError(message, name) from error
 
 
+def _read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[_RawRecord]:
+    file = ParquetReader(stream)
+    wanted = None if options.fields is None else [*options.texts, *options.fields]
+    for name in wanted or options.texts:
+        if name not in file.columns:
+            message = f"{piece.path}, field {name!r}: the file has no such column; it has {_shown(file.columns)}"
+            raise ShardError(message, path=piece.path, field=name)
+    for name in wanted or file.columns:
+        if file.columns.count(name) > 1:
+            message = f"{piece.path}, field {name!r}: several columns have this name: {_shown(file.columns)}"
+            raise ShardError(message, path=piece.path, field=name)
+    group = bisect_right(file.first_rows, piece.start, hi=len(file.sizes)) - 1 if file.sizes else 0
+    if group:
+        yield _RawRecord(dict, records=file.first_rows[group])
+    for row in file.rows(group, wanted):
+        yield _RawRecord(partial(_parse_row_values, row))
+
+
+def _parse_row_values(row: dict[str, Any]) -> dict[str, Any]:
+    for name, value in row.items():
+        try:
+            row[name] = plain(value)
+        except Exception as error:  # what pyarrow raises is its own choice
+            raise _RecordError(f"Python has no value for it: {named(error)}", name) from error
+    return row
+
+
 _READERS: dict[str, _Reader] = {
     "tar": _read_tar,
     "jsonl": _read_jsonl,
@@ -543,6 +548,7 @@ _READERS: dict[str, _Reader] = {
     "csv": partial(_read_csv, delimiter=_DELIMITERS["csv"]),
     "tsv": partial(_read_csv, delimiter=_DELIMITERS["tsv"]),
     "txt": _read_txt,
+    "parquet": _read_parquet,
 }
 
 
@@ -562,6 +568,15 @@ def _cuts(blocks: Iterable[npt.NDArray[np.int64]], size: int, parts: int) -> Ite
         if part >= parts:
             return
         index += len(starts)
+
+
+def _group_cuts(file: ParquetReader, parts: int) -> Iterator[tuple[int, int]]:
+    """Index, and 0 for the offset, of the row groups that begin nearest to where each share but the first should."""
+    ends = np.cumsum(file.sizes, dtype=np.float64)
+    if len(ends) > 1:
+        shares = ends[-1] * np.arange(1, parts) / parts
+        for group in np.unique(np.abs(ends[:-1, None] - shares).argmin(axis=0)):
+            yield file.first_rows[group + 1], 0
 
 
 def _record_starts(stream: BinaryIO, kind: str, path: str) -> Iterator[npt.NDArray[np.int64]]:
@@ -622,19 +637,13 @@ def _obeys_rfc_4180(
 
 def _take(values: dict[str, Any], options: ReadOptions) -> tuple[Text, dict[str, Any]]:
     """Part a record's text from its other fields, and take those that are wanted."""
-    for name in (options.text, *(options.fields or ())):
+    for name in (*options.texts, *(options.fields or ())):
         if name not in values:
             raise _RecordError(f"the record has no such field; it has {_shown(sorted(values))}", name)
-    text = values.pop(options.text)
-    words = [text] if isinstance(text, str) else text
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise _RecordError(f"a text is a string or a list of strings, not {_shown(text)}", options.text)
-    for word in words:
-        if not word.isascii():
-            try:
-                word.encode()
-            except UnicodeEncodeError as error:
-                raise _RecordError(f"the text has half a surrogate pair: {_shown(word)}", options.text) from error
+    parts = [_checked_text(values.pop(name), name) for name in options.texts]
+    if len({type(part) for part in parts}) > 1:
+        raise _RecordError("of a pair both texts are strings, or both lists of words", options.pair)
+    text = cast(Text, parts[0] if len(parts) == 1 else tuple(parts))
     if options.fields is None:
         return text, values
     if not isinstance(options.fields, Mapping):
@@ -644,9 +653,22 @@ def _take(values: dict[str, Any], options: ReadOptions) -> tuple[Text, dict[str,
         try:
             fields[name] = function(values[name])
         except Exception as error:  # the user's function may raise anything; the cause stays attached
-            message = f"the function given for it raised {_named(error)} on {_shown(values[name])}"
+            message = f"the function given for it raised {named(error)} on {_shown(values[name])}"
             raise _RecordError(message, name) from error
     return text, fields
+
+
+def _checked_text(text: Any, name: str) -> str | list[str]:
+    words = [text] if isinstance(text, str) else text
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise _RecordError(f"a text is a string or a list of strings, not {_shown(text)}", name)
+    for word in words:
+        if not word.isascii():
+            try:
+                word.encode()
+            except UnicodeEncodeError as error:
+                raise _RecordError(f"the text has half a surrogate pair: {_shown(word)}", name) from error
+    return cast("str | list[str]", text)
 
 
 def _utf8(data: bytes, name: str | None = None) -> str:
@@ -668,7 +690,3 @@ def _json(data: bytes, name: str | None = None) -> Any:
 def _shown(value: object) -> str:
     text = repr(value[:80] if isinstance(value, (str, bytes, list)) else value)
     return text if len(text) <= 80 else text[:80] + "..."
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -83,6 +83,12 @@ class TextTokenizer:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_built": None}
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Two tokenizers with equal ones make the same tokens of a text (a function for `split` goes by its name)."""
+        split = getattr(self.split, "__qualname__", type(self.split).__name__)
+        return self._json, self.max_length, self.overflow, self.stride, self.segments, split
+
     def __repr__(self) -> str:
         return f"TextTokenizer(max_length={self.max_length}, overflow={self.overflow!r})"
 
@@ -167,8 +173,9 @@ class TextTokenizer:
         if self.overflow == "error":
             raise EncoderError(
                 f"text {place} has {length} tokens, the model takes {self.max_length}: "
-                f"{shortened(parts[0] if len(parts) == 1 else tuple(parts))}; overflow='truncate' cuts such texts and "
-                "counts what it cut, overflow='windows' covers them with several windows",
+                f"{shortened(parts[0] if len(parts) == 1 else tuple(parts))}; an encoder made with "
+                "overflow='truncate' cuts such texts and counts what it cut, one with overflow='windows' covers them "
+                "with several windows",
                 records=(place,),
             )
         sequence_ids = _or_minus_one(encoding.sequence_ids)

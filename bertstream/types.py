@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .cuda import to_device
-from .errors import ConfigError, check_choice, shortened
+from .errors import ConfigError, ShardError, check_choice, shortened
 
 Text: TypeAlias = str | list[str] | tuple[str, str] | tuple[list[str], list[str]]
 """One text: a string, a list of words, or a pair of either."""
@@ -38,6 +38,7 @@ class Record:
         key: a name that is unique in its shard.
         shard: the path or URL of the shard.
         index: position in the shard, counted from 0, broken records included.
+        offset: byte of the shard at which the record begins; 0 where reading cannot begin anew there.
     """
 
     text: Text
@@ -45,6 +46,7 @@ class Record:
     key: str
     shard: str
     index: int
+    offset: int = 0
 
 
 @dataclass(slots=True)
@@ -77,6 +79,20 @@ class TokenizedText:
     owned: BoolArray | None = None
 
 
+class OpenPiece(NamedTuple):
+    """How far a lane has read one of its pieces.
+
+    Attributes:
+        piece: which of the lane's pieces.
+        records: how many of its records were read, broken ones included.
+        offset: byte of the shard at which the last of these begins; 0 where reading cannot begin anew there.
+    """
+
+    piece: int
+    records: int = 0
+    offset: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Cursor:
     """A lane's place: what it yields next is a pure function of this and of the stream's settings.
@@ -84,16 +100,29 @@ class Cursor:
     Attributes:
         epoch: counted from 0.
         lane: which lane of the stream.
-        piece: which of the lane's pieces (a shard, or a part of one) its current window starts in.
-        record: how many records of that piece come before the window, broken ones included.
+        next_piece: the first of the lane's pieces (a shard, or a part of one) that was not begun before the window.
+        open: the pieces that were being read where the window starts, the next one to be read first.
         batch: how many of the window's batches were handed out.
     """
 
     epoch: int
     lane: int
-    piece: int = 0
-    record: int = 0
+    next_piece: int = 0
+    open: tuple[OpenPiece, ...] = ()
     batch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReadReport:
+    """What the reading of a window met; the window's first batch carries it.
+
+    Attributes:
+        read: records that were read, broken ones included.
+        bad: the broken records that were passed over, and the broken shards whose rest was.
+    """
+
+    read: int
+    bad: tuple[ShardError, ...] = ()
 
 
 @dataclass(eq=False)
@@ -113,6 +142,7 @@ class TokenBatch:
         owned: [N] bool, the tokens whose vectors are used, where windows overlap; None for all.
         fields: the records' other fields by name, one entry a text: an array [B] of numbers, or a list.
         cursor: the stream's place after this batch; None for a batch that no stream made.
+        report: what the reading of the batch's window met, on the first batch of a window.
     """
 
     input_ids: Int32Array
@@ -127,6 +157,7 @@ class TokenBatch:
     owned: BoolArray | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     cursor: Cursor | None = None
+    report: ReadReport | None = None
 
     @classmethod
     def from_texts(cls, texts: Sequence[TokenizedText]) -> TokenBatch:

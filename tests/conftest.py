@@ -37,8 +37,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 GRACE_S = 5.0
 """How long a closed thing may take to end: DataLoader workers look about every second or so."""
 
-RESIDENT_THREADS = ("tqdm_monitor", "fsspecIO", "Dummy-")
-"""Names, or their beginnings, of threads that a library keeps for the life of the process; autograd's are the last."""
+RESIDENT_THREADS = ("tqdm_monitor", "fsspecIO", "asyncio_", "Dummy-")
+"""Names, or their beginnings, of threads that a library keeps for the life of the process: the second and third are
+fsspec's, the last autograd's."""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

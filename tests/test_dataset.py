@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from bertstream import ConfigError, Encoder, ShardError, StreamConfig, TextStream, TokenBatch, dataset
+from bertstream.dataset import Skip
 from bertstream.types import Cursor
 
 
@@ -50,6 +48,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def identity(batches: Iterator[TokenBatch]) -> list[tuple[Any, ...]]:
     """What a batch is, as plain values."""
     return [(batch.fields["id"].tolist(), batch.input_ids.tolist(), batch.cursor) for batch in batches]
+
+
+def batches_of(items: Iterator[Any]) -> list[TokenBatch]:
+    return [item for item in items if isinstance(item, TokenBatch)]
 
 
 def ids(batches: Iterator[TokenBatch]) -> list[int]:
@@ -131,11 +133,12 @@ def test_the_seed_and_the_epoch_choose_the_order_and_nothing_else_does(shards: l
 def test_a_lane_goes_on_from_the_cursor_of_any_batch(shards: list[str], minilm: Encoder) -> None:
     stream = TextStream(shards, minilm, batch_size=8, shuffle=True, reading=StreamConfig(lanes=3, window=30))
     for lane, pieces in enumerate(stream._lanes(0)):
-        whole = list(stream._lane(pieces, Cursor(0, lane)))
+        *whole, end = stream._lane(pieces, Cursor(0, lane))
+        assert isinstance(end, Skip) and end.lane == lane
         for done in range(len(whole) + 1):
             start = whole[done - 1].cursor if done else Cursor(0, lane)
-            assert start is not None
-            assert identity(stream._lane(pieces, start)) == identity(whole[done:])
+            *rest, _ = stream._lane(pieces, start)
+            assert identity(rest) == identity(whole[done:])
 
 
 def test_windows_start_staggered_so_that_lanes_do_not_refill_together(tmp_path: Path, minilm: Encoder) -> None:
@@ -143,7 +146,7 @@ def test_windows_start_staggered_so_that_lanes_do_not_refill_together(tmp_path: 
     stream = TextStream(path, minilm, batch_size=1, reading=StreamConfig(lanes=4, window=40))
     first_windows = []
     for lane, pieces in enumerate(stream._lanes(0)):
-        cursors = [batch.cursor for batch in stream._lane(pieces, Cursor(0, lane))]
+        cursors = [batch.cursor for batch in batches_of(stream._lane(pieces, Cursor(0, lane)))]
         first_windows.append(next(i for i, cursor in enumerate(cursors, 1) if cursor and cursor.batch == 0))
     assert first_windows == [10, 20, 30, 40]
 
@@ -172,7 +175,8 @@ def test_one_large_file_is_read_by_several_lanes(
     stream = TextStream(path, minilm, max_tokens=4096)
     size = Path(path).stat().st_size
     assert stream.num_lanes == size // (256 * 1024) > 1
-    counts = [sum(len(batch) for batch in stream._lane(p, Cursor(0, i))) for i, p in enumerate(stream._lanes(0))]
+    lanes = enumerate(stream._lanes(0))
+    counts = [sum(map(len, batches_of(stream._lane(pieces, Cursor(0, lane))))) for lane, pieces in lanes]
     assert sum(counts) == 12_000 and max(counts) < 1.2 * min(counts)
 
 
@@ -295,34 +299,3 @@ def test_missing_and_empty_shards_are_named(tmp_path: Path, minilm: Encoder) -> 
     empty.touch()
     with pytest.raises(ShardError, match="holds no record"):
         list(TextStream(empty, minilm))
-
-
-RANK = """
-import sys
-import torch.distributed as dist
-import bertstream
-rank, shards, store = int(sys.argv[1]), sys.argv[3:], sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-sys.path.insert(0, TESTS)
-from test_loader import FakeEncoder
-reading = bertstream.StreamConfig(lanes=5)
-loader = bertstream.stream(shards, FakeEncoder(), shuffle=True, num_workers=rank, reading=reading)
-print(*(i for batch in loader for i in batch["id"].tolist()))
-dist.destroy_process_group()
-"""
-
-
-def test_real_ranks_share_the_records(shards: list[str], tmp_path: Path) -> None:
-    script = RANK.replace("TESTS", repr(str(Path(__file__).parent)))
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(tmp_path / "store"), *shards],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        for rank in range(2)
-    ]
-    found = [[int(i) for i in rank.communicate(timeout=100)[0].split()] for rank in ranks]
-    assert sorted(found[0] + found[1]) == list(range(403)) and all(found)

@@ -392,6 +392,12 @@ def test_the_model_of_another_encoder_is_taken_at_any_layer(minilm: Encoder, tok
     assert minilm.batching.way == "packed" and len(minilm(["still works"])) == 1
 
 
+def test_a_single_layer_needs_no_tuple(minilm_folder: str) -> None:
+    assert Encoder.from_pretrained(minilm_folder, layers=2).layers == (2,)
+    with pytest.raises(ConfigError, match=r"layers=\('last',\)"):
+        Encoder.from_pretrained(minilm_folder, layers=("last",))
+
+
 def test_what_has_no_effect_is_refused(minilm_folder: str) -> None:
     for options in ({"normalize": True}, {"split": str.split}, {"stride": 4}):
         with pytest.raises(ConfigError, match="has no effect"):

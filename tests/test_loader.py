@@ -662,7 +662,7 @@ def test_word_lists_that_default_collate_turned_inside_out_are_refused_with_the_
         ({"sentence": ["a"]}, None, r"name its text, text= one of \['sentence'\]"),
         ((["a"], 1), 5, "text=5 names nothing in a tuple of length 2"),
         ({"text": "a single record"}, "text", "text='text' is a str"),
-        ({"text": torch.zeros(2)}, "text", "text='text' is a Tensor"),
+        ({"text": torch.zeros(2)}, "text", "text='text' is a tensor: padded ids need their attention_mask"),
         ({"text": None}, "text", "text='text' is a NoneType"),
     ],
 )
@@ -752,3 +752,43 @@ def test_a_wrapped_text_stream_has_its_own_order_epoch_and_name(tmp_path: Path) 
 def test_into_is_refused_where_it_has_no_effect() -> None:
     with pytest.raises(ConfigError, match="bare texts"):
         bertstream.wrap([["a text"]], FakeEncoder(), into="vectors")
+
+
+def test_a_loader_may_wrap_another(tmp_path: Path) -> None:
+    source = [{"p": ["one", "two words"], "h": ["three", "four"]}]
+    inner = bertstream.wrap(source, FakeEncoder(), text="p")
+    (batch,) = bertstream.wrap(inner, FakeEncoder(), text="h")
+    assert isinstance(batch["p"], Embeddings) and isinstance(batch["h"], Embeddings)
+
+
+def test_the_length_of_a_stream_is_not_known(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a line\n")
+    with pytest.raises(TypeError, match="not known before its shards were read"):
+        len(bertstream.stream(tmp_path / "a.txt", FakeEncoder()))
+
+
+def test_a_name_is_no_encoder_and_says_what_makes_one() -> None:
+    with pytest.raises(ConfigError, match=r"from_pretrained\('bert-base-uncased'\)"):
+        bertstream.wrap([["a"]], "bert-base-uncased")  # type: ignore[arg-type]
+
+
+def test_a_pair_may_come_from_two_fields(tmp_path: Path, minilm: Encoder) -> None:
+    pairs = [("a premise", "its hypothesis"), ("one", "two")]
+    right = minilm(pairs)
+    rows = [{"premise": first, "hypothesis": second, "label": i} for i, (first, second) in enumerate(pairs)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    streamed = bertstream.stream(path, minilm, text="premise", pair="hypothesis", reading=StreamConfig(window=2))
+    collate = TokenCollate(minilm, text="premise", pair="hypothesis")
+    wrapped = bertstream.wrap(DataLoader(rows, 2, collate_fn=collate), minilm, text="premise")
+    for loader in (streamed, wrapped):
+        (batch,) = loader
+        assert torch.equal(batch["premise"].values, right.values) and batch["label"].tolist() == [0, 1]
+    assert list(bertstream.stream(path, minilm, text="premise", pair="hypothesis", fields=["label"]))
+    with pytest.raises(ShardError, match="'answer'"):
+        list(bertstream.stream(path, minilm, text="premise", pair="answer"))
+    for bad in ("premise", ""):
+        with pytest.raises(ConfigError, match="pair names the field"):
+            bertstream.stream(path, minilm, text="premise", pair=bad)
+    with pytest.raises(ConfigError, match="pair='hypothesis'"):
+        TokenCollate(minilm, pair="hypothesis")

@@ -1,0 +1,163 @@
+"""For the tests of those who use bertstream: shards, an encoder without a model, and the law that resuming is exact.
+
+from bertstream.testing import assert_resumes_exactly
+
+def test_my_pipeline_resumes() -> None:
+assert_resumes_exactly(lambda: bertstream.stream("shards/*.tar", encoder, text="txt", shuffle=True))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import ConfigError
+from .loader import EmbeddingLoader
+from .types import Embeddings, Int32Array, Text, TokenBatch, TokenizedText
+
+
+class FakeTokenizer:
+    """Words and single other characters to ids, each the same everywhere; no special tokens."""
+
+    identity = ("FakeTokenizer",)
+
+    def __call__(self, texts: Sequence[Text]) -> list[TokenizedText]:
+        """Tokenize strings, lists of words, or pairs of either."""
+        return [self._one(text) for text in texts]
+
+    def _one(self, text: Text) -> TokenizedText:
+        in_words = isinstance(text, list) or (isinstance(text, tuple) and isinstance(text[0], list))
+        parts: list[Any] = list(text) if isinstance(text, tuple) else [text]
+        words = [word for part in parts for word in (part if isinstance(part, list) else [part])]
+        ids = [[1 + zlib.crc32(piece.encode()) % 30_000 for piece in re.findall(r"\w+|\S", word)] for word in words]
+        out = TokenizedText(np.array([i for word in ids for i in word], np.int32))
+        if in_words:
+            out.word_ids = np.repeat(np.arange(len(ids)), [len(word) for word in ids]).astype(np.int32)
+            out.num_words = len(ids)
+        return out
+
+
+class FakeEncoder:
+    """Stands for an `Encoder` where no model is wanted: vectors are a function of token and place, made at once.
+
+    Row k of a text is [id, k, tokens of the text, 0, ...].
+
+    Args:
+        hidden_size: H, at least 3.
+        max_forward_tokens: by which a loader measures how far it runs ahead.
+    """
+
+    def __init__(self, hidden_size: int = 4, max_forward_tokens: int = 2048) -> None:
+        if hidden_size < 3:
+            raise ConfigError(f"hidden_size={hidden_size}: write a number of at least 3")
+        self.tokenizer = FakeTokenizer()
+        self.device = torch.device("cpu")
+        self.max_forward_tokens = max_forward_tokens
+        self.embedding_dim = hidden_size
+
+    def encode(self, batch: TokenBatch) -> Embeddings:
+        """[N, H] float32 rows of every token."""
+        lengths: Int32Array = batch.lengths
+        values = np.zeros((batch.num_tokens, self.embedding_dim), np.float32)
+        values[:, 0] = batch.input_ids
+        values[:, 1] = np.arange(batch.num_tokens) - np.repeat(batch.cu_seqlens[:-1], lengths)
+        values[:, 2] = np.repeat(lengths, lengths)
+        return Embeddings(
+            values=torch.from_numpy(values),
+            cu_seqlens=torch.from_numpy(batch.cu_seqlens),
+            lengths=torch.from_numpy(lengths.astype(np.int64)),
+            tokens=batch,
+            output="tokens",
+            word_ids=batch.word_ids,
+        )
+
+
+def write_shards(folder: str | os.PathLike[str], texts: Sequence[Any], *, shards: int = 1) -> list[str]:
+    """Write texts as jsonl shards of about equal numbers, with their number as "id".
+
+    Args:
+        folder: made where it does not exist.
+        texts: strings, or lists of words.
+        shards: how many files.
+    Returns:
+        The paths. A record is {"text": ..., "id": ...}.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, places in enumerate(np.array_split(np.arange(len(texts)), shards)):
+        path = Path(folder) / f"{number:06d}.jsonl"
+        lines = [json.dumps({"text": texts[i], "id": int(i)}) for i in places]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        paths.append(str(path))
+    return paths
+
+
+def assert_resumes_exactly(
+    make_loader: Callable[[], EmbeddingLoader],
+    *,
+    cuts: Sequence[int] | None = None,
+    resume_with: Callable[[], EmbeddingLoader] | None = None,
+) -> None:
+    """Prove that a loader goes on exactly where its state was taken, at every batch of an epoch.
+
+    For each cut: a new loader hands out that many batches, its state goes through JSON into another new loader, and
+    what that one hands out must be the rest of the undisturbed epoch, batch by batch and value by value; then the whole
+    next epoch. The state must also be the same right after it was loaded.
+
+    Args:
+        make_loader: makes the loader anew, as a restarted program would.
+        cuts: after how many batches to take the state; None is after every one, and before the first.
+        resume_with: makes the loader that goes on, with another number of workers, say; None is `make_loader`.
+    Raises:
+        AssertionError: a batch differs; the message says which.
+    """
+    with closing(make_loader()) as loader:
+        whole = [_plain(batch) for batch in loader]
+        following = [_plain(batch) for batch in loader]
+    for cut in range(len(whole) + 1) if cuts is None else cuts:
+        with closing(make_loader()) as loader:
+            iteration = iter(loader) if cut else None
+            for number in range(cut):
+                assert iteration is not None
+                _assert_same(_plain(next(iteration)), whole[number], f"batch {number} of another run")
+            state = json.loads(json.dumps(loader.state_dict()))
+        with closing((resume_with or make_loader)()) as loader:
+            loader.load_state_dict(state)
+            assert json.loads(json.dumps(loader.state_dict())) == state, f"cut {cut}: a state changes when it is loaded"
+            _assert_rest(loader, whole[cut:], f"after {cut} batches")
+            _assert_rest(loader, following, f"in the epoch behind a resume after {cut} batches")
+
+
+def _assert_rest(loader: EmbeddingLoader, right: list[Any], where: str) -> None:
+    found: Iterator[Any] = iter(loader)
+    for number, batch in enumerate(right):
+        _assert_same(_plain(next(found, None)), batch, f"batch {number} {where}")
+    assert next(found, None) is None, f"{where}: more batches than the undisturbed epoch has"
+
+
+def _assert_same(found: Any, right: Any, where: str) -> None:
+    assert found == right, f"{where} is {str(found)[:200]}, in an undisturbed epoch it is {str(right)[:200]}"
+
+
+def _plain(batch: Any) -> Any:
+    """A batch as plain values that compare."""
+    if isinstance(batch, Embeddings):
+        return [batch.lengths.tolist(), batch.values.tolist()]
+    if isinstance(batch, torch.Tensor):
+        return batch.tolist()
+    if isinstance(batch, np.ndarray):
+        return batch.tolist()
+    if isinstance(batch, Mapping):
+        return {name: _plain(value) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [_plain(value) for value in batch]
+    return batch

@@ -1,0 +1,418 @@
+"""Exactly once, in real processes: ranks, workers, kills and broken data."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bertstream
+from bertstream import EmbeddingLoader, ShardError, StateError, StreamConfig, TextStream
+from bertstream.testing import FakeEncoder, write_shards
+
+ROOT = Path(__file__).parents[1]
+COUNT = 400
+TEXTS = [f"{'word ' * (i * 7 % 13)}{i}" for i in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Shards of very unequal sizes."""
+    folder = tmp_path_factory.mktemp("shards")
+    sizes = [3, 150, 1, 30, 200, 16]
+    paths = [write_shards(folder / str(number), ["x"] * size)[0] for number, size in enumerate(sizes)]
+    first = 0
+    for path, size in zip(paths, sizes, strict=True):
+        lines = [json.dumps({"text": TEXTS[i], "id": i}) for i in range(first, first + size)]
+        Path(path).write_text("".join(line + "\n" for line in lines))
+        first += size
+    return paths
+
+
+# One rank: writes the ids of each batch it hands out as a line of JSON, and stops where it is told to.
+RANK = """
+import json, os, signal, sys, time
+import torch.distributed as dist
+import bertstream
+from bertstream.testing import FakeEncoder
+
+options = json.loads(sys.argv[1])
+if options["world_size"] > 1:
+    init = f"file://{options['store']}"
+    dist.init_process_group("gloo", init_method=init, rank=options["rank"], world_size=options["world_size"])
+reading = bertstream.StreamConfig(lanes=7, window=40, **options.get("reading", {}))
+loader = bertstream.stream(
+    options["shards"], FakeEncoder(), batch_size=8, shuffle=True, num_workers=options["workers"], reading=reading
+)
+if options.get("state"):
+    loader.load_state_dict(options["state"])
+for number, batch in enumerate(loader):
+    if not batch.get("__repeated__"):
+        print(json.dumps(batch["id"].tolist()))
+    else:
+        print("[]")
+    if number + 1 == options.get("stop"):
+        print(json.dumps(loader.state_dict()))
+        break
+    if number + 1 == options.get("kill"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number + 1 == options.get("raise"):
+        raise ZeroDivisionError("in the training step")
+print(json.dumps(loader.stats()), file=sys.stderr)
+"""
+
+
+def start(**options: Any) -> subprocess.Popen[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-c", RANK, json.dumps(options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def run(tmp_path: Path, world_size: int, each: Sequence[dict[str, Any]] = (), **options: Any) -> list[Any]:
+    """What every rank printed, (lines, errors, exit status)."""
+    store = str(tmp_path / f"store-{time.monotonic_ns()}")
+    ranks = [
+        start(rank=rank, world_size=world_size, store=store, **options | (each[rank] if each else {}))
+        for rank in range(world_size)
+    ]
+    found = []
+    for process in ranks:
+        out, errors = process.communicate(timeout=100)
+        found.append(([json.loads(line) for line in out.splitlines()], errors, process.returncode))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((1, 0), (3, 0)), ((1, 2), (2, 0)), ((2, 0), (1, 2)), ((2, 2), (3, 0)), ((3, 0), (2, 2)), ((3, 2), (1, 0))],
+)
+def test_every_record_comes_once_when_ranks_and_workers_change(
+    shards: list[str], tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    first = run(tmp_path, before[0], shards=shards, workers=before[1], stop=5)
+    ids = [i for lines, errors, status in first for batch in lines[:-1] for i in batch]
+    state = first[-1][0][-1]  # any rank's will do: it names the lanes of all
+    rest = run(tmp_path, after[0], shards=shards, workers=after[1], state=state)
+    assert [status for _, _, status in first + rest] == [0] * (before[0] + after[0]), rest
+    ids += [i for lines, _, _ in rest for batch in lines for i in batch]
+    assert sorted(ids) == list(range(COUNT))
+
+
+def test_ranks_go_on_in_their_own_order_with_any_number_of_workers(shards: list[str], tmp_path: Path) -> None:
+    whole = run(tmp_path, 2, shards=shards, workers=0)
+    first = run(tmp_path, 2, shards=shards, workers=2, stop=7)
+    rest = run(tmp_path, 2, shards=shards, workers=1, state=first[0][0][-1])
+    for rank in range(2):
+        assert first[rank][0][:-1] + rest[rank][0] == whole[rank][0]
+
+
+@pytest.mark.parametrize("uneven", ["pad", "stop"])
+def test_ranks_with_unequal_shards_end_together(tmp_path: Path, uneven: str) -> None:
+    paths = write_shards(tmp_path / "large", TEXTS, shards=1) + write_shards(tmp_path / "small", TEXTS[:20], shards=1)
+    script = DDP.replace("UNEVEN", uneven)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(rank), str(tmp_path / "store"), *paths],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for rank in range(2)
+    ]
+    found = [json.loads(rank.communicate(timeout=100)[0]) for rank in ranks]
+    steps, seen, left = zip(*found, strict=True)
+    assert steps[0] == steps[1] == (50 if uneven == "pad" else 3)
+    assert sum(seen) + sum(left) == COUNT + 20
+    assert (sum(left) > 0) == (uneven == "stop")
+
+
+# A real DistributedDataParallel step: a rank without a batch would make the other wait for its gradients for good.
+DDP = """
+import json, sys
+import torch
+import torch.distributed as dist
+import bertstream
+from bertstream.testing import FakeEncoder
+rank, store, shards = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+reading = bertstream.StreamConfig(lanes=2, open_shards=1, uneven="UNEVEN")
+loader = bertstream.stream(shards, FakeEncoder(), batch_size=8, reading=reading)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 2))
+steps = seen = 0
+for batch in loader:
+    model(batch["text"].values).sum().backward()
+    steps += 1
+    seen += 0 if batch.get("__repeated__") else len(batch["text"])
+print(json.dumps([steps, seen, loader.stats()["left_texts"]]))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("way", ["kill", "raise", "stop"])
+def test_a_rank_that_goes_away_makes_the_others_fail_by_name(shards: list[str], tmp_path: Path, way: str) -> None:
+    started = time.monotonic()
+    (_, errors, status), (_, _, other) = run(
+        tmp_path, 2, [{}, {way: 4}], shards=shards, workers=0, reading={"rank_timeout_s": 5}
+    )
+    assert status == 1 and "bertstream.errors.BertstreamError: rank 1 " in errors
+    assert other == {"kill": -signal.SIGKILL, "raise": 1, "stop": 0}[way]
+    if way != "kill":
+        assert "left the epoch" in errors
+    assert time.monotonic() - started < 60
+
+
+def test_a_state_that_lacks_other_ranks_lanes_is_refused(shards: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(rank: int, world_size: int) -> EmbeddingLoader:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        return bertstream.stream(shards, FakeEncoder(), reading=StreamConfig(lanes=4))
+
+    loader = make(1, 2)
+    next(iter(loader))
+    state = loader.state_dict()
+    loader.close()
+    make(1, 2).load_state_dict(state)
+    for rank, world_size in ((0, 2), (0, 1)):
+        with pytest.raises(StateError, match="lacks the lanes of ranks") as caught:
+            make(rank, world_size).load_state_dict(state)
+        assert caught.value.key == "queues"
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"batch_size": 4}, "batch_size"),
+        ({"shuffle": False}, "open_shards"),
+        ({"reading": StreamConfig(lanes=4, window=7)}, "window"),
+        ({"reading": StreamConfig(lanes=3)}, "lanes"),
+    ],
+)
+def test_a_state_of_another_stream_is_refused_with_the_difference(
+    shards: list[str], options: dict[str, Any], key: str
+) -> None:
+    same: dict[str, Any] = {"shuffle": True, "reading": StreamConfig(lanes=4)}
+    state = bertstream.stream(shards, FakeEncoder(), **same).state_dict()
+    with pytest.raises(StateError, match=key) as caught:
+        bertstream.stream(shards, FakeEncoder(), **same | options).load_state_dict(state)
+    assert caught.value.key in (key, "shards")
+    for broken in ({}, [], {**state, "version": 99}):
+        with pytest.raises(StateError) as caught:
+            bertstream.stream(shards, FakeEncoder(), **same).load_state_dict(broken)
+        assert caught.value.key == "version"
+
+
+# A training program that saves a checkpoint after every third batch, atomically, and goes on from it when it is started
+# again; it logs the batches that it trained on, and which checkpoint it started from.
+TRAINING = """
+import json, os, sys
+import bertstream
+from bertstream.testing import FakeEncoder
+
+folder, workers, shards = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+reading = bertstream.StreamConfig(lanes=5, window=30)
+loader = bertstream.stream(shards, FakeEncoder(), batch_size=4, shuffle=True, num_workers=workers, reading=reading)
+step, path = 0, os.path.join(folder, "checkpoint.json")
+if os.path.exists(path):
+    saved = json.load(open(path))
+    step = saved["step"]
+    loader.load_state_dict(saved["loader"])
+with open(os.path.join(folder, "log"), "a", buffering=1) as log:
+    print(json.dumps({"from": step, "pid": os.getpid()}), file=log)
+    for batch in loader:
+        print(json.dumps({"step": step, "ids": batch["id"].tolist()}), file=log)
+        step += 1
+        if step % 3 == 0:
+            with open(path + ".new", "w") as file:
+                json.dump({"step": step, "loader": loader.state_dict()}, file)
+            os.replace(path + ".new", path)
+    print(json.dumps({"done": step}), file=log)
+"""
+
+
+def train_and_kill(folder: Path, shards: list[str], kills: int, workers: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Run the training program, kill it at random moments, then let it finish; what it logged."""
+    rng = random.Random(seed)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", TRAINING, str(folder), str(workers), *shards]
+    log = folder / "log"
+    for number in range(kills + 1):
+        process = subprocess.Popen(command, env=env, start_new_session=True)
+        if number < kills:
+            before = log.stat().st_size if log.exists() else 0
+            while process.poll() is None and (not log.exists() or log.stat().st_size <= before):
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.03))
+            process.kill()
+        process.wait(timeout=100)
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_training_that_is_killed_goes_on_where_its_checkpoint_was(
+    shards: list[str], tmp_path: Path, workers: int
+) -> None:
+    reading = StreamConfig(lanes=5, window=30)
+    undisturbed = [
+        batch["id"].tolist()
+        for batch in bertstream.stream(shards, FakeEncoder(), batch_size=4, shuffle=True, reading=reading)
+    ]
+    shared = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    log = train_and_kill(tmp_path, shards, kills=3, workers=workers)
+    runs: list[list[dict[str, Any]]] = []
+    for line in log:
+        if "from" in line:
+            runs.append([])
+        else:
+            runs[-1].append(line)
+    starts = [line["from"] for line in log if "from" in line]
+    assert log[-1] == {"done": len(undisturbed)} and len(starts) == 4
+    trained: list[Any] = []
+    for first, batches in zip(starts, runs, strict=True):
+        assert first <= len(trained)  # what came behind the checkpoint is trained on again
+        trained = trained[:first] + [line["ids"] for line in batches if "ids" in line]
+    assert trained == undisturbed
+    deadline = time.monotonic() + 15
+    while (left := descendants(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+    assert not shared or {name for name in set(os.listdir("/dev/shm")) - shared if "torch" in name} == set()
+
+
+def descendants(folder: Path) -> list[int]:
+    """Processes of the training program that are still there: workers carry its command line."""
+    found = []
+    for entry in Path("/proc").iterdir() if Path("/proc").exists() else ():
+        try:
+            if entry.name.isdigit() and str(folder).encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            pass
+    return found
+
+
+# --- broken data ------------------------------------------------------------------------------------------------------
+
+FAULTS = ("a bad line", "a field that is missing", "bytes that are no UTF-8", "a truncated gz", "a vanished file")
+
+
+def broken_shards(folder: Path, fault: str, place: str) -> tuple[list[str], set[int], int, int]:
+    """Three shards with a fault in one; ids that must come, at least; and how many records and shards are at fault."""
+    number = {"first": 0, "middle": 1, "last": 2}[place]
+    paths = write_shards(folder, TEXTS[:90], shards=3)
+    good = set(range(90))
+    path = Path(paths[number])
+    lines = path.read_bytes().splitlines(keepends=True)
+    if fault == "a truncated gz":
+        packed = gzip.compress(b"".join(lines))
+        path.unlink()
+        path = path.with_name(path.name + ".gz")
+        path.write_bytes(packed[: len(packed) // 2])
+        paths[number] = str(path)
+        return paths, good - set(range(30 * number, 30 * number + 30)), 0, 1
+    if fault == "a vanished file":
+        return paths, good - set(range(30 * number, 30 * number + 30)), 0, 1
+    lines[7] = {
+        "a bad line": b'{"text": \n',
+        "a field that is missing": b'{"id": 7}\n',
+        "bytes that are no UTF-8": b'{"text": "\xff", "id": 7}\n',
+    }[fault]
+    path.write_bytes(b"".join(lines))
+    return paths, good - {30 * number + 7}, 1, 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_an_error_or_is_counted_and_nothing_else_is_lost(
+    tmp_path: Path, fault: str, place: str, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths, good, records, broken = broken_shards(tmp_path, fault, place)
+
+    def make(max_bad_records: float) -> EmbeddingLoader:
+        reading = StreamConfig(lanes=2, window=16, max_bad_records=max_bad_records)
+        return bertstream.stream(paths, FakeEncoder(), batch_size=4, shuffle=True, num_workers=workers, reading=reading)
+
+    def ids(loader: EmbeddingLoader) -> list[int]:
+        return [i for batch in loader for i in batch["id"].tolist()]
+
+    strict, tolerant = make(0), make(1)
+    if fault == "a vanished file":
+        os.unlink(paths[{"first": 0, "middle": 1, "last": 2}[place]])
+    with pytest.raises(ShardError) as caught:
+        ids(strict)
+    assert caught.value.path in paths
+    found = ids(tolerant)
+    assert max(Counter(found).values()) == 1 and good <= set(found)
+    stats = tolerant.stats()
+    assert (stats["bad_records"], stats["bad_shards"]) == (records, broken)
+    assert str(caught.value).split(":")[0].split(",")[0] in caplog.text
+
+
+def test_above_the_limit_the_error_names_the_first_ones(tmp_path: Path) -> None:
+    (path,) = write_shards(tmp_path, TEXTS[:50])
+    lines = Path(path).read_text().splitlines()
+    for i in (3, 20, 30):
+        lines[i] = "no json"
+    Path(path).write_text("\n".join(lines))
+    loader = bertstream.stream(path, FakeEncoder(), batch_size=4, reading=StreamConfig(max_bad_records=2, window=8))
+    with pytest.raises(ShardError, match="3 broken records") as caught:
+        list(loader)
+    assert "record 3" in str(caught.value) and "record 20" in str(caught.value) and caught.value.index == 30
+    fraction = bertstream.stream(path, FakeEncoder(), batch_size=4, reading=StreamConfig(max_bad_records=0.01))
+    assert sum(len(batch["text"]) for batch in fraction) == 47
+    assert fraction.stats()["bad_records"] == 3
+
+
+def test_an_epoch_without_any_good_record_is_an_error(tmp_path: Path) -> None:
+    (path,) = write_shards(tmp_path, TEXTS[:50])
+    loader = bertstream.stream(path, FakeEncoder(), text="body", reading=StreamConfig(max_bad_records=0.5))
+    with pytest.raises(ShardError, match="no record of the epoch was good"):
+        list(loader)
+
+
+def test_counts_of_broken_records_go_on_with_the_state(tmp_path: Path) -> None:
+    (path,) = write_shards(tmp_path, TEXTS[:60])
+    lines = Path(path).read_text().splitlines()
+    for i in (3, 50):
+        lines[i] = "no json"
+    Path(path).write_text("\n".join(lines))
+    reading = StreamConfig(max_bad_records=2, window=8)
+    loader = bertstream.stream(path, FakeEncoder(), batch_size=4, reading=reading)
+    iteration = iter(loader)
+    for _ in range(5):
+        next(iteration)
+    state = loader.state_dict()
+    assert state["bad"]["records"] == 1
+    again = bertstream.stream(path, FakeEncoder(), batch_size=4, reading=reading)
+    again.load_state_dict(state)
+    list(again)
+    assert again._stream is not None and again.stats()["bad_records"] == 1
+    assert list(again) and again.stats()["bad_records"] == 3  # an epoch counts anew
+    loader.close()
+
+
+def test_a_bare_stream_counts_too(tmp_path: Path) -> None:
+    (path,) = write_shards(tmp_path, TEXTS[:20])
+    lines = Path(path).read_text().splitlines()
+    Path(path).write_text("\n".join(["no json", *lines]))
+    stream = TextStream(path, FakeEncoder(), reading=StreamConfig(max_bad_records=1))
+    assert sum(map(len, stream)) == 20 and stream.bad_records.records == 1
+
+
+@pytest.mark.parametrize("value", [-1, 1.5])
+def test_a_bad_limit_is_refused(value: float) -> None:
+    with pytest.raises(bertstream.ConfigError, match=f"max_bad_records={value}"):
+        StreamConfig(max_bad_records=value)

@@ -1,0 +1,106 @@
+"""The helpers for users' own tests: they find what they are there to find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+import bertstream
+from bertstream import ConfigError, EmbeddingLoader, StateError, StreamConfig
+from bertstream.testing import FakeEncoder, assert_resumes_exactly, write_shards
+
+TEXTS = [f"{'word ' * (i * 7 % 13)}{i}" for i in range(230)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_shards(tmp_path_factory.mktemp("shards"), TEXTS, shards=5)
+
+
+def test_shards_hold_every_text_once(shards: list[str]) -> None:
+    batches = list(bertstream.stream(shards, FakeEncoder()))
+    assert sorted(i for batch in batches for i in batch["id"].tolist()) == list(range(len(TEXTS)))
+
+
+def test_fake_vectors_say_which_token_they_are_of() -> None:
+    found = FakeEncoder(hidden_size=5).encode(bertstream.TokenBatch.from_texts(FakeEncoder().tokenizer(["a b, a", []])))
+    a, b, comma, again = found.values[:, 0].tolist()
+    assert a == again and len({a, b, comma}) == 3
+    assert found.values[:, 1:].tolist() == [[k, 4, 0, 0] for k in range(4)]
+    assert found.lengths.tolist() == [4, 0]
+    with pytest.raises(ConfigError, match="hidden_size=2"):
+        FakeEncoder(hidden_size=2)
+
+
+@pytest.mark.parametrize("window", [20, 400])
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+def test_a_stream_resumes_exactly(shards: list[str], window: int, workers: int) -> None:
+    def make(num_workers: int = workers) -> EmbeddingLoader:
+        reading = StreamConfig(window=window, lanes=3)
+        return bertstream.stream(
+            shards, FakeEncoder(), batch_size=16, shuffle=True, num_workers=num_workers, reading=reading
+        )
+
+    if not workers:
+        assert_resumes_exactly(make)
+    else:  # processes are slow to start: some cuts, each resumed with another number of them
+        assert_resumes_exactly(make, cuts=[0, 5], resume_with=lambda: make(0))
+        assert_resumes_exactly(lambda: make(0), cuts=[1, 9, 14], resume_with=make)
+
+
+def test_file_order_and_token_budgets_resume_exactly(shards: list[str]) -> None:
+    assert_resumes_exactly(lambda: bertstream.stream(shards, FakeEncoder(), max_tokens=90, prefetch=0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stateful_dataloader_resumes_exactly(workers: int) -> None:
+    def make() -> EmbeddingLoader:
+        return bertstream.wrap(StatefulDataLoader(TEXTS[:60], 8, num_workers=workers), FakeEncoder())
+
+    assert_resumes_exactly(make, cuts=None if not workers else [0, 3, 8])
+
+
+def test_what_cannot_say_where_it_is_says_so() -> None:
+    with pytest.raises(StateError, match="StatefulDataLoader"):
+        bertstream.wrap(DataLoader(TEXTS, 8), FakeEncoder()).state_dict()
+
+
+class Forgetful(EmbeddingLoader):
+    """Goes on one batch too late."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._late = any(cursor[2] for queue in state["queues"] for cursor in queue)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = super().__iter__()
+        if getattr(self, "_late", False):
+            next(batches)
+        self._late = False
+        return batches
+
+
+def test_a_loader_that_loses_a_batch_is_found_out(shards: list[str]) -> None:
+    def make() -> EmbeddingLoader:
+        loader = bertstream.stream(shards, FakeEncoder(), batch_size=16, reading=StreamConfig(window=16))
+        loader.__class__ = Forgetful
+        return loader
+
+    with pytest.raises(AssertionError, match="batch 0 after"):
+        assert_resumes_exactly(make)
+
+
+def test_vectors_that_change_are_found_out(shards: list[str]) -> None:
+    class Noisy(FakeEncoder):
+        def encode(self, batch: bertstream.TokenBatch) -> bertstream.Embeddings:
+            found = super().encode(batch)
+            found.values += torch.rand(())
+            return found
+
+    with pytest.raises(AssertionError, match="batch 0 "):
+        assert_resumes_exactly(lambda: bertstream.stream(shards, Noisy()))
