@@ -11,7 +11,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -297,18 +297,16 @@ class DiskTier:
         self._commit(group)
 
     def _commit(self, group: list[tuple[bytes, bytes | None]]) -> None:
-        """One transaction; where the map is full after all, once more behind a larger eviction."""
+        """One transaction; where the map is full after all, again behind larger and larger evictions."""
         if not group:
             return
-        steps: tuple[Callable[[], int], ...] = (
-            lambda: self._put(group),
-            lambda: self._evict(self._transaction_bytes * 2) + self._evict(0) + self._put(group),
-        )
-        for step in steps:
+        for transactions in (0, 4, 8, 12):
             try:
-                self.evictions += step()
+                if transactions:
+                    self._evict(transactions * self._transaction_bytes)
+                self._put(group)
                 return
-            except lmdb.MapFullError as error:
+            except lmdb.MapFullError as error:  # of free pages, too few stand side by side
                 failed: Exception = error
             except (lmdb.Error, OSError, CacheError) as error:
                 failed = error
@@ -316,7 +314,7 @@ class DiskTier:
         self.dropped_writes += sum(rows is not None for _, rows in group)
         self._warn_once("writing", failed)
 
-    def _put(self, group: list[tuple[bytes, bytes | None]]) -> int:
+    def _put(self, group: list[tuple[bytes, bytes | None]]) -> None:
         evicted = 0
         with self._writing() as transaction:
             number = _next_number(transaction)
@@ -329,11 +327,15 @@ class DiskTier:
                 if transaction.put(_ROWS + key, header + rows, overwrite=False):
                     transaction.put(_ORDER + _NUMBER.pack(number), key)
                     number += 1
-        return evicted
+        self.evictions += evicted
 
-    def _evict(self, room: int) -> int:
+    def _evict(self, room: int) -> None:
         with self._writing() as transaction:
-            return self._make_room(transaction, room)
+            evicted = self._make_room(transaction, room)
+        self.evictions += evicted
+        for _ in range(2):  # what a transaction frees can be had again two transactions later
+            with self._writing() as transaction:
+                transaction.put(_ABOUT, FORMAT)
 
     def _make_room(self, transaction: Any, room: int) -> int:
         """Delete the oldest entries until so many bytes fit; how many they were."""
