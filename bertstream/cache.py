@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -241,7 +241,10 @@ class EmbeddingCache:
         if self._pid != os.getpid():
             if self._disk is not None:
                 self._disk.leave_to_parent()
-            self._start()
+            try:
+                self._start()
+            except CacheError as error:
+                logger.warning("this forked process goes on without the cache's disk: %s", error)
 
     def _memory_for(self, row_bytes: int) -> MemoryTier | None:
         with self._lock:
@@ -253,6 +256,13 @@ class EmbeddingCache:
                     f"{row_bytes}: give it an EmbeddingCache of its own"
                 )
             return self._memory
+
+
+class _Identity(NamedTuple):
+    """Whose vectors these are: what goes into the hash of each text, and what its key begins with."""
+
+    fingerprint: bytes
+    prefix: bytes
 
 
 class CachedEncoder:
@@ -268,7 +278,7 @@ class CachedEncoder:
         self._cache = cache
         self._codec = Codec(cache.dtype, encoder.row_shape, encoder.output_dtype)
         self._memory()  # which checks the size of the rows
-        self._keyed: tuple[bytes, bytes] | None = None
+        self._known: _Identity | None = None
 
     @property
     def tokenizer(self) -> SupportsTokenize:
@@ -287,13 +297,18 @@ class CachedEncoder:
 
     def prefix(self) -> bytes | None:
         """What this encoder's keys begin with; None while one of its parameters requires a gradient."""
+        identity = self._identity()
+        return None if identity is None else identity.prefix
+
+    def _identity(self) -> _Identity | None:
         fingerprint = self._encoder.fingerprint()
         if fingerprint is None:
             return None
-        if self._keyed is None or self._keyed[0] != fingerprint:
+        known = self._known
+        if known is None or known.fingerprint != fingerprint:
             named = fingerprint + self._codec.name.encode()
-            self._keyed = fingerprint, blake2b(named, digest_size=_PREFIX_BYTES).digest()
-        return self._keyed[1]
+            known = self._known = _Identity(fingerprint, blake2b(named, digest_size=_PREFIX_BYTES).digest())
+        return known
 
     def encode(self, batch: TokenBatch) -> Embeddings:
         """What the encoder gives for this batch; only texts that the cache does not hold are computed, each once.
@@ -303,8 +318,8 @@ class CachedEncoder:
         """
         cache = self._cache
         cache._check_process()
-        prefix = self.prefix()
-        if prefix is None:
+        identity = self._identity()
+        if identity is None:
             with cache._lock:
                 cache._counts.off += len(batch)
                 say, cache._said_off = not cache._said_off, True
@@ -316,12 +331,12 @@ class CachedEncoder:
             return self._encoder.encode(batch)
         if not len(batch):
             return self._encoder.encode(batch)
-        keys = text_keys(batch, prefix, self._keyed[0] if self._keyed else b"")
+        keys = text_keys(batch, identity.prefix, identity.fingerprint)
         counts = self._encoder.row_counts(batch)
         rows = self._from_memory(keys)
         if rows is None:
             try:
-                rows = self._rows(batch, keys, counts)
+                rows = self._rows(batch, keys, counts, identity)
             except EncoderError:
                 # Its places are those of the texts that were missing; the whole batch has the same fault.
                 return self._encoder.encode(batch)
@@ -337,10 +352,10 @@ class CachedEncoder:
         """
         cache = self._cache
         cache._check_process()
-        prefix = self.prefix()
-        if prefix is None:
+        identity = self._identity()
+        if identity is None:
             raise ConfigError("the encoder's parameters require gradients: encoder.requires_grad_(False) freezes them")
-        keys = text_keys(batch, prefix, self._keyed[0] if self._keyed else b"")
+        keys = text_keys(batch, identity.prefix, identity.fingerprint)
         texts = list({key: i for i, key in reversed(list(enumerate(keys)))}.values())[::-1]
         if cache._disk is not None:
             absent = cache._disk.absent([keys[i] for i in texts])
@@ -351,7 +366,7 @@ class CachedEncoder:
                 texts = [i for i in texts if memory is None or keys[i] not in memory]
         if texts:
             counts = self._encoder.row_counts(batch)[texts]
-            self._computed(batch, np.array(texts), [keys[i] for i in texts], counts, wait=True)
+            self._computed(batch, np.array(texts), [keys[i] for i in texts], counts, identity, wait=True)
         return len(texts)
 
     def _from_memory(self, keys: Sequence[bytes]) -> Bytes | None:
@@ -365,7 +380,7 @@ class CachedEncoder:
                 cache._counts.repeats += len(keys) - distinct
         return rows
 
-    def _rows(self, batch: TokenBatch, keys: Sequence[bytes], counts: npt.NDArray[Any]) -> Bytes:
+    def _rows(self, batch: TokenBatch, keys: Sequence[bytes], counts: npt.NDArray[Any], identity: _Identity) -> Bytes:
         """The rows of the batch, each text's from the first place that has it."""
         cache = self._cache
         slots: dict[bytes, int] = {}
@@ -403,7 +418,7 @@ class CachedEncoder:
             cache._counts.repeats += len(keys) - len(distinct)
         if len(left):
             missing = [distinct[i] for i in left]
-            rows = self._computed(batch, first[left], missing, sizes[left], wait=False)
+            rows = self._computed(batch, first[left], missing, sizes[left], identity)
             found(list(range(len(left))), rows)
         pool = np.concatenate(parts)
         # Where each slot's rows begin in the pool.
@@ -423,15 +438,24 @@ class CachedEncoder:
         return found, rows
 
     def _computed(
-        self, batch: TokenBatch, texts: npt.NDArray[Any], keys: list[bytes], counts: npt.NDArray[Any], *, wait: bool
+        self,
+        batch: TokenBatch,
+        texts: npt.NDArray[Any],
+        keys: list[bytes],
+        counts: npt.NDArray[Any],
+        identity: _Identity,
+        *,
+        wait: bool = False,
     ) -> Bytes:
         """Encode these texts, and put them into memory and behind the disk's writer."""
         cache = self._cache
         started = time.perf_counter()
         rows = self._codec.pack(self._encoder.encode(batch.picked(texts)).values)
         cache._clock.computed(len(rows), time.perf_counter() - started)
+        if self._identity() != identity:
+            return rows  # somebody began to train the encoder meanwhile: these may be of other weights
         self._remember(keys, counts.tolist(), rows)
-        if cache._disk is not None and not cache._clock.aside:
+        if cache._disk is not None and (wait or not cache._clock.aside):
             cache._disk.write(keys, (counts * self._codec.row_bytes).tolist(), rows, wait=wait)
         return rows
 

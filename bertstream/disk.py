@@ -12,6 +12,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -269,10 +270,20 @@ class DiskTier:
                 path=self.path,
             )
 
-    def _reading(self, *, buffers: bool = False) -> Any:
+    @contextmanager
+    def _reading(self, *, buffers: bool = False) -> Iterator[Any]:
+        """A transaction for those who want an error rather than nothing found."""
         if self._env is None:
             raise CacheError(f"the cache {self.path} was closed", path=self.path)
-        return cast(Any, self._env).begin(buffers=buffers)
+        try:
+            with cast(Any, self._env).begin(buffers=buffers) as transaction:
+                yield transaction
+        except (lmdb.Error, OSError) as error:
+            raise CacheError(
+                f"reading the cache {self.path} failed ({type(error).__name__}: {error}): where the folder is damaged, "
+                "delete it",
+                path=self.path,
+            ) from error
 
     def _writing(self) -> Any:
         if self._env is None:

@@ -267,6 +267,18 @@ def test_while_a_parameter_requires_a_gradient_the_cache_is_off(caplog: pytest.L
     assert cache.stats()["memory_hits"] == 2
 
 
+def test_rows_are_not_kept_where_training_began_while_they_were_encoded() -> None:
+    encoder, batch = FakeEncoder(), batch_of([1], [2, 3])
+    cache = EmbeddingCache("1MiB")
+
+    def train(batch: TokenBatch) -> None:
+        encoder.frozen = False
+
+    encoder.fail = train
+    cache.of(encoder).encode(batch)
+    assert cache.stats()["memory_texts"] == 0
+
+
 def test_an_error_of_the_encoder_names_the_texts_of_the_whole_batch(tokenizer: Any) -> None:
     encoder = tiny(tokenizer, max_length=6)
     cache = EmbeddingCache("1MiB")
@@ -438,6 +450,26 @@ def test_a_forked_child_opens_the_folder_anew_and_locks_that_were_held_do_not_ma
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         cached.encode(batch_of([3]))
         assert cache.stats()["disk_hits"] == 1 and equal(cached.encode(batch), plain.encode(batch))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_child_that_cannot_open_the_folder_goes_on_without_it(tmp_path: Path) -> None:
+    encoder, plain, batch = FakeEncoder(), FakeEncoder(), batch_of([1], [2, 2])
+    with EmbeddingCache("1MiB", tmp_path, "16MiB") as cache:
+        cached = cache.of(encoder)
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                logging.disable()
+                cache.disk = os.devnull  # no folder
+                good = all(equal(cached.encode(batch), plain.encode(batch)) for _ in range(2))
+                status = 0 if good and cache.stats()["memory_hits"] == 2 else 2
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_cache_that_is_pickled_has_its_settings_and_nothing_else(tmp_path: Path) -> None:

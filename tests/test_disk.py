@@ -419,6 +419,8 @@ def test_reading_that_fails_is_counted_and_said_once(tmp_path: Path, caplog: pyt
         tier.flush()
         env, tier._env = tier._env, Failing()  # type: ignore[assignment]
         assert held(tier, range(3)) == held(tier, range(3)) == []
+        with pytest.raises(CacheError, match=r"MDB_CORRUPTED.*delete it"):
+            tier.absent([key(1)])
         tier._env = env
         assert tier.failures == 2 and caplog.text.count("MDB_CORRUPTED") == 1
 
