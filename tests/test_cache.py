@@ -581,3 +581,18 @@ def test_a_batch_without_texts_has_no_rows(tokenizer: Any) -> None:
     for texts in ([], [TokenizedText(np.zeros(0, np.int32))]):
         found = cached.encode(TokenBatch.from_texts(texts))
         assert found.values.shape == (0, 16) and len(found) == len(texts)
+
+
+@pytest.mark.cuda
+def test_on_cuda_rows_go_through_the_host_and_come_back_to_the_device(sentences: list[str], tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained("all-MiniLM-L6-v2", dtype="float32", device="cuda", output="words")
+    batches = [sentences[i : i + 8] for i in range(0, 48, 8)]
+    right = [encoder(texts).values for texts in batches]
+    for memory in ("64MiB", 0):
+        with EmbeddingCache(memory, tmp_path / str(memory), "64MiB") as cache:
+            for _ in range(2):
+                for found, values in zip(bertstream.wrap(batches, encoder, cache=cache), right, strict=True):
+                    assert found.values.device == values.device and found.present is not None
+                    assert float((found.values - values).norm() / values.norm()) <= 1e-5
+                cache.flush()
+            assert cache.stats()["misses"] == 48 and cache.stats()["memory_hits" if memory else "disk_hits"] == 48
