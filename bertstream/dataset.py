@@ -32,7 +32,7 @@ _TOKENIZE_CHUNK = 256
 _MOST_LANES = 32
 # About a window of records in a tar, where each takes 2 KiB at least; tokenizing as much text takes two seconds.
 _LANE_BYTES = 4 << 20
-_OPEN_SHARDS = 4
+_OPEN_SHARDS, _OPEN_IN_ALL = 4, 64
 
 Uneven: TypeAlias = Literal["pad", "stop", "leave"]
 
@@ -46,8 +46,9 @@ class StreamConfig(Access):
             difference of lengths within a batch, better mixing, and more memory.
         lanes: how many independent streams share out the shards; None is one for every 4 MiB of data, 32 at most.
             The order of batches depends on it, not on the number of workers. It bounds the number of ranks.
-        open_shards: how many shards, or parts of one, each lane reads at once, a record of each in turn; None is 4 for
-            a shuffled stream, 1 for one in file order. More mixes data that is sorted better, and opens more files.
+        open_shards: how many shards, or parts of one, each lane reads at once, a record of each in turn. More mixes
+            data that is sorted better, and opens more files. None is 64 in all lanes of a shuffled stream, 4 in each at
+            least; 1 for one that is not shuffled.
         max_bad_records: how many broken records and shards an epoch may pass over, over all workers of a rank: a
             number, or a fraction below 1 of the records read, judged once 1,000 were read. 0 raises at the first. Each
             is counted, and named in the log.
@@ -162,11 +163,10 @@ class TextStream(IterableDataset[TokenBatch]):
         self._options = ReadOptions(text=text, pair=pair, fields=fields, access=reading)
         self.text = text
         self._tokenizer = encoder.tokenizer
-        self.open_shards = reading.open_shards or (_OPEN_SHARDS if shuffle else 1)
         self.bad_records = BadRecords(reading.max_bad_records)
         self.uneven, self.rank_timeout_s = reading.uneven, reading.rank_timeout_s
         self.shards = expand_shards(shards, reading)
-        self._pieces, self.num_lanes = self._share_out()
+        self._pieces, self.num_lanes, self.open_shards = self._share_out()
         self.rank, self.world_size = rank_and_world_size()
         if self.world_size > self.num_lanes:
             raise ConfigError(
@@ -320,16 +320,19 @@ class TextStream(IterableDataset[TokenBatch]):
             yield error  # torch would rebuild it without its fields
         queue.end()
 
-    def _share_out(self) -> tuple[list[tuple[Piece, int]], int]:
-        """The shards as pieces with their sizes in bytes, and the number of lanes."""
+    def _share_out(self) -> tuple[list[tuple[Piece, int]], int, int]:
+        """The shards as pieces with their sizes in bytes, the number of lanes, and how many pieces each has open."""
         most = self._reading.lanes or _MOST_LANES
-        if len(self.shards) >= most * self.open_shards:
+        open_shards = self._reading.open_shards or (_OPEN_SHARDS if self._shuffle else 1)
+        if len(self.shards) >= most * open_shards:
             # Enough for each lane. Asking a server for thousands of sizes would take longer than it helps.
-            return [(Piece(path), 1 if "://" in path else self._size(path)) for path in self.shards], most
+            return [(Piece(path), 1 if "://" in path else self._size(path)) for path in self.shards], most, open_shards
         sizes = [self._size(path) for path in self.shards]
         total = sum(sizes)
         lanes = self._reading.lanes or min(most, max(1, total // _LANE_BYTES))
-        wanted = lanes * self.open_shards
+        if self._shuffle and self._reading.open_shards is None:
+            open_shards = max(open_shards, _OPEN_IN_ALL // lanes)
+        wanted = lanes * open_shards
         pieces: list[tuple[Piece, int]] = []
         for path, size in zip(self.shards, sizes, strict=True):
             parts = max(1, round(wanted * size / total)) if len(self.shards) < wanted and size else 1
@@ -337,7 +340,7 @@ class TextStream(IterableDataset[TokenBatch]):
             if len(split) < parts:
                 logger.info("%s is read in %d pieces where %d are its share: not cut further", path, len(split), parts)
             pieces += [(piece, size // len(split)) for piece in split]
-        return pieces, lanes
+        return pieces, lanes, open_shards
 
     def _size(self, path: str) -> int:
         return shard_size(path, self._reading)

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-BUFFER_BYTES = 1 << 18
+BUFFER_BYTES = 1 << 16
 """A stream holds many shards open at once, one a lane; larger buffers were no faster."""
 
 # What fsspec reads ahead at once. Its own choice goes up to 50 MiB, for each of up to 32 open shards.

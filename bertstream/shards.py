@@ -659,6 +659,8 @@ def _take(values: dict[str, Any], options: ReadOptions) -> tuple[Text, dict[str,
 
 
 def _checked_text(text: Any, name: str) -> str | list[str]:
+    if type(text) is str and text.isascii():  # nearly all are: the rest costs a microsecond
+        return text
     words = [text] if isinstance(text, str) else text
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise _RecordError(f"a text is a string or a list of strings, not {_shown(text)}", name)

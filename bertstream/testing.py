@@ -111,7 +111,8 @@ def assert_resumes_exactly(
 
     For each cut: a new loader hands out that many batches, its state goes through JSON into another new loader, and
     what that one hands out must be the rest of the undisturbed epoch, batch by batch and value by value; then the whole
-    next epoch. The state must also be the same right after it was loaded.
+    next epoch. The state must also be the same right after it was loaded, and a loader that goes on must be good for a
+    second resume, one batch later.
 
     Args:
         make_loader: makes the loader anew, as a restarted program would.
@@ -133,8 +134,17 @@ def assert_resumes_exactly(
         with closing((resume_with or make_loader)()) as loader:
             loader.load_state_dict(state)
             assert json.loads(json.dumps(loader.state_dict())) == state, f"cut {cut}: a state changes when it is loaded"
+            second = None
+            if whole[cut:]:
+                again = iter(loader)
+                _assert_same(_plain(next(again)), whole[cut], f"batch 0 after {cut} batches")
+                second = json.loads(json.dumps(loader.state_dict()))
+            loader.load_state_dict(state)
             _assert_rest(loader, whole[cut:], f"after {cut} batches")
             _assert_rest(loader, following, f"in the epoch behind a resume after {cut} batches")
+            if second is not None:
+                loader.load_state_dict(second)
+                _assert_rest(loader, whole[cut + 1 :], f"of a second resume after {cut + 1} batches")
 
 
 def _assert_rest(loader: EmbeddingLoader, right: list[Any], where: str) -> None:

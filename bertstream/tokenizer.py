@@ -277,6 +277,8 @@ def _kept(sequence_ids: Int32Array, max_length: int) -> BoolArray:
 
 def _parts(text: Any, place: int) -> list[Any]:
     """A text as its one or two parts, strings or lists of strings."""
+    if type(text) is str and text.isascii():  # nearly all are: the rest costs microseconds
+        return [text]
     parts = list(text) if isinstance(text, tuple) else [text]
     lists = [isinstance(part, list) for part in parts]
     strings = [string for part in parts for string in (part if isinstance(part, list) else [part])]

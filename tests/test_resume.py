@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from soak import train_and_kill
 
 import bertstream
 from bertstream import EmbeddingLoader, ShardError, StateError, StreamConfig, TextStream
@@ -214,98 +216,25 @@ def test_a_state_of_another_stream_is_refused_with_the_difference(
         assert caught.value.key == "version"
 
 
-# A training program that saves a checkpoint after every third batch, atomically, and goes on from it when it is started
-# again; it logs the batches that it trained on, and which checkpoint it started from.
-TRAINING = """
-import json, os, sys
-import bertstream
-from bertstream.testing import FakeEncoder
-
-folder, workers, shards = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-reading = bertstream.StreamConfig(lanes=5, window=30)
-loader = bertstream.stream(shards, FakeEncoder(), batch_size=4, shuffle=True, num_workers=workers, reading=reading)
-step, path = 0, os.path.join(folder, "checkpoint.json")
-if os.path.exists(path):
-    saved = json.load(open(path))
-    step = saved["step"]
-    loader.load_state_dict(saved["loader"])
-with open(os.path.join(folder, "log"), "a", buffering=1) as log:
-    print(json.dumps({"from": step, "pid": os.getpid()}), file=log)
-    for batch in loader:
-        print(json.dumps({"step": step, "ids": batch["id"].tolist()}), file=log)
-        step += 1
-        if step % 3 == 0:
-            with open(path + ".new", "w") as file:
-                json.dump({"step": step, "loader": loader.state_dict()}, file)
-            os.replace(path + ".new", path)
-    print(json.dumps({"done": step}), file=log)
-"""
-
-
-def train_and_kill(folder: Path, shards: list[str], kills: int, workers: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Run the training program, kill it at random moments, then let it finish; what it logged."""
-    rng = random.Random(seed)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", TRAINING, str(folder), str(workers), *shards]
-    log = folder / "log"
-    for number in range(kills + 1):
-        process = subprocess.Popen(command, env=env, start_new_session=True)
-        if number < kills:
-            before = log.stat().st_size if log.exists() else 0
-            while process.poll() is None and (not log.exists() or log.stat().st_size <= before):
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.03))
-            process.kill()
-        process.wait(timeout=100)
-    return [json.loads(line) for line in log.read_text().splitlines()]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_training_that_is_killed_goes_on_where_its_checkpoint_was(
     shards: list[str], tmp_path: Path, workers: int
 ) -> None:
-    reading = StreamConfig(lanes=5, window=30)
-    undisturbed = [
-        batch["id"].tolist()
-        for batch in bertstream.stream(shards, FakeEncoder(), batch_size=4, shuffle=True, reading=reading)
-    ]
-    shared = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
-    log = train_and_kill(tmp_path, shards, kills=3, workers=workers)
-    runs: list[list[dict[str, Any]]] = []
-    for line in log:
-        if "from" in line:
-            runs.append([])
-        else:
-            runs[-1].append(line)
-    starts = [line["from"] for line in log if "from" in line]
-    assert log[-1] == {"done": len(undisturbed)} and len(starts) == 4
-    trained: list[Any] = []
-    for first, batches in zip(starts, runs, strict=True):
-        assert first <= len(trained)  # what came behind the checkpoint is trained on again
-        trained = trained[:first] + [line["ids"] for line in batches if "ids" in line]
-    assert trained == undisturbed
-    deadline = time.monotonic() + 15
-    while (left := descendants(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left
-    assert not shared or {name for name in set(os.listdir("/dev/shm")) - shared if "torch" in name} == set()
-
-
-def descendants(folder: Path) -> list[int]:
-    """Processes of the training program that are still there: workers carry its command line."""
-    found = []
-    for entry in Path("/proc").iterdir() if Path("/proc").exists() else ():
-        try:
-            if entry.name.isdigit() and str(folder).encode() in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            pass
-    return found
+    found = train_and_kill(tmp_path, shards, kills=3, workers=workers)
+    assert found["exact"] and len(found["went_on_from"]) == 3
+    assert not found["processes_left"] and not found["shared_memory_left"]
 
 
 # --- broken data ------------------------------------------------------------------------------------------------------
 
-FAULTS = ("a bad line", "a field that is missing", "bytes that are no UTF-8", "a truncated gz", "a vanished file")
+FAULTS = (
+    "a bad line",
+    "a field that is missing",
+    "bytes that are no UTF-8",
+    "a truncated gz",
+    "a broken tar header",
+    "a vanished file",
+)
 
 
 def broken_shards(folder: Path, fault: str, place: str) -> tuple[list[str], set[int], int, int]:
@@ -320,6 +249,19 @@ def broken_shards(folder: Path, fault: str, place: str) -> tuple[list[str], set[
         path.unlink()
         path = path.with_name(path.name + ".gz")
         path.write_bytes(packed[: len(packed) // 2])
+        paths[number] = str(path)
+        return paths, good - set(range(30 * number, 30 * number + 30)), 0, 1
+    if fault == "a broken tar header":
+        path.unlink()
+        path = path.with_suffix(".tar")
+        with tarfile.open(path, "w") as tar:
+            for i, line in enumerate(lines):
+                header = tarfile.TarInfo(f"{i}.json")
+                header.size = len(line)
+                tar.addfile(header, io.BytesIO(line))
+        data = bytearray(path.read_bytes())
+        data[1024 * 20 : 1024 * 20 + 100] = b"x" * 100  # a header and a short member take a block of 512 bytes each
+        path.write_bytes(data)
         paths[number] = str(path)
         return paths, good - set(range(30 * number, 30 * number + 30)), 0, 1
     if fault == "a vanished file":

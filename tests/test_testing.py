@@ -91,7 +91,7 @@ def test_a_loader_that_loses_a_batch_is_found_out(shards: list[str]) -> None:
         loader.__class__ = Forgetful
         return loader
 
-    with pytest.raises(AssertionError, match="batch 0 after"):
+    with pytest.raises(AssertionError, match="batch 0 of a second resume"):
         assert_resumes_exactly(make)
 
 

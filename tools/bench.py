@@ -3,6 +3,8 @@
     python tools/bench.py encode --data ../shared/data      the stream against the loop that people write
     python tools/bench.py outputs --data ../shared/data     what fewer layers and word vectors cost
     python tools/bench.py cache --data ../shared/data       epochs from the cache, and a tagger's over tensors in memory
+    python tools/bench.py stream --data ../shared/data      reading, tokenizing and bucketing, against the tokenizer
+    python tools/bench.py mix --data ../shared/data         how well a shuffled stream mixes data sorted by class
 
 The contenders take turns, so that a machine whose speed drifts slows them alike; figures are medians over the rounds,
 and ratios are taken within a round.
@@ -15,6 +17,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 import statistics
 import sys
@@ -25,12 +28,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer
 
 import bertstream
+from bertstream.testing import FakeEncoder
 
 
 def read_texts(data: Path, count: int) -> list[str]:
@@ -141,6 +147,77 @@ def outputs(arguments: argparse.Namespace) -> dict[str, object]:
         "words_over_tokens": round(statistics.median(t / p for p, t in pairs["words_last"]), 3),
         "rounds": arguments.rounds,
     }
+
+
+def stream(arguments: argparse.Namespace) -> dict[str, object]:
+    """Token batches out of worker processes with an idle consumer, against the bare tokenizer on one thread."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    texts = read_texts(arguments.data, arguments.texts) * (300_000 // arguments.texts)
+    encoder = bertstream.Encoder.from_pretrained(arguments.model, dtype="float32", device="cpu", overflow="truncate")
+    tokenizer = AutoTokenizer.from_pretrained(encoder.model.config._name_or_path).backend_tokenizer
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    with tempfile.TemporaryDirectory() as folder:
+        shard = Path(folder) / "corpus.jsonl"
+        shard.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        dataset = bertstream.TextStream(shard, encoder, batch_size=64, shuffle=True)
+        tokens = sum(batch.num_tokens for batch in dataset)
+
+        def bare() -> None:
+            for first in range(0, len(texts), 256):
+                tokenizer.encode_batch(texts[first : first + 256])
+
+        # Workers that are kept: what a process costs to start is not what an epoch costs.
+        loaders = {
+            workers: DataLoader(
+                dataset, batch_size=None, num_workers=workers, persistent_workers=True, multiprocessing_context="fork"
+            )
+            for workers in (1, 2)
+        }
+
+        def epoch(workers: int) -> None:
+            for _ in loaders[workers]:
+                pass
+
+        contenders = {"bare_tokenizer": bare, "one_worker": partial(epoch, 1), "two_workers": partial(epoch, 2)}
+        for contender in contenders.values():
+            contender()
+        seconds = take_turns(contenders, arguments)
+        loaders.clear()
+    rates = {name: [tokens / second for second in times] for name, times in seconds.items()}
+    ratio = [one / bare for one, bare in zip(rates["one_worker"], rates["bare_tokenizer"], strict=True)]
+    scaling = [two / one for two, one in zip(rates["two_workers"], rates["one_worker"], strict=True)]
+    return {
+        "texts": len(texts),
+        "tokens": tokens,
+        "lanes": dataset.num_lanes,
+        "tokens_per_s": {name: round(statistics.median(times)) for name, times in rates.items()},
+        "one_worker_times_bare_tokenizer": round(statistics.median(ratio), 2),
+        "two_workers_times_one": round(statistics.median(scaling), 2),
+        "rounds": arguments.rounds,
+    }
+
+
+def mix(arguments: argparse.Namespace) -> dict[str, object]:
+    """Different classes in a batch of 32, of banking77's 77, which its file holds sorted."""
+    with (arguments.data / "banking77" / "train.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = sorted({row["category"] for row in rows})
+    labels = np.array([names.index(row["category"]) for row in rows])
+    mixed = np.random.default_rng(0).permutation(labels)
+    classes = {"file_order": classes_in_batches(labels), "all_mixed": classes_in_batches(mixed)}
+    shard = arguments.data / "banking77" / "train.csv"
+    for open_shards in (1, 4, 16, 64):
+        reading = bertstream.StreamConfig(open_shards=open_shards)
+        dataset = bertstream.TextStream(shard, FakeEncoder(), batch_size=32, shuffle=True, reading=reading)
+        counts = [len(set(batch.fields["category"])) for batch in dataset if len(batch) == 32]
+        classes[f"stream_open_shards_{open_shards}"] = statistics.mean(counts)
+    return {"records": len(rows), "classes_in_a_batch": {name: round(count, 1) for name, count in classes.items()}}
+
+
+def classes_in_batches(labels: npt.NDArray[np.int64]) -> float:
+    """The mean number of different labels in batches of 32, in this order."""
+    return statistics.mean(len(set(labels[i : i + 32].tolist())) for i in range(0, len(labels) - 31, 32))
 
 
 def cache(arguments: argparse.Namespace) -> dict[str, object]:
@@ -295,7 +372,7 @@ def main() -> int:
     """Run one benchmark and print its JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True)
-    for benchmark in (encode, outputs, cache):
+    for benchmark in (encode, outputs, stream, mix, cache):
         command = commands.add_parser(benchmark.__name__, help=benchmark.__doc__)
         command.set_defaults(run=benchmark)
         command.add_argument("--data", type=Path, required=True, help="folder with banking77/ and ud_english_ewt/")

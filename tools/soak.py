@@ -1,0 +1,253 @@
+"""Long runs that show what holds, too long for the tests; each prints one JSON line, and exits with 1 if it did not.
+
+python tools/soak.py kill        a training program is killed at random moments and goes on from its checkpoints
+python tools/soak.py memory      memory after a quarter and after all of two million records
+python tools/soak.py restore     the first batch of a fresh epoch, and of one that goes on in the middle
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import bertstream
+from bertstream.testing import FakeEncoder, write_shards
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A training program that saves a checkpoint after every third batch, atomically, and goes on from it when it is started
+# again; it logs the batches that it trained on, and which checkpoint it started from.
+TRAINING = """
+import json, os, sys, time
+import bertstream
+from bertstream.testing import FakeEncoder
+
+folder, workers, shards = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+reading = bertstream.StreamConfig(lanes=5, window=30)
+loader = bertstream.stream(shards, FakeEncoder(), batch_size=4, shuffle=True, num_workers=workers, reading=reading)
+step, path = 0, os.path.join(folder, "checkpoint.json")
+if os.path.exists(path):
+    saved = json.load(open(path))
+    step = saved["step"]
+    loader.load_state_dict(saved["loader"])
+with open(os.path.join(folder, "log"), "a", buffering=1) as log:
+    print(json.dumps({"from": step}), file=log)
+    for batch in loader:
+        print(json.dumps({"step": step, "ids": batch["id"].tolist()}), file=log)
+        time.sleep(0.002)
+        step += 1
+        if step % 3 == 0:
+            with open(path + ".new", "w") as file:
+                json.dump({"step": step, "loader": loader.state_dict()}, file)
+            os.replace(path + ".new", path)
+    print(json.dumps({"done": step}), file=log)
+"""
+
+
+def train_and_kill(folder: Path, shards: list[str], *, kills: int, workers: int, seed: int = 0) -> dict[str, Any]:
+    """Kill the training program at random moments, let it finish, and compare what it trained on.
+
+    Returns:
+        How many batches an epoch has, from which checkpoints it went on, whether what counted (batches up to each
+        checkpoint that was used, then those after the last start) is the undisturbed epoch in its order, and what was
+        left behind 15 seconds later: processes, and files of shared memory.
+    """
+    reading = bertstream.StreamConfig(lanes=5, window=30)
+    with closing(bertstream.stream(shards, FakeEncoder(), batch_size=4, shuffle=True, reading=reading)) as loader:
+        undisturbed = [batch["id"].tolist() for batch in loader]
+    rng = random.Random(seed)
+    log = folder / "log"
+    shared = shared_memory()
+    for number in range(kills + 1):
+        command = [sys.executable, "-c", TRAINING, str(folder), str(workers), *shards]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        if number < kills:
+            trained = log_lines(log, "ids")
+            while process.poll() is None and log_lines(log, "ids") == trained:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.08))
+            process.kill()
+        process.wait(timeout=100)
+    trained: list[Any] = []
+    starts: list[int] = []
+    for line in map(json.loads, log.read_text().splitlines()):
+        if "from" in line:
+            starts.append(line["from"])
+            del trained[line["from"] :]  # what came behind the checkpoint is trained on again
+        elif "ids" in line:
+            trained.append(line["ids"])
+    deadline = time.monotonic() + 15
+    while (left := processes_of(folder)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return {
+        "kills": kills,
+        "workers": workers,
+        "batches": len(undisturbed),
+        "went_on_from": starts[1:],
+        "exact": trained == undisturbed and len(starts) == kills + 1,
+        "processes_left": len(left),
+        "shared_memory_left": len({name for name in shared_memory() - shared if "torch" in name}),
+    }
+
+
+def log_lines(log: Path, kind: str) -> int:
+    """How many lines of a kind the training program has logged."""
+    return log.read_text().count(f'"{kind}"') if log.exists() else 0
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Processes that have the folder in their command line, as the training program and its workers have."""
+    found = []
+    for entry in Path("/proc").iterdir() if Path("/proc").exists() else ():
+        try:
+            if entry.name.isdigit() and str(folder).encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            pass
+    return found
+
+
+def shared_memory() -> set[str]:
+    """Names of shared memory files."""
+    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+
+
+def kill(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """Twenty kills, without and with workers."""
+    texts = [f"{'word ' * (i * 7 % 13)}{i}" for i in range(2000)]
+    found = []
+    for workers in (0, 2):
+        place = folder / str(workers)
+        shards = write_shards(place / "shards", texts, shards=7)
+        found.append(train_and_kill(place, shards, kills=arguments.kills, workers=workers, seed=workers))
+    clean = all(run["exact"] and not run["processes_left"] + run["shared_memory_left"] for run in found)
+    return {"runs": found}, clean
+
+
+def write_corpus(path: Path, records: int) -> str:
+    """A jsonl of records of 3 to 12 words, none of which comes twice."""
+    rng = np.random.default_rng(0)
+    with path.open("w", encoding="utf-8") as file:
+        for first in range(0, records, 10_000):
+            counts = rng.integers(3, 13, 10_000)
+            words = iter(rng.integers(0, 1 << 60, counts.sum()).tolist())
+            for i, count in enumerate(counts.tolist()):
+                text = " ".join(f"{next(words):x}" for _ in range(count))
+                file.write(f'{{"text": "{text}", "id": {first + i}}}\n')
+    return str(path)
+
+
+def own_memory(pid: int) -> int:
+    """Bytes that a process shares with no other (its unique set size)."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def memory(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """Two million records through two workers: what each process owns, after a quarter and after all."""
+    shard = write_corpus(folder / "corpus.jsonl", arguments.records)
+    seen, quarter = 0, None
+    with closing(bertstream.stream(shard, FakeEncoder(), batch_size=64, shuffle=True, num_workers=2)) as loader:
+        started = time.perf_counter()
+        for batch in loader:
+            seen += len(batch["text"])
+            if quarter is None and seen >= arguments.records // 4:
+                quarter = family_memory()
+            if seen >= arguments.records * 0.99:
+                whole = family_memory()  # the workers are gone when the epoch is
+                break
+    assert quarter is not None
+    growth = [round(after / before, 3) for before, after in zip(quarter, whole, strict=True)]
+    found = {
+        "records": arguments.records,
+        "records_per_s": round(seen / (time.perf_counter() - started)),
+        "own_mib_after_a_quarter": [round(size / 2**20) for size in quarter],
+        "own_mib_at_the_end": [round(size / 2**20) for size in whole],
+        "growth": growth,
+    }
+    return found, max(growth) <= 1.05
+
+
+def family_memory() -> list[int]:
+    """What this process and each of its children own."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return [own_memory(pid) for pid in (os.getpid(), *sorted(map(int, children)))]
+
+
+def bytes_read() -> int:
+    """Bytes this process has read so far, from the page cache too."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["rchar"])
+
+
+def restore(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """The first batch of a fresh epoch, and of one that goes on in the middle of a million records."""
+    shard = write_corpus(folder / "corpus.jsonl", arguments.records)
+    size = os.path.getsize(shard)
+
+    def make() -> bertstream.EmbeddingLoader:
+        return bertstream.stream(shard, FakeEncoder(), batch_size=64, shuffle=True)
+
+    def first_batch(state: dict[str, Any] | None) -> tuple[float, int]:
+        with closing(make()) as loader:
+            if state is not None:
+                loader.load_state_dict(state)
+            started, read, batches = time.perf_counter(), bytes_read(), iter(loader)
+            next(batches)
+            seconds = time.perf_counter() - started
+            for _ in range(2 * lanes):  # by then each lane has read its window
+                next(batches)
+            return seconds, bytes_read() - read
+
+    with closing(make()) as loader:
+        lanes = loader.dataset.num_lanes
+        batches = iter(loader)
+        for _ in range(arguments.records // 64 // 2):
+            next(batches)
+        state = json.loads(json.dumps(loader.state_dict()))
+    fresh, again = zip(*((first_batch(None), first_batch(state)) for _ in range(3)), strict=True)
+    fresh_s, again_s = (statistics.median(seconds for seconds, _ in runs) for runs in (fresh, again))
+    window_bytes = 2048 * size / arguments.records
+    found = {
+        "records": arguments.records,
+        "lanes": lanes,
+        "state_bytes": len(json.dumps(state)),
+        "fresh_s": round(fresh_s, 3),
+        "restored_s": round(again_s, 3),
+        "restored_bytes": again[0][1],
+        "a_window_a_lane_bytes": round(lanes * window_bytes),
+        "corpus_bytes": size,
+    }
+    # Each of a lane's four open pieces is read through a buffer of its own, of 64 KiB.
+    return found, again_s <= 3 * fresh_s + 1 and again[0][1] <= lanes * (window_bytes + 4 * 2**16)
+
+
+def main() -> int:
+    """Run one and print its JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="soak", required=True)
+    commands.add_parser("kill", help=kill.__doc__).add_argument("--kills", type=int, default=20)
+    commands.add_parser("memory", help=memory.__doc__).add_argument("--records", type=int, default=2_000_000)
+    commands.add_parser("restore", help=restore.__doc__).add_argument("--records", type=int, default=1_000_000)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found, held = {"kill": kill, "memory": memory, "restore": restore}[arguments.soak](Path(folder), arguments)
+    print(json.dumps({"soak": arguments.soak, "held": held} | found))
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
