@@ -1,5 +1,6 @@
 """Contextual BERT embeddings, streamed into PyTorch training loops."""
 
+from .cache import EmbeddingCache
 from .collate import TokenCollate
 from .dataset import StreamConfig, TextStream
 from .encoder import Encoder
@@ -14,6 +15,7 @@ from .errors import (
 )
 from .loader import EmbeddingLoader, stream, wrap
 from .pooling import ScalarMix
+from .precompute import warm
 from .types import Embeddings, TokenBatch
 
 __version__ = "0.1.0"
@@ -22,6 +24,7 @@ __all__ = [
     "BertstreamError",
     "CacheError",
     "ConfigError",
+    "EmbeddingCache",
     "EmbeddingLoader",
     "Embeddings",
     "Encoder",
@@ -35,5 +38,6 @@ __all__ = [
     "TokenBatch",
     "TokenCollate",
     "stream",
+    "warm",
     "wrap",
 ]

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from .attention import PACKED, Packing, plain_mode, probe_batching, register
 from .cuda import to_device
 from .errors import ConfigError, EncoderError, check_choice
+from .fingerprint import hash_weights, weights_state
 from .layers import kept_inputs, resolve_layers, stop_behind, unroll
 from .loading import DType, convert, fastest_dtype, load_pretrained, resolve_device, torch_dtype
 from .pooling import Combine, SentencePooling, WordPooling, combine_layers, pool_runs
 from .tokenizer import Overflow, Split, TextTokenizer
-from .types import BoolArray, Embeddings, Int32Array, Output, Text, TokenBatch, cumulate
+from .types import BoolArray, Embeddings, Int32Array, Output, Text, TokenBatch, cumulate, rows_of, steps
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ class Encoder(nn.Module):
             segments="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
         )
         self._checked_finite = self.dtype != torch.float16
+        self._fingerprint: tuple[Any, bytes] | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -231,42 +233,92 @@ class Encoder(nn.Module):
         with self._lock, plain_mode(self.device):
             layers = self._token_vectors(batch)
             if self.output == "words":
-                found = self._words(layers, batch)
+                values = self._words(layers, batch)
             elif self.output == "sentence":
-                found = self._sentences(layers, batch)
+                values = self._sentences(layers, batch)
             else:
-                found = self._tokens(layers, batch)
-            found.values = found.values.to(self.output_dtype)
+                values = self._tokens(layers, batch)
+            found = self.assemble(values.to(self.output_dtype), batch)
             if not self._checked_finite:
                 self._check_finite(found)
             return found
 
-    def _tokens(self, layers: list[Tensor], batch: TokenBatch) -> Embeddings:
-        values = combine_layers(layers, self.combine)
+    def fingerprint(self) -> bytes | None:
+        """What stands for everything that changes the vectors of given tokens: weights, config and settings.
+
+        The weights are read once, and again when they may be others: after any of them required a gradient, was
+        written to in place, moved or converted.
+
+        Returns:
+            16 bytes, the same in every process; None while a parameter requires a gradient, because optimizers change
+            weights without a trace.
+        """
+        state = weights_state(self.model)
+        if state is None:
+            self._fingerprint = None
+            return None
+        known = self._fingerprint
+        if known is None or known[0] != state:
+            config: Any = self.model.config
+            settings = (self.output, self.layers, self.combine, self.pooling, self.special_tokens, self.normalize)
+            known = state, hash_weights(self.model, repr((settings, self.output_dtype)), config.to_dict())
+            self._fingerprint = known
+        return known[1]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one row of what comes out: (H,), or (K, H) where K layers are stacked."""
+        return (len(self.layers), self.embedding_dim) if self.combine == "stack" else (self.embedding_dim,)
+
+    def row_counts(self, batch: TokenBatch) -> Int32Array:
+        """[B] int32, how many rows each text has in what `encode` gives."""
+        if self.output == "sentence":
+            return np.ones(len(batch), np.int32)
+        if self.output == "words":
+            return batch.num_words
         kept = _kept_tokens(batch, self.special_tokens)
-        lengths, word_ids = batch.lengths, batch.word_ids
-        if kept is not None:
-            values, lengths = self._picked(values, kept), _count_by_text(kept, batch)
-            word_ids = None if word_ids is None else word_ids[kept]
-        return self._embeddings(values, lengths, batch, word_ids=word_ids)
+        return batch.lengths if kept is None else _count_by_text(kept, batch)
 
-    def _words(self, layers: list[Tensor], batch: TokenBatch) -> Embeddings:
+    def assemble(self, values: Tensor, batch: TokenBatch) -> Embeddings:
+        """A batch's rows with all that belongs to them; the rows may come from a cache.
+
+        Args:
+            values: [N, ...] one row of `row_shape` for each that `row_counts` counts, in the order of the batch; on
+                `device`, in `output_dtype`. They are taken over, not copied.
+            batch: the texts.
+        """
+        lengths = self.row_counts(batch)
+        word_ids, present = None, None
+        if self.output == "words":
+            word_ids = steps(lengths).astype(np.int32)
+            if batch.words_cut is not None:
+                word_ids[batch.words_cut] = -1
+            present = self._to_device(_tokens_of_words(batch)[1] > 0)
+        elif self.output == "tokens" and batch.word_ids is not None:
+            kept = _kept_tokens(batch, self.special_tokens)
+            word_ids = batch.word_ids if kept is None else batch.word_ids[kept]
+        return Embeddings(
+            values=values,
+            cu_seqlens=self._to_device(cumulate(lengths)),
+            lengths=torch.from_numpy(lengths.astype(np.int64)),
+            tokens=batch,
+            output=self.output,
+            word_ids=word_ids,
+            present=present,
+        )
+
+    def _tokens(self, layers: list[Tensor], batch: TokenBatch) -> Tensor:
+        kept = _kept_tokens(batch, self.special_tokens)
+        values = combine_layers(layers, self.combine)
+        return values if kept is None else self._picked(values, kept)
+
+    def _words(self, layers: list[Tensor], batch: TokenBatch) -> Tensor:
         """Each word's tokens are neighbours, so words are runs of rows, and index arithmetic on the host finds them."""
-        word_ids = _word_ids(batch)
-        kept = word_ids >= 0 if batch.owned is None else (word_ids >= 0) & batch.owned
-        starts = cumulate(batch.num_words)
-        texts = np.repeat(np.arange(len(batch)), batch.lengths)
-        words = (word_ids + starts[:-1][texts])[kept]
-        counts = np.bincount(words, minlength=starts[-1])
+        kept, counts = _tokens_of_words(batch)
         values = self._picked(combine_layers(layers, self.combine), kept)
-        pooled = pool_runs(values, self._to_device(cumulate(counts)), cast(WordPooling, self.pooling[0]))
-        present = self._to_device(counts > 0)
-        word_of_row = _steps(batch.num_words).astype(np.int32)
-        if batch.words_cut is not None:
-            word_of_row[batch.words_cut] = -1
-        return self._embeddings(pooled, batch.num_words, batch, word_ids=word_of_row, present=present)
+        return pool_runs(values, self._to_device(cumulate(counts)), cast(WordPooling, self.pooling[0]))
 
-    def _sentences(self, layers: list[Tensor], batch: TokenBatch) -> Embeddings:
+    def _sentences(self, layers: list[Tensor], batch: TokenBatch) -> Tensor:
         values = combine_layers(layers, self.combine)
         kept = _kept_tokens(batch, self.special_tokens)
         rows = values if kept is None else self._picked(values, kept)
@@ -279,25 +331,13 @@ class Encoder(nn.Module):
             else:
                 parts.append(pool_runs(rows, self._to_device(offsets), cast(SentencePooling, how)))
         vectors = parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts], -1)
-        if self.normalize:
-            vectors = F.normalize(vectors.float(), dim=-1)
-        return self._embeddings(vectors, np.ones(len(batch), np.int32), batch)
+        return F.normalize(vectors.float(), dim=-1) if self.normalize else vectors
 
     def _pooler(self, first: Tensor) -> Tensor:
         model: Any = self.model
         if hasattr(model, "pooler_activation"):  # albert keeps the two apart
             return cast(Tensor, model.pooler_activation(model.pooler(first)))
         return cast(Tensor, model.pooler(first[:, None]))
-
-    def _embeddings(self, values: Tensor, lengths: Int32Array, batch: TokenBatch, **more: Any) -> Embeddings:
-        return Embeddings(
-            values=values,
-            cu_seqlens=self._to_device(cumulate(lengths)),
-            lengths=torch.from_numpy(lengths.astype(np.int64)),
-            tokens=batch,
-            output=self.output,
-            **more,
-        )
 
     def _picked(self, values: Tensor, kept: BoolArray) -> Tensor:
         return values if kept.all() else values.index_select(0, self._to_device(np.flatnonzero(kept)))
@@ -313,7 +353,7 @@ class Encoder(nn.Module):
         parts: list[list[Tensor]] = []
         rows = []
         for texts in self._forwards(order, lengths):
-            rows.append(_rows_of(texts, cu_seqlens))
+            rows.append(rows_of(texts, cu_seqlens))
             parts.append(forward(batch, rows[-1], lengths[texts]))
         if not parts:
             size = cast(Any, self.model.config).hidden_size
@@ -338,7 +378,7 @@ class Encoder(nn.Module):
             yield order[start:]
 
     def _packed_forward(self, batch: TokenBatch, rows: Any, lengths: Int32Array) -> list[Tensor]:
-        positions = _steps(lengths) + self.batching.first_position
+        positions = steps(lengths) + self.batching.first_position
         inputs = {"input_ids": batch.input_ids[rows], "position_ids": positions}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids[rows]
@@ -348,7 +388,7 @@ class Encoder(nn.Module):
 
     def _padded_forward(self, batch: TokenBatch, rows: Any, lengths: Int32Array) -> list[Tensor]:
         longest = int(lengths.max())
-        places = np.repeat(np.arange(len(lengths)) * longest, lengths) + _steps(lengths)
+        places = np.repeat(np.arange(len(lengths)) * longest, lengths) + steps(lengths)
 
         def pad(flat: Any, fill: int) -> Tensor:
             out = np.full(len(lengths) * longest, fill, np.int64)
@@ -433,7 +473,7 @@ class Encoder(nn.Module):
         self._checked_finite = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_fingerprint": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         register()  # the process that unpickles it may not have made one itself
@@ -481,16 +521,15 @@ def _word_ids(batch: TokenBatch) -> Int32Array:
     return np.full(batch.num_tokens, -1, np.int32) if batch.word_ids is None else batch.word_ids
 
 
+def _tokens_of_words(batch: TokenBatch) -> tuple[BoolArray, Any]:
+    """[N] the tokens that words are made of, and [sum of num_words] how many each word has."""
+    word_ids = _word_ids(batch)
+    kept = word_ids >= 0 if batch.owned is None else (word_ids >= 0) & batch.owned
+    starts = cumulate(batch.num_words)
+    texts = np.repeat(np.arange(len(batch)), batch.lengths)
+    words = (word_ids + starts[:-1][texts])[kept]
+    return kept, np.bincount(words, minlength=starts[-1])
+
+
 def _count_by_text(kept: BoolArray, batch: TokenBatch) -> Int32Array:
     return np.diff(cumulate(kept)[batch.cu_seqlens])
-
-
-def _steps(lengths: Int32Array) -> Any:
-    """0, 1, 2, ... within each text, the texts one after the other."""
-    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-
-
-def _rows_of(texts: Any, cu_seqlens: Int32Array) -> Any:
-    """Where the tokens of these texts lie in the batch, text by text."""
-    lengths = np.diff(cu_seqlens)[texts]
-    return _steps(lengths) + np.repeat(cu_seqlens[:-1][texts], lengths)

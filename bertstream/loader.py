@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
 
+from .cache import EmbeddingCache
 from .collate import Place, as_places, as_tensors, get_place, put_places
 from .cuda import SideStream
 from .dataset import Shards, Skip, StreamConfig, TextStream
@@ -38,6 +39,7 @@ def wrap(
     into: Place | Sequence[Place] | None = None,
     layout: Layout | None = None,
     prefetch: int = 2,
+    cache: EmbeddingCache | None = None,
     allow_replicated: bool = False,
 ) -> EmbeddingLoader:
     """Put embeddings into the batches of a loader that you already have.
@@ -59,6 +61,7 @@ def wrap(
             batch at least. 0 encodes in `next()` itself, without a thread. A DataLoader without workers is read in the
             thread, all but an epoch's first batch: where its dataset is bound to your thread (a sqlite connection) or
             draws from torch's global generator, give it `num_workers=1`, or take 0 here.
+        cache: where vectors are kept, so that none is computed twice; what several loaders share.
         allow_replicated: accept that every rank reads all of the data (not checked where the dataset is an
             IterableDataset, which shares out its data itself).
     Raises:
@@ -73,7 +76,7 @@ def wrap(
         raise ConfigError(f"into={into!r} for text={text!r}: name one place for each text")
     if not allow_replicated:
         _refuse_replicated(loader)
-    return EmbeddingLoader(loader, encoder, text=places, into=targets, layout=layout, prefetch=prefetch)
+    return EmbeddingLoader(loader, encoder, text=places, into=targets, layout=layout, prefetch=prefetch, cache=cache)
 
 
 def stream(
@@ -91,6 +94,7 @@ def stream(
     into: str | None = None,
     layout: Layout | None = None,
     prefetch: int = 2,
+    cache: EmbeddingCache | None = None,
     reading: StreamConfig | None = None,
 ) -> EmbeddingLoader:
     """Read text shards, bucket them by length, and hand out batches with embeddings.
@@ -119,6 +123,7 @@ def stream(
         into: the key for the vectors; the text then stays under its own.
         layout: as for `wrap`.
         prefetch: as for `wrap`.
+        cache: as for `wrap`.
         reading: window, lanes and what else reading may need.
     Raises:
         ConfigError: an argument is out of range, or there are more ranks than lanes.
@@ -142,7 +147,7 @@ def stream(
     )
     loader = DataLoader(dataset, batch_size=None, num_workers=num_workers)
     targets = None if into is None else (into,)
-    return EmbeddingLoader(loader, encoder, text=(text,), into=targets, layout=layout, prefetch=prefetch)
+    return EmbeddingLoader(loader, encoder, text=(text,), into=targets, layout=layout, prefetch=prefetch, cache=cache)
 
 
 @dataclass
@@ -240,6 +245,7 @@ class EmbeddingLoader:
         into: tuple[Place, ...] | None,
         layout: Layout | None,
         prefetch: int,
+        cache: EmbeddingCache | None = None,
     ) -> None:
         _check_encoder(encoder)
         if layout is not None:
@@ -250,6 +256,8 @@ class EmbeddingLoader:
         if self._stream is not None and text is None:
             text = (self._stream.text,)
         self.encoder = encoder
+        self._cache = cache
+        self._encode_texts = encoder.encode if cache is None else cache.of(encoder).encode
         self._source = source
         self._places = text
         self._into = into
@@ -407,9 +415,13 @@ class EmbeddingLoader:
         Seconds: `read_s` waiting for the wrapped loader or the shards, `tokenize_s`, `encode_s` (on CUDA: queueing),
         `room_wait_s` the worker waiting because it was far enough ahead, `consumer_wait_s` the training loop waiting
         for a batch (not measured with `prefetch=0`). `peak_ahead_tokens` is the most that was waiting, encoded, to be
-        handed out. `read_s` and the waits are added when an iteration ends.
+        handed out. `read_s` and the waits are added when an iteration ends. What `EmbeddingCache.stats` says stands
+        here under `cache_` names, of all loaders that share the cache.
         """
-        return asdict(self._counts)
+        stats: dict[str, float] = asdict(self._counts)
+        if self._cache is not None:
+            stats |= {f"cache_{name}": value for name, value in self._cache.stats().items()}
+        return stats
 
     def close(self) -> None:
         """Stop the worker thread and the processes it reads from; the loader cannot be iterated again.
@@ -618,7 +630,7 @@ class EmbeddingLoader:
         for place, tokens in texts.items():
             try:
                 with self._side.run():
-                    embeddings[place] = self.encoder.encode(tokens)
+                    embeddings[place] = self._encode_texts(tokens)
             except BertstreamError:
                 raise
             except Exception as error:

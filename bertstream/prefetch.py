@@ -1,4 +1,4 @@
-"""The only owner of a thread: runs a generator ahead of its consumer, by a bounded weight."""
+"""The only owner of threads: one runs a generator ahead of its consumer, one works behind, both by a bounded weight."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 EXIT_WAIT_S = 30.0
 """How long the end of the process waits for an item in progress; a forward takes seconds at most."""
 
-_alive: weakref.WeakSet[Prefetcher[Any]] = weakref.WeakSet()
+_alive: weakref.WeakSet[Prefetcher[Any] | Behind[Any]] = weakref.WeakSet()
 
 
 class Prefetcher(Generic[T]):
@@ -144,6 +144,86 @@ class Prefetcher(Generic[T]):
                 self.peak_weight = max(self.peak_weight, self._weight)
                 self._changed.notify_all()
             del item  # its memory is the consumer's now, not ours until the next item
+
+
+class Behind(Generic[T]):
+    """Work that nobody waits for: a bounded queue before a thread that lives as long as there is something to do.
+
+    What was offered when the process ends is still done, within `EXIT_WAIT_S`.
+
+    Args:
+        handle: called in the thread with all that waits, in order. Its errors are logged, and lose those items alone.
+        weigh: an item's weight.
+        limit: weight that may wait or be in progress. One item is always let in, however heavy.
+        stage: what the thread does, for its name and for messages.
+    """
+
+    def __init__(self, handle: Callable[[list[T]], None], *, weigh: Callable[[T], int], limit: int, stage: str) -> None:
+        self.stage = stage
+        self._handle = handle
+        self._weigh = weigh
+        self._limit = limit
+        self._queue: list[T] = []
+        self._weight = 0
+        self._closing = False
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._thread: threading.Thread | None = None
+        _alive.add(self)
+
+    def offer(self, item: T, *, wait: bool = False) -> bool:
+        """Queue an item.
+
+        Args:
+            item: what to handle.
+            wait: whether to wait for room where there is none.
+        Returns:
+            False where there was no room, or the process is ending: the item is not taken.
+        """
+        weight = self._weigh(item)
+        with self._lock:
+            while wait and self._weight and self._weight + weight > self._limit and not self._closing:
+                self._changed.wait()
+            if self._closing or (self._weight and self._weight + weight > self._limit):
+                return False
+            self._queue.append(item)
+            self._weight += weight
+            if self._thread is None:
+                name = f"bertstream-{self.stage}"
+                self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+                self._thread.start()
+            return True
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until all that was offered is done; False where that took longer than `timeout_s`."""
+        with self._lock:
+            return self._changed.wait_for(lambda: self._thread is None, timeout_s)
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._closing = True
+            self._changed.notify_all()
+
+    def _ended_within(self, seconds: float) -> bool:
+        return self.flush(seconds)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                items, self._queue = self._queue, []
+                if not items:
+                    self._thread = None
+                    self._changed.notify_all()
+                    return
+            weight = sum(map(self._weigh, items))
+            try:
+                self._handle(items)
+            except Exception:
+                logger.exception("the %s thread lost %d items", self.stage, len(items))
+            del items
+            with self._lock:
+                self._weight -= weight
+                self._changed.notify_all()
 
 
 def _close_source(source: Iterator[Any]) -> None:

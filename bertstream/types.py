@@ -231,6 +231,39 @@ class TokenBatch:
             cut_tokens=nothing,
         )
 
+    def picked(self, texts: npt.NDArray[np.integer[Any]]) -> TokenBatch:
+        """These of its texts, by their places, without fields and cursor."""
+        tokens = rows_of(texts, self.cu_seqlens)
+        words = None if self.words_cut is None else rows_of(texts, cumulate(self.num_words))
+        windows = None
+        if self.window_lengths is not None:
+            counts = np.bincount(self._window_texts(), minlength=len(self))
+            windows = self.window_lengths[rows_of(texts, cumulate(counts))]
+
+        def pick(array: Any, places: Any) -> Any:
+            return None if array is None else array[places]
+
+        return TokenBatch(
+            input_ids=self.input_ids[tokens],
+            cu_seqlens=cumulate(self.lengths[texts]),
+            special=pick(self.special, tokens),
+            token_type_ids=pick(self.token_type_ids, tokens),
+            word_ids=pick(self.word_ids, tokens),
+            num_words=self.num_words[texts],
+            cut_tokens=self.cut_tokens[texts],
+            words_cut=pick(self.words_cut, words),
+            window_lengths=windows,
+            owned=pick(self.owned, tokens),
+        )
+
+    def _window_texts(self) -> npt.NDArray[Any]:
+        """[W] the text of each window; an empty text is one empty window."""
+        assert self.window_lengths is not None
+        starts = np.cumsum(self.window_lengths) - self.window_lengths
+        texts = np.searchsorted(self.cu_seqlens, starts, "right") - 1
+        texts[self.window_lengths == 0] = np.flatnonzero(self.lengths == 0)
+        return texts
+
     @property
     def cut_words(self) -> Int32Array:
         """[B] int32, how many words of each text truncation left without a token."""
@@ -442,6 +475,19 @@ def cumulate(lengths: npt.NDArray[Any]) -> Int32Array:
     return cu_seqlens
 
 
+def rows_of(texts: npt.NDArray[Any], cu_seqlens: Int32Array) -> npt.NDArray[Any]:
+    """Where the rows of these texts lie, text by text, if text i owns rows cu_seqlens[i]:cu_seqlens[i + 1]."""
+    lengths = np.diff(cu_seqlens)[texts]
+    rows: npt.NDArray[Any] = steps(lengths) + np.repeat(cu_seqlens[:-1][texts], lengths)
+    return rows
+
+
+def steps(lengths: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """0, 1, 2, ... within each text, the texts one after the other."""
+    counted: npt.NDArray[Any] = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return counted
+
+
 class SupportsTokenize(Protocol):
     """What a stream asks of a tokenizer: light, and safe to send to worker processes."""
 
@@ -461,3 +507,19 @@ class SupportsEncode(Protocol):
     def max_forward_tokens(self) -> int: ...
 
     def encode(self, batch: TokenBatch) -> Embeddings: ...
+
+
+class SupportsCache(SupportsEncode, Protocol):
+    """What a cache asks of an encoder beyond that: to say what its vectors depend on, and to do without encoding."""
+
+    @property
+    def row_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def output_dtype(self) -> torch.dtype: ...
+
+    def fingerprint(self) -> bytes | None: ...
+
+    def row_counts(self, batch: TokenBatch) -> Int32Array: ...
+
+    def assemble(self, values: Tensor, batch: TokenBatch) -> Embeddings: ...

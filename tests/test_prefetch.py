@@ -16,11 +16,12 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bertstream import prefetch
-from bertstream.prefetch import Prefetcher
+from bertstream.prefetch import Behind, Prefetcher
 
 WAIT_S = 10.0
 """How long a test waits for a thread before it fails."""
@@ -411,3 +412,63 @@ def test_a_forked_child_ends_although_the_lock_was_held_at_the_fork() -> None:
     """
     done = process(code)
     assert (done.returncode, done.stderr) == (7, "")
+
+
+# --- work behind ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_offered_is_done_in_order_and_the_thread_ends_when_idle() -> None:
+    done: list[int] = []
+    behind: Behind[int] = Behind(done.extend, weigh=lambda item: 1, limit=1000, stage="test")
+    for start in range(0, 100, 10):
+        assert all(behind.offer(item) for item in range(start, start + 10))
+        assert behind.flush(10) and done == [*range(start + 10)]
+    assert not [thread for thread in threading.enumerate() if thread.name == "bertstream-test"]
+
+
+def test_a_full_queue_takes_nothing_and_waiting_for_room_takes_all() -> None:
+    go_on = threading.Event()
+    done: list[int] = []
+
+    def handle(items: list[int]) -> None:
+        go_on.wait(10)
+        done.extend(items)
+
+    behind: Behind[int] = Behind(handle, weigh=lambda item: item, limit=10, stage="test")
+    assert behind.offer(100)  # one is always let in
+    assert not behind.offer(1)
+    assert not behind.flush(0.05)
+    threading.Timer(0.05, go_on.set).start()
+    for _ in range(50):
+        assert behind.offer(6, wait=True)
+    assert behind.flush(10) and done == [100] + [6] * 50
+
+
+def test_an_error_loses_its_items_alone(caplog: pytest.LogCaptureFixture) -> None:
+    done: list[int] = []
+
+    def handle(items: list[int]) -> None:
+        if 1 in items:
+            raise OSError("full")
+        done.extend(items)
+
+    behind: Behind[int] = Behind(handle, weigh=lambda item: 1, limit=10, stage="test")
+    for item in range(3):
+        behind.offer(item)
+        behind.flush()
+    assert done == [0, 2] and "the test thread lost 1 items" in caplog.text
+
+
+def test_what_was_offered_is_still_done_when_the_process_ends() -> None:
+    code = """
+import time
+from bertstream.prefetch import Behind
+def handle(items):
+    time.sleep(0.3)
+    print(*items, flush=True)
+behind = Behind(handle, weigh=lambda item: 1, limit=10, stage="test")
+for item in range(5):
+    behind.offer(item)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["0", "1", "2", "3", "4"] and done.stderr == ""

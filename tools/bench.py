@@ -2,6 +2,7 @@
 
     python tools/bench.py encode --data ../shared/data      the stream against the loop that people write
     python tools/bench.py outputs --data ../shared/data     what fewer layers and word vectors cost
+    python tools/bench.py cache --data ../shared/data       epochs from the cache, and a tagger's over tensors in memory
     python tools/bench.py stream --data ../shared/data      reading, tokenizing and bucketing, against the tokenizer
     python tools/bench.py mix --data ../shared/data         how well a shuffled stream mixes data sorted by class
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -218,6 +220,108 @@ def classes_in_batches(labels: npt.NDArray[np.int64]) -> float:
     return statistics.mean(len(set(labels[i : i + 32].tolist())) for i in range(0, len(labels) - 31, 32))
 
 
+def cache(arguments: argparse.Namespace) -> dict[str, object]:
+    """A first epoch with the cache on against one without, epochs from memory and from disk, and a BiLSTM's epochs."""
+    texts = read_texts(arguments.data, arguments.texts)
+    with tempfile.TemporaryDirectory() as folder:
+        shard = Path(folder) / "corpus.jsonl"
+        shard.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        encoder = bertstream.Encoder.from_pretrained(
+            arguments.model, dtype=arguments.dtypes[0], device="cpu", overflow="truncate"
+        )
+        encoder.fingerprint()  # once a process, not once an epoch
+        stream = partial(bertstream.stream, shard, encoder, batch_size=32, shuffle=True)
+        vectors = torch.cat([rows for batch in stream() for rows in batch["text"]])
+        seconds: dict[str, list[float]] = {}
+
+        def timed(name: str, epoch: Callable[[], object]) -> None:
+            started = time.perf_counter()
+            epoch()
+            seconds.setdefault(name, []).append(time.perf_counter() - started)
+
+        plain, stats = stream(), {}
+        ram = RamLoader(plain)
+        tagger = Tagger(vectors.shape[1])
+        timed("warm-up", lambda: read_all(plain))
+        for number in range(arguments.rounds):
+            at = Path(folder) / f"cache-{number}"
+            with bertstream.EmbeddingCache("1GiB", at, "2GiB", dtype=arguments.storage) as both:
+                loader = stream(cache=both)
+                first_two = [("no_cache", plain), ("first_epoch", loader)]
+                for name, one in first_two if number % 2 else first_two[::-1]:
+                    timed(name, partial(read_all, one))
+                both.flush()
+                timed("from_memory", partial(read_all, loader))
+                timed("ram_tensors", partial(read_all, ram))
+                timed("tagger_from_memory", partial(tagger.train, loader))
+                timed("tagger_ram_tensors", partial(tagger.train, ram))
+                stats = loader.stats()
+            with bertstream.EmbeddingCache(0, at, "2GiB", dtype=arguments.storage) as disk:
+                timed("from_disk", partial(read_all, stream(cache=disk)))
+                misses = disk.stats()["misses"]
+
+    def ratio(top: str, bottom: str) -> float:
+        return round(statistics.median(a / b for a, b in zip(seconds[top], seconds[bottom], strict=True)), 3)
+
+    return {
+        "texts": len(texts),
+        "tokens": len(vectors),
+        "model": arguments.model,
+        "dtype": arguments.dtypes[0],
+        "storage": arguments.storage,
+        "tokens_per_s": {name: round(len(vectors) / statistics.median(times)) for name, times in seconds.items()},
+        "first_epoch_over_no_cache": ratio("first_epoch", "no_cache"),
+        "first_epoch_over_from_memory": ratio("first_epoch", "from_memory"),
+        "first_epoch_over_from_disk": ratio("first_epoch", "from_disk"),
+        "tagger_from_memory_over_ram_tensors": ratio("tagger_from_memory", "tagger_ram_tensors"),
+        "not_on_disk": misses,
+        "cache_stats": {name: round(value, 3) for name, value in stats.items() if name.startswith("cache_")},
+        "rounds": arguments.rounds,
+    }
+
+
+class RamLoader:
+    """The same vectors and batches, kept as one tensor in memory and gathered batch by batch: the least there is."""
+
+    def __init__(self, loader: bertstream.EmbeddingLoader) -> None:
+        batches = [batch["text"] for batch in loader]
+        self.rows = torch.cat([batch.values for batch in batches])
+        starts = np.cumsum([0, *(len(batch.values) for batch in batches)])
+        self.batches = [(torch.arange(starts[i], starts[i + 1]), batch) for i, batch in enumerate(batches)]
+
+    def __iter__(self) -> Iterator[dict[str, bertstream.Embeddings]]:
+        for rows, batch in self.batches:
+            yield {"text": dataclasses.replace(batch, values=self.rows.index_select(0, rows))}
+
+
+class Tagger:
+    """The BiLSTM of examples/tag_words.py, on a tag for each token that its id draws."""
+
+    def __init__(self, size: int) -> None:
+        torch.manual_seed(0)
+        self.lstm = torch.nn.LSTM(size, 128, batch_first=True, bidirectional=True)
+        self.head = torch.nn.Linear(256, 17)
+        self.optimizer = torch.optim.Adam([*self.lstm.parameters(), *self.head.parameters()], 2e-3)
+
+    def train(self, loader: Iterable[dict[str, bertstream.Embeddings]]) -> None:
+        for batch in loader:
+            found = batch["text"]
+            states, _ = self.lstm(found.packed_sequence())
+            scores = self.head(torch.nn.utils.rnn.pad_packed_sequence(states, batch_first=True)[0])
+            tags = dataclasses.replace(found, values=torch.from_numpy(found.tokens.input_ids % 17).long()[:, None])
+            padded, mask = tags.padded()
+            loss = torch.nn.functional.cross_entropy(scores[mask], padded[mask].flatten())
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+
+
+def read_all(loader: Iterable[object]) -> None:
+    """An epoch of the loader alone."""
+    for _ in loader:
+        pass
+
+
 def encode_all(encoder: bertstream.Encoder, batches: list[bertstream.TokenBatch]) -> None:
     """Every batch, its vectors dropped."""
     for batch in batches:
@@ -268,7 +372,7 @@ def main() -> int:
     """Run one benchmark and print its JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True)
-    for benchmark in (encode, outputs, stream, mix):
+    for benchmark in (encode, outputs, stream, mix, cache):
         command = commands.add_parser(benchmark.__name__, help=benchmark.__doc__)
         command.set_defaults(run=benchmark)
         command.add_argument("--data", type=Path, required=True, help="folder with banking77/ and ud_english_ewt/")
@@ -276,6 +380,7 @@ def main() -> int:
         command.add_argument("--rounds", type=int, default=5)
         command.add_argument("--model", default="all-MiniLM-L6-v2")
         command.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+        command.add_argument("--storage", default="auto", help="how the cache stores rows: auto, bfloat16, int8")
     arguments = parser.parse_args()
     print(json.dumps({"benchmark": arguments.benchmark} | arguments.run(arguments) | {"machine": machine()}))
     return 0

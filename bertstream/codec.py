@@ -1,0 +1,76 @@
+"""Rows of vectors as bytes and back: as they are, in bfloat16, or in 8 bits with a scale for every 64 dimensions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Storage: TypeAlias = Literal["auto", "float32", "bfloat16", "int8"]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+
+_GROUP = 64
+"""Dimensions that share a scale: one scale for a whole vector gives 2.6 % of error where a few dimensions are large."""
+
+
+class Codec:
+    """How one encoder's rows are stored.
+
+    Args:
+        storage: "auto" is the dtype that the encoder gives, bit for bit.
+        row_shape: the shape of one row.
+        dtype: the dtype that the encoder gives.
+    Attributes:
+        name: what is stored, and how: rows of another name cannot be read.
+        row_bytes: bytes of one stored row.
+    """
+
+    def __init__(self, storage: Storage, row_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._row_shape = row_shape
+        self._dtype = dtype
+        self._size = math.prod(row_shape)
+        stored = str(dtype).removeprefix("torch.") if storage == "auto" else storage
+        self._stored: torch.dtype | None = None if stored == "int8" else getattr(torch, stored)
+        self._groups = -(-self._size // _GROUP)
+        if self._stored is None:
+            self.row_bytes = self._size + 2 * self._groups
+        else:
+            self.row_bytes = self._size * self._stored.itemsize
+        self.name = f"{stored} {row_shape}"
+
+    def pack(self, values: Tensor) -> Bytes:
+        """[N, *row_shape] on any device to [N, row_bytes] on the host; waits for the values."""
+        if not len(values):  # numpy gives arrays without rows strides that torch cannot read in another dtype
+            return np.zeros((0, self.row_bytes), np.uint8)
+        flat = values.detach().reshape(len(values), self._size)
+        stored = self._quantized(flat) if self._stored is None else flat.to(self._stored).contiguous().view(torch.uint8)
+        packed: Any = stored.cpu().numpy()
+        return packed  # type: ignore[no-any-return]
+
+    def unpack(self, rows: Bytes) -> Tensor:
+        """[N, row_bytes] to [N, *row_shape] on the host; the same memory where no conversion is asked for."""
+        if not len(rows):
+            return torch.zeros(0, *self._row_shape, dtype=self._dtype)
+        stored = torch.from_numpy(rows)
+        flat = self._dequantized(stored) if self._stored is None else stored.view(self._stored)
+        return flat.to(self._dtype).view(len(rows), *self._row_shape)
+
+    def _quantized(self, flat: Tensor) -> Tensor:
+        """Whole numbers from -127 to 127, and behind them a bfloat16 scale a group, rounded up so that none is cut."""
+        padded = F.pad(flat.float(), (0, self._groups * _GROUP - self._size)).view(-1, self._groups, _GROUP)
+        scales = (padded.abs().amax(-1) * ((1 + 2**-7) / 127)).to(torch.bfloat16)
+        divisors = scales.float().clamp(min=torch.finfo(torch.float32).tiny)
+        numbers = (padded / divisors[..., None]).round().to(torch.int8).flatten(1)[:, : self._size]
+        return torch.cat([numbers.contiguous().view(torch.uint8), scales.view(torch.uint8)], 1)
+
+    def _dequantized(self, stored: Tensor) -> Tensor:
+        numbers = stored[:, : self._size].view(torch.int8).float()
+        # A copy, because two bytes a number want an even address.
+        scales = stored[:, self._size :].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
+        padded = F.pad(numbers, (0, self._groups * _GROUP - self._size)).view(-1, self._groups, _GROUP)
+        return (padded * scales[..., None]).flatten(1)[:, : self._size]

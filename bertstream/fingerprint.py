@@ -1,0 +1,52 @@
+"""What an encoder's vectors depend on, as one hash: the content of its weights, its config, its settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_REVISION = 1
+"""To be raised when a change of this package changes the vectors that the same weights give."""
+
+# What a config says about where it came from and how it is run, not about what is computed.
+_NO_MATTER = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+
+
+def hash_weights(model: nn.Module, settings: str, config: Mapping[str, Any]) -> bytes:
+    """16 bytes that tell apart models, by the content of parameters and buffers, in whatever process and on any device.
+
+    Args:
+        model: all of its weights are read once, which takes about a second for each GB.
+        settings: what else changes the vectors.
+        config: the model's, as a dict; its path and its versions are left out.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    kept = {name: value for name, value in config.items() if name not in _NO_MATTER}
+    about = (_REVISION, type(model).__name__, settings, json.dumps(kept, sort_keys=True, default=repr))
+    digest.update(repr(about).encode())
+    for name, tensor in sorted(_tensors(model), key=lambda named: named[0]):
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(content)
+    return digest.digest()
+
+
+def weights_state(model: nn.Module) -> list[tuple[object, ...]] | None:
+    """What changes when a tensor is written to in place, moved, converted or exchanged; cheap enough for every batch.
+
+    Returns:
+        None where a parameter requires a gradient: optimizers may change it without a trace.
+    """
+    tensors = [tensor for _, tensor in _tensors(model)]
+    if any(tensor.requires_grad for tensor in tensors):
+        return None
+    return [(t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version) for t in tensors]
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]

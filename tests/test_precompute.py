@@ -1,0 +1,93 @@
+"""Filling a cache ahead of training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import bertstream
+from bertstream import ConfigError, EmbeddingCache, Encoder, TokenBatch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def shard(tmp_path: Path, sentences: list[str]) -> Path:
+    path = tmp_path / "texts.jsonl"
+    lines = [{"text": text, "label": 1} for text in sentences[:40] + sentences[:10]]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_after_it_an_epoch_computes_nothing(
+    minilm: Encoder, shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    with EmbeddingCache("1MiB", tmp_path / "cache", "64MiB") as cache:
+        done = bertstream.warm(shard, minilm, cache, num_workers=num_workers, progress=False)
+        assert done == {"texts": 50, "computed": 40}
+    with EmbeddingCache("16MiB", tmp_path / "cache", "64MiB") as cache:
+        right = [batch["text"].values for batch in bertstream.stream(shard, minilm, batch_size=7)]
+        monkeypatch.setattr(minilm, "encode", lambda batch: pytest.fail("computed"))
+        for _ in range(2):
+            found = [batch["text"].values for batch in bertstream.stream(shard, minilm, batch_size=7, cache=cache)]
+            for a, b in zip(found, right, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        assert cache.stats()["disk_hits"] == 40 and cache.stats()["misses"] == 0
+
+
+def test_what_was_computed_before_a_stop_is_not_computed_again(
+    minilm: Encoder, shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, calls = minilm.encode, []
+
+    def stopped(batch: TokenBatch) -> bertstream.Embeddings:
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(batch)
+
+    monkeypatch.setattr(minilm, "encode", stopped)
+    monkeypatch.setattr(minilm, "_max_forward_tokens", 300)
+    with EmbeddingCache(0, tmp_path / "cache", "64MiB") as cache, pytest.raises(KeyboardInterrupt):
+        bertstream.warm(shard, minilm, cache, progress=False)
+    monkeypatch.setattr(minilm, "encode", encode)
+    with EmbeddingCache(0, tmp_path / "cache", "64MiB") as cache:
+        assert bertstream.warm(shard, minilm, cache, progress=False) == {"texts": 50, "computed": 40 - calls[0]}
+        assert bertstream.warm(shard, minilm, cache, progress=False) == {"texts": 50, "computed": 0}
+
+
+def test_nothing_is_dropped_however_slow_the_disk(
+    minilm: Encoder, shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bertstream.disk._QUEUE_BYTES", 1)
+    monkeypatch.setattr(minilm, "_max_forward_tokens", 100)
+    with EmbeddingCache(0, tmp_path / "cache", "64MiB") as cache:
+        bertstream.warm(shard, minilm, cache, progress=False)
+        assert cache.stats()["disk_texts"] == 40 and cache.stats()["disk_dropped_writes"] == 0
+
+
+def test_memory_alone_can_be_filled_and_the_bar_says_how_far_it_is(
+    minilm: Encoder, shard: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = EmbeddingCache("16MiB")
+    assert bertstream.warm(shard, minilm, cache)["computed"] == cache.stats()["memory_texts"] == 40
+    assert "filling the cache: 50 texts" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_filled_is_refused(minilm: Encoder, shard: Path, tmp_path: Path) -> None:
+    with EmbeddingCache(0, tmp_path / "cache", "16MiB") as cache:
+        bertstream.warm(shard, minilm, cache, progress=False)
+        with pytest.raises(ConfigError, match="num_workers=-1"):
+            bertstream.warm(shard, minilm, cache, num_workers=-1)
+    with EmbeddingCache(0, tmp_path / "cache", "16MiB", read_only=True) as cache, pytest.raises(ConfigError):
+        bertstream.warm(shard, minilm, cache)
+    minilm.requires_grad_(True)
+    try:
+        with pytest.raises(ConfigError, match="requires_grad_"):
+            bertstream.warm(shard, minilm, EmbeddingCache("1MiB"), progress=False)
+    finally:
+        minilm.requires_grad_(False)
