@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .bucket import cut_window, make_batch
+from .bucket import Indices, cut_window, make_batch
 from .distributed import rank_and_world_size
 from .errors import BertstreamError, ConfigError, EncoderError, ShardError, StateError, check_choice
 from .files import Access
@@ -368,77 +368,122 @@ class TextStream(IterableDataset[TokenBatch]):
         return lanes
 
     def _lane(self, pieces: list[Piece], start: Cursor) -> Generator[TokenBatch | Skip, None, None]:
-        """A lane's batches from a place on, and at last a `Skip` with the report of what no batch could carry."""
+        """A lane's batches from a place on, and at last a `Skip` with the report of what no batch could carry.
+
+        A window is read and tokenized while the batches of the one before it are handed out: in one go it would hold up
+        all lanes, whose batches come in turns.
+        """
         tolerant = self._reading.max_bad_records > 0
         reader = LaneReader(pieces, self._options, start, open_shards=self.open_shards, tolerant=tolerant)
+        size = self._reading.window
+        if not (start.next_piece or start.open):
+            # Lanes would all need a whole window for their first batch; this staggers them.
+            size = max(1, size * (start.lane + 1) // self.num_lanes)
+        window = _Window(start, size)
+        self._fill(window, reader, size)
         read = 0  # since the last batch, as is `bad`
-        bad: tuple[ShardError, ...] = ()
+        bad: list[ShardError] = []
         try:
             while True:
-                size = self._reading.window
-                if not (start.next_piece or start.open):
-                    # Lanes would all fill their first window at once, and again in step; this staggers them.
-                    size = max(1, size * (start.lane + 1) // self.num_lanes)
-                window = list(islice(iter(reader.read, None), size))
-                passed_over = reader.take_bad()
-                records, texts, refused = self._tokenized(window, tolerant)
-                if not start.batch:  # else what the window met was reported before the place was saved
-                    read += len(window) + sum(not error.gives_up_shard for error in passed_over)
-                    bad += (*passed_over, *refused)
-                if not window:
-                    yield Skip(start.lane, ReadReport(read, bad))
+                if window.error is not None:
+                    raise window.error
+                if not window.start.batch:  # else what the window met was reported before the place was saved
+                    read += window.read + sum(not error.gives_up_shard for error in window.passed_over)
+                    bad += window.passed_over + window.refused
+                if not window.read:
+                    yield Skip(start.lane, ReadReport(read, tuple(bad)))
                     return
-                after = reader.place(start)
-                for batch in self._window(records, texts, start, after):
-                    batch.report, read, bad = ReadReport(read, bad) if read else None, 0, ()
+                following = _Window(window.end, self._reading.window)
+                batches = self._cut(window)
+                for number, batch in enumerate(self._batches_of(window, batches), 1 + window.start.batch):
+                    batch.report = ReadReport(read, tuple(bad)) if read else None
+                    read, bad = 0, []
                     yield batch
-                start = after
+                    due = following.size * number // len(batches)
+                    if due - following.read >= _TOKENIZE_CHUNK:
+                        self._fill(following, reader, due)
+                self._fill(following, reader, following.size)
+                window = following
         finally:
             reader.close()
 
-    def _window(
-        self, records: list[Record], texts: list[TokenizedText], start: Cursor, after: Cursor
-    ) -> Iterator[TokenBatch]:
-        lengths = np.array([len(text.input_ids) for text in texts])
+    def _fill(self, window: _Window, reader: LaneReader, count: int) -> None:
+        """Read and tokenize a window up to so many records in all; an error is kept for the window's turn."""
+        tolerant = self._reading.max_bad_records > 0
+        try:
+            while window.read < count and not window.at_end and window.error is None:
+                chunk = list(islice(iter(reader.read, None), min(_TOKENIZE_CHUNK, count - window.read)))
+                window.at_end = not chunk
+                window.read += len(chunk)
+                window.end = reader.place(window.start)
+                window.passed_over += reader.take_bad()
+                records, texts, refused = self._tokenized(chunk, tolerant)
+                window.records += records
+                window.texts += texts
+                window.refused += refused
+        except BertstreamError as error:
+            window.error = error
+
+    def _cut(self, window: _Window) -> list[Indices]:
+        lengths = np.array([len(text.input_ids) for text in window.texts])
+        start = window.start
         # Not the bytes: the order is the same whether or not a place can be sought.
         places = [number for place in start.open for number in (place.piece, place.records)]
         key = (self._seed, start.epoch, start.lane, start.next_piece, *places)
         shuffle = np.random.default_rng(key) if self._shuffle else None
-        batches = cut_window(lengths, batch_size=self._batch_size, max_tokens=self._max_tokens, shuffle=shuffle)
-        for number, chosen in enumerate(batches):
-            if number < start.batch:
+        return cut_window(lengths, batch_size=self._batch_size, max_tokens=self._max_tokens, shuffle=shuffle)
+
+    def _batches_of(self, window: _Window, batches: list[Indices]) -> Iterator[TokenBatch]:
+        for number, chosen in enumerate(batches, 1):
+            if number <= window.start.batch:
                 continue
-            batch = make_batch(
-                [records[i] for i in chosen], [texts[i] for i in chosen], keep_text_as=self._keep_text_as
-            )
-            batch.cursor = after if number + 1 == len(batches) else replace(start, batch=number + 1)
+            records, texts = ([column[i] for i in chosen] for column in (window.records, window.texts))
+            batch = make_batch(records, texts, keep_text_as=self._keep_text_as)
+            batch.cursor = window.end if number == len(batches) else replace(window.start, batch=number)
             yield batch
 
     def _tokenized(
         self, records: list[Record], tolerant: bool
     ) -> tuple[list[Record], list[TokenizedText], list[ShardError]]:
         """The records with their tokens; and the errors of those that were passed over, if that is allowed."""
-        kept: list[Record] = []
-        texts: list[TokenizedText] = []
         refused: list[ShardError] = []
-        for first in range(0, len(records), _TOKENIZE_CHUNK):
-            chunk = records[first : first + _TOKENIZE_CHUNK]
-            while chunk:
-                try:
-                    texts += self._tokenizer([record.text for record in chunk])
-                    break
-                except EncoderError as error:
-                    if not error.records:
-                        raise
-                    at = chunk.pop(error.records[0])
-                    refusal = ShardError(
-                        f"{at.shard}, record {at.index}, field {self.text!r}: {error}",
-                        path=at.shard,
-                        index=at.index,
-                        field=self.text,
-                    )
-                    if not tolerant:
-                        raise refusal from error
-                    refused.append(refusal)
-            kept += chunk
-        return kept, texts, refused
+        while records:
+            try:
+                return records, self._tokenizer([record.text for record in records]), refused
+            except EncoderError as error:
+                if not error.records:
+                    raise
+                at = records[error.records[0]]
+                refusal = ShardError(
+                    f"{at.shard}, record {at.index}, field {self.text!r}: {error}",
+                    path=at.shard,
+                    index=at.index,
+                    field=self.text,
+                )
+                if not tolerant:
+                    raise refusal from error
+                refused.append(refusal)
+                records = [record for record in records if record is not at]
+        return [], [], refused
+
+
+class _Window:
+    """Records of a lane that are sorted and cut into batches at once, as far as they have been read.
+
+    Args:
+        start: the lane's place before it.
+        size: how many records it takes.
+    """
+
+    def __init__(self, start: Cursor, size: int) -> None:
+        self.start = start
+        self.size = size
+        self.end = start
+        """The lane's place behind it."""
+        self.read = 0
+        self.at_end = False
+        self.records: list[Record] = []
+        self.texts: list[TokenizedText] = []
+        self.passed_over: list[ShardError] = []
+        self.refused: list[ShardError] = []
+        self.error: BertstreamError | None = None

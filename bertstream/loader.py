@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_WORKER_BATCHES = 8
+"""Token batches that each worker process of a stream may have ready."""
+
 
 def wrap(
     loader: Iterable[Any],
@@ -145,7 +148,9 @@ def stream(
         keep_text_as=text if into is not None else None,
         reading=reading,
     )
-    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers)
+    # A lane's batches come in turns with the others', so a worker that is behind for a moment must not stop the rest.
+    ahead = _WORKER_BATCHES if num_workers else None
+    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, prefetch_factor=ahead)
     targets = None if into is None else (into,)
     return EmbeddingLoader(loader, encoder, text=(text,), into=targets, layout=layout, prefetch=prefetch, cache=cache)
 

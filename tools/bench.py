@@ -170,7 +170,7 @@ def stream(arguments: argparse.Namespace) -> dict[str, object]:
         # Workers that are kept: what a process costs to start is not what an epoch costs.
         loaders = {
             workers: DataLoader(
-                dataset, batch_size=None, num_workers=workers, persistent_workers=True, multiprocessing_context="fork"
+                dataset, batch_size=None, num_workers=workers, persistent_workers=True, prefetch_factor=8
             )
             for workers in (1, 2)
         }
