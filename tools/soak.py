@@ -208,7 +208,7 @@ def restore(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any]
             started, read, batches = time.perf_counter(), bytes_read(), iter(loader)
             next(batches)
             seconds = time.perf_counter() - started
-            for _ in range(2 * lanes):  # by then each lane has read its window
+            for _ in range(lanes - 1):  # by then each lane has read its window
                 next(batches)
             return seconds, bytes_read() - read
 
