@@ -249,9 +249,10 @@ class TextStream(IterableDataset[TokenBatch]):
                 "StatefulDataLoader loads a state with the number of workers that it had",
                 key="worker",
             )
-        epoch, queues = unpack_state(state, self.settings, self.bad_records)
-        self._epoch.fill_(epoch)
+        epoch, queues, counts = unpack_state(state, self.settings)
         self._resume, self._resume_epoch = deal(queues, self.rank, self.world_size), epoch
+        self.bad_records.load(counts)
+        self._epoch.fill_(epoch)
         self._resume_in_worker = worker is not None
         self._queue = None
 
@@ -267,11 +268,22 @@ class TextStream(IterableDataset[TokenBatch]):
             [Cursor(self.epoch, lane) for lane in lanes[rank :: self.world_size]] for rank in range(self.world_size)
         ]
 
-    def start(self) -> None:
+    @property
+    def is_resuming(self) -> bool:
+        """Whether the next iteration goes on from a place that was loaded."""
+        return self._resume is not None
+
+    def forget_place(self) -> None:
         """Let iterations begin their epoch anew again: the place that was loaded has been taken over by one."""
-        if self._resume is None:
-            self.bad_records.reset()
         self._resume = None
+
+    def any_batch(self) -> TokenBatch | None:
+        """A batch of the epoch, whichever: what a rank that has none of its own hands out beside the others'."""
+        for lane, pieces in enumerate(self._lanes(self.epoch)):
+            for item in self._lane(pieces, Cursor(self.epoch, lane)):
+                if isinstance(item, TokenBatch):
+                    return item
+        return None
 
     def __iter__(self) -> Iterator[TokenBatch]:
         worker = get_worker_info()
@@ -280,7 +292,9 @@ class TextStream(IterableDataset[TokenBatch]):
             end_with_parent()
         queue = self.starting_queues()[self.rank]
         assert queue is not None
-        self.start()
+        if not (self.is_resuming or self.worker_items):  # else EmbeddingLoader counts
+            self.bad_records.reset()
+        self.forget_place()
         places: list[Cursor | None] = [*queue]
         if not self._resume_in_worker:
             # Dealt by position and padded to whole rounds, torch's round robin over workers gives the queue's order.

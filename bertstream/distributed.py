@@ -67,29 +67,46 @@ class Peers:
         self._iteration += 1
         self._step = 0
 
-    def exchange(self, message: Any, is_over: Callable[[], bool]) -> list[Any] | None:
+    def exchange(
+        self, message: Any, is_over: Callable[[], bool], waits_since: Callable[[], float | None]
+    ) -> list[Any] | None:
         """Tell all ranks something, and hear what each of them says at the same step.
 
         Args:
             message: anything that JSON holds.
             is_over: asked while waiting; True gives up.
+            waits_since: since when, by `time.monotonic()`, the training loop has waited; None while it is busy, and
+                then the others may be so too, and the time does not count.
         Returns:
             The messages, by rank; None if it was given up.
         Raises:
-            BertstreamError: a rank left, or did not answer in time; the message names it.
+            BertstreamError: a rank left, or did not answer in time, and the message names it; or the store is gone.
         """
+        try:
+            return self._exchanged(message, is_over, waits_since)
+        except RuntimeError as error:  # what torch's stores raise
+            raise BertstreamError(
+                f"the store of torch.distributed cannot be reached at batch {self._step}: the rank that holds it, 0 as "
+                f"a rule, has ended. torch said: {error}"
+            ) from error
+
+    def _exchanged(
+        self, message: Any, is_over: Callable[[], bool], waits_since: Callable[[], float | None]
+    ) -> list[Any] | None:
         self._store.set(self._key(self._step, self.rank), json.dumps(message))
         keys = [self._key(self._step, rank) for rank in range(self.world_size)]
-        deadline, pause = time.monotonic() + self._timeout_s, 1e-4
+        started, pause = time.monotonic(), 1e-4
         while not self._store.check(keys):
             if is_over():
                 return None
             late = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
             for rank in late:
-                if self._store.check([self._key("left", rank)]):
+                # Looked at once more: it may have answered in between, and then left.
+                if self._store.check([self._key("left", rank)]) and not self._store.check([keys[rank]]):
                     said = self._store.get(self._key("left", rank)).decode()
                     raise BertstreamError(f"rank {rank} left the epoch at batch {self._step}: {said}")
-            if late and time.monotonic() > deadline:
+            since = waits_since()
+            if late and since is not None and time.monotonic() - max(started, since) > self._timeout_s:
                 raise BertstreamError(
                     f"rank {', '.join(map(str, late))} gave no sign at batch {self._step} for {self._timeout_s:g} s: "
                     "it died, hangs, or iterates its loaders in another order than this rank"

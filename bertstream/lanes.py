@@ -113,7 +113,7 @@ class LaneQueue:
     """The lanes in the order of their turns, the next one first, each with its place.
 
     Args:
-        cursors: a lane each; None for a place that no lane has (workers are dealt equally many).
+        cursors: a lane each.
     """
 
     def __init__(self, cursors: Iterable[Cursor]) -> None:
@@ -231,8 +231,8 @@ def pack_state(
     }
 
 
-def unpack_state(state: Any, settings: dict[str, Any], bad: BadRecords) -> tuple[int, list[list[Cursor] | None]]:
-    """The epoch and the lanes of each rank of a packed state; `bad` takes over its counts.
+def unpack_state(state: Any, settings: dict[str, Any]) -> tuple[int, list[list[Cursor] | None], dict[str, Any]]:
+    """The epoch, the lanes of each rank, and the counts of broken records of a packed state.
 
     Raises:
         StateError: the state is none, of another version, or of a stream with other settings.
@@ -243,6 +243,9 @@ def unpack_state(state: Any, settings: dict[str, Any], bad: BadRecords) -> tuple
         raise StateError(
             f"the state is of version {state['version']}, this bertstream reads version {STATE_VERSION}", key="version"
         )
+    for part in ("settings", "epoch", "queues", "bad"):
+        if not state.get(part) and state.get(part) != 0:
+            raise StateError(f"this is no state of a stream: it has no {part!r}", key=part)
     for name, value in settings.items():
         saved = state["settings"].get(name)
         if saved != value:
@@ -255,8 +258,7 @@ def unpack_state(state: Any, settings: dict[str, Any], bad: BadRecords) -> tuple
     queues = [
         None if queue is None else [cursor_from_json(entry, epoch) for entry in queue] for queue in state["queues"]
     ]
-    bad.load(state["bad"])
-    return epoch, queues
+    return epoch, queues, state["bad"]
 
 
 def deal(queues: Sequence[list[Cursor] | None], rank: int, world_size: int) -> list[list[Cursor] | None]:

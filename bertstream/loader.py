@@ -8,7 +8,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -184,6 +184,7 @@ class _Run:
     worker: Prefetcher[_Ready | Skip] | None = None
     ended_by: str | None = None
     is_over: bool = False
+    waits_since: float | None = None
 
 
 class _Iteration(Iterator[Any]):
@@ -194,7 +195,9 @@ class _Iteration(Iterator[Any]):
         self._run = run
 
     def __next__(self) -> Any:
+        self._run.waits_since = time.monotonic()
         for batch in self._batches:
+            self._run.waits_since = None
             return batch
         if self._run.ended_by is not None:
             raise LoaderClosedError(self._run.ended_by)
@@ -278,6 +281,12 @@ class EmbeddingLoader:
         self._peers: Peers | None = None
         if self._stream is not None and self._stream.uneven != "leave" and can_talk():
             self._peers = Peers(self._stream.rank_timeout_s)
+        rank, world_size = rank_and_world_size()
+        if self._stream is not None and (rank, world_size) != (self._stream.rank, self._stream.world_size):
+            raise ConfigError(
+                f"the TextStream was made as rank {self._stream.rank} of {self._stream.world_size}, this is rank "
+                f"{rank} of {world_size}: make it after torch.distributed is initialised"
+            )
         self._source_state: Any = None
         self._running: weakref.ref[_Iteration] | None = None
 
@@ -372,14 +381,16 @@ class EmbeddingLoader:
         Raises:
             StateError: the state does not fit this loader; `.key` names the difference.
         """
-        self._stop("a state was loaded while this loop ran")
-        self._queues = None
+        reason = "a state was loaded while this loop ran"
         if self._stream is not None:
-            self._stream.load_state_dict(state)
+            self._stream.load_state_dict(state)  # first: a state that is refused changes nothing
+            self._stop(reason)
+            self._queues = None
             # Workers that are kept between epochs hold the stream as it was; the next iteration starts new ones.
             kept = getattr(self._source, "_iterator", None)
             if kept is not None:
-                kept._shutdown_workers()
+                if hasattr(kept, "_shutdown_workers"):
+                    kept._shutdown_workers()
                 self._source._iterator = None  # type: ignore[attr-defined]
             return
         if not isinstance(state, dict) or "source" not in state:
@@ -390,6 +401,7 @@ class EmbeddingLoader:
                 f"the state is of version {found}, this bertstream reads version {STATE_VERSION}", key="version"
             )
         self._state_of_source()  # says so where there is none
+        self._stop(reason)
         self._own_epoch = state["epoch"]
         self._source_state = None
         self._source.load_state_dict(state["source"])  # type: ignore[attr-defined]
@@ -452,13 +464,17 @@ class EmbeddingLoader:
         """One epoch. A generator, so that a loop which is left in any way runs the `finally` at once."""
         before = replace(self._counts)
         state = self._state_of_source if self._stream is None and self._source_has_state else None
-        items = _Items(self._start_reading(), state)
+        if self._peers is not None:
+            self._peers.begin()
+        with self._others_told():
+            items = _Items(self._start_reading(), state)
         ready = self._encoded(items, run)
         worker: Iterator[_Ready | Skip] = ready
         try:
             # The first batch is read in this thread: a sampler draws its seed from torch's global generator then, and
             # must draw it at the same point of the user's program whatever is prefetched.
-            items.read_first()
+            with self._others_told():
+                items.read_first()
             if self._prefetch:
                 worker = run.worker = Prefetcher(
                     ready,
@@ -493,6 +509,17 @@ class EmbeddingLoader:
             items.close()
             self._counts.read_s += items.wait_s
 
+    @contextmanager
+    def _others_told(self) -> Iterator[None]:
+        """What fails in here makes the other ranks fail too, and by name."""
+        try:
+            yield
+        except BaseException as error:
+            if self._peers is not None:
+                with suppress(Exception):  # the store may be gone with the rank that held it
+                    self._peers.leave(f"{type(error).__name__}: {error}")
+            raise
+
     def _count_bad(self, report: ReadReport | None) -> None:
         if self._stream is None or report is None:
             return
@@ -505,8 +532,8 @@ class EmbeddingLoader:
             self._counts.bad_shards += len(bad.given_up) - shards
 
     def _lane_ended(self, skip: Skip) -> None:
-        assert self._stream is not None and self._queues is not None and skip.lane is not None
-        own = self._queues[self._stream.rank]
+        assert self._stream is not None and skip.lane is not None
+        own = None if self._queues is None else self._queues[self._stream.rank]
         if own is not None:
             own.drop(skip.lane)
 
@@ -537,12 +564,15 @@ class EmbeddingLoader:
         else:
             # Workers and iterators take this over as they start; whoever reads the stream without us never sees it.
             self._stream.worker_items = True
+            resuming = self._stream.is_resuming
             queues = self._stream.starting_queues()
             try:
                 iterator = iter(self._source)
             finally:
                 self._stream.worker_items = False
-            self._stream.start()
+            self._stream.forget_place()
+            if not resuming:
+                self._stream.bad_records.reset()
             self._queues = [None if queue is None else LaneQueue(queue) for queue in queues]
             if self._peers is None:  # where the other ranks are is not known
                 self._queues = [q if rank == self._stream.rank else None for rank, q in enumerate(self._queues)]
@@ -591,7 +621,6 @@ class EmbeddingLoader:
         pad = self._stream.uneven == "pad"
         located = self._located(items)
         last: TokenBatch | None = None
-        peers.begin()
         reason = "it stopped iterating"
         try:
             while True:
@@ -602,22 +631,23 @@ class EmbeddingLoader:
                         break
                     yield item, ()
                 place = None if batch is None or batch.cursor is None else cursor_to_json(batch.cursor)
-                places = peers.exchange(place, lambda: run.is_over)
+                places = peers.exchange(place, lambda: run.is_over, lambda: run.waits_since)
                 if places is None:
                     return
                 if all(place is None for place in places):
                     reason = ""
                     return
                 if not pad and None in places:
-                    left = ([batch] if batch is not None else []) + [b for b, _ in located if isinstance(b, TokenBatch)]
-                    self._counts.left_texts += sum(map(len, left))
                     reason = ""
+                    self._counts.left_texts += 0 if batch is None else len(batch)
+                    for item, _ in located:
+                        if run.is_over:
+                            return
+                        self._counts.left_texts += len(item) if isinstance(item, TokenBatch) else 0
                     return
-                if last is None:
-                    raise ConfigError(
-                        f"rank {peers.rank} has no batch at all, so it has none to repeat beside the others': give as "
-                        "many shards as ranks, or StreamConfig(uneven='stop')"
-                    )
+                if last is None:  # it went on from a place behind its last batch, or no lane is its own
+                    last = self._stream.any_batch()
+                    assert last is not None  # another rank has one
                 cursors = [None if entry is None else cursor_from_json(entry, self.epoch) for entry in places]
                 yield (_marked(last, repeated=batch is None) if pad else last), cursors
         except BaseException as error:
@@ -784,7 +814,9 @@ def _check_encoder(encoder: Any) -> None:
 
 
 def _text_stream(loader: Any) -> TextStream | None:
-    """The `TextStream` that a loader reads, or is."""
+    """The `TextStream` that a loader reads, or is; another EmbeddingLoader minds its own."""
+    if isinstance(loader, EmbeddingLoader):
+        return None
     dataset = getattr(loader, "dataset", loader)
     return dataset if isinstance(dataset, TextStream) else None
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import threading
 import time
+from multiprocessing.process import BaseProcess
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +113,12 @@ def end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and _orphans_end_in != os.getpid():
         _orphans_end_in = os.getpid()
-        threading.Thread(target=_end_orphan, args=(parent.pid,), name="bertstream-parent", daemon=True).start()
+        threading.Thread(target=_end_orphan, args=(parent,), name="bertstream-parent", daemon=True).start()
 
 
-def _end_orphan(parent: int | None) -> None:
-    while os.getppid() == parent:
+def _end_orphan(parent: BaseProcess) -> None:
+    # A fork server stands between the two; and a sibling that was forked later holds the pipe by which a death is seen.
+    started_by = os.getppid()
+    while os.getppid() == started_by and parent.is_alive():
         time.sleep(_PARENT_PAUSE_S)
     os._exit(1)

@@ -53,7 +53,7 @@ options = json.loads(sys.argv[1])
 if options["world_size"] > 1:
     init = f"file://{options['store']}"
     dist.init_process_group("gloo", init_method=init, rank=options["rank"], world_size=options["world_size"])
-reading = bertstream.StreamConfig(lanes=7, window=40, **options.get("reading", {}))
+reading = bertstream.StreamConfig(**{"lanes": 7, "window": 40} | options.get("reading", {}))
 loader = bertstream.stream(
     options["shards"], FakeEncoder(), batch_size=8, shuffle=True, num_workers=options["workers"], reading=reading
 )
@@ -117,6 +117,25 @@ def test_ranks_go_on_in_their_own_order_with_any_number_of_workers(shards: list[
     rest = run(tmp_path, 2, shards=shards, workers=1, state=first[0][0][-1])
     for rank in range(2):
         assert first[rank][0][:-1] + rest[rank][0] == whole[rank][0]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_state_taken_while_a_rank_was_padded_goes_on(tmp_path: Path, world_size: int) -> None:
+    paths = write_shards(tmp_path / "large", TEXTS, shards=1) + write_shards(tmp_path / "small", TEXTS[:20], shards=1)
+    reading = {"open_shards": 1, "lanes": 3}
+    first = run(tmp_path, 2, shards=paths, workers=0, stop=20, reading=reading)
+    rest = run(tmp_path, world_size, shards=paths, workers=0, state=first[1][0][-1], reading=reading)
+    assert all(status == 0 for _, _, status in rest), rest
+    counts = [sum(map(len, batches)) for lines in (first, rest) for batches in [line[0] for line in lines]]
+    assert sum(counts) - sum(len(lines[0][-1]) for lines in first) == len(TEXTS) + 20
+
+
+def test_a_rank_that_fails_at_its_first_record_is_named_at_once(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path, TEXTS[:60], shards=2)
+    Path(paths[1]).write_text("no json\n" * 30)
+    found = run(tmp_path, 2, shards=paths, workers=0, reading={"lanes": 2, "open_shards": 1})
+    assert sorted(status for _, _, status in found) == [1, 1]
+    assert any("left the epoch" in errors and "not JSON" in errors for _, errors, _ in found)
 
 
 @pytest.mark.parametrize("uneven", ["pad", "stop"])
@@ -340,7 +359,10 @@ def test_counts_of_broken_records_go_on_with_the_state(tmp_path: Path) -> None:
     assert state["bad"]["records"] == 1
     again = bertstream.stream(path, FakeEncoder(), batch_size=4, reading=reading)
     again.load_state_dict(state)
-    list(again)
+    batches = iter(again)
+    next(batches)
+    assert again.state_dict()["bad"]["records"] == 1
+    list(batches)
     assert again._stream is not None and again.stats()["bad_records"] == 1
     assert list(again) and again.stats()["bad_records"] == 3  # an epoch counts anew
     loader.close()

@@ -104,3 +104,34 @@ def test_vectors_that_change_are_found_out(shards: list[str]) -> None:
 
     with pytest.raises(AssertionError, match="batch 0 "):
         assert_resumes_exactly(lambda: bertstream.stream(shards, Noisy()))
+
+
+def test_a_stream_that_is_wrapped_again_resumes_exactly(shards: list[str]) -> None:
+    def make() -> EmbeddingLoader:
+        inner = bertstream.stream(shards, FakeEncoder(), batch_size=16, shuffle=True, into="vectors")
+        return bertstream.wrap(inner, FakeEncoder(), text="text", into="others")
+
+    assert_resumes_exactly(make, cuts=[0, 3, 14])
+
+
+def test_a_stateful_loader_around_a_stream_resumes_exactly(shards: list[str]) -> None:
+    def make() -> EmbeddingLoader:
+        dataset = bertstream.TextStream(shards, FakeEncoder(), batch_size=16, shuffle=True)
+        return bertstream.wrap(StatefulDataLoader(dataset, batch_size=None), FakeEncoder())
+
+    assert_resumes_exactly(make, cuts=[0, 3, 14])
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+def test_workers_of_every_start_method_live(shards: list[str], context: str) -> None:
+    dataset = bertstream.TextStream(shards, FakeEncoder(), batch_size=16)
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context=context)
+    assert sum(len(batch["text"]) for batch in bertstream.wrap(loader, FakeEncoder())) == len(TEXTS)
+
+
+def test_a_state_of_another_kind_is_refused(shards: list[str]) -> None:
+    stream = bertstream.stream(shards, FakeEncoder())
+    state = bertstream.wrap(StatefulDataLoader(TEXTS, 8), FakeEncoder()).state_dict()
+    for broken in (state, stream.state_dict() | {"queues": []}):
+        with pytest.raises(StateError, match="no state of a stream"):
+            stream.load_state_dict(broken)
