@@ -524,7 +524,9 @@ def test_a_worker_that_is_busy_is_waited_for() -> None:
 
 
 SCRIPT = """
-    import os, sys, time, threading
+    import os, signal, sys, time, threading
+    # Where the tests run in the background a shell may have had this ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import bertstream
     sys.path.insert(0, {tests!r})
     from test_loader import FakeEncoder, Records
