@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from .coalesce import distinct, text_bytes
 from .codec import Bytes, Codec, Storage
 from .cuda import to_device
 from .disk import LEAST_BYTES, DiskTier
@@ -279,6 +279,8 @@ class CachedEncoder:
         self._codec = Codec(cache.dtype, encoder.row_shape, encoder.output_dtype)
         self._memory()  # which checks the size of the rows
         self._known: _Identity | None = None
+        self.compute_s = 0.0
+        """Seconds in the encoder; the rest of `encode` is looking up."""
 
     @property
     def tokenizer(self) -> SupportsTokenize:
@@ -375,21 +377,19 @@ class CachedEncoder:
         with cache._lock:
             rows = None if memory is None else memory.gather(keys)
             if rows is not None:
-                distinct = len(set(keys))
-                cache._counts.memory_hits += distinct
-                cache._counts.repeats += len(keys) - distinct
+                texts = len(set(keys))
+                cache._counts.memory_hits += texts
+                cache._counts.repeats += len(keys) - texts
         return rows
 
     def _rows(self, batch: TokenBatch, keys: Sequence[bytes], counts: npt.NDArray[Any], identity: _Identity) -> Bytes:
         """The rows of the batch, each text's from the first place that has it."""
         cache = self._cache
-        slots: dict[bytes, int] = {}
-        slot_of_text = np.fromiter((slots.setdefault(key, len(slots)) for key in keys), np.int64, len(keys))
-        distinct = list(slots)
-        first = np.unique(slot_of_text, return_index=True)[1]
+        first, slot_of_text = distinct(keys)
+        sought = [keys[i] for i in first]
         sizes = counts[first]
 
-        left = np.arange(len(distinct))
+        left = np.arange(len(sought))
         order: list[npt.NDArray[Any]] = []
         parts: list[Bytes] = []
 
@@ -402,29 +402,29 @@ class CachedEncoder:
         memory = self._memory()
         with cache._lock:
             if memory is not None:
-                here = [i for i, key in enumerate(distinct) if key in memory]
-                rows = memory.gather([distinct[i] for i in here])
+                here = [i for i, key in enumerate(sought) if key in memory]
+                rows = memory.gather([sought[i] for i in here])
                 assert rows is not None
                 found(here, rows)
-        in_memory = len(distinct) - len(left)
+        in_memory = len(sought) - len(left)
         before = len(left)
         if cache._disk is not None and before and cache._clock.may_read():
-            found(*self._from_disk([distinct[i] for i in left], sizes[left]))
+            found(*self._from_disk([sought[i] for i in left], sizes[left]))
         on_disk = before - len(left)
         with cache._lock:
             cache._counts.memory_hits += in_memory
             cache._counts.disk_hits += on_disk
             cache._counts.misses += len(left)
-            cache._counts.repeats += len(keys) - len(distinct)
+            cache._counts.repeats += len(keys) - len(sought)
         if len(left):
-            missing = [distinct[i] for i in left]
+            missing = [sought[i] for i in left]
             rows = self._computed(batch, first[left], missing, sizes[left], identity)
             found(list(range(len(left))), rows)
         pool = np.concatenate(parts)
         # Where each slot's rows begin in the pool.
         slots_in_pool = np.concatenate(order)
-        places = np.empty(len(distinct), np.int64)
-        places[slots_in_pool] = np.arange(len(distinct))
+        places = np.empty(len(sought), np.int64)
+        places[slots_in_pool] = np.arange(len(sought))
         return pool.take(rows_of(places[slot_of_text], cumulate(sizes[slots_in_pool])), 0)
 
     def _from_disk(self, keys: Sequence[bytes], counts: npt.NDArray[Any]) -> tuple[list[int], Bytes]:
@@ -451,7 +451,9 @@ class CachedEncoder:
         cache = self._cache
         started = time.perf_counter()
         rows = self._codec.pack(self._encoder.encode(batch.picked(texts)).values)
-        cache._clock.computed(len(rows), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.compute_s += seconds
+        cache._clock.computed(len(rows), seconds)
         if self._identity() != identity:
             return rows  # somebody began to train the encoder meanwhile: these may be of other weights
         self._remember(keys, counts.tolist(), rows)
@@ -510,36 +512,8 @@ class _Clock:
 
 
 def text_keys(batch: TokenBatch, prefix: bytes, fingerprint: bytes) -> list[bytes]:
-    """One key a text: the prefix, and a hash of the fingerprint and of everything that enters the model for the text.
-
-    That is its token ids, segment ids, words, special tokens and windows; what is not said is said as its default, so
-    that a text has one key in whatever batch it comes.
-    """
-    starts = batch.cu_seqlens[:-1] + np.arange(len(batch))  # one row more before each text
-    rows = np.zeros((batch.num_tokens + len(batch), 4), np.int32)
-    tokens = np.ones(len(rows), np.bool_)
-    tokens[starts] = False
-    flags = np.zeros(batch.num_tokens, np.int32)
-    if batch.special is not None:
-        flags += batch.special
-    if batch.owned is not None:
-        flags += 2 * ~batch.owned
-    if batch.window_lengths is not None:
-        windows = np.cumsum(batch.window_lengths) - batch.window_lengths
-        flags[windows[batch.window_lengths > 0]] += 4
-        # A text in one window is the same text where no other has several.
-        flags[batch.cu_seqlens[:-1][batch.lengths > 0]] &= ~4
-    rows[tokens, 0] = batch.input_ids
-    if batch.token_type_ids is not None:
-        rows[tokens, 1] = batch.token_type_ids
-    rows[tokens, 2] = -1 if batch.word_ids is None else batch.word_ids
-    rows[tokens, 3] = flags
-    rows[starts, 0] = batch.num_words
-    data = memoryview(rows.tobytes())
-    bounds = (16 * np.append(starts, len(rows))).tolist()
-    return [
-        prefix + blake2b(data[start:end], digest_size=16, key=fingerprint).digest() for start, end in pairwise(bounds)
-    ]
+    """One key a text: the prefix, and a hash of the fingerprint and of all that enters the model for the text."""
+    return [prefix + blake2b(text, digest_size=16, key=fingerprint).digest() for text in text_bytes(batch)]
 
 
 def _as_bytes(name: str, value: int | str) -> int:

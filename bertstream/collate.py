@@ -1,11 +1,10 @@
-"""Somebody's records and batches: getting texts out of them, and putting vectors in, whatever their structure."""
+"""Records to batches with tokens where the texts were, whatever the structure of a record."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +13,8 @@ from torch.utils.data import get_worker_info
 
 from .bucket import stack_column
 from .errors import BertstreamError, ConfigError, EncoderError
+from .places import Place, as_places, as_tensors, describe, get_place, put_places
 from .types import SupportsEncode, TokenBatch
-
-Place: TypeAlias = str | int
-"""Where a text stands in a record or batch: a key, a position, or an attribute."""
 
 
 class TokenCollate:
@@ -90,49 +87,6 @@ class TokenCollate:
             raise
 
 
-def as_places(text: Place | Sequence[Place] | None) -> tuple[Place, ...] | None:
-    """The user's `text=` as a tuple of places; None stays None."""
-    if text is None:
-        return None
-    places: tuple[Any, ...] = (text,)
-    if isinstance(text, Sequence) and not isinstance(text, (str, bytes)):
-        places = tuple(text)
-    named = all(isinstance(place, (str, int)) and not isinstance(place, bool) for place in places)
-    if not places or not named or len(set(places)) < len(places):
-        raise ConfigError(f"text={text!r}: name a key, a position or an attribute, or several different ones")
-    return places
-
-
-def get_place(holder: Any, place: Place) -> Any:
-    """What stands at a key of a mapping, a position of a sequence, or an attribute of anything else."""
-    try:
-        if isinstance(holder, Mapping):
-            return holder[place]
-        if isinstance(place, int) and isinstance(holder, Sequence) and not isinstance(holder, str):
-            return holder[place]
-        if isinstance(place, str) and (hasattr(holder, "_fields") or not isinstance(holder, Sequence)):
-            return getattr(holder, place)
-    except (KeyError, IndexError, AttributeError):
-        pass
-    raise ConfigError(f"text={place!r} names nothing in {_describe(holder)}")
-
-
-def put_places(holder: Any, values: Mapping[Any, Any]) -> Any:
-    """A shallow copy with other values at these places, of the same type; the holder is left as it was."""
-    if hasattr(holder, "_fields"):  # a namedtuple
-        names = holder._fields
-        return holder._replace(**{names[p] if isinstance(p, int) else p: value for p, value in values.items()})
-    if isinstance(holder, tuple):
-        return type(holder)(values.get(i, values.get(i - len(holder), part)) for i, part in enumerate(holder))
-    out = copy.copy(holder)
-    for place, value in values.items():
-        if isinstance(out, (Mapping, list)):
-            out[place] = value  # type: ignore[index]
-        else:
-            object.__setattr__(out, place, value)  # also in a frozen dataclass: the copy is ours
-    return out
-
-
 def tensor_column(values: list[Any]) -> Any:
     """One field of a batch as tensors, see `TokenCollate`."""
     column = as_tensors(stack_column(values))
@@ -143,19 +97,6 @@ def tensor_column(values: list[Any]) -> Any:
     if arrays and len(tensors) == len(values) and len({(tensor.shape, tensor.dtype) for tensor in tensors}) == 1:
         return torch.stack(tensors)
     return _in_one_memory(column)
-
-
-def as_tensors(column: Any) -> Any:
-    """A column of `bucket.stack_column` with its arrays of numbers as tensors over the same memory."""
-    if isinstance(column, list):
-        return [_as_tensor(value) for value in column]
-    return _as_tensor(column)
-
-
-def _as_tensor(value: Any) -> Any:
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc":
-        return value
-    return torch.from_numpy(value if value.flags.writeable else value.copy())
 
 
 def _in_one_memory(column: list[Any]) -> list[Any]:
@@ -181,26 +122,13 @@ def _fields(records: Sequence[Any]) -> dict[Place, list[Any]]:
         return {field.name: [getattr(record, field.name) for record in records] for field in dataclasses.fields(first)}
     if not isinstance(first, Sequence):
         kinds = "TokenCollate knows dicts, tuples, lists, namedtuples and dataclasses"
-        raise ConfigError(f"a record is {_describe(first)}: {kinds}")
+        raise ConfigError(f"a record is {describe(first)}: {kinds}")
     odd = next((i for i, r in enumerate(records) if type(r) is not type(first) or len(r) != len(first)), None)
     if odd is not None:
-        raise ConfigError(f"record {odd} of the batch is {_describe(records[odd])}, the first {_describe(first)}")
+        raise ConfigError(f"record {odd} of the batch is {describe(records[odd])}, the first {describe(first)}")
     return dict(enumerate(map(list, zip(*records, strict=True))))
 
 
 def _position(record: Any, place: Place) -> Place:
     """The position, counted from the front, of a place in a namedtuple, tuple or list."""
     return record._fields.index(place) if isinstance(place, str) else place % len(record)
-
-
-def _describe(holder: Any) -> str:
-    kind = f"a {type(holder).__name__}"
-    if isinstance(holder, Mapping):
-        return f"{kind} with the keys {list(holder)}"
-    if hasattr(holder, "_fields"):
-        return f"{kind} with the fields {list(holder._fields)}"
-    if dataclasses.is_dataclass(holder):
-        return f"{kind} with the fields {[field.name for field in dataclasses.fields(holder)]}"
-    if isinstance(holder, Sequence) and not isinstance(holder, str):
-        return f"{kind} of length {len(holder)}"
-    return kind

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
 
-from .cache import EmbeddingCache
-from .collate import Place, as_places, as_tensors, get_place, put_places
+from .cache import CachedEncoder, EmbeddingCache
+from .coalesce import encode_together
 from .cuda import SideStream
 from .dataset import Shards, Skip, StreamConfig, TextStream
 from .distributed import Peers, can_talk, rank_and_world_size
 from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedError, StateError, check_choice
-from .lanes import STATE_VERSION, LaneQueue, cursor_from_json, cursor_to_json, pack_state
-from .prefetch import Prefetcher
-from .types import Cursor, Embeddings, Layout, ReadReport, SupportsEncode, TokenBatch
+from .iteration import Entry, Groups, Iteration, Run, Source, agreed, located
+from .lanes import STATE_VERSION, LaneQueue, pack_state
+from .places import Place, as_places, texts_of, with_vectors
+from .prefetch import Prefetcher, StepClock
+from .stages import Stages, bottleneck
+from .types import Embeddings, Layout, ReadReport, SupportsEncode, TokenBatch
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _WORKER_BATCHES = 8
 """Token batches that each worker process of a stream may have ready."""
+
+_PREFETCH = 2
+"""Forwards' worth of tokens that the encoder runs ahead, where it does so."""
+
+_GROUP_FORWARDS = {"cpu": 8}
+"""Forwards' worth of tokens that are gathered to be encoded together, else one. A CPU's forwards are small, so that
+they stay in its caches; out of many texts each gets some of about one length."""
 
 
 def wrap(
@@ -41,8 +48,9 @@ def wrap(
     text: Place | Sequence[Place] | None = None,
     into: Place | Sequence[Place] | None = None,
     layout: Layout | None = None,
-    prefetch: int = 2,
+    prefetch: int | None = None,
     cache: EmbeddingCache | None = None,
+    deterministic: bool = False,
     allow_replicated: bool = False,
 ) -> EmbeddingLoader:
     """Put embeddings into the batches of a loader that you already have.
@@ -60,11 +68,17 @@ def wrap(
         layout: None hands out `Embeddings`; "padded", "nested", "packed_sequence" or "flat" hand out plain tensors. In
             a dict the padded mask stands under the key with `_mask` behind it; elsewhere the place holds
             (values, mask). "flat" is (values, cu_seqlens), and sentence output is one [B, H] in every layout.
-        prefetch: how far the encoder runs ahead, in forwards' worth of tokens (`encoder.max_forward_tokens`); one
-            batch at least. 0 encodes in `next()` itself, without a thread. A DataLoader without workers is read in the
-            thread, all but an epoch's first batch: where its dataset is bound to your thread (a sqlite connection) or
-            draws from torch's global generator, give it `num_workers=1`, or take 0 here.
+        prefetch: how far the encoder runs ahead in its thread, in forwards' worth of tokens
+            (`encoder.max_forward_tokens`); one batch at least. 0 encodes in `next()` itself, without a thread. None is
+            2 for an encoder on CUDA; on a CPU it is 0 until the loop is seen to leave the processor idle (because its
+            step waits for a GPU or for I/O, say), and then 2: two threads that both compute on all cores are slower
+            than one. In the thread a DataLoader without workers is read there too, all but an epoch's first batch:
+            where its dataset is bound to your thread (a sqlite connection) or draws from torch's global generator,
+            give it `num_workers=1`, or take 0 here.
         cache: where vectors are kept, so that none is computed twice; what several loaders share.
+        deterministic: whether which texts share a forward may depend on nothing but the data. Without it several
+            batches that are ready at once are encoded together, more or fewer by the clock, and two runs may differ in
+            the last bits.
         allow_replicated: accept that every rank reads all of the data (not checked where the dataset is an
             IterableDataset, which shares out its data itself).
     Raises:
@@ -79,7 +93,16 @@ def wrap(
         raise ConfigError(f"into={into!r} for text={text!r}: name one place for each text")
     if not allow_replicated:
         _refuse_replicated(loader)
-    return EmbeddingLoader(loader, encoder, text=places, into=targets, layout=layout, prefetch=prefetch, cache=cache)
+    return EmbeddingLoader(
+        loader,
+        encoder,
+        text=places,
+        into=targets,
+        layout=layout,
+        prefetch=prefetch,
+        cache=cache,
+        deterministic=deterministic,
+    )
 
 
 def stream(
@@ -96,8 +119,9 @@ def stream(
     num_workers: int = 0,
     into: str | None = None,
     layout: Layout | None = None,
-    prefetch: int = 2,
+    prefetch: int | None = None,
     cache: EmbeddingCache | None = None,
+    deterministic: bool = False,
     reading: StreamConfig | None = None,
 ) -> EmbeddingLoader:
     """Read text shards, bucket them by length, and hand out batches with embeddings.
@@ -127,6 +151,7 @@ def stream(
         layout: as for `wrap`.
         prefetch: as for `wrap`.
         cache: as for `wrap`.
+        deterministic: as for `wrap`.
         reading: window, lanes and what else reading may need.
     Raises:
         ConfigError: an argument is out of range, or there are more ranks than lanes.
@@ -152,7 +177,16 @@ def stream(
     ahead = _WORKER_BATCHES if num_workers else None
     loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, prefetch_factor=ahead)
     targets = None if into is None else (into,)
-    return EmbeddingLoader(loader, encoder, text=(text,), into=targets, layout=layout, prefetch=prefetch, cache=cache)
+    return EmbeddingLoader(
+        loader,
+        encoder,
+        text=(text,),
+        into=targets,
+        layout=layout,
+        prefetch=prefetch,
+        cache=cache,
+        deterministic=deterministic,
+    )
 
 
 @dataclass
@@ -169,75 +203,43 @@ class _Counts:
     bad_records: int = 0
     bad_shards: int = 0
     left_texts: int = 0
-    read_s: float = 0.0
-    tokenize_s: float = 0.0
-    encode_s: float = 0.0
+    repeated_texts: int = 0
+    encode_calls: int = 0
+    encoded_tokens: int = 0
+    padded_tokens: int = 0
     room_wait_s: float = 0.0
-    consumer_wait_s: float = 0.0
     peak_ahead_tokens: int = 0
 
 
 @dataclass
-class _Run:
-    """What an iteration and whoever ends it both know of it."""
+class _Tokenized:
+    """The batch of this number in the epoch, with its texts as tokens; a `Skip` has none."""
 
-    worker: Prefetcher[_Ready | Skip] | None = None
-    ended_by: str | None = None
-    is_over: bool = False
-    waits_since: float | None = None
+    number: int
+    entry: Entry
+    texts: dict[Place | None, TokenBatch]
 
-
-class _Iteration(Iterator[Any]):
-    """What a training loop iterates. Dropping it ends the worker: it holds the only reference to the generator."""
-
-    def __init__(self, batches: Generator[Any, None, None], run: _Run) -> None:
-        self._batches = batches
-        self._run = run
-
-    def __next__(self) -> Any:
-        self._run.waits_since = time.monotonic()
-        for batch in self._batches:
-            self._run.waits_since = None
-            return batch
-        if self._run.ended_by is not None:
-            raise LoaderClosedError(self._run.ended_by)
-        raise StopIteration
-
-    def end(self, reason: str) -> None:
-        """Stop the worker, from whatever thread; the next `next()` says why."""
-        if inspect.getgeneratorstate(self._batches) == inspect.GEN_CLOSED:
-            return
-        self._run.ended_by = reason
-        self._run.is_over = True
-        if self._run.worker is not None:
-            self._run.worker.close()
-        # A loop that waits in another thread has the generator running: it wakes up, and ends it there.
-        with suppress(ValueError):
-            self._batches.close()
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return sum(batch.num_tokens for batch in self.texts.values())
 
 
 @dataclass
 class _Ready:
     """A batch whose vectors are queued on the side stream, with the event behind them."""
 
-    batch: Any
+    entry: Entry
     embeddings: dict[Place | None, Embeddings]
     event: torch.cuda.Event | None
-    source_state: Any = None
-    cursors: Sequence[Cursor | None] = ()
     tokens: int = field(init=False)
-
-    @property
-    def report(self) -> ReadReport | None:
-        """What reading the batch met."""
-        return self.batch.report if isinstance(self.batch, TokenBatch) else None
 
     def __post_init__(self) -> None:
         self.tokens = sum(embeddings.tokens.num_tokens for embeddings in self.embeddings.values())
 
 
 class EmbeddingLoader:
-    """Batches with embeddings, encoded ahead of the training loop by one worker thread; made by `wrap` and `stream`.
+    """Batches with embeddings, encoded ahead of the training loop where that pays; made by `wrap` and `stream`.
 
     Iterate it once an epoch. One iteration runs at a time: a new one ends the one before it, whose loop then gets a
     `LoaderClosedError`. Leaving a loop early stops the worker and its processes; so do `close()` and the end of a
@@ -252,28 +254,31 @@ class EmbeddingLoader:
         text: tuple[Place, ...] | None,
         into: tuple[Place, ...] | None,
         layout: Layout | None,
-        prefetch: int,
+        prefetch: int | None = None,
         cache: EmbeddingCache | None = None,
+        deterministic: bool = False,
     ) -> None:
         _check_encoder(encoder)
         if layout is not None:
             check_choice("layout", layout, Layout)
-        if prefetch < 0:
+        if prefetch is not None and prefetch < 0:
             raise ConfigError(f"prefetch={prefetch}: write a number of at least 0")
         self._stream = _text_stream(source)
         if self._stream is not None and text is None:
             text = (self._stream.text,)
         self.encoder = encoder
         self._cache = cache
-        self._encode_texts = encoder.encode if cache is None else cache.of(encoder).encode
+        self._cached: CachedEncoder | None = None if cache is None else cache.of(encoder)
         self._source = source
         self._places = text
         self._into = into
         self._layout = layout
         self._prefetch = prefetch
+        self._deterministic = deterministic
         self._device = encoder.device
         self._side = SideStream(self._device)
         self._counts = _Counts()
+        self._stages = Stages()
         self._own_epoch = 0
         self._closed = False
         self._read_once = False
@@ -288,7 +293,7 @@ class EmbeddingLoader:
                 f"{rank} of {world_size}: make it after torch.distributed is initialised"
             )
         self._source_state: Any = None
-        self._running: weakref.ref[_Iteration] | None = None
+        self._running: weakref.ref[Iteration] | None = None
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"epoch {self.epoch}, {self._counts.batches} batches so far"
@@ -307,8 +312,8 @@ class EmbeddingLoader:
         if self.encoder.device != self._device:  # it was moved
             self._device = self.encoder.device
             self._side = SideStream(self._device)
-        run = _Run()
-        iteration = _Iteration(self._iterate(run), run)
+        run = Run()
+        iteration = Iteration(self._iterate(run), run, self._stages)
         self._running = weakref.ref(iteration)
         return iteration
 
@@ -428,17 +433,46 @@ class EmbeddingLoader:
         `epochs`, `batches`, `texts` and `tokens` were handed out; `cut_texts` of them were truncated, by `cut_words`
         (known where texts are lists of words) and `cut_tokens` in all. `bad_records` and `bad_shards` were passed over,
         as `max_bad_records` allowed, and are named in the log; `left_texts` were not handed out, because another rank
-        was through and `uneven="stop"`.
-        Seconds: `read_s` waiting for the wrapped loader or the shards, `tokenize_s`, `encode_s` (on CUDA: queueing),
-        `room_wait_s` the worker waiting because it was far enough ahead, `consumer_wait_s` the training loop waiting
-        for a batch (not measured with `prefetch=0`). `peak_ahead_tokens` is the most that was waiting, encoded, to be
-        handed out. `read_s` and the waits are added when an iteration ends. What `EmbeddingCache.stats` says stands
-        here under `cache_` names, of all loaders that share the cache.
+        was through and `uneven="stop"`. `encoded_tokens` went to the encoder in `encode_calls`, `repeated_texts` did
+        not, because the same text was in the same call (a cache counts its own). `padding_share` is the part that
+        padding would take, were each batch padded to its longest text.
+
+        Seconds: `read_s` waiting for the wrapped loader or the shards, `tokenize_s`, `lookup_s` in the cache,
+        `encode_s` (on CUDA: queueing), `hand_over_s`, `room_wait_s` the worker waiting because it was far enough ahead
+        (added when an iteration ends), `wait_s` the training loop waiting for a batch, `step_s` what it does between
+        two. Where no worker runs ahead, all but `step_s` is part of `wait_s`. `texts_per_s` and `tokens_per_s` are over
+        `wait_s` and `step_s`. `peak_ahead_tokens` is the most that was waiting, encoded, to be handed out.
+
+        What `EmbeddingCache.stats` says stands here under `cache_` names, of all loaders that share the cache.
         """
+        seconds = self._stages.seconds
         stats: dict[str, float] = asdict(self._counts)
+        padded = stats.pop("padded_tokens")
+        stats["padding_share"] = 1 - stats["tokens"] / padded if padded else 0.0
+        stats |= {f"{stage}_s": seconds[stage] for stage in ("read", "tokenize", "encode", "hand_over", "wait", "step")}
+        stats["lookup_s"] = 0.0
+        if self._cached is not None:
+            stats["lookup_s"] = seconds["encode"] - self._cached.compute_s
+            stats["encode_s"] = self._cached.compute_s
+        loop_s = stats["wait_s"] + stats["step_s"]
+        stats["texts_per_s"], stats["tokens_per_s"] = (
+            stats[n] / loop_s if loop_s else 0.0 for n in ("texts", "tokens")
+        )
         if self._cache is not None:
             stats |= {f"cache_{name}": value for name, value in self._cache.stats().items()}
         return stats
+
+    def bottleneck(self) -> str:
+        """One sentence: what the training loop waits for, and what would help."""
+        return bottleneck(self.stats())
+
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write what each stage did when, for chrome://tracing or ui.perfetto.dev: the last 100,000 spans.
+
+        Stages are "read", "tokenize", "encode", "hand_over", "wait" and "step", see `stats`; `torch.profiler` shows
+        them too, as "bertstream.encode" and so on.
+        """
+        self._stages.save_trace(path)
 
     def close(self) -> None:
         """Stop the worker thread and the processes it reads from; the loader cannot be iterated again.
@@ -460,54 +494,64 @@ class EmbeddingLoader:
             iteration.end(reason)
         self._running = None
 
-    def _iterate(self, run: _Run) -> Generator[Any, None, None]:
+    def _iterate(self, run: Run) -> Generator[Any, None, None]:
         """One epoch. A generator, so that a loop which is left in any way runs the `finally` at once."""
         before = replace(self._counts)
         state = self._state_of_source if self._stream is None and self._source_has_state else None
         if self._peers is not None:
             self._peers.begin()
         with self._others_told():
-            items = _Items(self._start_reading(), state)
-        ready = self._encoded(items, run)
+            source = Source(self._start_reading(), state, self._stages)
+        ready = self._encoded(source, run)
         worker: Iterator[_Ready | Skip] = ready
         try:
             # The first batch is read in this thread: a sampler draws its seed from torch's global generator then, and
             # must draw it at the same point of the user's program whatever is prefetched.
             with self._others_told():
-                items.read_first()
-            if self._prefetch:
-                worker = run.worker = Prefetcher(
-                    ready,
-                    weigh=lambda item: 0 if isinstance(item, Skip) else item.tokens,
-                    limit=self._prefetch * self.encoder.max_forward_tokens,
-                    stage="encode",
-                )
-            for item in worker:
-                if run.ended_by is not None:
-                    return
-                self._count_bad(item.report)
+                source.read_first()
+            clock = StepClock()
+            while True:
+                if run.worker is None and self._runs_ahead(clock):
+                    worker = run.worker = self._ahead(ready)
+                item = next(worker, None)
+                if item is None or run.ended_by is not None:
+                    break
+                self._count_bad(item.report if isinstance(item, Skip) else _report(item.entry.item))
                 if isinstance(item, Skip):
                     self._lane_ended(item)
                     continue
-                batch = self._handed_over(item)
+                with self._stages.run("hand_over", 1):
+                    batch = self._handed_over(item)
                 del item  # its memory is the consumer's now, not ours until the next batch
+                clock.begin()
                 yield batch
+                clock.end()
                 del batch
-            if run.ended_by is not None:
-                return
-            self._end_epoch()
-            self._report_truncation(before)
+            if run.ended_by is None:
+                self._end_epoch()
+                self._report_truncation(before)
         finally:
             run.worker = None
             run.is_over = True
             if isinstance(worker, Prefetcher):
                 worker.close()
                 self._counts.room_wait_s += worker.put_wait_s
-                self._counts.consumer_wait_s += worker.get_wait_s
                 self._counts.peak_ahead_tokens = max(self._counts.peak_ahead_tokens, worker.peak_weight)
             ready.close()
-            items.close()
-            self._counts.read_s += items.wait_s
+            source.close()
+
+    def _runs_ahead(self, clock: StepClock) -> bool:
+        if self._prefetch is not None:
+            return self._prefetch > 0
+        return self._device.type != "cpu" or clock.leaves_room()
+
+    def _ahead(self, ready: Iterator[_Ready | Skip]) -> Prefetcher[_Ready | Skip]:
+        return Prefetcher(
+            ready,
+            weigh=lambda item: 0 if isinstance(item, Skip) else item.tokens,
+            limit=(self._prefetch or _PREFETCH) * self.encoder.max_forward_tokens,
+            stage="encode",
+        )
 
     @contextmanager
     def _others_told(self) -> Iterator[None]:
@@ -585,223 +629,121 @@ class EmbeddingLoader:
             self._read_once = True
         return iterator
 
-    def _encoded(self, items: _Items[Any], run: _Run) -> Generator[_Ready | Skip, None, None]:
-        """The encode stage: what the worker thread runs."""
+    def _encoded(self, source: Source[Any], run: Run) -> Generator[_Ready | Skip, None, None]:
+        """The encode stage: what the worker thread runs, or `next()` itself."""
+        entries = located(source, self._stream)
+        if self._peers is not None and self._stream is not None:
+            entries = agreed(entries, self._stream, self._peers, run, self._count_left)
+        limit = self.encoder.max_forward_tokens * _GROUP_FORWARDS.get(self._device.type, 1)
+        groups = Groups(
+            self._tokenized(entries),
+            weigh=lambda item: item.tokens,
+            limit=limit,
+            by_the_clock=not self._deterministic,
+        )
+        for group in groups:
+            started = time.perf_counter()
+            weight = sum(item.tokens for item in group)
+            ready = self._encode(group)
+            del group
+            item = next(ready)  # which encodes them all
+            groups.encoded(weight, time.perf_counter() - started)
+            yield item
+            del item  # its memory is the consumer's now, not ours until the next group
+            yield from ready
+
+    def _tokenized(self, entries: Iterator[Entry]) -> Iterator[_Tokenized]:
         number = 0
-        for item, cursors in self._located(items) if self._peers is None else self._agreed(items, self._peers, run):
-            if isinstance(item, Skip):
-                yield item
+        for entry in entries:
+            if isinstance(entry.item, Skip):
+                yield _Tokenized(number, entry, {})
                 continue
-            try:
-                ready = self._encode(item)
-            except EncoderError as error:
-                raise EncoderError(f"batch {number}: {error}", records=error.records) from error
-            ready.source_state, ready.cursors = items.source_state, cursors
-            yield ready
-            del ready
+            with self._stages.run("tokenize", 1), _numbered(number):
+                texts = texts_of(entry.item, self._places, self.encoder.tokenizer)
+            yield _Tokenized(number, entry, texts)
             number += 1
 
-    def _located(self, items: Iterator[Any]) -> Iterator[tuple[Any, Sequence[Cursor | None]]]:
-        """Batches, and `Skip`s of lanes that have just ended, each with the places behind them, by rank."""
-        for item in items:
-            if isinstance(item, BertstreamError):
-                raise item
-            cursors: list[Cursor | None] = []
-            if self._stream is not None and isinstance(item, TokenBatch):
-                cursors = [None] * self._stream.world_size
-                cursors[self._stream.rank] = item.cursor
-            if not isinstance(item, Skip) or item.lane is not None:
-                yield item, cursors
+    def _encode(self, group: list[_Tokenized]) -> Iterator[_Ready | Skip]:
+        """The group's batches with their vectors, by one call of the encoder.
 
-    def _agreed(
-        self, items: Iterator[Any], peers: Peers, run: _Run
-    ) -> Generator[tuple[Any, Sequence[Cursor | None]], None, None]:
-        """As `_located`, a batch on every rank or on none."""
-        assert self._stream is not None
-        pad = self._stream.uneven == "pad"
-        located = self._located(items)
-        last: TokenBatch | None = None
-        reason = "it stopped iterating"
-        try:
-            while True:
-                batch: TokenBatch | None = None
-                for item, _ in located:
-                    if isinstance(item, TokenBatch):
-                        batch = last = item
-                        break
-                    yield item, ()
-                place = None if batch is None or batch.cursor is None else cursor_to_json(batch.cursor)
-                places = peers.exchange(place, lambda: run.is_over, lambda: run.waits_since)
-                if places is None:
-                    return
-                if all(place is None for place in places):
-                    reason = ""
-                    return
-                if not pad and None in places:
-                    reason = ""
-                    self._counts.left_texts += 0 if batch is None else len(batch)
-                    for item, _ in located:
-                        if run.is_over:
-                            return
-                        self._counts.left_texts += len(item) if isinstance(item, TokenBatch) else 0
-                    return
-                if last is None:  # it went on from a place behind its last batch, or no lane is its own
-                    last = self._stream.any_batch()
-                    assert last is not None  # another rank has one
-                cursors = [None if entry is None else cursor_from_json(entry, self.epoch) for entry in places]
-                yield (_marked(last, repeated=batch is None) if pad else last), cursors
-        except BaseException as error:
-            reason = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else reason
-            raise
-        finally:
-            if reason:
-                with suppress(Exception):  # the store may be gone with the rank that held it
-                    peers.leave(reason)
-
-    def _encode(self, batch: Any) -> _Ready:
-        texts = self._token_batches(batch)
-        started = time.perf_counter()
-        embeddings = {}
-        for place, tokens in texts.items():
-            try:
-                with self._side.run():
-                    embeddings[place] = self._encode_texts(tokens)
-            except BertstreamError:
-                raise
-            except Exception as error:
-                raise EncoderError(f"the encoder failed on {tokens!r}: {type(error).__name__}: {error}") from error
+        Where that fails they are encoded one by one, so that the error comes in its place, and is of one batch.
+        """
+        texts = [tokens for item in group for tokens in item.texts.values()]
+        found: deque[Embeddings] | None = None
+        with suppress(Exception):
+            if len(texts) > 1:
+                found = deque(self._together(texts))
         event = self._side.mark()
-        self._counts.encode_s += time.perf_counter() - started
-        return _Ready(batch, embeddings, event)
+        items = deque(group)
+        group.clear()
+        while items:
+            item = items.popleft()
+            if not item.texts:
+                yield item.entry.item
+                continue
+            if found is None:
+                with _numbered(item.number):
+                    embeddings = {place: self._alone(tokens) for place, tokens in item.texts.items()}
+                event = self._side.mark()
+            else:
+                embeddings = {place: found.popleft() for place in item.texts}
+            ready = _Ready(item.entry, embeddings, event)
+            del item, embeddings
+            yield ready
+            del ready  # its memory is the consumer's now, not ours until the next batch
 
-    def _token_batches(self, batch: Any) -> dict[Place | None, TokenBatch]:
-        if isinstance(batch, TokenBatch):
-            return {None: batch}
-        places: tuple[Place | None, ...] = self._places or (None,)
-        found = {place: batch if place is None else get_place(batch, place) for place in places}
-        started = time.perf_counter()
-        out = {
-            place: texts if isinstance(texts, TokenBatch) else self._tokenized(texts, place, batch)
-            for place, texts in found.items()
-        }
-        self._counts.tokenize_s += time.perf_counter() - started
-        return out
+    def _together(self, texts: list[TokenBatch]) -> list[Embeddings]:
+        encode = self.encoder.encode if self._cached is None else self._cached.encode
+        with self._stages.run("encode", len(texts)), self._side.run():
+            found, repeats = encode_together(encode, texts, once=self._cached is None)  # a cache looks by itself
+        self._counts.encode_calls += 1
+        self._counts.encoded_tokens += sum(tokens.num_tokens for tokens in texts)
+        self._counts.repeated_texts += repeats
+        return found
 
-    def _tokenized(self, texts: Any, place: Place | None, batch: Any) -> TokenBatch:
-        where = "the batch" if place is None else f"text={place!r}"
-        if isinstance(texts, Tensor) and not (isinstance(batch, Mapping) and "attention_mask" in batch):
-            raise ConfigError(f"{where} is a tensor: padded ids need their attention_mask beside them, in a dict")
-        if isinstance(texts, Tensor):
-            return TokenBatch.from_padded(texts, batch["attention_mask"], batch.get("token_type_ids"))
-        if isinstance(texts, Mapping) and place is None:
-            raise ConfigError(f"a batch is a {type(texts).__name__}: name its text, text= one of {list(texts)}")
-        if not isinstance(texts, Sequence) or isinstance(texts, str):
-            kind = type(texts).__name__
-            raise ConfigError(f"{where} is a {kind}: a batch of texts is a list of strings or of lists of words")
-        if any(isinstance(entry, tuple) for entry in texts):
-            raise ConfigError(
-                f"{where} holds tuples: torch's default collate turns lists of words inside out, so that the first "
-                "words of all texts stand together. Give the DataLoader "
-                "collate_fn=bertstream.TokenCollate(encoder, text=...), which also takes pairs of texts as tuples"
-            )
-        return TokenBatch.from_texts(self.encoder.tokenizer(texts))
+    def _alone(self, tokens: TokenBatch) -> Embeddings:
+        try:
+            return self._together([tokens])[0]
+        except BertstreamError:
+            raise
+        except Exception as error:
+            raise EncoderError(f"the encoder failed on {tokens!r}: {type(error).__name__}: {error}") from error
+
+    def _count_left(self, texts: int) -> None:
+        self._counts.left_texts += texts
 
     def _handed_over(self, item: _Ready) -> Any:
         tensors = [t for e in item.embeddings.values() for t in (e.values, e.cu_seqlens, e.present) if t is not None]
         self._side.hand_over(item.event, tensors)
-        self._source_state = item.source_state
-        for queue, cursor in zip(self._queues or (), item.cursors, strict=False):
+        self._source_state = item.entry.source_state
+        for queue, cursor in zip(self._queues or (), item.entry.cursors, strict=False):
             if queue is not None and cursor is not None:
                 queue.hand_out(cursor)
         counts = self._counts
         counts.batches += 1
         for embeddings in item.embeddings.values():
-            counts.texts += len(embeddings)
-            counts.tokens += embeddings.tokens.num_tokens
-            counts.cut_texts += int((embeddings.tokens.cut_tokens > 0).sum())
-            counts.cut_words += int(embeddings.tokens.cut_words.sum())
-            counts.cut_tokens += int(embeddings.tokens.cut_tokens.sum())
-        return self._with_vectors(item.batch, item.embeddings)
-
-    def _with_vectors(self, batch: Any, embeddings: dict[Place | None, Embeddings]) -> Any:
-        """The user's batch with vectors where the texts were."""
-        vectors: dict[Any, Any] = {
-            place: found if self._layout is None else found.as_layout(self._layout)
-            for place, found in embeddings.items()
-        }
-        if isinstance(batch, TokenBatch):
-            if not batch.fields:
-                return vectors[None]
-            vectors = {(self._places or ("text",))[0]: vectors[None]}
-            batch = {name: as_tensors(column) for name, column in batch.fields.items()}
-        elif self._places is None:
-            return vectors[None]
-        if self._into is not None:
-            vectors = dict(zip(self._into, vectors.values(), strict=True))
-            if not isinstance(batch, Mapping):
-                raise ConfigError(f"into={self._into!r} needs batches that are dicts; this is a {type(batch).__name__}")
-        if isinstance(batch, Mapping) and self._layout == "padded":
-            masks = {f"{place}_mask": value[1] for place, value in vectors.items() if isinstance(value, tuple)}
-            vectors = {p: value[0] if isinstance(value, tuple) else value for p, value in vectors.items()} | masks
-        return put_places(batch, vectors)
+            tokens = embeddings.tokens
+            counts.texts += len(tokens)
+            counts.tokens += tokens.num_tokens
+            counts.padded_tokens += len(tokens) * int(tokens.lengths.max(initial=0))
+            counts.cut_texts += int((tokens.cut_tokens > 0).sum())
+            counts.cut_words += int(tokens.cut_words.sum())
+            counts.cut_tokens += int(tokens.cut_tokens.sum())
+        return with_vectors(item.entry.item, item.embeddings, text=self._places, into=self._into, layout=self._layout)
 
 
-def _marked(batch: TokenBatch, *, repeated: bool) -> TokenBatch:
-    """The batch with `__repeated__` among its fields; a repeated one reports nothing again."""
-    marked = replace(batch, fields=batch.fields | {"__repeated__": repeated})
-    if repeated:
-        marked.report = marked.cursor = None
-    return marked
+@contextmanager
+def _numbered(batch: int) -> Iterator[None]:
+    """Errors of the encoder from inside say which batch of the epoch it was."""
+    try:
+        yield
+    except EncoderError as error:
+        raise EncoderError(f"batch {batch}: {error}", records=error.records) from error
 
 
-class _Items(Generic[T]):
-    """An iterator that counts its waiting and lets its source go on `close()`.
-
-    The source sits in an attribute, not in a local variable: the frames that an exception's traceback keeps alive would
-    otherwise keep a DataLoader's worker processes alive.
-    """
-
-    def __init__(self, source: Iterator[T], state: Callable[[], Any] | None) -> None:
-        self._source: Iterator[T] | None = source
-        self._state = state
-        self._first: list[tuple[T, Any]] = []
-        self.source_state: Any = None
-        """Where the source stood behind the item that came last, if it can say so."""
-        self.wait_s = 0.0
-
-    def __iter__(self) -> Iterator[T]:
-        return self
-
-    def __next__(self) -> T:
-        if self._first:
-            item, self.source_state = self._first.pop()
-            return item
-        if self._source is None:
-            raise StopIteration
-        started = time.perf_counter()
-        try:
-            item = next(self._source)
-        finally:
-            self.wait_s += time.perf_counter() - started
-        self.source_state = None if self._state is None else self._state()
-        return item
-
-    def read_first(self) -> None:
-        """Advance the source once; the item comes with the next `next()`."""
-        for item in self:
-            self._first.append((item, self.source_state))
-            return
-
-    def close(self) -> None:
-        """End the iteration, and the source with it."""
-        source, self._source = self._source, None
-        self._first.clear()
-        close = getattr(source, "close", None)
-        if close is None and not getattr(source, "_persistent_workers", False):
-            # A DataLoader's iterator ends its workers when it is collected, which a kept traceback would put off.
-            close = getattr(source, "_shutdown_workers", None)
-        if close is not None:
-            close()
+def _report(batch: Any) -> ReadReport | None:
+    """What reading the batch met."""
+    return batch.report if isinstance(batch, TokenBatch) else None
 
 
 def _check_encoder(encoder: Any) -> None:

@@ -349,12 +349,12 @@ def test_the_worker_runs_ahead_by_a_bounded_number_of_tokens() -> None:
                 yield batch
 
     encoder = FakeEncoder()
-    loader = bertstream.wrap(Counting(), encoder, text="text", prefetch=2)
+    loader = bertstream.wrap(Counting(), encoder, text="text", prefetch=2, deterministic=True)
     iteration = iter(loader)
     next(iteration)
     time.sleep(0.3)
-    # 32 tokens a batch and 128 ahead: one handed out, four waiting, one in the worker's hands.
-    assert read == 6
+    # 32 tokens a batch, groups of 1, 2, 4 batches, 128 tokens ahead: one handed out, four waiting, two in its hands.
+    assert read == 7
     del iteration
     list(loader)
     assert loader.stats()["peak_ahead_tokens"] <= 128
@@ -428,7 +428,7 @@ def test_stats_count_what_was_handed_out(minilm_folder: str) -> None:
     stats = loader.stats()
     assert (stats["epochs"], stats["batches"], stats["texts"], stats["tokens"]) == (1, 2, 3, 3 + 8 + 5)
     assert (stats["cut_texts"], stats["cut_tokens"]) == (1, 14)
-    assert stats["encode_s"] > 0 and stats["consumer_wait_s"] > 0
+    assert stats["encode_s"] > 0 and stats["wait_s"] > 0
 
 
 def test_truncation_is_reported_once_an_epoch(minilm_folder: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -532,7 +532,7 @@ SCRIPT = """
     from test_loader import FakeEncoder, Records
     from torch.utils.data import DataLoader
 
-    loader = bertstream.wrap(DataLoader(Records(10**6), 2, num_workers=2), FakeEncoder(), text="text")
+    loader = bertstream.wrap(DataLoader(Records(10**6), 2, num_workers=2), FakeEncoder(), text="text", prefetch=2)
     {body}
 """
 
@@ -599,14 +599,13 @@ def test_an_error_at_any_stage_and_place_arrives_once_after_the_batches_before_i
             for number, batch in enumerate(batches(10)):
                 if number == at and stage == "read":
                     raise error
-                yield {"text": [3]} if number == at and stage == "text" else batch
+                odd = {"text": {"text": [3]}, "encode": {"text": ["w" * 13]}}
+                yield odd[stage] if number == at and stage in odd else batch
 
     def fail(batch: TokenBatch) -> None:
-        fail.seen += 1  # type: ignore[attr-defined]
-        if fail.seen == at + 1 and stage == "encode":  # type: ignore[attr-defined]
+        if 13 in batch.input_ids:  # whatever other batches it came with
             raise MemoryError("no memory left")
 
-    fail.seen = 0  # type: ignore[attr-defined]
     loader = bertstream.wrap(Source(), FakeEncoder(fail), text="text", prefetch=prefetch)
     seen = 0
     with pytest.raises((TheirError, EncoderError)) as caught:

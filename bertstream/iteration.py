@@ -1,0 +1,266 @@
+"""One epoch on its way through a loader: what is read, in step with other ranks, gathered to be encoded together."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from .dataset import Skip, TextStream
+from .distributed import Peers
+from .errors import BertstreamError, LoaderClosedError
+from .lanes import cursor_from_json, cursor_to_json
+from .prefetch import Prefetcher
+from .stages import Stages
+from .types import Cursor, TokenBatch
+
+T = TypeVar("T")
+
+_GROUP_S = 1.0
+"""Seconds that encoding a group should take at most: a loop that is left waits for the group in progress."""
+
+
+@dataclass
+class Run:
+    """What an iteration and whoever ends it both know of it."""
+
+    worker: Prefetcher[Any] | None = None
+    ended_by: str | None = None
+    is_over: bool = False
+    waits_since: float | None = None
+
+
+class Iteration(Iterator[Any]):
+    """What a training loop iterates. Dropping it ends the worker: it holds the only reference to the generator."""
+
+    def __init__(self, batches: Generator[Any, None, None], run: Run, stages: Stages) -> None:
+        self._batches = batches
+        self._run = run
+        self._stages = stages
+        self._handed_out_at: float | None = None
+
+    def __next__(self) -> Any:
+        if self._handed_out_at is not None:
+            self._stages.add("step", self._handed_out_at, 1)
+            self._handed_out_at = None
+        started = time.perf_counter()
+        self._run.waits_since = time.monotonic()
+        for batch in self._batches:
+            self._run.waits_since = None
+            self._stages.add("wait", started, 1)
+            self._handed_out_at = time.perf_counter()
+            return batch
+        if self._run.ended_by is not None:
+            raise LoaderClosedError(self._run.ended_by)
+        raise StopIteration
+
+    def end(self, reason: str) -> None:
+        """Stop the worker, from whatever thread; the next `next()` says why."""
+        if inspect.getgeneratorstate(self._batches) == inspect.GEN_CLOSED:
+            return
+        self._run.ended_by = reason
+        self._run.is_over = True
+        if self._run.worker is not None:
+            self._run.worker.close()
+        # A loop that waits in another thread has the generator running: it wakes up, and ends it there.
+        with suppress(ValueError):
+            self._batches.close()
+
+
+class Source(Generic[T]):
+    """An iterator that times its waiting and lets what it reads go on `close()`.
+
+    What it reads sits in an attribute, not in a local variable: the frames that an exception's traceback keeps alive
+    would otherwise keep a DataLoader's worker processes alive.
+    """
+
+    def __init__(self, source: Iterator[T], state: Callable[[], Any] | None, stages: Stages) -> None:
+        self._source: Iterator[T] | None = source
+        self._state = state
+        self._stages = stages
+        self._first: list[tuple[T, Any]] = []
+        self.state: Any = None
+        """Where the source stood behind the item that came last, if it can say so."""
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._first:
+            item, self.state = self._first.pop()
+            return item
+        if self._source is None:
+            raise StopIteration
+        with self._stages.run("read", 1):
+            item = next(self._source)
+        self.state = None if self._state is None else self._state()
+        return item
+
+    def read_first(self) -> None:
+        """Advance the source once; the item comes with the next `next()`."""
+        for item in self:
+            self._first.append((item, self.state))
+            return
+
+    def close(self) -> None:
+        """End the iteration, and the source with it."""
+        source, self._source = self._source, None
+        self._first.clear()
+        close = getattr(source, "close", None)
+        if close is None and not getattr(source, "_persistent_workers", False):
+            # A DataLoader's iterator ends its workers when it is collected, which a kept traceback would put off.
+            close = getattr(source, "_shutdown_workers", None)
+        if close is not None:
+            close()
+
+
+@dataclass
+class Entry:
+    """What was read, and what is known behind it.
+
+    Attributes:
+        item: a batch, or the `Skip` of a lane that has just ended.
+        cursors: by rank, the place of the batch that each hands out in this step.
+        source_state: where the wrapped DataLoader stood.
+    """
+
+    item: Any
+    cursors: Sequence[Cursor | None] = ()
+    source_state: Any = None
+
+
+def located(source: Source[Any], stream: TextStream | None) -> Iterator[Entry]:
+    """Batches, and `Skip`s of lanes that have just ended, each with the places behind them."""
+    for item in source:
+        if isinstance(item, BertstreamError):
+            raise item
+        cursors: list[Cursor | None] = []
+        if stream is not None and isinstance(item, TokenBatch):
+            cursors = [None] * stream.world_size
+            cursors[stream.rank] = item.cursor
+        if not isinstance(item, Skip) or item.lane is not None:
+            yield Entry(item, cursors, source.state)
+
+
+def agreed(
+    entries: Iterator[Entry], stream: TextStream, peers: Peers, run: Run, count_left: Callable[[int], None]
+) -> Iterator[Entry]:
+    """As they come, a batch on every rank or on none.
+
+    Args:
+        entries: this rank's, of `located`.
+        stream: what they are read from; `uneven` says what happens where a rank has no more.
+        peers: the other ranks.
+        run: whether the iteration is over is asked while waiting for them.
+        count_left: told the texts of each batch that is not handed out because another rank is through.
+    """
+    pad, epoch = stream.uneven == "pad", stream.epoch
+    last: TokenBatch | None = None
+    reason = "it stopped iterating"
+    try:
+        while True:
+            batch: TokenBatch | None = None
+            for entry in entries:
+                if isinstance(entry.item, TokenBatch):
+                    batch = last = entry.item
+                    break
+                yield entry
+            place = None if batch is None or batch.cursor is None else cursor_to_json(batch.cursor)
+            places = peers.exchange(place, lambda: run.is_over, lambda: run.waits_since)
+            if places is None:
+                return
+            if all(place is None for place in places):
+                reason = ""
+                return
+            if not pad and None in places:
+                reason = ""
+                count_left(0 if batch is None else len(batch))
+                for entry in entries:
+                    if run.is_over:
+                        return
+                    count_left(len(entry.item) if isinstance(entry.item, TokenBatch) else 0)
+                return
+            if last is None:  # it went on from a place behind its last batch, or no lane is its own
+                last = stream.any_batch()
+                assert last is not None  # another rank has one
+            cursors = [None if place is None else cursor_from_json(place, epoch) for place in places]
+            yield Entry(_marked(last, repeated=batch is None) if pad else last, cursors)
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else reason
+        raise
+    finally:
+        if reason:
+            with suppress(Exception):  # the store may be gone with the rank that held it
+                peers.leave(reason)
+
+
+def _marked(batch: TokenBatch, *, repeated: bool) -> TokenBatch:
+    """The batch with `__repeated__` among its fields; a repeated one reports nothing again."""
+    marked = replace(batch, fields=batch.fields | {"__repeated__": repeated})
+    if repeated:
+        marked.report = marked.cursor = None
+    return marked
+
+
+class Groups(Generic[T]):
+    """Gathers items into groups of a bounded weight, to be encoded together.
+
+    The first group is the first item alone, so that the loop need not wait for more; each later one may weigh twice as
+    much as the one before, up to the limit. By the clock too, unless that is to have no say: a group is closed when
+    gathering it took longer than the last one's encoding (then reading is what holds the loop up, and waiting for more
+    would not help), and groups whose encoding takes longer than a second do not grow.
+
+    Args:
+        items: what to gather.
+        weigh: an item's weight. A single one may be heavier than the limit.
+        limit: weight of a group at most.
+        by_the_clock: whether groups depend on how long things take.
+    """
+
+    def __init__(self, items: Iterator[T], *, weigh: Callable[[T], int], limit: int, by_the_clock: bool) -> None:
+        self._items = items
+        self._weigh = weigh
+        self._limit = limit
+        self._by_the_clock = by_the_clock
+        self._budget = 1
+        self._encode_s = 0.0
+
+    def __iter__(self) -> Iterator[list[T]]:
+        """Groups; an error of the items comes behind the group that was gathered before it."""
+        group: list[T] = []
+        weight, started = 0, time.perf_counter()
+        while True:
+            try:
+                item = next(self._items)
+            except Exception as raised:
+                error = raised
+                break
+            own = self._weigh(item)
+            if group and weight + own > self._budget:
+                yield group
+                group, weight, started = [], 0, time.perf_counter()
+            group.append(item)
+            weight += own
+            is_late = self._by_the_clock and time.perf_counter() - started > self._encode_s
+            if weight >= self._budget or is_late:
+                yield group
+                group, weight, started = [], 0, time.perf_counter()
+        try:
+            if group:
+                yield group
+            if not isinstance(error, StopIteration):
+                raise error
+        finally:
+            del error  # its traceback holds this frame: a circle would keep all that its frames hold alive
+
+    def encoded(self, weight: int, seconds: float) -> None:
+        """Say how long a group took to be encoded."""
+        self._encode_s = seconds
+        grown = min(self._limit, max(self._budget, 2 * weight))
+        if not self._by_the_clock or 2 * seconds <= _GROUP_S:
+            self._budget = grown
+        elif seconds > 2 * _GROUP_S:
+            self._budget = max(1, weight // 2)

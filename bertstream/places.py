@@ -1,0 +1,159 @@
+"""Where texts stand in a batch, whatever its structure: getting them out, and putting vectors in."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+from .types import Embeddings, Layout, SupportsTokenize, TokenBatch
+
+Place: TypeAlias = str | int
+"""Where a text stands in a record or batch: a key, a position, or an attribute."""
+
+
+def as_places(text: Place | Sequence[Place] | None) -> tuple[Place, ...] | None:
+    """The user's `text=` as a tuple of places; None stays None."""
+    if text is None:
+        return None
+    places: tuple[Any, ...] = (text,)
+    if isinstance(text, Sequence) and not isinstance(text, (str, bytes)):
+        places = tuple(text)
+    named = all(isinstance(place, (str, int)) and not isinstance(place, bool) for place in places)
+    if not places or not named or len(set(places)) < len(places):
+        raise ConfigError(f"text={text!r}: name a key, a position or an attribute, or several different ones")
+    return places
+
+
+def get_place(holder: Any, place: Place) -> Any:
+    """What stands at a key of a mapping, a position of a sequence, or an attribute of anything else."""
+    try:
+        if isinstance(holder, Mapping):
+            return holder[place]
+        if isinstance(place, int) and isinstance(holder, Sequence) and not isinstance(holder, str):
+            return holder[place]
+        if isinstance(place, str) and (hasattr(holder, "_fields") or not isinstance(holder, Sequence)):
+            return getattr(holder, place)
+    except (KeyError, IndexError, AttributeError):
+        pass
+    raise ConfigError(f"text={place!r} names nothing in {describe(holder)}")
+
+
+def put_places(holder: Any, values: Mapping[Any, Any]) -> Any:
+    """A shallow copy with other values at these places, of the same type; the holder is left as it was."""
+    if hasattr(holder, "_fields"):  # a namedtuple
+        names = holder._fields
+        return holder._replace(**{names[p] if isinstance(p, int) else p: value for p, value in values.items()})
+    if isinstance(holder, tuple):
+        return type(holder)(values.get(i, values.get(i - len(holder), part)) for i, part in enumerate(holder))
+    out = copy.copy(holder)
+    for place, value in values.items():
+        if isinstance(out, (Mapping, list)):
+            out[place] = value  # type: ignore[index]
+        else:
+            object.__setattr__(out, place, value)  # also in a frozen dataclass: the copy is ours
+    return out
+
+
+def as_tensors(column: Any) -> Any:
+    """A column of `bucket.stack_column` with its arrays of numbers as tensors over the same memory."""
+    if isinstance(column, list):
+        return [_as_tensor(value) for value in column]
+    return _as_tensor(column)
+
+
+def texts_of(
+    batch: Any, places: tuple[Place, ...] | None, tokenizer: SupportsTokenize
+) -> dict[Place | None, TokenBatch]:
+    """The texts at these places of somebody's batch, as tokens; at None where the batch is the texts.
+
+    Raises:
+        ConfigError: a place names nothing, or what stands there is no batch of texts.
+        EncoderError: a text cannot be tokenized.
+    """
+    if isinstance(batch, TokenBatch):
+        return {None: batch}
+    out = {}
+    for place in places or (None,):
+        texts = batch if place is None else get_place(batch, place)
+        out[place] = texts if isinstance(texts, TokenBatch) else _tokenized(texts, place, batch, tokenizer)
+    return out
+
+
+def with_vectors(
+    batch: Any,
+    embeddings: Mapping[Place | None, Embeddings],
+    *,
+    text: tuple[Place, ...] | None,
+    into: tuple[Place, ...] | None,
+    layout: Layout | None,
+) -> Any:
+    """The batch with vectors where its texts were, or at `into`; a `TokenBatch` as a dict of its fields.
+
+    Raises:
+        ConfigError: `into` was asked for, and the batch is no dict.
+    """
+    vectors: dict[Any, Any] = {
+        place: found if layout is None else found.as_layout(layout) for place, found in embeddings.items()
+    }
+    if isinstance(batch, TokenBatch):
+        if not batch.fields:
+            return vectors[None]
+        vectors = {(text or ("text",))[0]: vectors[None]}
+        batch = {name: as_tensors(column) for name, column in batch.fields.items()}
+    elif text is None:
+        return vectors[None]
+    if into is not None:
+        vectors = dict(zip(into, vectors.values(), strict=True))
+        if not isinstance(batch, Mapping):
+            raise ConfigError(f"into={into!r} needs batches that are dicts; this is a {type(batch).__name__}")
+    if isinstance(batch, Mapping) and layout == "padded":
+        masks = {f"{place}_mask": value[1] for place, value in vectors.items() if isinstance(value, tuple)}
+        vectors = {p: value[0] if isinstance(value, tuple) else value for p, value in vectors.items()} | masks
+    return put_places(batch, vectors)
+
+
+def describe(holder: Any) -> str:
+    """A record or batch in the words of an error: its type, and the places it has."""
+    kind = f"a {type(holder).__name__}"
+    if isinstance(holder, Mapping):
+        return f"{kind} with the keys {list(holder)}"
+    if hasattr(holder, "_fields"):
+        return f"{kind} with the fields {list(holder._fields)}"
+    if dataclasses.is_dataclass(holder):
+        return f"{kind} with the fields {[field.name for field in dataclasses.fields(holder)]}"
+    if isinstance(holder, Sequence) and not isinstance(holder, str):
+        return f"{kind} of length {len(holder)}"
+    return kind
+
+
+def _tokenized(texts: Any, place: Place | None, batch: Any, tokenizer: SupportsTokenize) -> TokenBatch:
+    where = "the batch" if place is None else f"text={place!r}"
+    if isinstance(texts, Tensor) and not (isinstance(batch, Mapping) and "attention_mask" in batch):
+        raise ConfigError(f"{where} is a tensor: padded ids need their attention_mask beside them, in a dict")
+    if isinstance(texts, Tensor):
+        return TokenBatch.from_padded(texts, batch["attention_mask"], batch.get("token_type_ids"))
+    if isinstance(texts, Mapping) and place is None:
+        raise ConfigError(f"a batch is a {type(texts).__name__}: name its text, text= one of {list(texts)}")
+    if not isinstance(texts, Sequence) or isinstance(texts, str):
+        kind = type(texts).__name__
+        raise ConfigError(f"{where} is a {kind}: a batch of texts is a list of strings or of lists of words")
+    if any(isinstance(entry, tuple) for entry in texts):
+        raise ConfigError(
+            f"{where} holds tuples: torch's default collate turns lists of words inside out, so that the first "
+            "words of all texts stand together. Give the DataLoader "
+            "collate_fn=bertstream.TokenCollate(encoder, text=...), which also takes pairs of texts as tuples"
+        )
+    return TokenBatch.from_texts(tokenizer(texts))
+
+
+def _as_tensor(value: Any) -> Any:
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc":
+        return value
+    return torch.from_numpy(value if value.flags.writeable else value.copy())

@@ -1,0 +1,93 @@
+"""What each stage of a loader did and for how long: seconds and items, a trace to look at, and what holds a loop up."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from torch.profiler import record_function
+
+Stage: TypeAlias = Literal["read", "tokenize", "encode", "hand_over", "wait", "step"]
+
+_KEPT_SPANS = 100_000
+"""The latest, for the trace: about 20 MB, and some ten minutes of a fast loop."""
+
+
+class Stages:
+    """A clock for each stage of a loader; each stage runs in one thread at a time.
+
+    "read" waits for the source, "tokenize" and "encode" say themselves; "hand_over" puts vectors into the user's batch.
+    "wait" is the training loop waiting for a batch, "step" what it does between two of them.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.items: defaultdict[str, int] = defaultdict(int)
+        self._spans: deque[tuple[str, int, float, float, int]] = deque(maxlen=_KEPT_SPANS)
+
+    @contextmanager
+    def run(self, stage: Stage, items: int = 0) -> Iterator[None]:
+        """Time what is inside as one span of the stage; `torch.profiler` shows it as "bertstream.<stage>"."""
+        started = time.perf_counter()
+        try:
+            with record_function(f"bertstream.{stage}"):
+                yield
+        finally:
+            self.add(stage, started, items)
+
+    def add(self, stage: Stage, started: float, items: int = 0) -> None:
+        """A span from `started` (`time.perf_counter()`) until now."""
+        now = time.perf_counter()
+        self.seconds[stage] += now - started
+        self.items[stage] += items
+        self._spans.append((stage, threading.get_native_id(), started, now - started, items))
+
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the latest spans in Chrome's trace format; see `EmbeddingLoader.save_trace`."""
+        events: list[dict[str, Any]] = [
+            {
+                "name": stage,
+                "ph": "X",
+                "pid": os.getpid(),
+                "tid": thread,
+                "ts": started * 1e6,
+                "dur": seconds * 1e6,
+                "args": {"items": items},
+            }
+            for stage, thread, started, seconds, items in list(self._spans)
+        ]
+        Path(path).write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+
+
+_ADVICE = {
+    "read": "Reading is: more workers (num_workers=), larger or local shards, or shard_cache= would help",
+    "tokenize": "Tokenizing is: worker processes would help (num_workers= of stream, or TokenCollate with wrap)",
+    "lookup": "The cache's look-up is: more memory= for it, or a faster disk, would help",
+    "encode": "Encoding is: a cache, a lower layer, dtype='bfloat16' where the device is fast at it, or another device "
+    "would help",
+}
+
+
+def bottleneck(stats: Mapping[str, float]) -> str:
+    """One sentence on what a training loop waits for, from the `*_s` seconds of `EmbeddingLoader.stats`."""
+    wait, step = stats["wait_s"], stats["step_s"]
+    if not stats["batches"]:
+        return "Nothing was handed out yet."
+    share = wait / (wait + step) if wait + step else 0.0
+    if share < 0.05:
+        return f"The training step is the bottleneck: the loop waits for batches {share:.0%} of its time."
+    works = {stage: stats.get(f"{stage}_s", 0.0) for stage in _ADVICE}
+    slowest = max(works, key=lambda stage: works[stage])
+    part = works[slowest] / (sum(works.values()) or 1.0)
+    said, advice = _ADVICE[slowest].split(" is: ")
+    return (
+        f"{said} is the bottleneck: the loop waits for batches {share:.0%} of its time, and {part:.0%} of the work on "
+        f"them is this; {advice}."
+    )
