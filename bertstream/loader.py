@@ -220,9 +220,9 @@ class _Tokenized:
     texts: dict[Place | None, TokenBatch]
 
     @property
-    def tokens(self) -> int:
-        """Tokens in all."""
-        return sum(batch.num_tokens for batch in self.texts.values())
+    def weight(self) -> int:
+        """Tokens in all, and at least one, so that groups are bounded whatever comes; a `Skip` adds nothing."""
+        return max(1, sum(batch.num_tokens for batch in self.texts.values())) if self.texts else 0
 
 
 @dataclass
@@ -452,7 +452,8 @@ class EmbeddingLoader:
         stats |= {f"{stage}_s": seconds[stage] for stage in ("read", "tokenize", "encode", "hand_over", "wait", "step")}
         stats["lookup_s"] = 0.0
         if self._cached is not None:
-            stats["lookup_s"] = seconds["encode"] - self._cached.compute_s
+            # In the middle of a call its computing is counted already, the call itself is not.
+            stats["lookup_s"] = max(0.0, seconds["encode"] - self._cached.compute_s)
             stats["encode_s"] = self._cached.compute_s
         loop_s = stats["wait_s"] + stats["step_s"]
         stats["texts_per_s"], stats["tokens_per_s"] = (
@@ -469,8 +470,9 @@ class EmbeddingLoader:
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Write what each stage did when, for chrome://tracing or ui.perfetto.dev: the last 100,000 spans.
 
-        Stages are "read", "tokenize", "encode", "hand_over", "wait" and "step", see `stats`; `torch.profiler` shows
-        them too, as "bertstream.encode" and so on.
+        Stages are "read", "tokenize", "encode", "hand_over", "wait" and "step", see `stats`. `torch.profiler` shows the
+        first four too, as "bertstream.encode" and so on; those of the worker thread if it is asked for all threads
+        (`experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)`).
         """
         self._stages.save_trace(path)
 
@@ -635,15 +637,19 @@ class EmbeddingLoader:
         if self._peers is not None and self._stream is not None:
             entries = agreed(entries, self._stream, self._peers, run, self._count_left)
         limit = self.encoder.max_forward_tokens * _GROUP_FORWARDS.get(self._device.type, 1)
+        if self._peers is not None:
+            # A batch that others have agreed on must not wait for the next: to agree on that they may have to hand this
+            # one out first, and their step waits for ours.
+            limit = 1
         groups = Groups(
             self._tokenized(entries),
-            weigh=lambda item: item.tokens,
+            weigh=lambda item: item.weight,
             limit=limit,
             by_the_clock=not self._deterministic,
         )
         for group in groups:
             started = time.perf_counter()
-            weight = sum(item.tokens for item in group)
+            weight = sum(item.weight for item in group)
             ready = self._encode(group)
             del group
             item = next(ready)  # which encodes them all
@@ -671,8 +677,7 @@ class EmbeddingLoader:
         texts = [tokens for item in group for tokens in item.texts.values()]
         found: deque[Embeddings] | None = None
         with suppress(Exception):
-            if len(texts) > 1:
-                found = deque(self._together(texts))
+            found = deque(self._together(texts)) if texts else None
         event = self._side.mark()
         items = deque(group)
         group.clear()
@@ -692,18 +697,22 @@ class EmbeddingLoader:
             yield ready
             del ready  # its memory is the consumer's now, not ours until the next batch
 
-    def _together(self, texts: list[TokenBatch]) -> list[Embeddings]:
-        encode = self.encoder.encode if self._cached is None else self._cached.encode
+    def _together(self, texts: list[TokenBatch], *, once: bool = True) -> list[Embeddings]:
+        def encode(batch: TokenBatch) -> Embeddings:
+            found = self.encoder.encode(batch) if self._cached is None else self._cached.encode(batch)
+            self._counts.encode_calls += 1
+            self._counts.encoded_tokens += batch.num_tokens
+            return found
+
         with self._stages.run("encode", len(texts)), self._side.run():
-            found, repeats = encode_together(encode, texts, once=self._cached is None)  # a cache looks by itself
-        self._counts.encode_calls += 1
-        self._counts.encoded_tokens += sum(tokens.num_tokens for tokens in texts)
+            found, repeats = encode_together(encode, texts, once=once and self._cached is None)  # a cache looks itself
         self._counts.repeated_texts += repeats
         return found
 
     def _alone(self, tokens: TokenBatch) -> Embeddings:
+        """The batch as it is, so that an error names its texts by their places."""
         try:
-            return self._together([tokens])[0]
+            return self._together([tokens], once=False)[0]
         except BertstreamError:
             raise
         except Exception as error:
