@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -135,11 +136,37 @@ def test_joined_batches_can_be_picked_apart_again(batches: list[TokenBatch]) -> 
         assert not found.fields and found.cursor is None
 
 
-@given(TOKEN_BATCHES)
-def test_a_texts_bytes_do_not_depend_on_the_batch_it_comes_in(batches: list[TokenBatch]) -> None:
-    for batch in batches:
-        alone = [text_bytes(batch.picked(np.array([i])))[0] for i in range(len(batch))]
-        assert text_bytes(batch) == alone
+@given(st.lists(st.booleans().flatmap(tokenized), max_size=5))
+def test_a_texts_bytes_do_not_depend_on_the_batch_it_comes_in(texts: list[TokenizedText]) -> None:
+    assert text_bytes(TokenBatch.from_texts(texts)) == [text_bytes(TokenBatch.from_texts([text]))[0] for text in texts]
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"input_ids": [1, 2, 4]},
+        {"input_ids": [1, 2]},
+        {"token_type_ids": [0, 0, 1]},
+        {"word_ids": [0, 0, 1]},
+        {"word_ids": [0, -1, 1]},
+        {"num_words": 3},
+        {"special": [True, False, False]},
+        {"owned": [True, False, True]},
+        {"window_lengths": [1, 2]},
+        {"window_lengths": [2, 1]},
+    ],
+    ids=str,
+)
+def test_texts_that_differ_in_anything_have_other_bytes(difference: dict[str, Any]) -> None:
+    plain = TokenizedText(np.array([1, 2, 3], np.int32), word_ids=np.array([0, 1, 1], np.int32), num_words=2)
+    other = dataclasses.replace(plain)
+    for name, value in difference.items():
+        setattr(other, name, value if isinstance(value, int) else np.array(value))
+    if len(other.input_ids) < 3:
+        other.word_ids = np.array([0, 1], np.int32)
+    other.input_ids = other.input_ids.astype(np.int32)
+    first, second, third = text_bytes(TokenBatch.from_texts([plain, other, plain]))
+    assert first == third != second
 
 
 @given(st.lists(st.integers(0, 5), max_size=12))
