@@ -431,12 +431,12 @@ class Encoder(nn.Module):
 
     def _forwards(self, order: Any, lengths: Int32Array) -> Iterator[Any]:
         """Cut texts, longest first, into forwards by real tokens, or by padded ones where the model is padded."""
-        start, held = 0, 0
+        start, held, most = 0, 0, self.max_forward_tokens
         for end, text in enumerate(order.tolist()):
             longest, length = int(lengths[order[start]]), int(lengths[text])
             cost = length if self.batching.way == "packed" else longest
             odd = self.batching.way == "grouped" and length != longest
-            if held and (odd or held + cost > self.max_forward_tokens):
+            if held and (odd or held + cost > most):
                 yield order[start:end]
                 start, held, cost = end, 0, length
             held += cost
