@@ -419,7 +419,8 @@ class CachedEncoder:
             missing = [sought[i] for i in left]
             rows = self._computed(batch, first[left], missing, sizes[left], identity)
             found(list(range(len(left))), rows)
-        pool = np.concatenate(parts)
+        parts = [rows for rows in parts if len(rows)] or parts[:1]
+        pool = parts[0] if len(parts) == 1 else np.concatenate(parts)
         # Where each slot's rows begin in the pool.
         slots_in_pool = np.concatenate(order)
         places = np.empty(len(sought), np.int64)
