@@ -71,8 +71,8 @@ class EmbeddingCache:
             thread behind; what it cannot keep up with is dropped, and counted.
         disk_limit: bytes of the file in that folder at most; entries fill 0.8 of them. The same for all that share it.
         dtype: how rows are stored. "auto" as the encoder gives them, bit for bit. "bfloat16" (relative error of a
-            float32 row up to 0.4 %) and "int8" (one scale for 32 dimensions; for all-MiniLM-L6-v2 0.6 % on average, 1.3 %
-            at most) take a half and about a quarter of the room of float32; rows are then rounded when they are
+            float32 row up to 0.4 %) and "int8" (one scale for 32 dimensions; for all-MiniLM-L6-v2 0.6 % on average,
+            1.3 % at most) take a half and about a quarter of the room of float32; rows are then rounded when they are
             computed, too, so that an epoch's vectors do not depend on what was cached.
         read_only: the folder is read and never written; an encoder that it holds nothing of is refused.
     Raises:
