@@ -6,7 +6,8 @@ import copy
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -19,16 +20,25 @@ from .cuda import to_device
 from .errors import ConfigError, EncoderError, check_choice
 from .fingerprint import hash_weights, weights_state
 from .layers import kept_inputs, resolve_layers, stop_behind, unroll
-from .loading import DType, convert, fastest_dtype, load_pretrained, resolve_device, torch_dtype
+from .loading import (
+    DType,
+    convert,
+    fastest_dtype,
+    fastest_forward_tokens,
+    load_pretrained,
+    resolve_device,
+    torch_dtype,
+)
 from .pooling import Combine, SentencePooling, WordPooling, combine_layers, pool_runs
 from .tokenizer import Overflow, Split, TextTokenizer
 from .types import BoolArray, Embeddings, Int32Array, Output, Text, TokenBatch, cumulate, rows_of, steps
 
 logger = logging.getLogger(__name__)
 
-# Tokens of one forward. On a few CPU cores more no longer fits the activations into the cache; a GPU is bound by
-# kernel launches below 5-10 k tokens.
+# Tokens of one forward, and what is tried where that is measured. On a few CPU cores more no longer fits the
+# activations into the cache; a GPU is bound by kernel launches below 5-10 k tokens.
 _FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
+_TRIED_TOKENS = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384, 32768, 65536)}
 
 
 class Encoder(nn.Module):
@@ -63,7 +73,8 @@ class Encoder(nn.Module):
         max_length: tokens of the longest text or window; None is what the model and the tokenizer allow.
         packed: None packs texts into one row where the model allows it, True refuses a model that does not, False
             does not pack.
-        max_forward_tokens: tokens of one forward; None is 2,048 on the CPU and 16,384 on CUDA.
+        max_forward_tokens: tokens of one forward; None is 2,048 on the CPU and 16,384 on CUDA, until `calibrate` finds
+            a better number.
     Attributes:
         tokenizer: the `TextTokenizer`, light enough for worker processes.
         batching: what the self-test at load found: whether texts run packed, padded or grouped by length, and why.
@@ -114,6 +125,7 @@ class Encoder(nn.Module):
         self.output_dtype = output_dtype
         self._last_layer: int = config.num_hidden_layers
         self._max_forward_tokens = max_forward_tokens
+        self._found_forward_tokens: dict[torch.device, int] = {}
         self._check_pooler(model)
         self.model = _own_copy(model, device, dtype)
         if min(self.layers) < self._last_layer:
@@ -202,7 +214,40 @@ class Encoder(nn.Module):
     @property
     def max_forward_tokens(self) -> int:
         """Tokens of one forward at most; a single longer text is a forward of its own."""
-        return self._max_forward_tokens or _FORWARD_TOKENS.get(self.device.type, 2048)
+        default = _FORWARD_TOKENS.get(self.device.type, 2048)
+        return self._max_forward_tokens or self._found_forward_tokens.get(self.device, default)
+
+    def calibrate(self) -> int:
+        """Measure how many tokens of one forward are fastest on this device; once, and not where a number was given.
+
+        On a CPU the feed-forward products of one layer are timed, on CUDA whole forwards: a second at most. A loader
+        calls it when it starts, unless it is deterministic.
+
+        Returns:
+            `max_forward_tokens`, as it is from now on.
+        """
+        tried = _TRIED_TOKENS.get(self.device.type)
+        if self._max_forward_tokens is None and self.device not in self._found_forward_tokens and tried is not None:
+            run = self._feed_forward() if self.device.type == "cpu" else self._dummy_forward
+            found = fastest_forward_tokens(tried, run, self.device, _FORWARD_TOKENS[self.device.type])
+            self._found_forward_tokens[self.device] = found
+            logger.info("forwards of %d tokens are fastest on %s", found, self.device)
+        return self.max_forward_tokens
+
+    def _feed_forward(self) -> Callable[[int], object]:
+        size = cast(Any, self.model.config).hidden_size
+        up = torch.zeros(4 * size, size, dtype=self.dtype)
+        rows = torch.zeros(max(_TRIED_TOKENS["cpu"]), size, dtype=self.dtype)
+        return lambda tokens: F.linear(F.gelu(F.linear(rows[:tokens], up)), up.T)
+
+    def _dummy_forward(self, tokens: int) -> object:
+        lengths = np.full(tokens // 32, 32, np.int32)
+        nothing = np.zeros(len(lengths), np.int32)
+        ids = np.zeros(32 * len(lengths), np.int32)
+        batch = TokenBatch(ids, cumulate(lengths), None, None, None, nothing, nothing)
+        with plain_mode(self.device):
+            forward = self._packed_forward if self.batching.way == "packed" else self._padded_forward
+            return forward(batch, np.arange(len(ids)), lengths)
 
     def train(self, mode: bool = True) -> Encoder:
         """Stay in eval mode: dropout would put noise into frozen vectors."""
@@ -352,9 +397,18 @@ class Encoder(nn.Module):
         forward = self._packed_forward if self.batching.way == "packed" else self._padded_forward
         parts: list[list[Tensor]] = []
         rows = []
-        for texts in self._forwards(order, lengths):
-            rows.append(rows_of(texts, cu_seqlens))
-            parts.append(forward(batch, rows[-1], lengths[texts]))
+        waiting = deque(self._forwards(order, lengths))
+        while waiting:
+            texts = waiting.popleft()
+            places = rows_of(texts, cu_seqlens)
+            try:
+                parts.append(forward(batch, places, lengths[texts]))
+                rows.append(places)
+            except torch.OutOfMemoryError:
+                if len(texts) == 1:
+                    raise
+                self._lower_budget(len(places))
+                waiting.extendleft(np.array_split(texts, 2)[::-1])
         if not parts:
             size = cast(Any, self.model.config).hidden_size
             return [torch.zeros(0, size, dtype=self.dtype, device=self.device)] * len(self.layers)
@@ -363,14 +417,26 @@ class Encoder(nn.Module):
         index = self._to_device(back)
         return [torch.cat(layer).index_select(0, index) for layer in zip(*parts, strict=True)]
 
+    def _lower_budget(self, tokens: int) -> None:
+        """After a forward of so many tokens found no memory: later ones are of half as many."""
+        self._max_forward_tokens = max(1, tokens // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning(
+            "a forward of %d tokens found no memory on %s: from now on max_forward_tokens=%d",
+            tokens,
+            self.device,
+            self._max_forward_tokens,
+        )
+
     def _forwards(self, order: Any, lengths: Int32Array) -> Iterator[Any]:
         """Cut texts, longest first, into forwards by real tokens, or by padded ones where the model is padded."""
-        start, held = 0, 0
+        start, held, most = 0, 0, self.max_forward_tokens
         for end, text in enumerate(order.tolist()):
             longest, length = int(lengths[order[start]]), int(lengths[text])
             cost = length if self.batching.way == "packed" else longest
             odd = self.batching.way == "grouped" and length != longest
-            if held and (odd or held + cost > self.max_forward_tokens):
+            if held and (odd or held + cost > most):
                 yield order[start:end]
                 start, held, cost = end, 0, length
             held += cost

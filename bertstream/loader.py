@@ -20,6 +20,7 @@ from .coalesce import encode_together
 from .cuda import SideStream
 from .dataset import Shards, Skip, StreamConfig, TextStream
 from .distributed import Peers, can_talk, rank_and_world_size
+from .encoder import Encoder
 from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedError, StateError, check_choice
 from .iteration import Entry, Groups, Iteration, Run, Source, agreed, located
 from .lanes import STATE_VERSION, LaneQueue, pack_state
@@ -312,6 +313,8 @@ class EmbeddingLoader:
         if self.encoder.device != self._device:  # it was moved
             self._device = self.encoder.device
             self._side = SideStream(self._device)
+        if not self._deterministic and isinstance(self.encoder, Encoder):
+            self.encoder.calibrate()
         run = Run()
         iteration = Iteration(self._iterate(run), run, self._stages)
         self._running = weakref.ref(iteration)

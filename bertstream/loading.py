@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -69,6 +70,31 @@ def fastest_dtype(device: torch.device, hidden_size: int) -> torch.dtype:
                 times.append(time.perf_counter() - started)
         rate[dtype] = 1 / min(times)
     return torch.bfloat16 if rate[torch.bfloat16] >= 1.5 * rate[torch.float32] else torch.float32
+
+
+def fastest_forward_tokens(
+    candidates: Sequence[int], run: Callable[[int], object], device: torch.device, default: int
+) -> int:
+    """How many tokens a forward should have, by the time that each number of them takes for a token.
+
+    Args:
+        candidates: numbers of tokens, rising.
+        run: does for so many tokens what is to be timed.
+        device: where it runs.
+        default: one of the candidates, taken unless another is at least a twentieth faster.
+    """
+    rounds = [[_seconds(run, tokens, device) / tokens for tokens in candidates] for _ in range(6)]
+    times = dict(zip(candidates, map(min, zip(*rounds[1:], strict=True)), strict=True))  # the first warms up
+    quickest = min(candidates, key=lambda tokens: times[tokens])
+    return quickest if times[quickest] < 0.95 * times[default] else default
+
+
+def _seconds(run: Callable[[int], object], tokens: int, device: torch.device) -> float:
+    started = time.perf_counter()
+    run(tokens)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
 
 
 @dataclass(frozen=True)

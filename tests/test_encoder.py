@@ -272,6 +272,60 @@ def test_the_measured_dtype_is_the_faster_one(monkeypatch: pytest.MonkeyPatch) -
     assert loading.fastest_dtype(cpu, 64) == torch.float32
 
 
+@pytest.mark.parametrize(("seconds_a_token", "chosen"), [({1024: 2, 2048: 3, 4096: 4}, 1024), ({4096: 0.99}, 2048)])
+def test_the_number_of_tokens_of_a_forward_is_the_default_unless_another_is_clearly_faster(
+    seconds_a_token: dict[int, float], chosen: int, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    now = 0.0
+
+    def forward(self: Encoder) -> Callable[[int], None]:
+        def run(tokens: int) -> None:
+            nonlocal now
+            now += tokens * seconds_a_token.get(tokens, 1)
+
+        return run
+
+    monkeypatch.setattr(Encoder, "_feed_forward", forward)
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: now)
+    encoder = Encoder(tiny_bert(), tokenizer)
+    assert encoder.calibrate() == encoder.max_forward_tokens == chosen
+    seconds_a_token.clear()
+    assert encoder.calibrate() == chosen, "it is measured once"
+    assert Encoder(tiny_bert(), tokenizer, max_forward_tokens=77).calibrate() == 77, "a user's number wins"
+
+
+def test_both_ways_to_measure_a_forward_run(minilm: Encoder) -> None:
+    minilm._feed_forward()(1024)
+    assert minilm._dummy_forward(256)[0].shape == (256, 384)
+
+
+def test_a_forward_that_finds_no_memory_is_split_and_later_ones_are_smaller(
+    tokenizer: Any, sentences: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = Encoder(tiny_bert(), tokenizer, max_forward_tokens=64)(sentences[:100])
+    encoder = Encoder(tiny_bert(), tokenizer)
+    run, sizes = encoder.model.forward, []
+
+    def forward(input_ids: Tensor, **named: Any) -> Any:
+        sizes.append(input_ids.numel())
+        if input_ids.numel() > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(input_ids=input_ids, **named)
+
+    monkeypatch.setattr(encoder.model, "forward", forward)
+    found = encoder(sentences[:100])
+    assert torch.allclose(found.values, right.values, atol=1e-5)
+    assert max(sizes) > 300 and encoder.max_forward_tokens <= 300
+    assert "found no memory" in caplog.text and f"max_forward_tokens={encoder.max_forward_tokens}" in caplog.text
+    sizes.clear()
+    encoder(sentences[:100])
+    assert max(sizes) <= 300
+    longest = max(sentences, key=len)
+    monkeypatch.setattr(encoder.model, "forward", lambda **named: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(torch.OutOfMemoryError):
+        encoder([longest])  # a single text cannot be split
+
+
 def test_a_model_saved_in_half_precision_still_runs_in_the_dtype_asked_for(minilm_folder: str, tmp_path: Path) -> None:
     AutoModel.from_pretrained(minilm_folder, dtype=torch.float16).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(minilm_folder).save_pretrained(tmp_path)
