@@ -81,10 +81,13 @@ def test_loss_and_gradients_are_those_of_a_plain_loop(family: str, output: str, 
         if parameter.grad is None:
             assert own[name].grad is None or not own[name].grad.any(), name
             continue
-        error = (own[name].grad - parameter.grad).abs().max()
-        assert error <= 1e-5 * max(float(parameter.grad.abs().max()), 1e-2), name
+        largest = float(parameter.grad.abs().max())
+        if largest < 1e-6:  # a key's bias moves all scores of a query alike, so its gradient is zero but for rounding
+            assert "k" in name and name.endswith("bias") and own[name].grad.abs().max() < 1e-6
+            continue
+        assert (own[name].grad - parameter.grad).abs().max() <= 1e-5 * largest, name
         compared += 1
-    assert compared > 20
+    assert compared >= 20
 
 
 def test_it_takes_whatever_a_loader_hands_out_and_gives_the_loaders_rows(minilm: Encoder) -> None:
@@ -233,7 +236,8 @@ def test_gradient_checkpointing_and_autocast_give_the_same_gradients(minilm_fold
         return [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
 
     right = gradients()
-    encoder.model.gradient_checkpointing_enable()  # type: ignore[operator]
+    enable = getattr(encoder.model, "activation_checkpointing_enable", None)
+    (enable or encoder.model.gradient_checkpointing_enable)()  # type: ignore[operator]
     embed.train()
     for module in encoder.model.modules():
         if isinstance(module, nn.Dropout):
@@ -266,7 +270,7 @@ def test_what_was_trained_is_saved_for_transformers_and_sentence_transformers(
     assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == [101, 1037, 102]
     theirs = SentenceTransformer(str(tmp_path), device="cpu").encode(["The bank of the river."])
     assert np.allclose(theirs, right, atol=1e-5)
-    with pytest.raises(ConfigError, match="let go"):
+    with pytest.raises(ConfigError, match="are not there"):
         Encoder.from_pretrained(minilm_folder, layers=2).save_pretrained(tmp_path)
 
 
