@@ -231,12 +231,12 @@ class _Ready:
     """A batch whose vectors are queued on the side stream, with the event behind them."""
 
     entry: Entry
-    embeddings: dict[Place | None, Embeddings]
+    embeddings: Mapping[Place | None, Embeddings | TokenBatch]
     event: torch.cuda.Event | None
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tokens = sum(embeddings.tokens.num_tokens for embeddings in self.embeddings.values())
+        self.tokens = sum(_tokens(embeddings).num_tokens for embeddings in self.embeddings.values())
 
 
 class EmbeddingLoader:
@@ -282,6 +282,7 @@ class EmbeddingLoader:
         self._stages = Stages()
         self._own_epoch = 0
         self._closed = False
+        self._said_trainable = False
         self._read_once = False
         self._queues: list[LaneQueue | None] | None = None
         self._peers: Peers | None = None
@@ -678,9 +679,12 @@ class EmbeddingLoader:
         Where that fails they are encoded one by one, so that the error comes in its place, and is of one batch.
         """
         texts = [tokens for item in group for tokens in item.texts.values()]
-        found: deque[Embeddings] | None = None
-        with suppress(Exception):
-            found = deque(self._together(texts)) if texts else None
+        found: deque[Embeddings] | deque[TokenBatch] | None = None
+        if self._hands_out_tokens:
+            found = deque(texts)
+        else:
+            with suppress(Exception):
+                found = deque(self._together(texts)) if texts else None
         event = self._side.mark()
         items = deque(group)
         group.clear()
@@ -689,6 +693,7 @@ class EmbeddingLoader:
             if not item.texts:
                 yield item.entry.item
                 continue
+            embeddings: dict[Place | None, Embeddings | TokenBatch]
             if found is None:
                 with _numbered(item.number):
                     embeddings = {place: self._alone(tokens) for place, tokens in item.texts.items()}
@@ -721,12 +726,30 @@ class EmbeddingLoader:
         except Exception as error:
             raise EncoderError(f"the encoder failed on {tokens!r}: {type(error).__name__}: {error}") from error
 
+    @property
+    def _hands_out_tokens(self) -> bool:
+        return getattr(self.encoder, "trainable", False)
+
+    def _hand_over(self, item: _Ready) -> None:
+        """Make the vectors safe to use here; those of an encoder that is trained are for the model to compute."""
+        if self._hands_out_tokens:
+            item.embeddings = {place: _bare(_tokens(found)) for place, found in item.embeddings.items()}
+            if not self._said_trainable:
+                self._said_trainable = True
+                logger.info("the encoder is trained: batches are handed out as TokenBatches, and a cache is off")
+            return
+        item.embeddings = {
+            place: self._alone(found) if isinstance(found, TokenBatch) else found
+            for place, found in item.embeddings.items()
+        }
+        parts = [(e.values, e.cu_seqlens, e.present) for e in item.embeddings.values() if isinstance(e, Embeddings)]
+        self._side.hand_over(item.event, [tensor for part in parts for tensor in part if tensor is not None])
+
     def _count_left(self, texts: int) -> None:
         self._counts.left_texts += texts
 
     def _handed_over(self, item: _Ready) -> Any:
-        tensors = [t for e in item.embeddings.values() for t in (e.values, e.cu_seqlens, e.present) if t is not None]
-        self._side.hand_over(item.event, tensors)
+        self._hand_over(item)
         self._source_state = item.entry.source_state
         for queue, cursor in zip(self._queues or (), item.entry.cursors, strict=False):
             if queue is not None and cursor is not None:
@@ -734,7 +757,7 @@ class EmbeddingLoader:
         counts = self._counts
         counts.batches += 1
         for embeddings in item.embeddings.values():
-            tokens = embeddings.tokens
+            tokens = _tokens(embeddings)
             counts.texts += len(tokens)
             counts.tokens += tokens.num_tokens
             counts.padded_tokens += len(tokens) * int(tokens.lengths.max(initial=0))
@@ -751,6 +774,15 @@ def _numbered(batch: int) -> Iterator[None]:
         yield
     except EncoderError as error:
         raise EncoderError(f"batch {batch}: {error}", records=error.records) from error
+
+
+def _tokens(embeddings: Embeddings | TokenBatch) -> TokenBatch:
+    return embeddings if isinstance(embeddings, TokenBatch) else embeddings.tokens
+
+
+def _bare(tokens: TokenBatch) -> TokenBatch:
+    """The tokens without what a stream's batch carries beside them."""
+    return replace(tokens, fields={}, cursor=None, report=None)
 
 
 def _report(batch: Any) -> ReadReport | None:
