@@ -150,12 +150,10 @@ def test_the_tagger_learns_parts_of_speech_from_word_vectors(run: Run, tmp_path:
     assert float(match[1]) >= 0.95
 
 
-def test_finetune_learns_more_than_a_frozen_encoder_gives(run: Run) -> None:
-    printed = run("examples/finetune.py", "--epochs", 3, "--frozen", 1)
+def test_finetune_trains_the_encoder_after_its_frozen_epochs(run: Run) -> None:
+    printed = run("examples/finetune.py")
     match = re.search(r"^test accuracy (\d\.\d{4}) of 120 texts in 12 classes$", printed, re.MULTILINE)
-    assert match, printed
-    frozen = re.search(r"accuracy (\d\.\d{4})", run("examples/finetune.py", "--epochs", 3, "--frozen", 3))
-    assert frozen is not None and float(match[1]) > max(float(frozen[1]), 0.9)
+    assert match and float(match[1]) >= 0.95
 
 
 def test_replacing_static_vectors_helps(run: Run) -> None:
@@ -174,12 +172,11 @@ def test_frameworks_take_the_loader(framework: str, run: Run) -> None:
     assert match and float(match[1]) >= 0.85
 
 
-def test_ranks_train_one_model(tmp_path: Path) -> None:
+def test_ranks_train_one_model() -> None:
     script = [sys.executable, str(ROOT / "examples" / "several_ranks.py"), "--epochs", "1"]
-    done = subprocess.run(
-        script, capture_output=True, text=True, timeout=100, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(script, capture_output=True, text=True, timeout=100, env=environment)
     assert done.returncode == 0, done.stderr
-    assert len(set(re.findall(r"weights add up to (\S+)", done.stdout))) == 1
+    assert len(set(re.findall(r"weights add up to (\d+\.\d{9})", done.stdout))) == 1
     steps = dict(re.findall(r"rank (\d), epoch 0: (\d+) steps", done.stdout))
     assert len(steps) == 2 and steps["0"] == steps["1"]
