@@ -17,7 +17,7 @@ import torch
 
 import bertstream
 
-from .common import finish, read_all, texts_of
+from .common import read_all, texts_of
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
