@@ -24,6 +24,7 @@ from .encoder import Encoder
 from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedError, StateError, check_choice
 from .iteration import Entry, Groups, Iteration, Run, Source, agreed, located
 from .lanes import STATE_VERSION, LaneQueue, pack_state
+from .openmp import release_helpers
 from .places import Place, as_places, texts_of, with_vectors
 from .prefetch import Prefetcher, StepClock
 from .stages import Stages, bottleneck
@@ -516,6 +517,8 @@ class EmbeddingLoader:
             while True:
                 if run.worker is None and self._runs_ahead(clock):
                     worker = run.worker = self._ahead(ready)
+                if run.worker is not None and self._device.type == "cpu":
+                    release_helpers()
                 item = next(worker, None)
                 if item is None or run.ended_by is not None:
                     break
@@ -651,6 +654,8 @@ class EmbeddingLoader:
             del group
             item = next(ready)  # which encodes them all
             groups.encoded(weight, time.perf_counter() - started)
+            if run.worker is not None:  # all of it waits while the next group is encoded, or nothing would overlap
+                run.worker.make_room(weight)
             yield item
             del item  # its memory is the consumer's now, not ours until the next group
             yield from ready

@@ -43,15 +43,11 @@ def epoch(arguments: argparse.Namespace) -> dict[str, object]:
             amount = share * encode_s / timed(partial(train, batches, one), arguments)
             steps[name] = kind(encoder, max(1, round(amount)), share * encode_s / len(batches))
         contenders: dict[str, Callable[[], object]] = {}
+        loaders = {name: bertstream.stream(shard, encoder, batch_size=arguments.batch_size) for name in steps}
         for name, step in steps.items():
             contenders[f"encode_{name}"] = partial(read_all, loader)  # anew beside each: the machine drifts
             contenders[f"train_{name}"] = partial(train, batches, step)
-            contenders[f"both_{name}"] = partial(train, loader, step)
-        ahead = {}
-        for name, step in steps.items():
-            own = bertstream.stream(shard, encoder, batch_size=arguments.batch_size)
-            train(own, step)
-            ahead[name] = own.stats()["peak_ahead_tokens"]
+            contenders[f"both_{name}"] = partial(train, loaders[name], step)
         seconds = take_turns(contenders, arguments)
     return {
         "texts": len(texts),
@@ -60,7 +56,7 @@ def epoch(arguments: argparse.Namespace) -> dict[str, object]:
         "dtype": arguments.dtypes[0],
         "steps": {
             name: compare(*(seconds[f"{part}_{name}"] for part in ("encode", "train", "both")))
-            | {"amount": step.amount, "peak_ahead_tokens": ahead[name]}
+            | {"amount": step.amount, "peak_ahead_tokens": loaders[name].stats()["peak_ahead_tokens"]}
             for name, step in steps.items()
         },
         "rounds": arguments.rounds,
