@@ -14,6 +14,7 @@ from .errors import (
     StateError,
 )
 from .loader import EmbeddingLoader, stream, wrap
+from .module import BertEmbedding, UnfreezeSchedule
 from .pooling import ScalarMix
 from .precompute import warm
 from .types import Embeddings, TokenBatch
@@ -21,6 +22,7 @@ from .types import Embeddings, TokenBatch
 __version__ = "0.1.0"
 
 __all__ = [
+    "BertEmbedding",
     "BertstreamError",
     "CacheError",
     "ConfigError",
@@ -37,6 +39,7 @@ __all__ = [
     "TextStream",
     "TokenBatch",
     "TokenCollate",
+    "UnfreezeSchedule",
     "stream",
     "warm",
     "wrap",

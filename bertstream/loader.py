@@ -222,9 +222,9 @@ class _Tokenized:
     texts: dict[Place | None, TokenBatch]
 
     @property
-    def tokens(self) -> int:
-        """Tokens in all."""
-        return sum(batch.num_tokens for batch in self.texts.values())
+    def weight(self) -> int:
+        """Tokens in all, and at least one, so that groups are bounded whatever comes; a `Skip` adds nothing."""
+        return max(1, sum(batch.num_tokens for batch in self.texts.values())) if self.texts else 0
 
 
 @dataclass
@@ -232,12 +232,12 @@ class _Ready:
     """A batch whose vectors are queued on the side stream, with the event behind them."""
 
     entry: Entry
-    embeddings: dict[Place | None, Embeddings]
+    embeddings: Mapping[Place | None, Embeddings | TokenBatch]
     event: torch.cuda.Event | None
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tokens = sum(embeddings.tokens.num_tokens for embeddings in self.embeddings.values())
+        self.tokens = sum(_tokens(embeddings).num_tokens for embeddings in self.embeddings.values())
 
 
 class EmbeddingLoader:
@@ -283,6 +283,7 @@ class EmbeddingLoader:
         self._stages = Stages()
         self._own_epoch = 0
         self._closed = False
+        self._said_trainable = False
         self._read_once = False
         self._queues: list[LaneQueue | None] | None = None
         self._peers: Peers | None = None
@@ -456,7 +457,8 @@ class EmbeddingLoader:
         stats |= {f"{stage}_s": seconds[stage] for stage in ("read", "tokenize", "encode", "hand_over", "wait", "step")}
         stats["lookup_s"] = 0.0
         if self._cached is not None:
-            stats["lookup_s"] = seconds["encode"] - self._cached.compute_s
+            # In the middle of a call its computing is counted already, the call itself is not.
+            stats["lookup_s"] = max(0.0, seconds["encode"] - self._cached.compute_s)
             stats["encode_s"] = self._cached.compute_s
         loop_s = stats["wait_s"] + stats["step_s"]
         stats["texts_per_s"], stats["tokens_per_s"] = (
@@ -473,8 +475,9 @@ class EmbeddingLoader:
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Write what each stage did when, for chrome://tracing or ui.perfetto.dev: the last 100,000 spans.
 
-        Stages are "read", "tokenize", "encode", "hand_over", "wait" and "step", see `stats`; `torch.profiler` shows
-        them too, as "bertstream.encode" and so on.
+        Stages are "read", "tokenize", "encode", "hand_over", "wait" and "step", see `stats`. `torch.profiler` shows the
+        first four too, as "bertstream.encode" and so on; those of the worker thread if it is asked for all threads
+        (`experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)`).
         """
         self._stages.save_trace(path)
 
@@ -641,15 +644,19 @@ class EmbeddingLoader:
         if self._peers is not None and self._stream is not None:
             entries = agreed(entries, self._stream, self._peers, run, self._count_left)
         limit = self.encoder.max_forward_tokens * _GROUP_FORWARDS.get(self._device.type, 1)
+        if self._peers is not None:
+            # A batch that others have agreed on must not wait for the next: to agree on that they may have to hand this
+            # one out first, and their step waits for ours.
+            limit = 1
         groups = Groups(
             self._tokenized(entries),
-            weigh=lambda item: item.tokens,
+            weigh=lambda item: item.weight,
             limit=limit,
             by_the_clock=not self._deterministic,
         )
         for group in groups:
             started = time.perf_counter()
-            weight = sum(item.tokens for item in group)
+            weight = sum(item.weight for item in group)
             ready = self._encode(group)
             del group
             item = next(ready)  # which encodes them all
@@ -677,10 +684,12 @@ class EmbeddingLoader:
         Where that fails they are encoded one by one, so that the error comes in its place, and is of one batch.
         """
         texts = [tokens for item in group for tokens in item.texts.values()]
-        found: deque[Embeddings] | None = None
-        with suppress(Exception):
-            if len(texts) > 1:
-                found = deque(self._together(texts))
+        found: deque[Embeddings] | deque[TokenBatch] | None = None
+        if self._hands_out_tokens:
+            found = deque(texts)
+        else:
+            with suppress(Exception):
+                found = deque(self._together(texts)) if texts else None
         event = self._side.mark()
         items = deque(group)
         group.clear()
@@ -689,6 +698,7 @@ class EmbeddingLoader:
             if not item.texts:
                 yield item.entry.item
                 continue
+            embeddings: dict[Place | None, Embeddings | TokenBatch]
             if found is None:
                 with _numbered(item.number):
                     embeddings = {place: self._alone(tokens) for place, tokens in item.texts.items()}
@@ -700,29 +710,51 @@ class EmbeddingLoader:
             yield ready
             del ready  # its memory is the consumer's now, not ours until the next batch
 
-    def _together(self, texts: list[TokenBatch]) -> list[Embeddings]:
-        encode = self.encoder.encode if self._cached is None else self._cached.encode
+    def _together(self, texts: list[TokenBatch], *, once: bool = True) -> list[Embeddings]:
+        def encode(batch: TokenBatch) -> Embeddings:
+            found = self.encoder.encode(batch) if self._cached is None else self._cached.encode(batch)
+            self._counts.encode_calls += 1
+            self._counts.encoded_tokens += batch.num_tokens
+            return found
+
         with self._stages.run("encode", len(texts)), self._side.run():
-            found, repeats = encode_together(encode, texts, once=self._cached is None)  # a cache looks by itself
-        self._counts.encode_calls += 1
-        self._counts.encoded_tokens += sum(tokens.num_tokens for tokens in texts)
+            found, repeats = encode_together(encode, texts, once=once and self._cached is None)  # a cache looks itself
         self._counts.repeated_texts += repeats
         return found
 
     def _alone(self, tokens: TokenBatch) -> Embeddings:
+        """The batch as it is, so that an error names its texts by their places."""
         try:
-            return self._together([tokens])[0]
+            return self._together([tokens], once=False)[0]
         except BertstreamError:
             raise
         except Exception as error:
             raise EncoderError(f"the encoder failed on {tokens!r}: {type(error).__name__}: {error}") from error
 
+    @property
+    def _hands_out_tokens(self) -> bool:
+        return getattr(self.encoder, "trainable", False)
+
+    def _hand_over(self, item: _Ready) -> None:
+        """Make the vectors safe to use here; those of an encoder that is trained are for the model to compute."""
+        if self._hands_out_tokens:
+            item.embeddings = {place: _bare(_tokens(found)) for place, found in item.embeddings.items()}
+            if not self._said_trainable:
+                self._said_trainable = True
+                logger.info("the encoder is trained: batches are handed out as TokenBatches, and a cache is off")
+            return
+        item.embeddings = {
+            place: self._alone(found) if isinstance(found, TokenBatch) else found
+            for place, found in item.embeddings.items()
+        }
+        parts = [(e.values, e.cu_seqlens, e.present) for e in item.embeddings.values() if isinstance(e, Embeddings)]
+        self._side.hand_over(item.event, [tensor for part in parts for tensor in part if tensor is not None])
+
     def _count_left(self, texts: int) -> None:
         self._counts.left_texts += texts
 
     def _handed_over(self, item: _Ready) -> Any:
-        tensors = [t for e in item.embeddings.values() for t in (e.values, e.cu_seqlens, e.present) if t is not None]
-        self._side.hand_over(item.event, tensors)
+        self._hand_over(item)
         self._source_state = item.entry.source_state
         for queue, cursor in zip(self._queues or (), item.entry.cursors, strict=False):
             if queue is not None and cursor is not None:
@@ -730,7 +762,7 @@ class EmbeddingLoader:
         counts = self._counts
         counts.batches += 1
         for embeddings in item.embeddings.values():
-            tokens = embeddings.tokens
+            tokens = _tokens(embeddings)
             counts.texts += len(tokens)
             counts.tokens += tokens.num_tokens
             counts.padded_tokens += len(tokens) * int(tokens.lengths.max(initial=0))
@@ -747,6 +779,15 @@ def _numbered(batch: int) -> Iterator[None]:
         yield
     except EncoderError as error:
         raise EncoderError(f"batch {batch}: {error}", records=error.records) from error
+
+
+def _tokens(embeddings: Embeddings | TokenBatch) -> TokenBatch:
+    return embeddings if isinstance(embeddings, TokenBatch) else embeddings.tokens
+
+
+def _bare(tokens: TokenBatch) -> TokenBatch:
+    """The tokens without what a stream's batch carries beside them."""
+    return replace(tokens, fields={}, cursor=None, report=None)
 
 
 def _report(batch: Any) -> ReadReport | None:
