@@ -20,8 +20,8 @@ from .types import Cursor, TokenBatch
 T = TypeVar("T")
 
 _GROUP_S = 0.5
-"""Seconds that encoding a group should take at most: a loop that is left waits for the group in progress, and behind the
-steps of the last group of an epoch nothing is left to hide. A quarter, a half and one were equally fast."""
+"""Seconds that encoding a group should take at most: a loop that is left waits for the group in progress, and behind an
+epoch's last group there is nothing left to encode while its steps run. A quarter, a half and one were equally fast."""
 
 
 @dataclass
@@ -212,7 +212,7 @@ class Groups(Generic[T]):
     The first group is the first item alone, so that the loop need not wait for more; each later one may weigh twice as
     much as the one before might have, up to the limit. By the clock too, unless that is to have no say: a group is
     closed when gathering it took longer than the last one's encoding (then reading is what holds the loop up, and
-    waiting for more would not help), and none may weigh more than a second encodes.
+    waiting for more would not help), and none may weigh more than half a second encodes.
 
     Args:
         items: what to gather.
@@ -260,6 +260,8 @@ class Groups(Generic[T]):
     def encoded(self, weight: int, seconds: float) -> None:
         """Say how long a group took to be encoded."""
         self._encode_s = seconds
-        self._budget = min(self._limit, 2 * max(self._budget, weight))
+        # By the budget, which batches of unequal weight never fill, but not far beyond what was ever seen.
+        grown = min(self._limit, max(2 * weight, min(2 * self._budget, 4 * weight)))
+        self._budget = max(self._budget, grown)
         if self._by_the_clock and seconds > 0:
             self._budget = max(1, min(self._budget, int(weight * _GROUP_S / seconds)))

@@ -71,12 +71,12 @@ def wrap(
             a dict the padded mask stands under the key with `_mask` behind it; elsewhere the place holds
             (values, mask). "flat" is (values, cu_seqlens), and sentence output is one [B, H] in every layout.
         prefetch: how far the encoder runs ahead in its thread, in forwards' worth of tokens
-            (`encoder.max_forward_tokens`); one batch at least. 0 encodes in `next()` itself, without a thread. None is
-            2 for an encoder on CUDA; on a CPU it is 0 until the loop is seen to leave the processor idle (because its
-            step waits for a GPU or for I/O, say), and then 2: two threads that both compute on all cores are slower
-            than one. In the thread a DataLoader without workers is read there too, all but an epoch's first batch:
-            where its dataset is bound to your thread (a sqlite connection) or draws from torch's global generator,
-            give it `num_workers=1`, or take 0 here.
+            (`encoder.max_forward_tokens`); what was encoded together at least. 0 encodes in `next()` itself, without a
+            thread. None is 2 for an encoder on CUDA; on a CPU it is 0 until the loop is seen to leave the processor
+            idle (because its step waits for a GPU or for I/O, say), and then 2: two threads that both compute on all
+            cores are slower than one. In the thread a DataLoader without workers is read there too, all but an epoch's
+            first batch: where its dataset is bound to your thread (a sqlite connection) or draws from torch's global
+            generator, give it `num_workers=1`, or take 0 here.
         cache: where vectors are kept, so that none is computed twice; what several loaders share.
         deterministic: whether which texts share a forward may depend on nothing but the data. Without it several
             batches that are ready at once are encoded together, more or fewer by the clock, and two runs may differ in

@@ -87,7 +87,7 @@ class Prefetcher(Generic[T]):
             del error  # its traceback holds this frame: a circle would keep all that its frames hold alive
 
     def make_room(self, weight: int) -> None:
-        """Let at least so much wait from now on."""
+        """Let at least so much weight wait from now on."""
         with self._lock:
             self._limit = max(self._limit, weight)
             self._changed.notify_all()

@@ -39,9 +39,11 @@ def epoch(arguments: argparse.Namespace) -> dict[str, object]:
         steps = {}
         for name in arguments.steps:
             kind, share = STEPS[name]
-            one = kind(encoder, 1, share * encode_s / len(batches))
-            amount = share * encode_s / timed(partial(train, batches, one), arguments)
-            steps[name] = kind(encoder, max(1, round(amount)), share * encode_s / len(batches))
+            seconds = share * encode_s / len(batches)
+            trial = kind(encoder, TRIAL, seconds)
+            part = batches[:: max(1, len(batches) // 16)]
+            amount = TRIAL * seconds * len(part) / timed(partial(train, part, trial), arguments)
+            steps[name] = kind(encoder, max(1, round(amount)), seconds)
         contenders: dict[str, Callable[[], object]] = {}
         loaders = {name: bertstream.stream(shard, encoder, batch_size=arguments.batch_size) for name in steps}
         for name, step in steps.items():
@@ -139,6 +141,9 @@ class Computing:
         values.square().mean().backward()
         self.optimizer.step()
 
+
+TRIAL = 16
+"""How large a step is tried, to find how large one must be."""
 
 # The kind of step, and how many times the encoder's seconds it takes.
 STEPS = {
