@@ -24,6 +24,7 @@ from .encoder import Encoder
 from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedError, StateError, check_choice
 from .iteration import Entry, Groups, Iteration, Run, Source, agreed, located
 from .lanes import STATE_VERSION, LaneQueue, pack_state
+from .openmp import release_helpers
 from .places import Place, as_places, texts_of, with_vectors
 from .prefetch import Prefetcher, StepClock
 from .stages import Stages, bottleneck
@@ -70,7 +71,7 @@ def wrap(
             a dict the padded mask stands under the key with `_mask` behind it; elsewhere the place holds
             (values, mask). "flat" is (values, cu_seqlens), and sentence output is one [B, H] in every layout.
         prefetch: how far the encoder runs ahead in its thread, in forwards' worth of tokens
-            (`encoder.max_forward_tokens`); one batch at least. 0 reads and encodes one batch in `next()` itself,
+            (`encoder.max_forward_tokens`); one group of batches at least. 0 encodes batch by batch in `next()` itself,
             without a thread. None is 2 for an encoder on CUDA; on a CPU `next()` does the work, for several batches at
             once, until the loop is seen to leave the processor idle (because its step waits for a GPU or for I/O, say),
             and then it is 2: two threads that both compute on all cores are slower than one. In the thread a DataLoader
@@ -519,6 +520,8 @@ class EmbeddingLoader:
             while True:
                 if run.worker is None and self._runs_ahead(clock):
                     worker = run.worker = self._ahead(ready)
+                if run.worker is not None and self._device.type == "cpu":
+                    release_helpers()
                 item = next(worker, None)
                 if item is None or run.ended_by is not None:
                     break
@@ -658,6 +661,8 @@ class EmbeddingLoader:
             del group
             item = next(ready)  # which encodes them all
             groups.encoded(weight, time.perf_counter() - started)
+            if run.worker is not None:  # all of it waits while the next group is encoded, or nothing would overlap
+                run.worker.make_room(weight)
             yield item
             del item  # its memory is the consumer's now, not ours until the next group
             yield from ready

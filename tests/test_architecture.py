@@ -20,7 +20,7 @@ PACKAGE = ROOT / "bertstream"
 # Each module imports from rows above its own only.
 LAYERS = (
     ("errors",),
-    ("cuda", "distributed", "parquet", "tar", "watchdog"),
+    ("cuda", "distributed", "openmp", "parquet", "tar", "watchdog"),
     ("types", "files"),
     ("shards", "tokenizer", "bucket", "pooling", "layers", "attention", "prefetch", "fingerprint", "codec"),
     ("stages", "coalesce", "places", "loading", "lanes", "memory", "disk"),

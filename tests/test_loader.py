@@ -360,7 +360,8 @@ def test_the_worker_runs_ahead_by_a_bounded_number_of_tokens() -> None:
     assert read == 7
     del iteration
     list(loader)
-    assert loader.stats()["peak_ahead_tokens"] <= 128
+    # What is encoded together, 8 forwards of 64 tokens on a CPU, waits as a whole while the next is encoded.
+    assert loader.stats()["peak_ahead_tokens"] <= 8 * 64
     assert encoder.threads == {"bertstream-encode"}
 
 

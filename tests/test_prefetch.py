@@ -543,3 +543,12 @@ def test_processor_time_beyond_all_cores_counts_for_no_idle_one(machine: Machine
         machine.spend(1.0, busy_cores)
         clock.end()
     assert clock.leaves_room()
+
+
+def test_room_can_be_made_while_the_thread_waits_for_it() -> None:
+    worker = ahead(range(10), limit=2)
+    wait_until(lambda: worker.peak_weight == 2)
+    worker.make_room(5)
+    wait_until(lambda: worker.peak_weight == 5)
+    worker.make_room(1)
+    assert list(worker) == list(range(10)) and worker.peak_weight == 5
