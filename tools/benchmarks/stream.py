@@ -30,7 +30,7 @@ def stream(arguments: argparse.Namespace) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         shard = Path(folder) / "corpus.jsonl"
         shard.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        # An even share for two workers: of the few lanes that so little data has by default one may have half as many more.
+        # An even share for two workers: so little data has few lanes by default, and one worker half as many again.
         reading = bertstream.StreamConfig(lanes=8)
         dataset = bertstream.TextStream(shard, encoder, batch_size=64, shuffle=True, reading=reading)
         tokens = sum(batch.num_tokens for batch in dataset)
