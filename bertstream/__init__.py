@@ -13,6 +13,7 @@ from .errors import (
     ShardError,
     StateError,
 )
+from .export import embed
 from .loader import EmbeddingLoader, stream, wrap
 from .pooling import ScalarMix
 from .precompute import warm
@@ -37,6 +38,7 @@ __all__ = [
     "TextStream",
     "TokenBatch",
     "TokenCollate",
+    "embed",
     "stream",
     "warm",
     "wrap",

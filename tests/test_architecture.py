@@ -20,20 +20,21 @@ PACKAGE = ROOT / "bertstream"
 # Each module imports from rows above its own only.
 LAYERS = (
     ("errors",),
-    ("cuda", "distributed", "parquet", "tar", "watchdog"),
+    ("cuda", "distributed", "parquet", "parts", "tar", "watchdog"),
     ("types", "files"),
     ("shards", "tokenizer", "bucket", "pooling", "layers", "attention", "prefetch", "fingerprint", "codec"),
-    ("stages", "coalesce", "places", "loading", "lanes", "memory", "disk"),
+    ("stages", "coalesce", "places", "plots", "loading", "lanes", "memory", "disk"),
     ("dataset", "collate", "encoder", "cache"),
     ("iteration",),
     ("loader", "precompute", "module"),
+    ("export", "inspection", "doctor"),
     ("cli", "integrations", "testing"),
     ("__init__", "__main__"),
 )
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 
 # Rooms of the plan that are not built yet.
-LATER = {"cli", "integrations", "module", "__main__"}
+LATER = {"integrations", "module"}
 
 PUBLIC_NAMES = [
     "BertstreamError",
@@ -52,6 +53,7 @@ PUBLIC_NAMES = [
     "TextStream",
     "TokenBatch",
     "TokenCollate",
+    "embed",
     "stream",
     "warm",
     "wrap",
