@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import transformers
 
 from .cache import EmbeddingCache
 from .codec import Storage
 from .dataset import StreamConfig
 from .doctor import examine
 from .encoder import Encoder
-from .errors import BertstreamError, CacheError, ConfigError
+from .errors import BertstreamError, CacheError, ConfigError, ShardError
 from .export import embed
 from .inspection import Inspection, inspect_shards
 from .parts import PartFormat
-from .plots import check_matplotlib, plot_lengths
+from .plots import check_plot, plot_lengths
 from .pooling import Combine
 from .precompute import warm
 from .tokenizer import Overflow
@@ -45,9 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those behind the program's name; None takes the process's own.
     """
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger(__package__)
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO if options.verbose else logging.WARNING)
     try:
         found, lines, status = options.run(options)
         print(json.dumps(found) if options.json else "\n".join(lines), flush=True)
@@ -59,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(options, "interrupted", 128 + signal.SIGINT)
     except ConfigError as error:
         return _failed(options, str(error), 2)
+    except ShardError as error:
+        named = error.field is not None and error.field == getattr(options, "text", None)
+        return _failed(options, f"{error}{' (--text names the field of the text)' if named else ''}", 1)
     except (BertstreamError, OSError) as error:
         return _failed(options, str(error), 1)
 
@@ -74,7 +80,7 @@ _Found = tuple[dict[str, Any], list[str], int]
 
 def _inspect(options: argparse.Namespace) -> _Found:
     if options.plot is not None:
-        check_matplotlib()
+        check_plot(options.plot)
     encoder = _encoder(options)
     found = inspect_shards(
         options.shards,
@@ -117,7 +123,7 @@ def _inspection_lines(found: Inspection) -> list[str]:
         "none packed",
         "encoder": found.batching,
         "an epoch": f"at least {_time(found.encode_s)} without a cache, at {found.tokens_per_s:,.0f} tokens/s",
-        "cache": ", ".join(f"{_size(size)} as {name}" for name, size in found.cache_bytes.items()),
+        "cache": ", ".join(f"{_size(found.cache_bytes[name])} as {name}" for name in ("float32", "bfloat16", "int8")),
     }
     if not found.bad_records:
         del table["broken"]
@@ -227,6 +233,8 @@ def _doctor(options: argparse.Namespace) -> _Found:
 
 
 def _encoder(options: argparse.Namespace) -> Encoder:
+    if not options.progress:
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     names = (
         "output",
         "combine",

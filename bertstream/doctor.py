@@ -82,7 +82,7 @@ def _model(name: str, options: dict[str, Any]) -> dict[str, Any]:
     try:
         encoder = Encoder.from_pretrained(name, **options)
     except BertstreamError as error:
-        return {"error": str(error)}
+        return {"error": " ".join(str(error).split())}
     return {
         "architecture": type(encoder.model).__name__,
         "parameters": sum(parameter.numel() for parameter in encoder.model.parameters()),

@@ -222,11 +222,13 @@ class _Folder:
                     fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise ConfigError(f"{self._path}: another process is writing vectors there") from None
-            if self._progress.exists():
-                self._read()
-                self._tidy()
-            else:
+            if not self._progress.exists():
                 self._refuse_others()
+            elif (saved := self._saved())["done"] or saved["counts"]["parts"]:
+                self._refuse_differences(saved)
+                self.counts, self.state, self.done = saved["counts"], saved["state"], saved["done"]
+            self._tidy()
+            if not self.state:  # nothing was finished before: whatever was begun here, it costs nothing to begin anew
                 self.write(None, self.counts, state, done=False)
             yield self
 
@@ -246,17 +248,20 @@ class _Folder:
     def _part(self, number: int) -> Path:
         return self._path / f"part{self._rank}-{number:06d}{self._ending}"
 
-    def _read(self) -> None:
+    def _saved(self) -> dict[str, Any]:
         try:
-            saved = json.loads(self._progress.read_bytes())
-            settings = {name: saved[name] for name in self._settings}
-            self.counts, self.state, self.done = saved["counts"], saved["state"], saved["done"]
-        except (ValueError, KeyError, TypeError) as error:
+            saved: dict[str, Any] = json.loads(self._progress.read_bytes())
+            if not {*self._settings, "counts", "state", "done"} <= saved.keys():
+                raise ValueError("it lacks entries")
+        except (ValueError, AttributeError) as error:
             raise StateError(f"{self._progress} is damaged: delete the folder, or name another") from error
+        return saved
+
+    def _refuse_differences(self, saved: dict[str, Any]) -> None:
         for name, value in self._settings.items():
-            if settings[name] != value:
+            if saved[name] != value:
                 raise StateError(
-                    f"{self._path} was begun with {name} {shortened(settings[name])}, and this is {shortened(value)}: "
+                    f"{self._path} was begun with {name} {shortened(saved[name])}, and this is {shortened(value)}: "
                     "name another folder, or the model and options that it was begun with",
                     key=name,
                 )
@@ -273,7 +278,7 @@ class _Folder:
     def _tidy(self) -> None:
         """Delete what a run that was killed wrote behind its last progress."""
         finished = {self._part(number).name for number in range(self.counts["parts"])}
-        parts = rf"part{self._rank}-\d{{6,}}{re.escape(self._ending)}(\.unfinished)?"
+        parts = rf"part{self._rank}-\d{{6,}}\.\w+(\.unfinished)?"
         for path in list(self._path.iterdir()):
             if re.fullmatch(parts, path.name) and path.name not in finished:
                 path.unlink()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, TypeAlias, get_args
 
@@ -154,8 +155,7 @@ def inspect_shards(
     sizes = np.array([len(part) for part in found.lengths])
     once = np.unique(np.concatenate(found.hashes), return_index=True)[1]
     rows = int(np.concatenate(found.rows)[once].sum())
-    edges = [edge for edge in _EDGES if edge <= lengths.max()]
-    edges.append(_EDGES[len(edges)])
+    edges = _edges(int(lengths.min()), int(lengths.max()), tokenizer.max_length)
     # File order is what a plain DataLoader without shuffling gives; a shuffled one pads about as much.
     in_order = fitting[np.lexsort((np.concatenate(found.indices), np.concatenate(found.shards)))]
     tokens_per_s = _measured(encoder, found.sample, timed_s) if timed_s else 0.0
@@ -175,12 +175,12 @@ def inspect_shards(
         cut_tokens=int((lengths - fitting).sum()),
         batches=len(sizes),
         batch_texts=Spread.of(sizes),
-        batch_tokens=Spread.of(np.array([int(part.sum()) for part in found.lengths])),
+        batch_tokens=Spread.of(np.array(found.batch_tokens)),
         padding_in_order=_padding(in_order, np.full(-(-len(lengths) // round(sizes.mean())), round(sizes.mean()))),
         padding_bucketed=_padding(fitting, sizes),
         batching=f"{encoder.batching.way}: {encoder.batching.reason}",
         tokens_per_s=tokens_per_s,
-        encode_s=found.computed / tokens_per_s if tokens_per_s else 0.0,
+        encode_s=sum(found.batch_tokens) / tokens_per_s if tokens_per_s else 0.0,
         cache_bytes={
             storage: rows * (Codec(storage, encoder.row_shape, encoder.output_dtype).row_bytes + ROW_INDEX_BYTES)
             + len(once) * TEXT_BYTES
@@ -193,6 +193,13 @@ _EDGES = [0, 5, *(1 + size * 2**power // 2 for power in range(2, 40) for size in
 """Bins of lengths: 0 to 4 tokens, 5 and 6, 7 and 8, 9 to 12, 13 to 16, and so on, twice for each doubling."""
 
 
+def _edges(least: int, most: int, limit: int) -> list[int]:
+    """Those of `_EDGES` that hold all lengths, and one more behind what the model takes."""
+    edges = [edge for edge, after in pairwise(_EDGES) if after > least and edge <= most]
+    edges.append(next(edge for edge in _EDGES if edge > most))
+    return sorted({*edges, limit + 1}) if edges[0] <= limit < most else edges
+
+
 class _Found:
     """What is kept of each batch while all are read."""
 
@@ -202,7 +209,7 @@ class _Found:
         self.hashes: list[Numbers] = []
         self.shards: list[Numbers] = []
         self.indices: list[Numbers] = []
-        self.computed = 0
+        self.batch_tokens: list[int] = []
         self.sample: list[TokenBatch] = []
         self._encoder = encoder
         self._numbers: dict[str, int] = {}
@@ -216,7 +223,7 @@ class _Found:
         shards = [self._numbers.setdefault(shard, len(self._numbers)) for shard in batch.fields["__shard__"]]
         self.shards.append(np.array(shards))
         self.indices.append(batch.fields["__index__"])
-        self.computed += batch.num_tokens
+        self.batch_tokens.append(batch.num_tokens)
         place = len(self.lengths) - 1
         if place >= _SAMPLED_BATCHES:
             place = self._random.randrange(len(self.lengths))

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
@@ -14,14 +15,19 @@ from .errors import ConfigError
 TEXT, BLUE, ORANGE, GREEN = "#7a7a7a", "#2f81d6", "#c2631a", "#2e8b57"
 
 
-def check_matplotlib() -> None:
-    """Refuse to plot without it, before anything long has run.
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Refuse what could not be written, before anything long has run.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        ConfigError: matplotlib is not installed, or does not know the file's ending.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("a plot needs matplotlib: pip install 'bertstream[plot]'")
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix.removeprefix(".").lower() not in known:
+        raise ConfigError(f"plot={os.fspath(path)!r}: name a file that ends in .png, .svg or .pdf")
 
 
 def plot_lengths(
@@ -44,7 +50,7 @@ def plot_lengths(
         ConfigError: matplotlib is not installed, or does not know the file's ending.
         OSError: the file cannot be written.
     """
-    check_matplotlib()
+    check_plot(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -56,12 +62,8 @@ def plot_lengths(
     left.set(title="Texts by length", xlabel="tokens", ylabel="texts")
     if any(too_long):
         left.axvline(too_long.index(True) - 0.5, color=ORANGE, linestyle="--")
-        left.annotate(
-            f"longer than {max_length}",
-            (too_long.index(True) - 0.4, 0.93),
-            xycoords=("data", "axes fraction"),
-            color=ORANGE,
-        )
+        note = f"longer than {max_length}"
+        left.annotate(note, (0.99, 0.93), xycoords="axes fraction", ha="right", color=ORANGE)
     labels, shares = zip(*padding, strict=True)
     for place, share in enumerate(shares):
         right.barh(place, 1 - share, color=GREEN)
@@ -73,10 +75,7 @@ def plot_lengths(
     for axes in (left, right):
         _plain(axes)
     right.spines["bottom"].set_visible(False)
-    try:
-        figure.savefig(path, dpi=150, transparent=True)
-    except ValueError as error:
-        raise ConfigError(f"{os.fspath(path)!r}: {error}") from error
+    figure.savefig(path, dpi=150, transparent=True)
 
 
 def _plain(axes: Any) -> None:
