@@ -34,7 +34,7 @@ LAYERS = (
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 
 # Rooms of the plan that are not built yet.
-LATER = {"integrations", "module"}
+LATER = {"module"}
 
 PUBLIC_NAMES = [
     "BertstreamError",
