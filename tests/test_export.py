@@ -194,7 +194,8 @@ def test_what_a_killed_run_wrote_behind_its_progress_is_written_again(
 def test_a_run_that_is_killed_goes_on_and_ends_as_an_undisturbed_one(
     minilm: Encoder, sentences: list[str], tmp_path: Path
 ) -> None:
-    shards = write_shards(tmp_path / "shards", sentences[:500], shards=3)
+    texts = [text for text in sentences if len(text) < 100][:400]
+    shards = write_shards(tmp_path / "shards", texts, shards=3)
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     bertstream.embed(shards, minilm, undisturbed, part_bytes=500_000, progress=False)
     command = [sys.executable, "-m", "bertstream", "embed", *shards, "--out", str(out), "--part-size", "500000"]
@@ -211,7 +212,7 @@ def test_a_run_that_is_killed_goes_on_and_ends_as_an_undisturbed_one(
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL
     done = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True, timeout=100).stdout)
-    assert done["texts"] == 500 and done["texts_before"] > 0
+    assert done["texts"] == 400 and done["texts_before"] > 0
     assert_same(written(out), written(undisturbed))
     deadline = time.monotonic() + 15  # orphaned workers look for their parent about every second
     while (left := processes_of(tmp_path)) and time.monotonic() < deadline:
