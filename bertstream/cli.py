@@ -173,6 +173,7 @@ def _warm(options: argparse.Namespace) -> _Found:
                 encoder,
                 cache,
                 text=options.text,
+                pair=options.pair,
                 num_workers=options.num_workers,
                 reading=_reading(options),
                 progress=options.progress,

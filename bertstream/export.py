@@ -28,7 +28,6 @@ from .distributed import rank_and_world_size
 from .errors import ConfigError, StateError, shortened
 from .loader import EmbeddingLoader, stream
 from .parts import Part, PartFormat, check_format, ending_of, whole_or_nothing, write_part
-from .shards import ReadOptions, count_records, expand_shards, is_rows
 from .types import Embeddings, SupportsCache
 
 _BATCH_TOKENS = 16384
@@ -106,14 +105,11 @@ def embed(
         before = dict(folder.counts)
         loader.load_state_dict(folder.state)
         if not folder.done:
-            options = ReadOptions(text=text, pair=pair, fields=(), access=reading)
-            _fill(folder, loader, text, largest, total=_count(shards, options) if progress else None, progress=progress)
+            _fill(folder, loader, text, largest, progress=progress)
         return folder.counts | {"texts_before": before["texts"]}
 
 
-def _fill(
-    folder: _Folder, loader: EmbeddingLoader, text: str, largest: int, *, total: int | None, progress: bool
-) -> None:
+def _fill(folder: _Folder, loader: EmbeddingLoader, text: str, largest: int, *, progress: bool) -> None:
     before = dict(folder.counts)
     started = time.monotonic()
     gathered = _Gathered()
@@ -124,8 +120,9 @@ def _fill(
         folder.write(gathered.part() if gathered.counts["texts"] else None, counts, loader.state_dict(), done=done)
 
     # A rate over the whole run: a window's batches are sorted by length, so that the latest few say little.
-    options = {"initial": before["texts"], "total": total, "disable": not progress, "smoothing": 0}
-    with tqdm(desc="embedding", unit=" texts", **options) as bar:
+    total = loader.dataset.count_records() if progress else None
+    done = before["texts"] + before["bad_records"]
+    with tqdm(desc="embedding", unit=" texts", total=total, initial=done, disable=not progress, smoothing=0) as bar:
         for batch in loader:
             gathered.add(batch, batch[text])
             bar.update(len(batch["__key__"]))
@@ -135,21 +132,6 @@ def _fill(
                 write()
                 gathered = _Gathered()
         write(done=True)
-
-
-def _count(shards: Shards, options: ReadOptions) -> int | None:
-    """Records of all shards, where that is soon known."""
-    if rank_and_world_size()[1] > 1:
-        return None  # a rank's share is known when it was read
-    if is_rows(shards):
-        return len(shards) if hasattr(shards, "__len__") else None
-    total = 0
-    for path in expand_shards(shards, options.access):
-        count = count_records(path, options)
-        if count is None:
-            return None
-        total += count
-    return total
 
 
 class _Gathered:

@@ -146,7 +146,8 @@ def inspect_shards(
     with closing(read_records(_first_piece(shards, stream.shards), options)) as records:
         example = next(records)
     found = _Found(encoder)
-    with tqdm(desc="reading", unit=" texts", disable=not progress) as bar:
+    total = stream.count_records() if progress else None
+    with tqdm(desc="reading", unit=" texts", total=total, disable=not progress) as bar:
         for batch in stream:
             found.add(batch)
             bar.update(len(batch))

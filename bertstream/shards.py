@@ -246,6 +246,12 @@ def count_records(path: str, options: ReadOptions) -> int | None:
                 return ParquetReader(stream).first_rows[-1]
             if kind.name in _DELIMITERS:  # where quotes stand oddly, only a parser knows the rows
                 return sum(raw.records for raw in _READERS[kind.name](stream, Piece(path), options))
+            if kind.name == "tar":
+                count = 0
+                with suppress(*_READ_ERRORS):  # reading it will tell
+                    for _ in itertools.groupby(TarReader(stream, 0).members(), lambda member: member.key):
+                        count += 1
+                return count
             return sum(len(starts) for starts in _record_starts(stream, kind.name, path))
     except (ShardError, ConfigError):
         raise
