@@ -252,7 +252,7 @@ class ShortTexts:
 
 
 def close_somewhere(encoder: bertstream.Encoder, seed: int) -> tuple[float, float]:
-    """Seconds that `close()` took at a random moment, and those of the last call of the encoder, which it waited for."""
+    """Seconds that `close()` took at a random moment, and of the encoder's last call, which it waited for."""
     rng = random.Random(seed)
     calls = [0.0]
 
