@@ -450,12 +450,7 @@ class CachedEncoder:
         """Encode these texts, and put them into memory and behind the disk's writer."""
         cache = self._cache
         started = time.perf_counter()
-        try:
-            found = self._encoder.encode(batch.picked(texts))
-        except EncoderError:
-            self._encoder.encode(batch)  # which fails too, and names its texts by their places in the caller's batch
-            raise
-        rows = self._codec.pack(found.values)
+        rows = self._codec.pack(self._encoder.encode(batch.picked(texts)).values)
         seconds = time.perf_counter() - started
         self.compute_s += seconds
         cache._clock.computed(len(rows), seconds)

@@ -264,10 +264,15 @@ class Encoder(nn.Module):
                 part.train(any(p.requires_grad for p in part.parameters()))
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> Encoder:
+        """As torch does, for all parameters; see `unfreeze`, which leaves out those that nothing uses."""
+        super().requires_grad_(requires_grad)
+        self.trainable = requires_grad
+        return self
+
     def freeze(self) -> Encoder:
         """No parameter is trained any more; vectors may be cached from here on."""
         self.requires_grad_(False)
-        self.trainable = False
         self._fingerprint = None  # the weights may have changed in ways that leave no trace
         self.train(False)
         return self

@@ -71,12 +71,12 @@ def wrap(
             a dict the padded mask stands under the key with `_mask` behind it; elsewhere the place holds
             (values, mask). "flat" is (values, cu_seqlens), and sentence output is one [B, H] in every layout.
         prefetch: how far the encoder runs ahead in its thread, in forwards' worth of tokens
-            (`encoder.max_forward_tokens`); what was encoded together at least. 0 encodes in `next()` itself, without a
-            thread. None is 2 for an encoder on CUDA; on a CPU it is 0 until the loop is seen to leave the processor
-            idle (because its step waits for a GPU or for I/O, say), and then 2: two threads that both compute on all
-            cores are slower than one. In the thread a DataLoader without workers is read there too, all but an epoch's
-            first batch: where its dataset is bound to your thread (a sqlite connection) or draws from torch's global
-            generator, give it `num_workers=1`, or take 0 here.
+            (`encoder.max_forward_tokens`); one group of batches at least. 0 encodes batch by batch in `next()` itself,
+            without a thread. None is 2 for an encoder on CUDA; on a CPU `next()` does the work, for several batches at
+            once, until the loop is seen to leave the processor idle (because its step waits for a GPU or for I/O, say),
+            and then it is 2: two threads that both compute on all cores are slower than one. In the thread a DataLoader
+            without workers is read there too, all but an epoch's first batch: where its dataset is bound to your thread
+            (a sqlite connection) or draws from torch's global generator, give it `num_workers=1`, or take 0 here.
         cache: where vectors are kept, so that none is computed twice; what several loaders share.
         deterministic: whether which texts share a forward may depend on nothing but the data. Without it several
             batches that are ready at once are encoded together, more or fewer by the clock, and two runs may differ in
@@ -644,9 +644,9 @@ class EmbeddingLoader:
         if self._peers is not None and self._stream is not None:
             entries = agreed(entries, self._stream, self._peers, run, self._count_left)
         limit = self.encoder.max_forward_tokens * _GROUP_FORWARDS.get(self._device.type, 1)
-        if self._peers is not None:
+        if self._peers is not None or self._prefetch == 0:
             # A batch that others have agreed on must not wait for the next: to agree on that they may have to hand this
-            # one out first, and their step waits for ours.
+            # one out first, and their step waits for ours. And prefetch=0 reads nothing ahead.
             limit = 1
         groups = Groups(
             self._tokenized(entries),
@@ -687,9 +687,12 @@ class EmbeddingLoader:
         found: deque[Embeddings] | deque[TokenBatch] | None = None
         if self._hands_out_tokens:
             found = deque(texts)
-        else:
-            with suppress(Exception):
-                found = deque(self._together(texts)) if texts else None
+        elif texts:
+            try:
+                found = deque(self._together(texts))
+            except Exception as error:
+                if len(texts) > 1:
+                    logger.info("%d batches failed together, and are encoded one by one: %r", len(texts), error)
         event = self._side.mark()
         items = deque(group)
         group.clear()
@@ -743,10 +746,9 @@ class EmbeddingLoader:
                 self._said_trainable = True
                 logger.info("the encoder is trained: batches are handed out as TokenBatches, and a cache is off")
             return
-        item.embeddings = {
-            place: self._alone(found) if isinstance(found, TokenBatch) else found
-            for place, found in item.embeddings.items()
-        }
+        if any(isinstance(found, TokenBatch) for found in item.embeddings.values()):  # read before it was frozen again
+            item.embeddings = {place: self._alone(_tokens(found)) for place, found in item.embeddings.items()}
+            item.event = self._side.mark()
         parts = [(e.values, e.cu_seqlens, e.present) for e in item.embeddings.values() if isinstance(e, Embeddings)]
         self._side.hand_over(item.event, [tensor for part in parts for tensor in part if tensor is not None])
 

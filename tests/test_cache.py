@@ -180,21 +180,6 @@ def test_every_kind_of_output_comes_back_whole(tokenizer: Any, options: dict[str
     assert cache.stats()["memory_hits"] > len(batches)
 
 
-def test_an_error_names_texts_by_their_places_in_the_batch_whatever_was_cached() -> None:
-    def fail(batch: TokenBatch) -> None:
-        bad = np.flatnonzero(np.add.reduceat(batch.input_ids == 13, batch.cu_seqlens[:-1])).tolist()
-        if bad:
-            raise EncoderError(f"text {bad[0]} is odd", records=bad)
-
-    encoder = FakeEncoder()
-    encoder.fail = fail
-    cached = EmbeddingCache("1MiB").of(encoder)
-    cached.encode(batch_of([1], [2, 2]))
-    with pytest.raises(EncoderError, match="text 3 is odd") as caught:
-        cached.encode(batch_of([1], [5], [5], [13, 1], [2, 2]))
-    assert caught.value.records == (3,)
-
-
 def test_a_row_read_back_is_the_row_that_was_handed_out(tokenizer: Any, tmp_path: Path) -> None:
     encoder = tiny(tokenizer)
     batch = encoder.tokenizer.batch(["The bank raised its rates.", "They moored at the bank."])

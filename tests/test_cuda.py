@@ -263,10 +263,11 @@ def test_leaving_early_leaves_the_batch_in_hand_and_the_next_epoch_right(
     right = [on_cuda(texts).values for texts in batches]
     loader = bertstream.wrap(batches, on_cuda, prefetch=3)
     for number, batch in enumerate(loader):
+        kept = batch
         if number == stop:
             break
     poison(on_cuda.device)  # what was read ahead is free again
-    assert float((batch.values - right[stop]).norm() / right[stop].norm()) <= 0.02
+    assert float((kept.values - right[stop]).norm() / right[stop].norm()) <= 0.02
     for found, expected in zip(loader, right, strict=True):
         assert float((found.values - expected).norm() / expected.norm()) <= 0.02
     loader.close()
