@@ -13,6 +13,7 @@ import torch
 from benchmarks import common, encode, epoch
 from benchmarks.common import ratio, useful_flops
 from benchmarks.models import write_bert
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,7 +108,8 @@ def test_useful_flops_are_those_of_the_products_in_the_layers() -> None:
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
     )
     model = BertModel(config, add_pooling_layer=False).eval()
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+    model.set_attn_implementation("eager")  # whose products are counted
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         for length in (5, 17):
             model(torch.ones(1, length, dtype=torch.long))
     assert useful_flops(config, [5, 17]) == counter.get_total_flops()
