@@ -8,12 +8,14 @@ from typing import Any
 
 import gpu_check
 import pytest
+from benchmarks import common
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_whole_check_runs_on_a_cpu_with_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "run_tests", lambda select: {"passed": 0, "failed": [], "skipped": 9})
+    monkeypatch.setattr(common, "matmul_rate", lambda dtype, device="cpu": 1.0)
     assert gpu_check.main(["--device", "cpu", "--tiny", "--results", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "cpu.json").read_text())
     assert found["ran"] and found["benchmarks"].keys() == gpu_check.BENCHMARKS.keys()
@@ -64,6 +66,6 @@ def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_its_texts_are_as_many_as_asked_for_and_none_comes_twice(tmp_path: Path) -> None:
-    gpu_check.write_corpus(tmp_path / "c.jsonl", 5000)
+    gpu_check.write_corpus(tmp_path / "c.jsonl", 20_000)
     texts = [json.loads(line)["text"] for line in (tmp_path / "c.jsonl").read_text().splitlines()]
-    assert len(texts) == len(set(texts)) == 5000
+    assert len(texts) == len(set(texts)) == 20_000

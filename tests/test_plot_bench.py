@@ -46,7 +46,7 @@ def test_the_fastest_is_named_with_its_rate_error_and_share() -> None:
     said = [text.get_text() for text in axes.texts]
     names = [label.get_text() for label in axes.get_yticklabels()]
     plt.close(figure)
-    assert said[0] == "8,000, error 2e-06, 71% of the matrix product" and names[0] == "stream float32"
+    assert said[0] == "8,000, error 2e-06, 71% of the product" and names[0] == "stream float32"
     assert said[-1] == "3,000" and names[1] == "sentence-transformers float32"
 
 
