@@ -15,6 +15,7 @@ from .errors import (
 )
 from .export import embed
 from .loader import EmbeddingLoader, stream, wrap
+from .module import BertEmbedding, UnfreezeSchedule
 from .pooling import ScalarMix
 from .precompute import warm
 from .types import Embeddings, TokenBatch
@@ -22,6 +23,7 @@ from .types import Embeddings, TokenBatch
 __version__ = "0.1.0"
 
 __all__ = [
+    "BertEmbedding",
     "BertstreamError",
     "CacheError",
     "ConfigError",
@@ -38,6 +40,7 @@ __all__ = [
     "TextStream",
     "TokenBatch",
     "TokenCollate",
+    "UnfreezeSchedule",
     "embed",
     "stream",
     "warm",

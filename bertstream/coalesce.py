@@ -33,7 +33,7 @@ def encode_together(
     slots = np.arange(len(whole))
     first = slots
     if once:
-        first, slots = distinct(text_bytes(whole))
+        first, slots = distinct(_rows_bytes(whole))
     repeats = len(slots) - len(first)
     if not repeats and len(batches) == 1:
         return [encode(whole)], 0
@@ -44,7 +44,10 @@ def encode_together(
 
 
 def join(batches: Sequence[TokenBatch]) -> TokenBatch:
-    """The batches one after the other, without fields and cursors; what one lacks and others have is filled in."""
+    """The batches one after the other, without fields and cursors; what one lacks and others have is filled in.
+
+    But for the special tokens: where one batch does not say which they are, it is not known of the whole.
+    """
     texts = [len(batch) for batch in batches]
     tokens = [batch.num_tokens for batch in batches]
     words = [int(batch.num_words.sum()) for batch in batches]
@@ -57,13 +60,14 @@ def join(batches: Sequence[TokenBatch]) -> TokenBatch:
             [np.full(n, absent) if part is None else part for part, n in zip(parts, sizes, strict=True)]
         )
 
+    unknown = any(batch.special is None and batch.num_tokens for batch in batches)
     windows = None
     if any(batch.window_lengths is not None for batch in batches):
         windows = np.concatenate([b.lengths if b.window_lengths is None else b.window_lengths for b in batches])
     return TokenBatch(
         input_ids=lay_out("input_ids", np.int32(0), tokens),
         cu_seqlens=cumulate(np.concatenate([batch.lengths for batch in batches])),
-        special=lay_out("special", False, tokens),
+        special=None if unknown else lay_out("special", False, tokens),
         token_type_ids=lay_out("token_type_ids", np.int32(0), tokens),
         word_ids=lay_out("word_ids", np.int32(-1), tokens),
         num_words=lay_out("num_words", np.int32(0), texts),
@@ -109,6 +113,15 @@ def text_bytes(batch: TokenBatch) -> list[bytes]:
     data = rows.tobytes()
     bounds = (16 * np.append(starts, len(rows))).tolist()
     return [data[start:end] for start, end in pairwise(bounds)]
+
+
+def _rows_bytes(batch: TokenBatch) -> list[bytes]:
+    """`text_bytes`, and which words were cut: the model does not see that, but `Embeddings.word_ids` say it of rows."""
+    texts = text_bytes(batch)
+    if batch.words_cut is None:
+        return texts
+    bounds = pairwise(cumulate(batch.num_words).tolist())
+    return [text + batch.words_cut[a:b].tobytes() for text, (a, b) in zip(texts, bounds, strict=True)]
 
 
 def _picked(found: Embeddings, texts: Places, tokens: TokenBatch) -> Embeddings:

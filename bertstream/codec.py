@@ -1,4 +1,4 @@
-"""Rows of vectors as bytes and back: as they are, in bfloat16, or in 8 bits with a scale for every 64 dimensions."""
+"""Rows of vectors as bytes and back: as they are, in bfloat16, or in 8 bits with a scale for every 32 dimensions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from torch import Tensor
 Storage: TypeAlias = Literal["auto", "float32", "bfloat16", "int8"]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
-_GROUP = 64
-"""Dimensions that share a scale: one scale for a whole vector gives 2.6 % of error where a few dimensions are large."""
+_GROUP = 32
+"""Dimensions that share a scale. One scale for a whole vector of all-MiniLM-L6-v2 gives 2.6 % of error, because a few
+dimensions are large; and a number is off by up to half a step of 1/127 of its group's largest, which of 32 dimensions
+is at most 1.3 % of the group where rounding errors are spread evenly."""
 
 
 class Codec:
@@ -41,7 +43,7 @@ class Codec:
             self.row_bytes = self._size + 2 * self._groups
         else:
             self.row_bytes = self._size * self._stored.itemsize
-        self.name = f"{stored} {row_shape}"
+        self.name = f"{stored} {row_shape}" + (f" by {_GROUP}" if self._stored is None else "")
 
     def pack(self, values: Tensor) -> Bytes:
         """[N, *row_shape] on any device to [N, row_bytes] on the host; waits for the values."""

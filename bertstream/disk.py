@@ -293,7 +293,7 @@ class DiskTier:
     # --- writing, in the thread behind --------------------------------------------------------------------------------
 
     def _write_all(self, items: list[_Write]) -> None:
-        group: list[tuple[bytes, bytes | None]] = []
+        group: list[tuple[bytes, memoryview | None]] = []
         held = 0
         for key, rows in _texts(items):
             size = 0 if rows is None else _page_bytes(len(rows))
@@ -307,7 +307,7 @@ class DiskTier:
             held += size
         self._commit(group)
 
-    def _commit(self, group: list[tuple[bytes, bytes | None]]) -> None:
+    def _commit(self, group: list[tuple[bytes, memoryview | None]]) -> None:
         """One transaction; where the map is full after all, again behind larger and larger evictions."""
         if not group:
             return
@@ -325,7 +325,7 @@ class DiskTier:
         self.dropped_writes += sum(rows is not None for _, rows in group)
         self._warn_once("writing", failed)
 
-    def _put(self, group: list[tuple[bytes, bytes | None]]) -> None:
+    def _put(self, group: list[tuple[bytes, memoryview | None]]) -> None:
         evicted = 0
         with self._writing() as transaction:
             number = _next_number(transaction)
@@ -335,7 +335,7 @@ class DiskTier:
                     continue
                 evicted += self._make_room(transaction, _page_bytes(len(rows)))
                 header = _HEADER.pack(zlib.crc32(rows, zlib.crc32(key)), len(rows), number)
-                if transaction.put(_ROWS + key, header + rows, overwrite=False):
+                if transaction.put(_ROWS + key, b"".join((header, rows)), overwrite=False):
                     transaction.put(_ORDER + _NUMBER.pack(number), key)
                     number += 1
         self.evictions += evicted
@@ -383,12 +383,12 @@ class DiskTier:
             )
 
 
-def _texts(items: list[_Write]) -> Iterator[tuple[bytes, bytes | None]]:
+def _texts(items: list[_Write]) -> Iterator[tuple[bytes, memoryview | None]]:
     for item in items:
         if item.rows is None:
             yield from ((key, None) for key in item.keys)
             continue
-        data = item.rows.tobytes()
+        data = memoryview(cast(Any, item.rows)).cast("B") if len(item.rows) else memoryview(b"")
         start = 0
         for key, size in zip(item.keys, item.sizes, strict=True):
             yield key, data[start : start + size]

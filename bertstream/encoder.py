@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +19,7 @@ from .attention import PACKED, Packing, plain_mode, probe_batching, register
 from .cuda import to_device
 from .errors import ConfigError, EncoderError, check_choice
 from .fingerprint import hash_weights, weights_state
-from .layers import kept_inputs, resolve_layers, stop_behind, unroll
+from .layers import kept_inputs, layer_list, resolve_layers, stop_behind, unroll
 from .loading import (
     DType,
     convert,
@@ -42,11 +42,11 @@ _TRIED_TOKENS = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384, 32768, 6
 
 
 class Encoder(nn.Module):
-    """From `TokenBatch` to `Embeddings`, frozen.
+    """From `TokenBatch` to `Embeddings`; frozen until `unfreeze` is called.
 
     The model's structure is copied and its parameters are shared; the model that is handed in is left as it is (until
-    `.to()` moves the parameters, in place as torch does, and so for both). The encoder stays in eval mode whatever
-    `train()` says, and its forwards run one at a time, so that several loaders may hold the same encoder.
+    `.to()` moves the parameters, in place as torch does, and so for both). A frozen encoder stays in eval mode whatever
+    `train()` says. Forwards run one at a time, so that several loaders and a model may hold the same encoder.
 
     Args:
         model: a transformers encoder (`AutoModel`) with its weights.
@@ -78,6 +78,8 @@ class Encoder(nn.Module):
     Attributes:
         tokenizer: the `TextTokenizer`, light enough for worker processes.
         batching: what the self-test at load found: whether texts run packed, padded or grouped by length, and why.
+        trainable: whether it was unfrozen: then `BertEmbedding` gives vectors with gradients, and loaders hand out
+            `TokenBatch`es, for it to embed.
     Raises:
         ConfigError: an argument is out of range.
         EncoderError: `packed` is True and the model cannot be packed.
@@ -145,6 +147,8 @@ class Encoder(nn.Module):
             split=(split or str.split) if output == "words" else None,
             segments="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
         )
+        self.trainable = False
+        self._pretrained_tokenizer = tokenizer
         self._checked_finite = self.dtype != torch.float16
         self._fingerprint: tuple[Any, bytes] | None = None
         self._lock = threading.Lock()
@@ -250,8 +254,98 @@ class Encoder(nn.Module):
             return forward(batch, np.arange(len(ids)), lengths)
 
     def train(self, mode: bool = True) -> Encoder:
-        """Stay in eval mode: dropout would put noise into frozen vectors."""
-        return super().train(False)
+        """Follow the mode where parameters are trained; layers that are frozen stay in eval mode, without dropout."""
+        super().train(False)
+        self.training = mode and self.trainable
+        if self.training:
+            below = self._trained_parameters()[-1]
+            parts = [self.model] if any(p.requires_grad for p in below) else layer_list(self.model)
+            for part in parts:
+                part.train(any(p.requires_grad for p in part.parameters()))
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Encoder:
+        """As torch does, for all parameters; see `unfreeze`, which leaves out those that nothing uses."""
+        super().requires_grad_(requires_grad)
+        self.trainable = requires_grad
+        return self
+
+    def freeze(self) -> Encoder:
+        """No parameter is trained any more; vectors may be cached from here on."""
+        self.requires_grad_(False)
+        self._fingerprint = None  # the weights may have changed in ways that leave no trace
+        self.train(False)
+        return self
+
+    def unfreeze(self, layers: int | None = None, *, parameters: Iterable[nn.Parameter] | None = None) -> Encoder:
+        """Let parameters be trained, and only these, until `freeze` is called.
+
+        Loaders of this encoder then hand out `TokenBatch`es, those that were encoded ahead too, and a cache is off. Put
+        the encoder into a `BertEmbedding` to get vectors with gradients.
+
+        Args:
+            layers: how many of the layers that are used, from the top (with a pooler that is used); 0 is none of them.
+                None is all, and the embedding layer.
+            parameters: these instead, those of an adapter, say.
+        Raises:
+            ConfigError: there are not so many layers, or no parameter to train.
+        """
+        if parameters is None:
+            groups = self._trained_parameters()
+            if layers is not None and not 0 <= layers < len(groups):
+                raise ConfigError(f"layers={layers}: {len(groups) - 1} layers are used; None is all of them and more")
+            parameters = [p for group in groups[: None if layers is None else layers] for p in group]
+        chosen = list(parameters)
+        self.requires_grad_(False)
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        if not chosen and layers != 0:
+            raise ConfigError("parameters= holds none")
+        self.trainable = bool(chosen)
+        return self
+
+    def parameter_groups(self, lr: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+        """What an optimizer takes: a group for each layer, the top one first, the embedding layer last.
+
+        Give it all of them from the start: parameters that are frozen have no gradient, and optimizers leave them
+        alone.
+
+        Args:
+            lr: learning rate of the top layer.
+            layer_decay: each layer further down learns at this times the rate of the one above it.
+        """
+        groups = self._trained_parameters()
+        return [{"params": group, "lr": lr * layer_decay**depth} for depth, group in enumerate(groups)]
+
+    def _trained_parameters(self) -> list[list[nn.Parameter]]:
+        """The parameters of each layer that is used, from the top, and of all below them; none twice (albert's are)."""
+        pooler = getattr(self.model, "pooler", None)
+        top = list(pooler.parameters()) if pooler is not None else []
+        groups = [list(layer.parameters()) for layer in layer_list(self.model)][::-1]
+        groups = [group for group in groups if group]
+        seen = {id(parameter) for group in (top, *groups) for parameter in group}
+        groups.append([parameter for parameter in self.model.parameters() if id(parameter) not in seen])
+        if "pooler" in self.pooling:
+            groups[0] = top + groups[0]
+        seen.clear()
+        out = []
+        for group in groups:
+            out.append([parameter for parameter in group if id(parameter) not in seen])
+            seen |= {id(parameter) for parameter in group}
+        return [group for group in out[:-1] if group] + out[-1:]
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write model and tokenizer as transformers does; sentence-transformers loads such folders as well.
+
+        Raises:
+            ConfigError: layers above the ones asked for were let go, so the model is not whole.
+        """
+        if max(self.layers) < self._last_layer:
+            raise ConfigError(
+                f"layers={self.layers}: the layers above are not there to be saved; save the model that was handed in"
+            )
+        cast(Any, self.model).save_pretrained(folder)
+        self._pretrained_tokenizer.save_pretrained(folder)
 
     def __repr__(self) -> str:
         """In one line, unlike other modules: `print(encoder.model)` shows the layers."""
@@ -278,8 +372,17 @@ class Encoder(nn.Module):
             EncoderError: the batch holds a text that is longer than the model takes, or no words where word vectors
                 were asked for; or a float16 forward overflowed.
         """
+        with plain_mode(self.device):
+            return self.embed(batch)
+
+    def embed(self, batch: TokenBatch) -> Embeddings:
+        """As `encode`, but in the caller's modes: with gradients, autocast, and dropout while it is trained.
+
+        Raises:
+            EncoderError: as for `encode`.
+        """
         self._check_batch(batch)
-        with self._lock, plain_mode(self.device):
+        with self._lock:
             layers = self._token_vectors(batch)
             if self.output == "words":
                 values = self._words(layers, batch)
@@ -435,12 +538,12 @@ class Encoder(nn.Module):
 
     def _forwards(self, order: Any, lengths: Int32Array) -> Iterator[Any]:
         """Cut texts, longest first, into forwards by real tokens, or by padded ones where the model is padded."""
-        start, held = 0, 0
+        start, held, most = 0, 0, self.max_forward_tokens
         for end, text in enumerate(order.tolist()):
             longest, length = int(lengths[order[start]]), int(lengths[text])
             cost = length if self.batching.way == "packed" else longest
             odd = self.batching.way == "grouped" and length != longest
-            if held and (odd or held + cost > self.max_forward_tokens):
+            if held and (odd or held + cost > most):
                 yield order[start:end]
                 start, held, cost = end, 0, length
             held += cost

@@ -102,6 +102,11 @@ def unroll(model: nn.Module) -> None:
     config.num_hidden_groups = config.num_hidden_layers
 
 
+def layer_list(model: nn.Module) -> nn.ModuleList:
+    """The model's layers, the first one at the bottom; where it was cut off, what stands for the rest at the end."""
+    return _layer_list(model)[2]
+
+
 def _layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
     """The owner and name of the model's one list of layers, and the list."""
     config: Any = model.config

@@ -24,6 +24,7 @@ from .encoder import Encoder
 from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedError, StateError, check_choice
 from .iteration import Entry, Groups, Iteration, Run, Source, agreed, located
 from .lanes import STATE_VERSION, LaneQueue, pack_state
+from .openmp import release_helpers
 from .places import Place, as_places, texts_of, with_vectors
 from .prefetch import Prefetcher, StepClock
 from .stages import Stages, bottleneck
@@ -70,12 +71,12 @@ def wrap(
             a dict the padded mask stands under the key with `_mask` behind it; elsewhere the place holds
             (values, mask). "flat" is (values, cu_seqlens), and sentence output is one [B, H] in every layout.
         prefetch: how far the encoder runs ahead in its thread, in forwards' worth of tokens
-            (`encoder.max_forward_tokens`); one batch at least. 0 encodes in `next()` itself, without a thread. None is
-            2 for an encoder on CUDA; on a CPU it is 0 until the loop is seen to leave the processor idle (because its
-            step waits for a GPU or for I/O, say), and then 2: two threads that both compute on all cores are slower
-            than one. In the thread a DataLoader without workers is read there too, all but an epoch's first batch:
-            where its dataset is bound to your thread (a sqlite connection) or draws from torch's global generator,
-            give it `num_workers=1`, or take 0 here.
+            (`encoder.max_forward_tokens`); one group of batches at least. 0 encodes batch by batch in `next()` itself,
+            without a thread. None is 2 for an encoder on CUDA; on a CPU `next()` does the work, for several batches at
+            once, until the loop is seen to leave the processor idle (because its step waits for a GPU or for I/O, say),
+            and then it is 2: two threads that both compute on all cores are slower than one. In the thread a DataLoader
+            without workers is read there too, all but an epoch's first batch: where its dataset is bound to your thread
+            (a sqlite connection) or draws from torch's global generator, give it `num_workers=1`, or take 0 here.
         cache: where vectors are kept, so that none is computed twice; what several loaders share.
         deterministic: whether which texts share a forward may depend on nothing but the data. Without it several
             batches that are ready at once are encoded together, more or fewer by the clock, and two runs may differ in
@@ -221,9 +222,9 @@ class _Tokenized:
     texts: dict[Place | None, TokenBatch]
 
     @property
-    def tokens(self) -> int:
-        """Tokens in all."""
-        return sum(batch.num_tokens for batch in self.texts.values())
+    def weight(self) -> int:
+        """Tokens in all, and at least one, so that groups are bounded whatever comes; a `Skip` adds nothing."""
+        return max(1, sum(batch.num_tokens for batch in self.texts.values())) if self.texts else 0
 
 
 @dataclass
@@ -231,12 +232,12 @@ class _Ready:
     """A batch whose vectors are queued on the side stream, with the event behind them."""
 
     entry: Entry
-    embeddings: dict[Place | None, Embeddings]
+    embeddings: Mapping[Place | None, Embeddings | TokenBatch]
     event: torch.cuda.Event | None
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tokens = sum(embeddings.tokens.num_tokens for embeddings in self.embeddings.values())
+        self.tokens = sum(_tokens(embeddings).num_tokens for embeddings in self.embeddings.values())
 
 
 class EmbeddingLoader:
@@ -282,6 +283,7 @@ class EmbeddingLoader:
         self._stages = Stages()
         self._own_epoch = 0
         self._closed = False
+        self._said_trainable = False
         self._read_once = False
         self._queues: list[LaneQueue | None] | None = None
         self._peers: Peers | None = None
@@ -455,7 +457,8 @@ class EmbeddingLoader:
         stats |= {f"{stage}_s": seconds[stage] for stage in ("read", "tokenize", "encode", "hand_over", "wait", "step")}
         stats["lookup_s"] = 0.0
         if self._cached is not None:
-            stats["lookup_s"] = seconds["encode"] - self._cached.compute_s
+            # In the middle of a call its computing is counted already, the call itself is not.
+            stats["lookup_s"] = max(0.0, seconds["encode"] - self._cached.compute_s)
             stats["encode_s"] = self._cached.compute_s
         loop_s = stats["wait_s"] + stats["step_s"]
         stats["texts_per_s"], stats["tokens_per_s"] = (
@@ -472,8 +475,9 @@ class EmbeddingLoader:
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Write what each stage did when, for chrome://tracing or ui.perfetto.dev: the last 100,000 spans.
 
-        Stages are "read", "tokenize", "encode", "hand_over", "wait" and "step", see `stats`; `torch.profiler` shows
-        them too, as "bertstream.encode" and so on.
+        Stages are "read", "tokenize", "encode", "hand_over", "wait" and "step", see `stats`. `torch.profiler` shows the
+        first four too, as "bertstream.encode" and so on; those of the worker thread if it is asked for all threads
+        (`experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)`).
         """
         self._stages.save_trace(path)
 
@@ -516,6 +520,8 @@ class EmbeddingLoader:
             while True:
                 if run.worker is None and self._runs_ahead(clock):
                     worker = run.worker = self._ahead(ready)
+                if run.worker is not None and self._device.type == "cpu":
+                    release_helpers()
                 item = next(worker, None)
                 if item is None or run.ended_by is not None:
                     break
@@ -638,19 +644,25 @@ class EmbeddingLoader:
         if self._peers is not None and self._stream is not None:
             entries = agreed(entries, self._stream, self._peers, run, self._count_left)
         limit = self.encoder.max_forward_tokens * _GROUP_FORWARDS.get(self._device.type, 1)
+        if self._peers is not None or self._prefetch == 0:
+            # A batch that others have agreed on must not wait for the next: to agree on that they may have to hand this
+            # one out first, and their step waits for ours. And prefetch=0 reads nothing ahead.
+            limit = 1
         groups = Groups(
             self._tokenized(entries),
-            weigh=lambda item: item.tokens,
+            weigh=lambda item: item.weight,
             limit=limit,
             by_the_clock=not self._deterministic,
         )
         for group in groups:
             started = time.perf_counter()
-            weight = sum(item.tokens for item in group)
+            weight = sum(item.weight for item in group)
             ready = self._encode(group)
             del group
             item = next(ready)  # which encodes them all
             groups.encoded(weight, time.perf_counter() - started)
+            if run.worker is not None:  # all of it waits while the next group is encoded, or nothing would overlap
+                run.worker.make_room(weight)
             yield item
             del item  # its memory is the consumer's now, not ours until the next group
             yield from ready
@@ -672,10 +684,15 @@ class EmbeddingLoader:
         Where that fails they are encoded one by one, so that the error comes in its place, and is of one batch.
         """
         texts = [tokens for item in group for tokens in item.texts.values()]
-        found: deque[Embeddings] | None = None
-        with suppress(Exception):
-            if len(texts) > 1:
+        found: deque[Embeddings] | deque[TokenBatch] | None = None
+        if self._hands_out_tokens:
+            found = deque(texts)
+        elif texts:
+            try:
                 found = deque(self._together(texts))
+            except Exception as error:
+                if len(texts) > 1:
+                    logger.info("%d batches failed together, and are encoded one by one: %r", len(texts), error)
         event = self._side.mark()
         items = deque(group)
         group.clear()
@@ -684,6 +701,7 @@ class EmbeddingLoader:
             if not item.texts:
                 yield item.entry.item
                 continue
+            embeddings: dict[Place | None, Embeddings | TokenBatch]
             if found is None:
                 with _numbered(item.number):
                     embeddings = {place: self._alone(tokens) for place, tokens in item.texts.items()}
@@ -695,29 +713,50 @@ class EmbeddingLoader:
             yield ready
             del ready  # its memory is the consumer's now, not ours until the next batch
 
-    def _together(self, texts: list[TokenBatch]) -> list[Embeddings]:
-        encode = self.encoder.encode if self._cached is None else self._cached.encode
+    def _together(self, texts: list[TokenBatch], *, once: bool = True) -> list[Embeddings]:
+        def encode(batch: TokenBatch) -> Embeddings:
+            found = self.encoder.encode(batch) if self._cached is None else self._cached.encode(batch)
+            self._counts.encode_calls += 1
+            self._counts.encoded_tokens += batch.num_tokens
+            return found
+
         with self._stages.run("encode", len(texts)), self._side.run():
-            found, repeats = encode_together(encode, texts, once=self._cached is None)  # a cache looks by itself
-        self._counts.encode_calls += 1
-        self._counts.encoded_tokens += sum(tokens.num_tokens for tokens in texts)
+            found, repeats = encode_together(encode, texts, once=once and self._cached is None)  # a cache looks itself
         self._counts.repeated_texts += repeats
         return found
 
     def _alone(self, tokens: TokenBatch) -> Embeddings:
+        """The batch as it is, so that an error names its texts by their places."""
         try:
-            return self._together([tokens])[0]
+            return self._together([tokens], once=False)[0]
         except BertstreamError:
             raise
         except Exception as error:
             raise EncoderError(f"the encoder failed on {tokens!r}: {type(error).__name__}: {error}") from error
 
+    @property
+    def _hands_out_tokens(self) -> bool:
+        return getattr(self.encoder, "trainable", False)
+
+    def _hand_over(self, item: _Ready) -> None:
+        """Make the vectors safe to use here; those of an encoder that is trained are for the model to compute."""
+        if self._hands_out_tokens:
+            item.embeddings = {place: _bare(_tokens(found)) for place, found in item.embeddings.items()}
+            if not self._said_trainable:
+                self._said_trainable = True
+                logger.info("the encoder is trained: batches are handed out as TokenBatches, and a cache is off")
+            return
+        if any(isinstance(found, TokenBatch) for found in item.embeddings.values()):  # read before it was frozen again
+            item.embeddings = {place: self._alone(_tokens(found)) for place, found in item.embeddings.items()}
+            item.event = self._side.mark()
+        parts = [(e.values, e.cu_seqlens, e.present) for e in item.embeddings.values() if isinstance(e, Embeddings)]
+        self._side.hand_over(item.event, [tensor for part in parts for tensor in part if tensor is not None])
+
     def _count_left(self, texts: int) -> None:
         self._counts.left_texts += texts
 
     def _handed_over(self, item: _Ready) -> Any:
-        tensors = [t for e in item.embeddings.values() for t in (e.values, e.cu_seqlens, e.present) if t is not None]
-        self._side.hand_over(item.event, tensors)
+        self._hand_over(item)
         self._source_state = item.entry.source_state
         for queue, cursor in zip(self._queues or (), item.entry.cursors, strict=False):
             if queue is not None and cursor is not None:
@@ -725,7 +764,7 @@ class EmbeddingLoader:
         counts = self._counts
         counts.batches += 1
         for embeddings in item.embeddings.values():
-            tokens = embeddings.tokens
+            tokens = _tokens(embeddings)
             counts.texts += len(tokens)
             counts.tokens += tokens.num_tokens
             counts.padded_tokens += len(tokens) * int(tokens.lengths.max(initial=0))
@@ -742,6 +781,15 @@ def _numbered(batch: int) -> Iterator[None]:
         yield
     except EncoderError as error:
         raise EncoderError(f"batch {batch}: {error}", records=error.records) from error
+
+
+def _tokens(embeddings: Embeddings | TokenBatch) -> TokenBatch:
+    return embeddings if isinstance(embeddings, TokenBatch) else embeddings.tokens
+
+
+def _bare(tokens: TokenBatch) -> TokenBatch:
+    """The tokens without what a stream's batch carries beside them."""
+    return replace(tokens, fields={}, cursor=None, report=None)
 
 
 def _report(batch: Any) -> ReadReport | None:

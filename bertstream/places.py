@@ -88,7 +88,7 @@ def texts_of(
 
 def with_vectors(
     batch: Any,
-    embeddings: Mapping[Place | None, Embeddings],
+    embeddings: Mapping[Place | None, Embeddings | TokenBatch],
     *,
     text: tuple[Place, ...] | None,
     into: tuple[Place, ...] | None,
@@ -100,7 +100,8 @@ def with_vectors(
         ConfigError: `into` was asked for, and the batch is no dict.
     """
     vectors: dict[Any, Any] = {
-        place: found if layout is None else found.as_layout(layout) for place, found in embeddings.items()
+        place: found if layout is None or isinstance(found, TokenBatch) else found.as_layout(layout)
+        for place, found in embeddings.items()
     }
     if isinstance(batch, TokenBatch):
         if not batch.fields:

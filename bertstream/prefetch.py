@@ -86,6 +86,12 @@ class Prefetcher(Generic[T]):
         finally:
             del error  # its traceback holds this frame: a circle would keep all that its frames hold alive
 
+    def make_room(self, weight: int) -> None:
+        """Let at least so much weight wait from now on."""
+        with self._lock:
+            self._limit = max(self._limit, weight)
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Stop the thread and wait for it: at most as long as the item in progress takes.
 

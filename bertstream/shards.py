@@ -69,6 +69,7 @@ _DELIMITERS = {"csv": ",", "tsv": "\t"}
 _BLOCK_BYTES = 1 << 20
 _ROWS_AT_ONCE = 256
 _BOM = b"\xef\xbb\xbf"
+_DECODER = json.JSONDecoder()
 _BLANK_LINES = (b"\n", b"\r\n", b"\r")
 _READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
 
@@ -102,6 +103,7 @@ class ReadOptions:
             functions that their values are passed through.
         access: how shards are opened.
         rows: a dataset that stands for the shards, see `split_rows`; None for files.
+        names: the fields that a record must have.
     Raises:
         ConfigError: an argument of a wrong type, or `fields` names the text.
     """
@@ -111,6 +113,7 @@ class ReadOptions:
     fields: Mapping[str, Callable[[Any], Any]] | Sequence[str] | None = None
     access: Access = DEFAULT_ACCESS
     rows: Any = field(default=None, repr=False)
+    names: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text:
@@ -127,6 +130,7 @@ class ReadOptions:
                 raise ConfigError(f"fields lists the other fields: leave out {text!r}, which is the text")
         if isinstance(self.fields, Mapping) and not all(callable(function) for function in self.fields.values()):
             raise ConfigError(f"fields maps names to functions; got {dict(self.fields)!r}")
+        object.__setattr__(self, "names", (*self.texts, *names))
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -720,13 +724,15 @@ def _obeys_rfc_4180(
 
 def _take(values: dict[str, Any], options: ReadOptions) -> tuple[Text, dict[str, Any]]:
     """Part a record's text from its other fields, and take those that are wanted."""
-    for name in (*options.texts, *(options.fields or ())):
+    for name in options.names:
         if name not in values:
             raise _RecordError(f"the record has no such field; it has {_shown(sorted(values))}", name)
-    parts = [_checked_text(values.pop(name), name) for name in options.texts]
-    if len({type(part) for part in parts}) > 1:
-        raise _RecordError("of a pair both texts are strings, or both lists of words", options.pair)
-    text = cast(Text, parts[0] if len(parts) == 1 else tuple(parts))
+    text: Text = _checked_text(values.pop(options.text), options.text)
+    if options.pair is not None:
+        second = _checked_text(values.pop(options.pair), options.pair)
+        if type(second) is not type(text):
+            raise _RecordError("of a pair both texts are strings, or both lists of words", options.pair)
+        text = cast(Text, (text, second))
     if options.fields is None:
         return text, values
     if not isinstance(options.fields, Mapping):
@@ -767,7 +773,7 @@ def _utf8(data: bytes, name: str | None = None) -> str:
 def _json(data: bytes, name: str | None = None) -> Any:
     text = _utf8(data, name)
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise _RecordError(f"not JSON: {error}: {_shown(text)}", name) from error
 

@@ -66,12 +66,13 @@ class Stages:
         Path(path).write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
 
 
+# Stage -> what it is called, and what would help.
 _ADVICE = {
-    "read": "Reading is: more workers (num_workers=), larger or local shards, or shard_cache= would help",
-    "tokenize": "Tokenizing is: worker processes would help (num_workers= of stream, or TokenCollate with wrap)",
-    "lookup": "The cache's look-up is: more memory= for it, or a faster disk, would help",
-    "encode": "Encoding is: a cache, a lower layer, dtype='bfloat16' where the device is fast at it, or another device "
-    "would help",
+    "read": ("Reading", "more workers (num_workers=), larger or local shards, or shard_cache="),
+    "tokenize": ("Tokenizing", "worker processes (num_workers= of stream, or TokenCollate with wrap)"),
+    "lookup": ("The cache's look-up", "more memory= for it, or a faster disk"),
+    "encode": ("Encoding", "a cache, a lower layer, dtype='bfloat16' where the device is fast at it, another device"),
+    "hand_over": ("Laying out the batch", "layout=None, which hands out the packed rows"),
 }
 
 
@@ -86,8 +87,8 @@ def bottleneck(stats: Mapping[str, float]) -> str:
     works = {stage: stats.get(f"{stage}_s", 0.0) for stage in _ADVICE}
     slowest = max(works, key=lambda stage: works[stage])
     part = works[slowest] / (sum(works.values()) or 1.0)
-    said, advice = _ADVICE[slowest].split(" is: ")
+    name, help_with = _ADVICE[slowest]
     return (
-        f"{said} is the bottleneck: the loop waits for batches {share:.0%} of its time, and {part:.0%} of the work on "
-        f"them is this; {advice}."
+        f"{name} is the bottleneck: the loop waits for batches {share:.0%} of its time, and {part:.0%} of the work on "
+        f"them is this. What would help: {help_with}."
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -163,14 +164,16 @@ class TokenBatch:
     def from_texts(cls, texts: Sequence[TokenizedText]) -> TokenBatch:
         """Lay texts out one after the other; what a text lacks and others have is filled in."""
         lengths = np.fromiter((len(text.input_ids) for text in texts), np.int32, len(texts))
-        num_words = np.fromiter((text.num_words for text in texts), np.int32, len(texts))
+        num_words = np.fromiter([text.num_words for text in texts], np.int32, len(texts))
 
         def lay_out(name: str, absent: Any, sizes: Int32Array = lengths) -> Any:
-            parts = [getattr(text, name) for text in texts]
-            if all(part is None for part in parts):
+            parts = list(map(attrgetter(name), texts))
+            lacking = [part is None for part in parts]
+            if all(lacking):
                 return None
-            filled = [np.full(n, absent) if part is None else part for part, n in zip(parts, sizes, strict=True)]
-            return np.concatenate(filled)
+            if any(lacking):
+                parts = [np.full(n, absent) if part is None else part for part, n in zip(parts, sizes, strict=True)]
+            return np.concatenate(parts)
 
         windows = None
         if any(text.window_lengths is not None for text in texts):
@@ -189,7 +192,7 @@ class TokenBatch:
             window_lengths=windows,
             owned=lay_out("owned", True),
             num_words=num_words,
-            cut_tokens=np.fromiter((text.cut_tokens for text in texts), np.int32, len(texts)),
+            cut_tokens=np.fromiter([text.cut_tokens for text in texts], np.int32, len(texts)),
             words_cut=lay_out("words_cut", False, num_words),
         )
 

@@ -27,7 +27,7 @@ def test_auto_gives_back_every_bit(dtype: torch.dtype, shape: tuple[int, ...]) -
 
 
 @pytest.mark.parametrize(
-    ("storage", "row_bytes"), [("auto", 1536), ("float32", 1536), ("bfloat16", 768), ("int8", 396)]
+    ("storage", "row_bytes"), [("auto", 1536), ("float32", 1536), ("bfloat16", 768), ("int8", 408)]
 )
 def test_a_row_takes_as_many_bytes_as_its_storage_says(storage: Storage, row_bytes: int) -> None:
     assert Codec(storage, (384,), torch.float32).row_bytes == row_bytes
@@ -56,8 +56,8 @@ def test_int8_is_off_by_at_most_a_step_of_its_group(values: object) -> None:
     tensor = torch.as_tensor(values)
     codec = Codec("int8", (tensor.shape[1],), torch.float32)
     found = codec.unpack(codec.pack(tensor))
-    for start in range(0, tensor.shape[1], 64):
-        group, back = tensor[:, start : start + 64], found[:, start : start + 64]
+    for start in range(0, tensor.shape[1], 32):
+        group, back = tensor[:, start : start + 32], found[:, start : start + 32]
         # Half a step of a scale that is rounded up by 1 % at most; the smallest of floats have no such step.
         allowed = group.abs().amax(1, keepdim=True) * (0.5 * 1.02 / 127) + 1e-36
         assert bool(((group - back).abs() <= allowed).all())
@@ -71,7 +71,7 @@ def test_a_row_is_stored_alike_whatever_is_stored_with_it() -> None:
 
 def test_errors_on_real_vectors_are_those_that_are_stated(minilm: Encoder, sentences: list[str]) -> None:
     values = minilm(sentences[:60]).values
-    cases: list[tuple[Storage, float, float]] = [("bfloat16", 0.002, 0.004), ("int8", 0.01, 0.02)]
+    cases: list[tuple[Storage, float, float]] = [("bfloat16", 0.002, 0.004), ("int8", 0.008, 0.015)]
     for storage, on_average, at_most in cases:
         codec = Codec(storage, (384,), torch.float32)
         errors = (codec.unpack(codec.pack(values)) - values).norm(dim=1) / values.norm(dim=1)

@@ -17,16 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from transformers import AutoTokenizer
 
-from bertstream.collate import (
-    Place,
-    TokenCollate,
-    as_places,
-    as_tensors,
-    get_place,
-    put_places,
-    tensor_column,
-)
+from bertstream.collate import TokenCollate, tensor_column
 from bertstream.errors import ConfigError, EncoderError
+from bertstream.places import Place, get_place
 from bertstream.tokenizer import TextTokenizer
 from bertstream.types import TokenBatch
 
@@ -261,17 +254,6 @@ def test_what_is_no_number_stays_a_list(values: list[Any]) -> None:
     assert all(found is value for found, value in zip(tensor_column(values), values, strict=True))
 
 
-def test_arrays_become_tensors_over_the_same_memory_unless_they_are_read_only() -> None:
-    numbers, row = np.arange(3), np.arange(2)
-    read_only = np.frombuffer(b"\1\2", np.uint8)
-    as_tensors(numbers)[0] = 7
-    tensors = as_tensors([row, read_only, None, "a"])
-    tensors[0][0] = 8
-    tensors[1][0] = 9
-    assert numbers[0] == 7 and row[0] == 8 and read_only[0] == 1
-    assert tensors[2:] == [None, "a"]
-
-
 # In worker processes.
 
 
@@ -338,21 +320,7 @@ class Plain:
 @pytest.mark.parametrize(
     ("record", "text", "message"),
     [
-        (
-            {"sentence": "a", "label": 1},
-            "said",
-            r"text='said' names nothing in a dict with the keys \['sentence', 'label'\]",
-        ),
-        (Pair("a", 1), "text", r"text='text' names nothing in a Pair with the fields \['said', 'label'\]"),
-        (FrozenSample("a", 1), "text", r"in a FrozenSample with the fields \['said', 'label'\]"),
-        (FrozenSample("a", 1), 0, r"text=0 names nothing in a FrozenSample with the fields"),
-        (("a", 1), 2, "text=2 names nothing in a tuple of length 2"),
-        (["a", 1], -3, "text=-3 names nothing in a list of length 2"),
-        (("a", 1), "said", "text='said' names nothing in a tuple of length 2"),
-        (("a", 1), "count", "text='count' names nothing in a tuple of length 2"),
-        ("a bare string", 0, "text=0 names nothing in a str"),
-        ("a bare string", "said", "text='said' names nothing in a str"),
-        (Plain(), "text", "text='text' names nothing in a Plain"),
+        ({"sentence": "a"}, "said", r"text='said' names nothing in a dict with the keys \['sentence'\]"),
         (Plain(), "said", "a record is a Plain: TokenCollate knows dicts, tuples, lists, namedtuples and dataclasses"),
     ],
 )
@@ -377,51 +345,6 @@ def test_records_of_several_shapes_are_refused_and_nothing_is_dropped(encoder: A
         TokenCollate(encoder, text=0)([("a", 1), odd])
 
 
-@pytest.mark.parametrize("text", [True, (), [], 0.5, b"said", ("said", None), ("said", "said"), [["said"]]], ids=repr)
-def test_what_names_no_place_is_refused_with_its_value(encoder: Any, text: Any) -> None:
-    with pytest.raises(ConfigError) as caught:
-        TokenCollate(encoder, text=text)
-    assert f"text={text!r}: name a key" in str(caught.value)
-
-
-def test_places_are_a_tuple() -> None:
-    assert as_places("said") == ("said",) and as_places(-1) == (-1,) and as_places(["q", 0]) == ("q", 0)
-    assert as_places(None) is None
-
-
 def test_an_encoder_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(ConfigError, match="encoder is a str without a tokenizer"):
         TokenCollate("bert-base-uncased")  # type: ignore[arg-type]
-
-
-# Putting vectors in.
-
-
-@pytest.mark.parametrize(
-    ("holder", "values"),
-    [
-        ({"said": 1, "label": 2}, {"said": "new"}),
-        ([1, 2], {-2: "new"}),
-        ((1, 2), {-2: "new"}),
-        ((1, 2), {0: "new"}),
-        (Pair(1, 2), {"said": "new"}),  # type: ignore[arg-type]
-        (Pair(1, 2), {-2: "new"}),  # type: ignore[arg-type]
-        (Sample(1, 2), {"said": "new"}),
-        (FrozenSample(1, 2), {"said": "new"}),  # type: ignore[arg-type]
-        (SlottedSample(1, 2), {"said": "new"}),  # type: ignore[arg-type]
-    ],
-    ids=repr,
-)
-def test_putting_makes_a_copy_of_the_same_type(holder: Any, values: dict[Place, Any]) -> None:
-    before = copy.deepcopy(holder)
-    place = next(iter(values))
-    out = put_places(holder, values)
-    assert type(out) is type(holder) and out is not holder
-    assert get_place(out, place) == "new" and get_place(holder, place) == 1
-    rest: Place = "label" if isinstance(place, str) else 1
-    assert get_place(out, rest) == 2
-    assert holder == before
-
-
-def test_a_dict_may_get_new_keys() -> None:
-    assert put_places({"said": 1}, {"vectors": 2}) == {"said": 1, "vectors": 2}

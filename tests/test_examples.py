@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -146,3 +148,35 @@ def test_the_tagger_learns_parts_of_speech_from_word_vectors(run: Run, tmp_path:
     match = re.search(r"^accuracy with layer 2: (\d\.\d{4}) \(mean of 1\)$", printed, re.MULTILINE)
     assert match, printed
     assert float(match[1]) >= 0.95
+
+
+def test_finetune_trains_the_encoder_after_its_frozen_epochs(run: Run) -> None:
+    printed = run("examples/finetune.py")
+    match = re.search(r"^test accuracy (\d\.\d{4}) of 120 texts in 12 classes$", printed, re.MULTILINE)
+    assert match and float(match[1]) >= 0.95
+
+
+def test_replacing_static_vectors_helps(run: Run) -> None:
+    found = {}
+    for vectors in ("static", "bert"):
+        match = re.search(r"accuracy (\d\.\d{4}) on 120", run("examples/replace_glove.py", "--vectors", vectors))
+        assert match
+        found[vectors] = float(match[1])
+    assert found["bert"] >= 0.9 > found["static"] + 0.1
+
+
+@pytest.mark.parametrize("framework", ["lightning", "trainer", "accelerate"])
+@pytest.mark.filterwarnings("ignore")  # what the frameworks say of one another
+def test_frameworks_take_the_loader(framework: str, run: Run) -> None:
+    match = re.search(r"^accuracy (\d\.\d{4}) on 120", run(f"examples/with_{framework}.py"), re.MULTILINE)
+    assert match and float(match[1]) >= 0.85
+
+
+def test_ranks_train_one_model() -> None:
+    script = [sys.executable, str(ROOT / "examples" / "several_ranks.py"), "--epochs", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(script, capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(set(re.findall(r"weights add up to (\d+\.\d{9})", done.stdout))) == 1
+    steps = dict(re.findall(r"rank (\d), epoch 0: (\d+) steps", done.stdout))
+    assert len(steps) == 2 and steps["0"] == steps["1"]

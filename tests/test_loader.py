@@ -13,9 +13,10 @@ import textwrap
 import threading
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,8 @@ from bertstream import (
     TokenBatch,
     TokenCollate,
 )
+from bertstream import loader as loading
+from bertstream import prefetch as prefetching
 from bertstream.types import Text, TokenizedText
 
 Pair = namedtuple("Pair", ["sentence", "label"])
@@ -357,7 +360,8 @@ def test_the_worker_runs_ahead_by_a_bounded_number_of_tokens() -> None:
     assert read == 7
     del iteration
     list(loader)
-    assert loader.stats()["peak_ahead_tokens"] <= 128
+    # What is encoded together, 8 forwards of 64 tokens on a CPU, waits as a whole while the next is encoded.
+    assert loader.stats()["peak_ahead_tokens"] <= 8 * 64
     assert encoder.threads == {"bertstream-encode"}
 
 
@@ -369,8 +373,164 @@ def test_prefetch_0_works_in_the_callers_thread() -> None:
     assert encoder.threads == {threading.current_thread().name}
 
 
-def test_a_new_iteration_ends_the_one_before_it() -> None:
-    loader = bertstream.wrap(batches(50), FakeEncoder(), text="text")
+# --- several batches at once, here or in a thread ---------------------------------------------------------------------
+
+
+class Machine:
+    """Four cores whose clocks go on when they are told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall_s = self.cpu_s = 50.0
+        told = SimpleNamespace(
+            perf_counter=lambda: self.wall_s, process_time=lambda: self.cpu_s, monotonic=time.monotonic
+        )
+        monkeypatch.setattr(prefetching, "time", told)
+        monkeypatch.setattr(prefetching.os, "sched_getaffinity", lambda pid: range(4), raising=False)
+
+    def spend(self, seconds: float, busy_cores: float) -> None:
+        self.wall_s += seconds
+        self.cpu_s += seconds * busy_cores
+
+
+@pytest.mark.parametrize(
+    ("step_s", "busy_cores", "threads"),
+    [
+        (1.0, 4.0, {"MainThread"}),
+        (0.001, 0.0, {"MainThread"}),
+        (1.0, 0.0, {"MainThread", "bertstream-encode"}),
+    ],
+)
+def test_on_a_cpu_a_thread_starts_when_the_loop_is_seen_to_leave_cores_idle(
+    monkeypatch: pytest.MonkeyPatch, step_s: float, busy_cores: float, threads: set[str]
+) -> None:
+    machine, encoder = Machine(monkeypatch), FakeEncoder(lambda batch: machine.spend(0.1, 4.0))
+    loader = bertstream.wrap(batches(40), encoder, text="text")
+    out = []
+    for batch in loader:
+        out.append(batch["n"])
+        machine.spend(step_s, busy_cores)
+    assert out == list(range(40)) and encoder.threads == threads
+    encoder.threads.clear()
+    iteration = iter(loader)  # which is judged anew
+    next(iteration)
+    assert encoder.threads == {"MainThread"}
+
+
+def test_a_loop_that_really_sleeps_is_seen_too() -> None:
+    encoder = FakeEncoder()
+    for _ in bertstream.wrap(batches(40), encoder, text="text"):
+        time.sleep(0.02)
+    assert encoder.threads == {"MainThread", "bertstream-encode"}
+
+
+def test_what_is_encoded_together_may_depend_on_nothing_but_the_data(minilm: Encoder, sentences: list[str]) -> None:
+    data = [sentences[i : i + 3] for i in range(0, 60, 3)]
+
+    def run(delays: Sequence[float], prefetch: int | None) -> tuple[list[Tensor], dict[str, float]]:
+        def source() -> Iterator[list[str]]:
+            for texts, delay in zip(data, delays, strict=True):
+                time.sleep(delay)
+                yield texts
+
+        loader = bertstream.wrap(source(), minilm, prefetch=prefetch, deterministic=True)
+        return [batch.values for batch in loader], loader.stats()
+
+    right, stats = run([0.0] * 20, None)
+    assert stats["encode_calls"] <= 8, "nothing was encoded together"
+    for delays, prefetch in (([0.0, 0.05] * 10, None), ([0.03, 0.0, 0.0, 0.0] * 5, 2)):
+        found, again = run(delays, prefetch)
+        assert all(map(torch.equal, found, right)) and again["encode_calls"] == stats["encode_calls"]
+
+
+def test_a_slow_source_is_not_waited_for_to_fill_a_group() -> None:
+    def source() -> Iterator[Any]:
+        for batch in batches(10):
+            time.sleep(0.02)
+            yield batch
+
+    loader = bertstream.wrap(source(), FakeEncoder(), text="text", prefetch=0)
+    list(loader)
+    assert loader.stats()["encode_calls"] == 10
+
+
+def test_repeated_texts_are_encoded_once_and_counted() -> None:
+    encoded: list[int] = []
+    loader = bertstream.wrap(
+        [["a bb", "ccc"], ["ccc", "a bb", "ccc"], ["dddd"]],
+        FakeEncoder(lambda batch: encoded.append(batch.num_tokens)),
+        prefetch=0,
+        deterministic=True,
+    )
+    out = [rows(batch) for batch in loader]
+    assert out == [right_rows(texts) for texts in (["a bb", "ccc"], ["ccc", "a bb", "ccc"], ["dddd"])]
+    stats = loader.stats()
+    # The first batch comes alone; in the second "ccc" comes twice; the third comes with it, or alone.
+    assert stats["repeated_texts"] == 1 and stats["tokens"] == 8
+    assert stats["encode_calls"] == len(encoded) and stats["encoded_tokens"] == sum(encoded) == 7
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_failing_text_fails_alone_with_its_own_place(prefetch: int) -> None:
+    """Whatever batches and repeats it was to be encoded with: the loop gets all batches before it."""
+
+    def fail(batch: TokenBatch) -> None:
+        bad = [i for i, ids in enumerate(np.split(batch.input_ids, batch.cu_seqlens[1:-1])) if 13 in ids]
+        if bad:
+            raise EncoderError(f"text {bad[0]} is odd", records=bad)
+
+    data = [["a"], ["a", "bb"], ["ccc", "ccc", "a", "w" * 13, "w" * 13], ["d"]]
+    loader = bertstream.wrap(data, FakeEncoder(fail), prefetch=prefetch, deterministic=True)
+    seen = []
+    with pytest.raises(EncoderError, match="^batch 2: text 3 is odd") as caught:
+        for batch in loader:
+            seen.append(rows(batch))
+    assert seen == [right_rows(texts) for texts in data[:2]] and caught.value.records == (3, 4)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_ranks_that_agree_on_each_batch_gather_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prefetch: int, deterministic: bool
+) -> None:
+    """A rank that waited for others to read on, with a batch in hand, would wait for ranks that wait for its step."""
+    calls: list[TokenBatch] = []
+
+    class Told:
+        """Another rank, which has no more than we."""
+
+        def __init__(self, timeout_s: float) -> None:
+            self.step = 0
+
+        def begin(self) -> None:
+            pass
+
+        def exchange(self, place: Any, is_over: Any, waits_since: Any) -> list[Any]:
+            assert len(calls) == self.step, "asked before all that was agreed on was encoded"
+            self.step += 1
+            return [place, None]
+
+        def leave(self, reason: str) -> None:
+            pass
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(loading, "can_talk", lambda: True)
+    monkeypatch.setattr(loading, "Peers", Told)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "word " * (i % 7)}) + "\n" for i in range(200)))
+    loader = bertstream.stream(
+        path, FakeEncoder(calls.append), batch_size=2, prefetch=prefetch, deterministic=deterministic,
+        reading=StreamConfig(lanes=4, window=16),
+    )  # fmt: skip
+    assert len(list(loader)) == len(calls) >= 40
+
+
+# --- one iteration at a time ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_new_iteration_ends_the_one_before_it(prefetch: int) -> None:
+    loader = bertstream.wrap(batches(50), FakeEncoder(), text="text", prefetch=prefetch)
     first = iter(loader)
     next(first)
     assert len(list(loader)) == 50
@@ -476,9 +636,10 @@ def test_leaving_a_loop_ends_worker_processes_and_closes_files(tmp_path: Path, t
 
     def loop() -> None:
         if through == "wrap":
-            loader = bertstream.wrap(DataLoader(Records(500), 2, num_workers=2), FakeEncoder(), text="text")
+            data = DataLoader(Records(500), 2, num_workers=2)
+            loader = bertstream.wrap(data, FakeEncoder(), text="text", prefetch=2)
         else:
-            loader = bertstream.stream(path, FakeEncoder(), batch_size=2, num_workers=2)
+            loader = bertstream.stream(path, FakeEncoder(), batch_size=2, num_workers=2, prefetch=2)
         for _ in range(2):
             for _ in loader:
                 break
@@ -493,11 +654,13 @@ def test_leaving_a_loop_ends_worker_processes_and_closes_files(tmp_path: Path, t
     assert not shared or set(os.listdir("/dev/shm")) <= shared
 
 
-def test_a_traceback_that_is_kept_keeps_no_worker_process_alive() -> None:
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_traceback_that_is_kept_keeps_no_worker_process_alive(prefetch: int) -> None:
     def fail(batch: TokenBatch) -> None:
         raise EncoderError("no")
 
-    loader = bertstream.wrap(DataLoader(Records(500), 2, num_workers=2), FakeEncoder(fail), text="text")
+    data = DataLoader(Records(500), 2, num_workers=2)
+    loader = bertstream.wrap(data, FakeEncoder(fail), text="text", prefetch=prefetch)
     before = running()
     with pytest.raises(EncoderError) as caught:
         list(loader)
@@ -514,7 +677,7 @@ def test_a_worker_that_is_busy_is_waited_for() -> None:
         time.sleep(0.3)
         finished.append(True)
 
-    loader = bertstream.wrap(batches(9), FakeEncoder(slow), text="text")
+    loader = bertstream.wrap(batches(9), FakeEncoder(slow), text="text", prefetch=2)
     iteration = iter(loader)
     next(iteration)
     loader.close()

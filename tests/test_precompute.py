@@ -75,7 +75,7 @@ def test_memory_alone_can_be_filled_and_the_bar_says_how_far_it_is(
 ) -> None:
     cache = EmbeddingCache("16MiB")
     assert bertstream.warm(shard, minilm, cache)["computed"] == cache.stats()["memory_texts"] == 40
-    assert "filling the cache: 50 texts" in capsys.readouterr().err
+    assert "| 50/50 " in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_filled_is_refused(minilm: Encoder, shard: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bertstream import prefetch
-from bertstream.prefetch import Behind, Prefetcher
+from bertstream.prefetch import Behind, Prefetcher, StepClock
 
 WAIT_S = 10.0
 """How long a test waits for a thread before it fails."""
@@ -472,3 +473,82 @@ for item in range(5):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == ["0", "1", "2", "3", "4"] and done.stderr == ""
+
+
+# --- whether a thread is worth it -------------------------------------------------------------------------------------
+
+
+class Machine:
+    """Four cores whose clocks go on when they are told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall_s = self.cpu_s = 50.0
+        told = SimpleNamespace(perf_counter=lambda: self.wall_s, process_time=lambda: self.cpu_s)
+        monkeypatch.setattr(prefetch, "time", told)
+        monkeypatch.setattr(prefetch.os, "sched_getaffinity", lambda pid: range(4), raising=False)
+
+    def spend(self, seconds: float, busy_cores: float) -> None:
+        self.wall_s += seconds
+        self.cpu_s += seconds * busy_cores
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("encoding_s", "step_s", "busy_cores", "leaves_room"),
+    [
+        (1.0, 1.0, 0.0, True),  # it waits for a GPU, or sleeps
+        (1.0, 1.0, 0.5, True),
+        (1.0, 1.0, 4.0, False),  # it computes on all cores
+        (1.0, 1.0, 3.5, False),
+        (0.1, 1.0, 1.0, True),  # it computes on one of four, for most of the time
+        (0.1, 1.0, 3.5, False),
+        (1.0, 0.05, 0.0, False),  # it waits, but is so short that there is little to hide behind
+        (1.0, 0.4, 0.0, True),
+    ],
+)
+def test_a_step_that_leaves_cores_idle_for_a_good_part_of_the_time_is_seen(
+    machine: Machine, encoding_s: float, step_s: float, busy_cores: float, leaves_room: bool
+) -> None:
+    clock = StepClock()
+    for _ in range(5):
+        machine.spend(encoding_s, 2.0)  # what lies between two steps is not the step's, idle or not
+        clock.begin()
+        machine.spend(step_s, busy_cores)
+        clock.end()
+    assert clock.leaves_room() == leaves_room
+
+
+def test_nothing_is_judged_before_there_was_some_time(machine: Machine) -> None:
+    clock = StepClock()
+    for _ in range(9):
+        clock.begin()
+        machine.spend(0.01, 0.0)
+        clock.end()
+        assert not clock.leaves_room()
+    clock.begin()
+    machine.spend(0.02, 0.0)
+    clock.end()
+    assert clock.leaves_room()
+
+
+def test_processor_time_beyond_all_cores_counts_for_no_idle_one(machine: Machine) -> None:
+    """Clocks are coarse: a step may seem to have used more than there is, which must not eat another's idle time."""
+    clock = StepClock()
+    for busy_cores in (9.0, 0.0):
+        clock.begin()
+        machine.spend(1.0, busy_cores)
+        clock.end()
+    assert clock.leaves_room()
+
+
+def test_room_can_be_made_while_the_thread_waits_for_it() -> None:
+    worker = ahead(range(10), limit=2)
+    wait_until(lambda: worker.peak_weight == 2)
+    worker.make_room(5)
+    wait_until(lambda: worker.peak_weight == 5)
+    worker.make_room(1)
+    assert list(worker) == list(range(10)) and worker.peak_weight == 5

@@ -140,7 +140,8 @@ def test_a_rank_that_fails_at_its_first_record_is_named_at_once(tmp_path: Path) 
 
 @pytest.mark.parametrize("uneven", ["pad", "stop"])
 def test_ranks_with_unequal_shards_end_together(tmp_path: Path, uneven: str) -> None:
-    paths = write_shards(tmp_path / "large", TEXTS, shards=1) + write_shards(tmp_path / "small", TEXTS[:20], shards=1)
+    long = ["word " * 300] * 20  # in steps of one: neither may wait for the other to read on before it handed out
+    paths = write_shards(tmp_path / "large", TEXTS, shards=1) + write_shards(tmp_path / "small", long, shards=1)
     script = DDP.replace("UNEVEN", uneven)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
@@ -168,8 +169,8 @@ import bertstream
 from bertstream.testing import FakeEncoder
 rank, store, shards = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-reading = bertstream.StreamConfig(lanes=2, open_shards=1, uneven="UNEVEN")
-loader = bertstream.stream(shards, FakeEncoder(), batch_size=8, reading=reading)
+reading = bertstream.StreamConfig(lanes=2, open_shards=1, uneven="UNEVEN", rank_timeout_s=20)
+loader = bertstream.stream(shards, FakeEncoder(), batch_size=8, deterministic=True, reading=reading)
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 2))
 steps = seen = 0
 for batch in loader:

@@ -2,6 +2,7 @@
 
 python tools/soak.py kill        a training program is killed at random moments and goes on from its checkpoints
 python tools/soak.py memory      memory after a quarter and after all of two million records
+python tools/soak.py worker      10,000 batches through the encode thread: memory, and how long close() takes
 python tools/soak.py restore     the first batch of a fresh epoch, and of one that goes on in the middle
 """
 
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,94 @@ def family_memory() -> list[int]:
     return [own_memory(pid) for pid in (os.getpid(), *sorted(map(int, children)))]
 
 
+def worker(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """10,000 batches of 8 short texts through the encode thread: memory after a quarter and after all, and closing."""
+    encoder = bertstream.Encoder.from_pretrained(arguments.model, layers=2, device="cpu")
+    resident = []
+    with closing(bertstream.wrap(ShortTexts(arguments.batches), encoder, prefetch=2)) as loader:
+        started = time.perf_counter()
+        for number, _ in enumerate(loader, 1):
+            if number % (arguments.batches // 20) == 0:
+                resident.append(own_memory(os.getpid()))
+        seconds = time.perf_counter() - started
+        tokens = int(loader.stats()["tokens"])
+    growth = max(resident[5:]) / resident[4]
+    closings = [close_somewhere(encoder, seed) for seed in range(arguments.closings)]
+    beyond = max(close_s - forward_s for close_s, forward_s in closings)
+    found = {
+        "batches": arguments.batches,
+        "tokens": tokens,
+        "tokens_per_s": round(tokens / seconds),
+        "own_mib_after_a_quarter": round(resident[4] / 2**20),
+        "own_mib_at_most_later": round(max(resident[5:]) / 2**20),
+        "growth": round(growth, 3),
+        "closings": len(closings),
+        "slowest_close_s": round(max(close_s for close_s, _ in closings), 3),
+        "beyond_the_forward_in_progress_s": round(max(0.0, beyond), 3),
+    }
+    return found, growth <= 1.05 and beyond <= 1.0
+
+
+class ShortTexts:
+    """Batches of 8 texts of 1 to 12 words, of which hardly any comes twice."""
+
+    def __init__(self, batches: int, seed: int = 0) -> None:
+        self.batches = batches
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[list[str]]:
+        rng = random.Random(self.seed)
+        words = [
+            "the",
+            "bank",
+            "of",
+            "a",
+            "river",
+            "lends",
+            "money",
+            "when",
+            "it",
+            "rains",
+            "and",
+            "every",
+            "boat",
+            "that",
+            "leaves",
+            "has",
+            "paid",
+            "its",
+            "rate",
+        ]
+        for _ in range(self.batches):
+            yield [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(8)]
+
+
+def close_somewhere(encoder: bertstream.Encoder, seed: int) -> tuple[float, float]:
+    """Seconds that `close()` took at a random moment, and of the encoder's last call, which it waited for."""
+    rng = random.Random(seed)
+    calls = [0.0]
+
+    class Timed:
+        """The encoder, which notes how long its last call took."""
+
+        tokenizer, device, max_forward_tokens = encoder.tokenizer, encoder.device, encoder.max_forward_tokens
+
+        def encode(self, batch: bertstream.TokenBatch) -> bertstream.Embeddings:
+            started = time.perf_counter()
+            found = encoder.encode(batch)
+            calls.append(time.perf_counter() - started)
+            return found
+
+    loader = bertstream.wrap(ShortTexts(2000, seed), Timed(), prefetch=2)
+    batches = iter(loader)
+    for _ in range(rng.randint(0, 300)):
+        next(batches)
+    time.sleep(rng.uniform(0, 0.2))
+    started = time.perf_counter()
+    loader.close()
+    return time.perf_counter() - started, calls[-1]
+
+
 def bytes_read() -> int:
     """Bytes this process has read so far, from the page cache too."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
@@ -241,10 +331,15 @@ def main() -> int:
     commands = parser.add_subparsers(dest="soak", required=True)
     commands.add_parser("kill", help=kill.__doc__).add_argument("--kills", type=int, default=20)
     commands.add_parser("memory", help=memory.__doc__).add_argument("--records", type=int, default=2_000_000)
+    command = commands.add_parser("worker", help=worker.__doc__)
+    command.add_argument("--batches", type=int, default=10_000)
+    command.add_argument("--closings", type=int, default=40)
+    command.add_argument("--model", default="all-MiniLM-L6-v2")
     commands.add_parser("restore", help=restore.__doc__).add_argument("--records", type=int, default=1_000_000)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found, held = {"kill": kill, "memory": memory, "restore": restore}[arguments.soak](Path(folder), arguments)
+        runs = {"kill": kill, "memory": memory, "worker": worker, "restore": restore}
+        found, held = runs[arguments.soak](Path(folder), arguments)
     print(json.dumps({"soak": arguments.soak, "held": held} | found))
     return 0 if held else 1
 

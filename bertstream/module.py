@@ -1,0 +1,107 @@
+"""BERT inside a model: what stands where `nn.Embedding` stood, frozen or trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .encoder import Encoder
+from .errors import ConfigError, check_choice
+from .types import Embeddings, Layout, Text, TokenBatch
+
+logger = logging.getLogger(__name__)
+
+
+class BertEmbedding(nn.Module):
+    """Texts to vectors inside a model, with gradients where the encoder was unfrozen.
+
+    It takes what a loader of the same encoder hands out, whether that is encoded (`Embeddings`, which pass as they are)
+    or not (`TokenBatch`, once the encoder is trained), so one training script serves both.
+
+    Args:
+        encoder: frozen until `encoder.unfreeze()`. Its parameters are this module's: in `parameters()`, the state dict
+            and `.to()`.
+        layout: None gives `Embeddings`; "padded", "nested", "packed_sequence" or "flat" give plain tensors, as for
+            `bertstream.wrap`, so that it stands in an `nn.Sequential`.
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    def __init__(self, encoder: Encoder, layout: Layout | None = None) -> None:
+        super().__init__()
+        if not isinstance(encoder, Encoder):
+            raise ConfigError(f"encoder is a {type(encoder).__name__}: pass a bertstream.Encoder")
+        if layout is not None:
+            check_choice("layout", layout, Layout)
+        self.encoder = encoder
+        self.layout = layout
+
+    @property
+    def embedding_dim(self) -> int:
+        """H, the size of the vectors; the name that `nn.Embedding` uses."""
+        return self.encoder.embedding_dim
+
+    def forward(self, texts: Sequence[Text] | TokenBatch | Embeddings) -> Any:
+        """Embed strings, lists of words, pairs, or a `TokenBatch`; `Embeddings` pass as they are.
+
+        Returns:
+            `Embeddings`, or what `layout` says. Packed as in a loader, and in the caller's autocast; with gradients and
+            dropout where the encoder is trainable.
+        Raises:
+            EncoderError: as `Encoder.encode`.
+        """
+        if isinstance(texts, Embeddings):
+            found = texts
+        else:
+            batch = texts if isinstance(texts, TokenBatch) else self.encoder.tokenizer.batch(texts)
+            found = self.encoder.embed(batch) if self.encoder.trainable else self.encoder.encode(batch)
+        return found if self.layout is None else found.as_layout(self.layout)
+
+
+class UnfreezeSchedule:
+    """Unfreezes an encoder as training goes on: all at once, or layer by layer from the top.
+
+        schedule = UnfreezeSchedule(encoder, start=1)
+        for epoch in range(4):
+            schedule.set(epoch)  # frozen in epoch 0, trained from epoch 1 on
+            ...
+
+    Args:
+        encoder: is frozen until `start`.
+        start: the epoch, or step, whatever `set` counts, at which the first layers are unfrozen.
+        every: after so many more epochs, or steps, one more layer is unfrozen; None unfreezes all at `start`.
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    def __init__(self, encoder: Encoder, start: int = 1, every: int | None = None) -> None:
+        if start < 0:
+            raise ConfigError(f"start={start}: write a number of at least 0")
+        if every is not None and every < 1:
+            raise ConfigError(f"every={every}: write a number of at least 1, or None for all layers at once")
+        self._encoder = encoder
+        self._start = start
+        self._every = every
+        self._now: int | None = -1  # layers that are trained; None for everything
+        self._layers = len(encoder.parameter_groups(0.0)) - 1
+
+    def set(self, number: int) -> None:
+        """Say which epoch, or step, begins; a run that goes on from a checkpoint says it likewise."""
+        layers: int | None = 0
+        if number >= self._start:
+            layers = None if self._every is None else 1 + (number - self._start) // self._every
+            layers = None if layers is None or layers > self._layers else layers
+        if layers == self._now:
+            return
+        self._now = layers
+        if layers == 0:
+            self._encoder.freeze()
+        else:
+            mode = self._encoder.training
+            self._encoder.unfreeze(layers)
+            self._encoder.train(mode)
+        said = "everything" if layers is None else f"{layers} of {self._layers} layers"
+        logger.info("from %d on %s of the encoder is trained", number, said)

@@ -1,0 +1,62 @@
+"""Streamed vectors in an Accelerate loop (pip install accelerate).
+
+python examples/with_accelerate.py
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+import bertstream
+
+DATA = Path(__file__).parent / "data"
+
+
+class Classifier(nn.Module):
+    """Over plain tensors: vectors [B, T, H] with their mask [B, T]; it gives its loss where there are labels."""
+
+    def __init__(self, size, classes):
+        super().__init__()
+        self.head = nn.Linear(size, classes)
+
+    def forward(self, inputs_embeds, inputs_embeds_mask, labels=None):
+        mask = inputs_embeds_mask[..., None]
+        logits = self.head((inputs_embeds * mask).sum(1) / mask.sum(1))
+        return {"loss": None if labels is None else nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--epochs", type=int, default=8)
+args = parser.parse_args()
+torch.manual_seed(0)
+encoder = bertstream.Encoder.from_pretrained("all-MiniLM-L6-v2")
+cache = bertstream.EmbeddingCache("1GiB")  # later epochs compute no vector again
+lines = {part: (DATA / f"senses-{part}.jsonl").read_text("utf-8").splitlines() for part in ("train", "test")}
+sets = {part: list(map(json.loads, found)) for part, found in lines.items()}
+senses = sorted({row["sense"] for row in sets["train"]})
+loaders = {}
+for part, rows in sets.items():
+    data = [{"inputs_embeds": row["words"], "labels": senses.index(row["sense"])} for row in rows]
+    collate = bertstream.TokenCollate(encoder, text="inputs_embeds")
+    plain = DataLoader(data, 16, shuffle=part == "train", collate_fn=collate)
+    # "padded" puts [B, T, H] under the text's name, and [B, T] under the name with _mask.
+    loaders[part] = bertstream.wrap(plain, encoder, text="inputs_embeds", layout="padded", cache=cache)
+model = Classifier(encoder.embedding_dim, len(senses)).to(encoder.device)
+
+accelerator = Accelerator(cpu=True)
+# Not the loader: its vectors are on the device already, and with several ranks `stream` deals out the shards itself.
+model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), 1e-2))
+for _ in range(args.epochs):
+    for batch in loaders["train"]:
+        optimizer.zero_grad()
+        accelerator.backward(model(**batch)["loss"])
+        optimizer.step()
+
+with torch.no_grad():
+    right = sum(int((model(**batch)["logits"].argmax(1) == batch["labels"]).sum()) for batch in loaders["test"])
+print(f"accuracy {right / len(sets['test']):.4f} on {len(sets['test'])} held-out sentences")

@@ -1,0 +1,68 @@
+"""Streamed vectors in a Lightning Trainer: it takes the loader as it is (pip install lightning).
+
+python examples/with_lightning.py
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import lightning
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import bertstream
+
+DATA = Path(__file__).parent / "data"
+
+
+class Classifier(nn.Module):
+    """Over plain tensors: vectors [B, T, H] with their mask [B, T]; it gives its loss where there are labels."""
+
+    def __init__(self, size, classes):
+        super().__init__()
+        self.head = nn.Linear(size, classes)
+
+    def forward(self, inputs_embeds, inputs_embeds_mask, labels=None):
+        mask = inputs_embeds_mask[..., None]
+        logits = self.head((inputs_embeds * mask).sum(1) / mask.sum(1))
+        return {"loss": None if labels is None else nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch, index):
+        return self.model(**batch)["loss"]
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-2)
+
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--epochs", type=int, default=8)
+args = parser.parse_args()
+torch.manual_seed(0)
+encoder = bertstream.Encoder.from_pretrained("all-MiniLM-L6-v2")
+cache = bertstream.EmbeddingCache("1GiB")  # later epochs compute no vector again
+lines = {part: (DATA / f"senses-{part}.jsonl").read_text("utf-8").splitlines() for part in ("train", "test")}
+sets = {part: list(map(json.loads, found)) for part, found in lines.items()}
+senses = sorted({row["sense"] for row in sets["train"]})
+loaders = {}
+for part, rows in sets.items():
+    data = [{"inputs_embeds": row["words"], "labels": senses.index(row["sense"])} for row in rows]
+    collate = bertstream.TokenCollate(encoder, text="inputs_embeds")
+    plain = DataLoader(data, 16, shuffle=part == "train", collate_fn=collate)
+    # "padded" puts [B, T, H] under the text's name, and [B, T] under the name with _mask.
+    loaders[part] = bertstream.wrap(plain, encoder, text="inputs_embeds", layout="padded", cache=cache)
+model = Classifier(encoder.embedding_dim, len(senses)).to(encoder.device)
+
+quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+lightning.Trainer(max_epochs=args.epochs, accelerator="cpu", **quiet).fit(Module(model), loaders["train"])
+
+with torch.no_grad():
+    right = sum(int((model(**batch)["logits"].argmax(1) == batch["labels"]).sum()) for batch in loaders["test"])
+print(f"accuracy {right / len(sets['test']):.4f} on {len(sets['test'])} held-out sentences")

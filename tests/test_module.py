@@ -1,0 +1,296 @@
+"""BERT inside a model: gradients are plain transformers' own, and loaders hand over to it when it is unfrozen."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_families import WORDS, Tokenizer, make
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+import bertstream
+from bertstream import BertEmbedding, ConfigError, EmbeddingCache, Embeddings, Encoder, TokenBatch, UnfreezeSchedule
+
+TEXTS: list[Any] = [
+    ["a", "bank"],
+    [*WORDS],
+    ["one"],
+    ["The", "bank", "raised", "its", "rates", "again", "."],
+    ["Bass", "unbelievably"],
+    ["two", "words"],
+]
+
+
+def encoder_of(model: nn.Module, minilm_folder: str, **options: Any) -> Encoder:
+    return Encoder(model, Tokenizer(minilm_folder, model), **options)
+
+
+def loss_of(rows: list[Tensor]) -> Tensor:
+    """A number that every element of every row has a say of its own in."""
+    flat = torch.cat([row.reshape(-1) for row in rows])
+    weights = torch.randn(len(flat), generator=torch.Generator().manual_seed(1))
+    return (flat * weights).sum() + (flat**2).sum()
+
+
+def words_of(hidden: list[Tensor], batch: TokenBatch) -> Tensor:
+    assert batch.word_ids is not None
+    return torch.stack([hidden[-1][batch.word_ids == word].mean(0) for word in range(int(batch.num_words[0]))])
+
+
+OUTPUTS: dict[str, tuple[dict[str, Any], Callable[[list[Tensor], TokenBatch], Tensor]]] = {
+    "words": ({"output": "words"}, words_of),
+    "sentence": ({"output": "sentence"}, lambda hidden, batch: hidden[-1].mean(0, keepdim=True)),
+    "mix of layers": (
+        {"layers": (1, 2, 3), "combine": "stack"},
+        lambda hidden, batch: torch.stack([hidden[layer] for layer in (1, 2, 3)], 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert", "ModernBert"])
+def test_loss_and_gradients_are_those_of_a_plain_loop(family: str, output: str, minilm_folder: str) -> None:
+    model = make(family)
+    options, of_hidden = OUTPUTS[output]
+    encoder = encoder_of(copy.deepcopy(model), minilm_folder, max_forward_tokens=16, **options).unfreeze()
+    assert encoder.batching.way == "packed"
+    found = BertEmbedding(encoder)(TEXTS)
+    loss = loss_of(list(found))
+    loss.backward()
+
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    rows = []
+    for text in TEXTS:
+        batch = encoder.tokenizer.batch([text])
+        ids = torch.from_numpy(batch.input_ids.astype(np.int64))[None]
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+        rows.append(of_hidden([layer[0] for layer in out.hidden_states], batch))
+    right = loss_of(rows)
+    right.backward()
+    assert abs(loss - right) <= 1e-5 * abs(right)
+    own = dict(encoder.model.named_parameters())
+    compared = 0
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            assert own[name].grad is None or not own[name].grad.any(), name
+            continue
+        largest = float(parameter.grad.abs().max())
+        if largest < 1e-6:  # a key's bias moves all scores of a query alike, so its gradient is zero but for rounding
+            assert "k" in name and name.endswith("bias") and own[name].grad.abs().max() < 1e-6
+            continue
+        assert (own[name].grad - parameter.grad).abs().max() <= 1e-5 * largest, name
+        compared += 1
+    assert compared >= 20
+
+
+def test_it_takes_whatever_a_loader_hands_out_and_gives_the_loaders_rows(minilm: Encoder) -> None:
+    texts = ["a bank", "the river bank"]
+    (from_loader,) = bertstream.wrap([texts], minilm)
+    embed = BertEmbedding(minilm)
+    assert embed(from_loader) is from_loader
+    for given in (texts, minilm.tokenizer.batch(texts), [("a bank", "a river"), ["in", "words"]]):
+        assert isinstance(embed(given), Embeddings)
+    assert embed(texts).values.equal(from_loader.values) and not embed(texts).values.requires_grad
+    assert embed.embedding_dim == minilm.embedding_dim
+
+
+def test_with_a_layout_it_stands_in_a_sequential(minilm_folder: str) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, output="sentence", dtype="float32")
+    model = nn.Sequential(BertEmbedding(encoder, layout="padded"), nn.Linear(encoder.embedding_dim, 2))
+    assert model(["a", "b c", "d"]).shape == (3, 2)
+    values, mask = BertEmbedding(Encoder.from_pretrained(minilm_folder), layout="padded")(["a", "b c"])
+    assert values.shape[:2] == mask.shape == (2, 4)
+
+
+def test_a_frozen_encoder_is_repeatable_inside_a_training_model_and_dropout_is_on_where_it_is_trained(
+    minilm_folder: str,
+) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32")
+    model = nn.ModuleDict({"embed": BertEmbedding(encoder)}).train()
+    embed = model["embed"]
+    assert embed(["a bank"]).values.equal(embed(["a bank"]).values)
+    encoder.unfreeze(2)
+    model.train()
+    assert not embed(["a bank"]).values.equal(embed(["a bank"]).values)
+    dropouts = [m.training for m in encoder.model.modules() if isinstance(m, nn.Dropout)]
+    assert any(dropouts) and not all(dropouts), "the layers that are frozen have none"
+    model.eval()
+    assert embed(["a bank"]).values.equal(embed(["a bank"]).values)
+    encoder.freeze()
+    model.train()
+    assert embed(["a bank"]).values.equal(embed(["a bank"]).values) and not embed(["a bank"]).values.requires_grad
+
+
+def test_unfreezing_is_from_the_top_and_of_what_is_used(minilm_folder: str) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32")
+    layers = encoder.model.encoder.layer  # type: ignore[union-attr]
+    encoder.unfreeze(2)
+    trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    assert trained == [False] * 4 + [True] * 2 and encoder.trainable and encoder.fingerprint() is None
+    encoder.unfreeze()
+    still = {name for name, p in encoder.model.named_parameters() if not p.requires_grad}
+    assert still == {"pooler.dense.weight", "pooler.dense.bias"}, "which nothing uses"
+    assert Encoder.from_pretrained(minilm_folder, layers=2).unfreeze(1).trainable
+    assert not encoder.unfreeze(0).trainable
+    for options in ({"layers": 7}, {"layers": -1}, {"parameters": []}):
+        with pytest.raises(ConfigError):
+            encoder.unfreeze(**options)
+
+
+@pytest.mark.parametrize("family", ["Bert", "Albert", "ModernBert"])
+def test_the_groups_of_an_optimizer_hold_each_parameter_once_the_top_layer_first(
+    family: str, minilm_folder: str
+) -> None:
+    encoder = encoder_of(make(family), minilm_folder, layers=(1, -1))
+    groups = encoder.parameter_groups(1e-3, layer_decay=0.5)
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert len(ids) == len(set(ids))
+    assert {id(p) for name, p in encoder.model.named_parameters() if "pooler" not in name} == set(ids)
+    assert [group["lr"] for group in groups] == [1e-3 * 0.5**depth for depth in range(len(groups))]
+    torch.optim.AdamW(groups)
+
+
+def test_a_schedule_unfreezes_all_at_once_or_layer_by_layer(minilm_folder: str) -> None:
+    encoder = encoder_of(make("Bert"), minilm_folder)
+
+    def trained(schedule: UnfreezeSchedule, number: int) -> list[bool]:
+        schedule.set(number)
+        parts = [encoder.model.embeddings, *encoder.model.encoder.layer]  # type: ignore[union-attr]
+        return [any(p.requires_grad for p in part.parameters()) for part in parts]  # type: ignore[union-attr]
+
+    at_once = UnfreezeSchedule(encoder, start=2)
+    assert [sum(trained(at_once, epoch)) for epoch in range(4)] == [0, 0, 4, 4]
+    by_layer = UnfreezeSchedule(encoder, start=1, every=2)
+    assert [sum(trained(by_layer, epoch)) for epoch in range(8)] == [0, 1, 1, 2, 2, 3, 3, 4]
+    assert trained(by_layer, 3) == [False, False, True, True]
+    assert sum(trained(by_layer, 0)) == 0, "a new run begins frozen"
+    for options in ({"start": -1}, {"every": 0}):
+        with pytest.raises(ConfigError):
+            UnfreezeSchedule(encoder, **options)
+
+
+@pytest.mark.parametrize("layout", [None, "padded"])
+def test_unfrozen_in_the_middle_of_an_epoch_no_vector_made_before_is_handed_out(
+    minilm_folder: str, layout: Any
+) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32")
+    data = [{"text": [f"the bank number {i}", "a river"], "n": i} for i in range(12)]
+    with EmbeddingCache("16MiB") as cache:
+        loader = bertstream.wrap(data, encoder, text="text", prefetch=8, cache=cache, layout=layout)
+        list(loader)  # every text is in the cache
+        embed = BertEmbedding(encoder)
+        optimizer = torch.optim.AdamW(encoder.parameter_groups(1e-2), fused=True)
+        for number, batch in enumerate(loader):
+            if number == 0:
+                while threading.active_count() > 1 and loader._stages.items["encode"] < 24:
+                    threading.Event().wait(0.01)  # the queue is full of vectors
+                assert not isinstance(batch["text"], TokenBatch)
+                encoder.unfreeze()
+                continue
+            assert isinstance(batch["text"], TokenBatch) and batch["n"] == number
+            found = embed(batch["text"])
+            encoder.freeze()
+            assert torch.allclose(found.values, encoder.encode(batch["text"]).values, atol=1e-5)
+            encoder.unfreeze()
+            loss = found.values.square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        encoder.freeze()
+        after = [b["text"] if layout is None else b["text"][b["text_mask"]] for b in loader]
+        right = [encoder(b["text"]).values for b in data]
+        for found, own in zip(after, right, strict=True):
+            values = found.values if isinstance(found, Embeddings) else found
+            assert torch.allclose(values, own, atol=1e-5), "vectors of the weights before"
+
+
+def test_a_stream_hands_out_its_batches_as_tokens_with_their_fields(minilm_folder: str, tmp_path: Path) -> None:
+    from bertstream.testing import write_shards
+
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32").unfreeze()
+    shards = write_shards(tmp_path, ["a bank", "the river bank", "bass"], shards=1)
+    (batch,) = bertstream.stream(shards, encoder)
+    assert isinstance(batch["text"], TokenBatch) and not batch["text"].fields and batch["id"].tolist() == [0, 1, 2]
+    embed = BertEmbedding(encoder)
+    assert embed(batch["text"]).values.requires_grad
+    encoder.freeze()
+    (again,) = bertstream.stream(shards, encoder)
+    assert torch.allclose(embed(batch["text"]).values, again["text"].values, atol=1e-5)
+
+
+def test_gradient_checkpointing_and_autocast_give_the_same_gradients(minilm_folder: str) -> None:
+    model = make("Bert")
+    encoder = encoder_of(model, minilm_folder).unfreeze()
+    embed = BertEmbedding(encoder)
+
+    def gradients() -> list[Tensor]:
+        embed.zero_grad()
+        loss_of([embed(TEXTS).values]).backward()
+        return [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+
+    right = gradients()
+    enable = getattr(encoder.model, "activation_checkpointing_enable", None)
+    (enable or encoder.model.gradient_checkpointing_enable)()  # type: ignore[operator]
+    embed.train()
+    for module in encoder.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    encoder.model.config.attention_probs_dropout_prob = 0.0  # type: ignore[union-attr]
+    for module in encoder.model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(gradients(), right, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = gradients()
+    far = [float((a - b).norm() / b.norm().clamp(min=1e-3)) for a, b in zip(rough, right, strict=True)]
+    assert 0 < np.median(far) < 0.1
+
+
+def test_what_was_trained_is_saved_for_transformers_and_sentence_transformers(
+    minilm_folder: str, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", output="sentence", normalize=False).unfreeze(1)
+    optimizer = torch.optim.SGD(encoder.parameter_groups(0.1))
+    BertEmbedding(encoder)(["a bank"]).values.sum().backward()
+    optimizer.step()
+    encoder.freeze().save_pretrained(tmp_path)
+    right = encoder(["The bank of the river."]).values
+    again = Encoder.from_pretrained(str(tmp_path), dtype="float32", output="sentence", normalize=False)
+    assert torch.allclose(again(["The bank of the river."]).values, right, atol=1e-6)
+    assert AutoModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+    assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == [101, 1037, 102]
+    theirs = SentenceTransformer(str(tmp_path), device="cpu").encode(["The bank of the river."])
+    assert np.allclose(theirs, right, atol=1e-5)
+    with pytest.raises(ConfigError, match="are not there"):
+        Encoder.from_pretrained(minilm_folder, layers=2).save_pretrained(tmp_path)
+
+
+def test_the_adapters_of_peft_are_trained_alone(minilm_folder: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(AutoModel.from_pretrained(minilm_folder), LoraConfig(target_modules=["query", "value"]))
+    encoder = Encoder(adapted.base_model.model, AutoTokenizer.from_pretrained(minilm_folder))
+    encoder.unfreeze(parameters=[p for p in encoder.parameters() if p.requires_grad])
+    before = encoder.encode(encoder.tokenizer.batch(["a bank"])).values
+    optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], 1e-2)
+    for _ in range(2):  # the first step moves B alone: A's gradient is zero while B is
+        BertEmbedding(encoder)(["a bank"]).values.sum().backward()
+        optimizer.step()
+    trained = {name.split(".")[-3] for name, p in encoder.model.named_parameters() if p.grad is not None}
+    assert trained == {"lora_A", "lora_B"}
+    assert not torch.allclose(encoder.encode(encoder.tokenizer.batch(["a bank"])).values, before)
+    assert encoder.batching.way == "packed"
+
+
+def test_what_is_no_encoder_is_refused() -> None:
+    with pytest.raises(ConfigError, match="pass a bertstream.Encoder"):
+        BertEmbedding(nn.Linear(2, 2))  # type: ignore[arg-type]

@@ -1,0 +1,161 @@
+"""What the benchmarks share: texts, turns, and what the machine can do."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+import bertstream
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """The options that every benchmark has."""
+    command.add_argument("--data", type=Path, help="folder with banking77/ and ud_english_ewt/")
+    command.add_argument("--corpus", type=Path, help="texts instead: jsonl with a key 'text', or txt; see corpus.py")
+    command.add_argument("--texts", type=int, default=3000, help="how many of them")
+    command.add_argument("--rounds", type=int, default=5)
+    command.add_argument("--model", default="all-MiniLM-L6-v2", help="a name or a folder")
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+
+
+def texts_of(arguments: argparse.Namespace) -> list[str]:
+    """The first texts of the corpus, or of the data where no corpus is named."""
+    if arguments.corpus is None:
+        return read_texts(arguments.data, arguments.texts)
+    with arguments.corpus.open(encoding="utf-8") as file:
+        if arguments.corpus.suffix == ".jsonl":
+            texts = [json.loads(line)["text"] for line in file]
+        else:
+            texts = [line.rstrip("\n") for line in file]
+    return texts[: arguments.texts]
+
+
+def short_texts(arguments: argparse.Namespace) -> list[str]:
+    """Banking queries (12 words each, about), none twice; of a corpus the shortest texts."""
+    if arguments.data is None:
+        return sorted(texts_of(arguments), key=len)[: arguments.texts // 2]
+    with (arguments.data / "banking77" / "train.csv").open(encoding="utf-8", newline="") as file:
+        texts = list(dict.fromkeys(row["text"] for row in csv.DictReader(file)))
+    np.random.default_rng(0).shuffle(texts)
+    return texts[: arguments.texts]
+
+
+def read_texts(data: Path, count: int) -> list[str]:
+    """Banking queries and web sentences, none twice, in an order mixed by seed 0."""
+    texts: dict[str, None] = {}
+    for name in ("train", "test"):
+        with (data / "banking77" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+            texts |= dict.fromkeys(row["text"] for row in csv.DictReader(file))
+    for name in ("dev", "test"):
+        with (data / "ud_english_ewt" / f"{name}.conllu").open(encoding="utf-8") as file:
+            texts |= dict.fromkeys(line[9:].strip() for line in file if line.startswith("# text = "))
+    chosen = list(texts)
+    np.random.default_rng(0).shuffle(chosen)
+    return chosen[:count]
+
+
+def read_all(loader: Iterable[object]) -> None:
+    """An epoch of the loader alone."""
+    for _ in loader:
+        pass
+
+
+def encode_all(encoder: bertstream.Encoder, batches: Iterable[bertstream.TokenBatch]) -> None:
+    """Every batch, its vectors dropped."""
+    for batch in batches:
+        encoder.encode(batch)
+
+
+def worst_error(found: list[Tensor], right: list[Tensor]) -> float:
+    """The relative L2 error of the worst text."""
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, right, strict=True))
+
+
+def finish(device: str) -> None:
+    """Wait for what is queued on the device, so that a clock that is read now counts it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def take_turns(contenders: dict[str, Callable[[], object]], arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each contender in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(arguments.rounds):
+        for name, contender in contenders.items():
+            started = time.perf_counter()
+            contender()
+            finish(arguments.device)
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(top: list[float], bottom: list[float]) -> float:
+    """The median of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(top, bottom, strict=True))
+
+
+def useful_flops(config: transformers.PretrainedConfig, lengths: Iterable[int]) -> int:
+    """What the model's layers must compute for texts of these lengths: no padding, 4h in the middle (SPEED.md)."""
+    h = config.hidden_size
+    return config.num_hidden_layers * sum(length * (24 * h * h + 4 * length * h) for length in lengths)
+
+
+class Products:
+    """A block of matrix products of a feed-forward layer's shapes, (N, h) x (h, 4h) and back: what a machine can do."""
+
+    def __init__(self, dtype: torch.dtype, device: str, hidden: int = 384) -> None:
+        rows = 2048 if torch.device(device).type == "cpu" else 16384
+        with torch.device(device):
+            self.up = torch.nn.Linear(hidden, 4 * hidden, dtype=dtype)
+            self.down = torch.nn.Linear(4 * hidden, hidden, dtype=dtype)
+            self.rows = torch.randn(rows, hidden, dtype=dtype)
+        self.device = device
+        self.flops = 16 * rows * hidden * hidden
+
+    @torch.no_grad()
+    def once(self) -> float:
+        """Seconds of one up and one down."""
+        started = time.perf_counter()
+        self.down(self.up(self.rows))
+        finish(self.device)
+        return time.perf_counter() - started
+
+    def rate(self) -> float:
+        """GFLOP/s: the median of 20, after 5 that warm up."""
+        return self.flops / statistics.median([self.once() for _ in range(25)][5:]) / 1e9
+
+
+def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
+    """GFLOP/s of MiniLM's feed-forward products, (2048, 384) x (384, 1536) and back: median of 20."""
+    return Products(dtype, device).rate()
+
+
+def machine(device: str = "cpu") -> dict[str, object]:
+    """What the figures were measured on."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    on_cuda = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "avx512_bf16": "avx512_bf16" in flags,
+        "amx": "amx_bf16" in flags,
+        "matmul_gflops": {
+            str(d).removeprefix("torch."): round(matmul_rate(d, device)) for d in (torch.float32, torch.bfloat16)
+        },
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,70 @@
+"""Reading, tokenizing and bucketing, against the tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+import bertstream
+
+from .common import take_turns, texts_of
+
+
+def stream(arguments: argparse.Namespace) -> dict[str, object]:
+    """Token batches out of worker processes with an idle consumer, against the bare tokenizer on one thread."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    texts = texts_of(arguments)
+    texts *= max(1, 100_000 // len(texts))
+    encoder = bertstream.Encoder.from_pretrained(arguments.model, dtype="float32", device="cpu", overflow="truncate")
+    tokenizer = AutoTokenizer.from_pretrained(encoder.model.config._name_or_path).backend_tokenizer
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    with tempfile.TemporaryDirectory() as folder:
+        shard = Path(folder) / "corpus.jsonl"
+        shard.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        # An even share for two workers: so little data has few lanes by default, and one worker half as many again.
+        reading = bertstream.StreamConfig(lanes=8)
+        dataset = bertstream.TextStream(shard, encoder, batch_size=64, shuffle=True, reading=reading)
+        tokens = sum(batch.num_tokens for batch in dataset)
+
+        def bare() -> None:
+            for first in range(0, len(texts), 256):
+                tokenizer.encode_batch(texts[first : first + 256])
+
+        # Workers that are kept: what a process costs to start is not what an epoch costs.
+        loaders = {
+            workers: DataLoader(
+                dataset, batch_size=None, num_workers=workers, persistent_workers=True, prefetch_factor=8
+            )
+            for workers in (1, 2)
+        }
+
+        def epoch(workers: int) -> None:
+            for _ in loaders[workers]:
+                pass
+
+        contenders = {"bare_tokenizer": bare, "one_worker": partial(epoch, 1), "two_workers": partial(epoch, 2)}
+        for contender in contenders.values():
+            contender()
+        seconds = take_turns(contenders, arguments)
+        loaders.clear()
+    rates = {name: [tokens / second for second in times] for name, times in seconds.items()}
+    ratio = [one / bare for one, bare in zip(rates["one_worker"], rates["bare_tokenizer"], strict=True)]
+    scaling = [two / one for two, one in zip(rates["two_workers"], rates["one_worker"], strict=True)]
+    return {
+        "texts": len(texts),
+        "tokens": tokens,
+        "lanes": dataset.num_lanes,
+        "tokens_per_s": {name: round(statistics.median(times)) for name, times in rates.items()},
+        "one_worker_times_bare_tokenizer": round(statistics.median(ratio), 2),
+        "two_workers_times_one": round(statistics.median(scaling), 2),
+        "rounds": arguments.rounds,
+    }

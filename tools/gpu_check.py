@@ -1,0 +1,172 @@
+"""Check this version on a machine with a GPU: the CUDA tests, then the benchmarks with a BERT-base of random weights.
+
+    python tools/gpu_check.py                            writes tools/results/<device>.json; some ten minutes
+    python tools/gpu_check.py --data ../shared/data      with those texts instead of paragraphs of Python's own manual
+    python tools/gpu_check.py --device cpu --tiny        the same on a CPU with a tiny model: to try the tool
+
+It ends with 1 where a test or a benchmark failed; what a benchmark should reach on this device stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+from xml.etree import ElementTree
+
+import bench
+import torch
+from benchmarks.common import machine
+from benchmarks.models import write_bert
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Each benchmark that a device has a say in, with what is its own: all run in bfloat16 on one corpus.
+BENCHMARKS: dict[str, list[str]] = {
+    "encode": ["--dtypes", "float32", "bfloat16", "--without", "pipeline", "flair"],
+    "wrap": ["--dtypes", "bfloat16"],
+    "epoch": ["--dtypes", "bfloat16"],
+    "outputs": ["--dtypes", "bfloat16"],
+    "cache": ["--dtypes", "bfloat16"],
+}
+
+# What BERT-base in bfloat16 should reach: the figure in the results, what is wanted of it, and on which devices.
+TARGETS: list[tuple[str, Callable[[dict[str, Any]], float], Callable[[float], bool], str]] = [
+    (
+        "tokens/s of the encoder, at least 1.2 M (aim: 2 M)",
+        lambda found: found["encode"]["tokens_per_s"]["bertstream_bfloat16"],
+        lambda value: value >= 1.2e6,
+        "H100",
+    ),
+    (
+        "times sentence-transformers in bfloat16, at least 2",
+        lambda found: found["encode"]["times"]["bertstream_bfloat16"]["sentence_transformers_bfloat16"],
+        lambda value: value >= 2,
+        "",
+    ),
+    (
+        "an epoch of a launch-bound model over max(T_encode, T_train), at most 1.10",
+        lambda found: found["epoch"]["steps"]["launch_bound"]["over_max"],
+        lambda value: value <= 1.10,
+        "",
+    ),
+]
+
+
+def run_tests(select: list[str]) -> dict[str, Any]:
+    """Run pytest in a process of its own: counts, and the names of what failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *select]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if not report.exists():
+            return {"passed": 0, "failed": ["pytest itself: " + (done.stdout + done.stderr)[-2000:]], "skipped": 0}
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = [case for case in cases if case.find("skipped") is not None]
+    return {
+        "passed": len(cases) - len(failed) - len(skipped),
+        "failed": [f"{case.get('classname')}::{case.get('name')}" for case in failed],
+        "skipped": len(skipped),
+    }
+
+
+def run_benchmarks(texts: list[str], settings: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Each benchmark's line by its name, and the traceback of each that failed: the others run all the same."""
+    found, failed = {}, {}
+    for name, own in BENCHMARKS.items():
+        started = time.perf_counter()
+        print(f"{name} ...", file=sys.stderr)
+        try:
+            found[name] = bench.measure([name, *texts, *settings, *own])
+            found[name]["took_s"] = round(time.perf_counter() - started, 1)
+            found[name].pop("machine")  # once is enough
+        except (Exception, SystemExit):
+            failed[name] = traceback.format_exc()
+    return found, failed
+
+
+def judge(found: dict[str, Any], device: str) -> dict[str, dict[str, Any]]:
+    """What should be reached on this device, and whether it was; a benchmark that failed reached nothing."""
+    verdicts = {}
+    for name, figure, wanted, devices in TARGETS:
+        if devices not in device:
+            continue
+        try:
+            value = figure(found)
+        except KeyError:
+            verdicts[name] = {"value": None, "held": False}
+        else:
+            verdicts[name] = {"value": value, "held": wanted(value)}
+    return verdicts
+
+
+def write_corpus(path: Path, count: int) -> None:
+    """Paragraphs of Python's manual, as jsonl; sentences of them where they are too few."""
+    paragraphs = [part.strip() for topic in sorted(topics) for part in topics[topic].split("\n\n")]
+    sentences = [part for paragraph in paragraphs for part in re.split(r"(?<=\.)\s+", paragraph)]
+    texts = dict.fromkeys(text for text in paragraphs + sentences if 20 < len(text) < 1200)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in list(texts)[:count]), encoding="utf-8")
+
+
+def check(arguments: argparse.Namespace) -> tuple[Path, bool]:
+    """All of it; where the results stand, and whether everything ran."""
+    tests = ["tests/test_cuda.py"] if arguments.tiny else ["tests"]
+    print("tests ...", file=sys.stderr)
+    tested = run_tests([*tests, "-m", "cuda"])
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_bert(Path(folder) / "bert", tiny=arguments.tiny)
+        corpus = Path(folder) / "corpus.jsonl"
+        write_corpus(corpus, arguments.texts)
+        texts = ["--data", str(arguments.data)] if arguments.data is not None else ["--corpus", str(corpus)]
+        settings = ["--model", model, "--device", arguments.device, "--texts", str(arguments.texts)]
+        settings += ["--rounds", str(arguments.rounds)]
+        found, failed = run_benchmarks(texts, settings)
+    on = machine(arguments.device)
+    ran = not tested["failed"] and not failed and (on["device"] == "cpu" or tested["passed"] > 0)
+    results = {
+        "ran": ran,
+        "model": "tiny, random weights" if arguments.tiny else "BERT-base, random weights",
+        "machine": on | {"cuda": torch.version.cuda},
+        "tests": tested,
+        "targets": {} if arguments.tiny else judge(found, str(on["device"])),
+        "benchmarks": found,
+        "failed_benchmarks": failed,
+    }
+    name = re.sub(r"\W+", "-", str(on["device"])).strip("-").lower()
+    path = arguments.results / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return path, ran
+
+
+def main(given: list[str] | None = None) -> int:
+    """Run everything and say where the results stand."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with banking77/ and ud_english_ewt/")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and few texts")
+    parser.add_argument("--texts", type=int, help="20,000 by default")
+    parser.add_argument("--rounds", type=int, help="5 by default")
+    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results")
+    arguments = parser.parse_args(given)
+    arguments.texts = arguments.texts or (40 if arguments.tiny else 20_000)
+    arguments.rounds = arguments.rounds or (1 if arguments.tiny else 5)
+    if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {arguments.device}: torch {torch.__version__} sees no CUDA device here")
+    path, ran = check(arguments)
+    print(path)
+    return 0 if ran else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

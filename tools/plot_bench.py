@@ -1,0 +1,137 @@
+"""Draw the JSON lines of tools/bench.py as pictures: a light one and a dark one for each benchmark that has a form.
+
+python tools/bench.py encode --data ../shared/data > encode.json
+python tools/plot_bench.py encode.json --out pictures     writes pictures/encode-light.png and encode-dark.png
+
+Needs `pip install 'bertstream[plot]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+# Ground, text, others' bars, ours, a third. The grounds are those of a page in a light and in a dark theme.
+THEMES = {
+    "light": ("#ffffff", "#1f2328", "#a8b1bb", "#0969da", "#d4762c"),
+    "dark": ("#0d1117", "#e6edf3", "#5d6773", "#4493f8", "#e09b52"),
+}
+
+
+def draw_encode(line: dict[str, Any], axes: Axes, theme: tuple[str, ...]) -> None:
+    """A bar for each contender, slowest first; its error behind the figure."""
+    _, _, others, ours, _ = theme
+    rates = dict(sorted(line["tokens_per_s"].items(), key=lambda item: -item[1]))
+    errors, shares = line["worst_text_relative_l2_error"], line["share_of_product"]
+    bars = axes.barh(list(map(spoken, rates)), rates.values(), color=[ours if n in shares else others for n in rates])
+    labels = []
+    for name, rate in rates.items():
+        parts = [f"{rate:,}"]
+        parts += [f"error {errors[name]:.0e}"] if errors.get(name) else []
+        parts += [f"{shares[name]:.0%} of the matrix product"] if name in shares else []
+        labels.append(", ".join(parts))
+    axes.bar_label(bars, labels, padding=4, fontsize=9, color=theme[1])
+    axes.set_xlim(0, 1.6 * max(rates.values()))
+    axes.set_title(f"Token vectors, tokens/s ({line['texts']:,} texts, {device_of(line)})")
+
+
+def draw_wrap(line: dict[str, Any], axes: Axes, theme: tuple[str, ...]) -> None:
+    """Two bars for each size of batch."""
+    _, _, others, ours, _ = theme
+    rates, times = line["tokens_per_s"], line["together_times_one_by_one"]
+    for place, size in enumerate(times):
+        for shift, way, color in ((-0.2, "one_by_one", others), (0.2, "together", ours)):
+            bar = axes.bar(
+                place + shift, rates[f"{way}_{size}"], 0.38, color=color, label=None if place else spoken(way)
+            )
+            text = f"{rates[f'{way}_{size}']:,}" + (f"\n{times[size]} x" if way == "together" else "")
+            axes.bar_label(bar, [text], padding=2, fontsize=9, color=theme[1])
+    axes.set_xticks(range(len(times)), [f"batches of {size}" for size in times])
+    axes.set_ylim(0, 1.3 * max(rates.values()))
+    axes.legend(loc="upper left", frameon=False, labelcolor=theme[1])
+    axes.set_title(f"Short texts through wrap, tokens/s ({line['dtype']}, {device_of(line)})")
+
+
+def draw_epoch(line: dict[str, Any], axes: Axes, theme: tuple[str, ...]) -> None:
+    """For each kind of step: encoding and training one after the other, and both together."""
+    _, text, others, ours, third = theme
+    steps = line["steps"]
+    for place, found in enumerate(steps.values()):
+        first = place == 0
+        axes.barh(place - 0.2, found["encode_s"], 0.38, color=others, label="encoding alone" if first else None)
+        label = "training alone" if first else None
+        axes.barh(place - 0.2, found["train_s"], 0.38, left=found["encode_s"], color=third, label=label)
+        bar = axes.barh(place + 0.2, found["both_s"], 0.38, color=ours, label="together" if first else None)
+        said = f"{found['over_sum']:.2f} of the sum, {found['over_max']:.2f} of the longer"
+        axes.bar_label(bar, [said], padding=4, fontsize=9, color=text)
+    axes.set_yticks(range(len(steps)), list(map(spoken, steps)))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.5 * max(max(s["both_s"], s["encode_s"] + s["train_s"]) for s in steps.values()))
+    axes.legend(loc="lower right", frameon=False, labelcolor=text)
+    axes.set_title(f"An epoch of training, seconds ({device_of(line)})")
+
+
+FORMS: dict[str, Callable[[dict[str, Any], Axes, tuple[str, ...]], None]] = {
+    "encode": draw_encode,
+    "wrap": draw_wrap,
+    "epoch": draw_epoch,
+}
+
+
+def spoken(name: str) -> str:
+    return name.replace("sentence_transformers", "sentence-transformers").replace("_", " ")
+
+
+def device_of(line: dict[str, Any]) -> str:
+    found = line["machine"]
+    return f"{found['threads']} CPU cores" if found.get("device", "cpu") == "cpu" else found["device"]
+
+
+def draw(line: dict[str, Any], folder: Path) -> list[Path]:
+    """Write a line's pictures; none where its benchmark has no form."""
+    form = FORMS.get(line["benchmark"])
+    if form is None:
+        return []
+    paths = []
+    for name, theme in THEMES.items():
+        ground, text = theme[:2]
+        figure, axes = plt.subplots(figsize=(9, 3.8), dpi=120, facecolor=ground, layout="constrained")
+        axes.set_facecolor(ground)
+        form(line, axes, theme)
+        axes.title.set_color(text)
+        axes.tick_params(colors=text, length=0)
+        axes.spines[:].set_visible(False)
+        path = folder / f"{line['benchmark']}-{name}.png"
+        figure.savefig(path)
+        plt.close(figure)
+        paths.append(path)
+    return paths
+
+
+def main(given: list[str] | None = None) -> int:
+    """Draw each line of each file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lines", type=Path, nargs="+", help="files of JSON lines")
+    parser.add_argument("--out", type=Path, default=Path())
+    arguments = parser.parse_args(given)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for path in arguments.lines:
+        for text in path.read_text(encoding="utf-8").splitlines():
+            for picture in draw(json.loads(text), arguments.out):
+                print(picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
