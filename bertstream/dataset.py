@@ -184,6 +184,13 @@ class TextStream(IterableDataset[TokenBatch]):
         self.worker_items = False
         """Whether workers yield `Skip`s and errors as items, as `EmbeddingLoader` asks; plain loops see neither."""
 
+    def __repr__(self) -> str:
+        size = f"max_tokens={self._max_tokens}" if self._max_tokens else f"batch_size={self._batch_size}"
+        return (
+            f"TextStream({len(self.shards)} shards, text={self.text!r}, {size}, shuffle={self._shuffle}, "
+            f"epoch={self.epoch}, rank {self.rank} of {self.world_size})"
+        )
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What the batches and their order depend on, beside the epoch: a state of another stream is known by it."""

@@ -21,7 +21,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", default="all-MiniLM-L6-v2", help="a name or a folder (default: %(default)s)")
 parser.add_argument("--actors", type=int, default=2, help="how many encode (default: %(default)s)")
 parser.add_argument("--gpus", type=float, default=0, help="that each actor takes (default: %(default)s)")
-parser.add_argument("--epochs", type=int, default=3)
+parser.add_argument("--epochs", type=int, default=2)
 args = parser.parse_args()
 
 
@@ -47,13 +47,21 @@ def train(share, size):
     return head.state_dict(), rows
 
 
-ray.init(include_dashboard=False, log_to_driver=False)
-vectors = ray.data.from_items(sentences("train")).map_batches(
-    Embed,
-    fn_constructor_kwargs={"model": args.model, "output": "sentence", "dtype": "float32", "cache": {"memory": "1GiB"}},
-    compute=ray.data.ActorPoolStrategy(size=args.actors),
-    num_gpus=args.gpus,
-    batch_size=64,  # of a large corpus: 1024
+vectors = (
+    ray.data.from_items(sentences("train"))
+    .map_batches(
+        Embed,
+        fn_constructor_kwargs={
+            "model": args.model,
+            "output": "sentence",
+            "dtype": "float32",
+            "cache": {"memory": "1GiB"},
+        },
+        compute=ray.data.ActorPoolStrategy(size=args.actors),
+        num_gpus=args.gpus,
+        batch_size=64,  # of a large corpus: 1024
+    )
+    .drop_columns(["text"])
 )
 
 embed = Embed(args.model, output="sentence", dtype="float32")

@@ -129,4 +129,4 @@ def as_column(rows: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
 
 def _texts(column: Any) -> list[Any]:
     """Strings as they are; lists of words, which come as arrays, as lists."""
-    return [text if isinstance(text, str) else list(text) for text in column]
+    return [list(text) if isinstance(text, np.ndarray) else text for text in column]
