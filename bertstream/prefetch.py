@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 EXIT_WAIT_S = 30.0
 """How long the end of the process waits for an item in progress; a forward takes seconds at most."""
 
-_JUDGED_S, _IDLE_SHARE = 0.1, 0.25
-"""Above this share a thread is worth what it costs: up to a quarter of the rate on two cores, where OpenMP's helpers of
-two threads stand in one another's way."""
+_JUDGED_S, _IDLE_SHARE, _WAIT_SHARE = 0.1, 0.25, 0.1
+"""Above these shares a thread is worth what it costs: up to a quarter of the rate on two cores, where OpenMP's helpers
+of two threads stand in one another's way."""
 
 _alive: weakref.WeakSet[Prefetcher[Any] | Behind[Any]] = weakref.WeakSet()
 
@@ -242,7 +242,7 @@ class StepClock:
     def __init__(self) -> None:
         self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._started = time.perf_counter()
-        self._idle_core_s = 0.0
+        self._step_s = self._idle_core_s = 0.0
         self._step: tuple[float, float] | None = None
 
     def begin(self) -> None:
@@ -253,13 +253,18 @@ class StepClock:
         """The step is over."""
         if self._step is not None:
             wall_s, cpu_s = time.perf_counter() - self._step[0], time.process_time() - self._step[1]
+            self._step_s += wall_s
             self._idle_core_s += max(0.0, wall_s * self._cores - cpu_s)
             self._step = None
 
     def leaves_room(self) -> bool:
-        """Whether cores stood idle during steps for a good part of all time so far; False while that is too short."""
+        """Whether cores stood idle during steps for a good part of all time so far, and there is something to hide.
+
+        That is, whether what lies between the steps takes its time. False while there was too little time to tell.
+        """
         seconds = time.perf_counter() - self._started
-        return seconds > _JUDGED_S and self._idle_core_s > _IDLE_SHARE * seconds * self._cores
+        idle = self._idle_core_s > _IDLE_SHARE * seconds * self._cores
+        return seconds > _JUDGED_S and idle and seconds - self._step_s > _WAIT_SHARE * seconds
 
 
 def _close_source(source: Iterator[Any]) -> None:

@@ -504,7 +504,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         (1.0, 1.0, 0.5, True),
         (1.0, 1.0, 4.0, False),  # it computes on all cores
         (1.0, 1.0, 3.5, False),
-        (0.1, 1.0, 1.0, True),  # it computes on one of four, for most of the time
+        (0.2, 1.0, 1.0, True),  # it computes on one of four, for most of the time
         (0.1, 1.0, 3.5, False),
         (1.0, 0.05, 0.0, False),  # it waits, but is so short that there is little to hide behind
         (1.0, 0.4, 0.0, True),
@@ -522,11 +522,24 @@ def test_a_step_that_leaves_cores_idle_for_a_good_part_of_the_time_is_seen(
     assert clock.leaves_room() == leaves_room
 
 
+def test_a_loop_that_hardly_waits_needs_no_thread(machine: Machine) -> None:
+    """From a cache, say: an epoch of a small model's steps, which use a core, is slower beside a thread."""
+    clock = StepClock()
+    for encoding_s, leaves_room in ((0.05, False), (0.5, True)):
+        for _ in range(5):
+            machine.spend(encoding_s, 2.0)
+            clock.begin()
+            machine.spend(1.0, 1.0)
+            clock.end()
+        assert clock.leaves_room() == leaves_room
+
+
 def test_nothing_is_judged_before_there_was_some_time(machine: Machine) -> None:
     clock = StepClock()
     for _ in range(9):
+        machine.spend(0.002, 2.0)
         clock.begin()
-        machine.spend(0.01, 0.0)
+        machine.spend(0.008, 0.0)
         clock.end()
         assert not clock.leaves_room()
     clock.begin()
@@ -539,6 +552,7 @@ def test_processor_time_beyond_all_cores_counts_for_no_idle_one(machine: Machine
     """Clocks are coarse: a step may seem to have used more than there is, which must not eat another's idle time."""
     clock = StepClock()
     for busy_cores in (9.0, 0.0):
+        machine.spend(0.3, 2.0)
         clock.begin()
         machine.spend(1.0, busy_cores)
         clock.end()
