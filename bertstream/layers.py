@@ -179,15 +179,17 @@ def _let_go(model: nn.Module, layer: int | None, keep: Sequence[object] = ()) ->
             hook.remove()
     layers = layer_list(model)
     parameter = next(model.parameters())
+    entrance = cast(Any, model).get_input_embeddings()  # where it stands, transformers looks for it
 
     def visit(parent: nn.Module) -> None:
         for name, child in parent.named_children():
             weights = [id(weight) for weight in child.parameters()]
             if child is layers or child in keep or not weights:
                 continue
-            if child in sizes and used.isdisjoint(weights):
+            above_entrance = child is not entrance and entrance in child.modules()
+            if child in sizes and used.isdisjoint(weights) and not above_entrance:
                 setattr(parent, name, _StandIn(sizes[child], parameter.dtype, parameter.device))
-            elif used.intersection(weights):
+            else:
                 visit(child)
 
     visit(model)
@@ -217,7 +219,8 @@ def unroll(model: nn.Module) -> None:
     if groups is None or groups == config.num_hidden_layers:
         return
     owner, name, entries = _layer_list(model)
-    shared = {id(parameter): parameter for parameter in entries.parameters()}
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in entries.parameters()}
+    shared[id(config)] = config  # in which each layer looks up its attention function
     each = config.num_hidden_layers / groups
     layers = [copy.deepcopy(entries[int(i / each)], dict(shared)) for i in range(config.num_hidden_layers)]
     setattr(owner, name, nn.ModuleList(layers))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,15 @@ FAMILIES = ("Bert", "Roberta", "DistilBert", "Electra", "Albert", "ModernBert", 
 SHARED = {"Albert", "DebertaV2", "MPNet"}  # both halves use some of their weights
 
 TEXTS: list[Any] = [WORDS, ["one"], [], ["a", "", "bank"], "split by blanks", WORDS * 3]
+WINDOWS: dict[str, Any] = {"overflow": "windows", "max_length": 12, "stride": 4}
 OPTIONS: dict[str, dict[str, Any]] = {
     "tokens": {"special_tokens": False, "max_forward_tokens": 24},
-    "windows of words": {"output": "words", "overflow": "windows", "max_length": 12, "stride": 4, "pooling": "first_last"},
-    "windows of tokens": {"overflow": "windows", "max_length": 12, "stride": 4},
+    "windows of words": {**WINDOWS, "output": "words", "pooling": "first_last"},
+    "windows of tokens": WINDOWS,
     "sentence": {"output": "sentence", "pooling": ("cls", "mean"), "normalize": True},
     "layers": {"layers": (2, -1), "combine": "stack"},
     "a lower last layer": {"layers": 2, "output": "words"},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -64,6 +64,7 @@ def test_together_the_halves_give_what_the_whole_gives(
     right = encoder(texts)
     for at in range(1, min(max(encoder.layers), min(encoder.layers) + 1)):
         lower, upper = encoder.split(at)
+        assert lower.batching.way == upper.batching.way == encoder.batching.way
         states = lower(texts)
         assert states.values.shape == (states.tokens.num_tokens, 32) and not states.values.requires_grad
         found = upper(states)
@@ -73,9 +74,7 @@ def test_together_the_halves_give_what_the_whole_gives(
         assert upper.embedding_dim == encoder.embedding_dim and upper.row_shape == encoder.row_shape
 
 
-def test_the_lower_half_gives_the_hidden_states_of_its_layer(
-    family: tuple[str, nn.Module], minilm_folder: str
-) -> None:
+def test_the_lower_half_gives_the_hidden_states_of_its_layer(family: tuple[str, nn.Module], minilm_folder: str) -> None:
     encoder = encoder_of(copy.deepcopy(family[1]), minilm_folder)
     for at in (1, 2):
         right = encoder_of(family[1], minilm_folder, layers=at)(TEXTS)
@@ -86,7 +85,7 @@ def test_the_lower_half_gives_the_hidden_states_of_its_layer(
 def test_gradients_are_those_of_a_plain_loop_over_the_whole(
     family: tuple[str, nn.Module], minilm_folder: str, at: int
 ) -> None:
-    name, model = family
+    model = family[1]
     encoder = encoder_of(copy.deepcopy(model), minilm_folder, max_forward_tokens=16)
     lower, upper = encoder.split(at)
     texts = texts_of(encoder)
@@ -94,8 +93,7 @@ def test_gradients_are_those_of_a_plain_loop_over_the_whole(
     loss.backward()
 
     plain = copy.deepcopy(model)
-    if name != "FNet":
-        plain.set_attn_implementation("eager")  # type: ignore[operator]
+    plain.set_attn_implementation("eager")  # type: ignore[operator]
     _no_gradients_below(plain, at)
     rows = []
     for text in encoder.tokenizer(texts):
@@ -121,7 +119,7 @@ def test_gradients_are_those_of_a_plain_loop_over_the_whole(
             continue
         assert (found - parameter.grad).abs().max() <= 1e-5 * largest, path
         compared += 1
-    assert compared >= 8
+    assert compared >= 7
     assert all(parameter.grad is None for parameter in lower.parameters())
 
 
@@ -142,8 +140,8 @@ def _no_gradients_below(model: nn.Module, at: int) -> None:
                 return run(*arguments, **named)
 
         layer.forward = forward
-    for part in (getattr(model, "embeddings", None), getattr(model, "embeddings_project", None)):
-        if part is not None:
+    for path, part in model.named_modules():
+        if path == "encoder.conv":  # deberta's, behind its first layer
             part.requires_grad_(False)
 
 
@@ -209,7 +207,8 @@ def test_dropout_and_checkpoints_are_the_upper_halfs_own(name: str, minilm_folde
         assert not upper(states).values.equal(upper(states).values)
     assert model["lower"](TEXTS).values.equal(states.values)
     noisy = gradients()
-    upper.model.gradient_checkpointing_enable()  # type: ignore[operator]
+    enable = getattr(upper.model, "activation_checkpointing_enable", None)
+    (enable or upper.model.gradient_checkpointing_enable)()  # type: ignore[operator]
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(gradients(), noisy, strict=True))
     model.eval()
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(gradients(), quiet, strict=True))
@@ -229,15 +228,10 @@ def test_a_pooler_is_trained_with_the_upper_half_and_only_where_it_is_used(minil
     assert not [name for name, _ in upper.named_parameters() if "pooler" in name or "embeddings" in name]
 
 
-@pytest.fixture
-def shards(tmp_path: Path) -> Iterator[str]:
-    texts = [f"the bank number {i} of the river" for i in range(40)]
-    yield write_shards(tmp_path / "shards", texts, shards=2)  # type: ignore[misc]
-
-
 def test_the_lower_half_streams_out_of_a_cache_while_the_upper_one_is_trained(
-    minilm_folder: str, shards: Any, tmp_path: Path
+    minilm_folder: str, tmp_path: Path
 ) -> None:
+    shards = write_shards(tmp_path / "shards", [f"the bank number {i} of the river" for i in range(40)], shards=2)
     encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", device="cpu", output="sentence")
     right = {}
     for batch in bertstream.stream(shards, encoder):
