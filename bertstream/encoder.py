@@ -5,21 +5,19 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from .attention import PACKED, Packing, plain_mode, probe_batching, register
-from .cuda import to_device
+from .attention import PACKED, plain_mode, probe_batching
 from .errors import ConfigError, EncoderError, check_choice
 from .fingerprint import hash_weights, weights_state
-from .layers import kept_inputs, layer_list, resolve_layers, stop_behind, unroll
+from .forward import FORWARD_TOKENS, BatchedForward
+from .layers import layer_list, resolve_layers, stop_behind, unroll
 from .loading import (
     DType,
     convert,
@@ -29,19 +27,18 @@ from .loading import (
     resolve_device,
     torch_dtype,
 )
-from .pooling import Combine, SentencePooling, WordPooling, combine_layers, pool_runs
+from .pooling import Combine, SentencePooling, WordPooling
+from .split import UpperEncoder
 from .tokenizer import Overflow, Split, TextTokenizer
-from .types import BoolArray, Embeddings, Int32Array, Output, Text, TokenBatch, cumulate, rows_of, steps
+from .types import Embeddings, Output, Text, TokenBatch, cumulate
 
 logger = logging.getLogger(__name__)
 
-# Tokens of one forward, and what is tried where that is measured. On a few CPU cores more no longer fits the
-# activations into the cache; a GPU is bound by kernel launches below 5-10 k tokens.
-_FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
+# What is tried where the tokens of one forward are measured.
 _TRIED_TOKENS = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384, 32768, 65536)}
 
 
-class Encoder(nn.Module):
+class Encoder(BatchedForward):
     """From `TokenBatch` to `Embeddings`; frozen until `unfreeze` is called.
 
     The model's structure is copied and its parameters are shared; the model that is handed in is left as it is (until
@@ -151,7 +148,6 @@ class Encoder(nn.Module):
         self._pretrained_tokenizer = tokenizer
         self._checked_finite = self.dtype != torch.float16
         self._fingerprint: tuple[Any, bytes] | None = None
-        self._lock = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -197,30 +193,6 @@ class Encoder(nn.Module):
         convert(model, device, resolved)
         return cls(model, tokenizer, **options)
 
-    @property
-    def embedding_dim(self) -> int:
-        """H, the size of the vectors that come out; the name that `nn.Embedding` uses."""
-        config: Any = self.model.config
-        layers = len(self.layers) if self.combine == "concat" else 1
-        vectors = sum(2 if how == "first_last" else 1 for how in self.pooling) or 1  # tokens are not pooled
-        return int(config.hidden_size) * layers * vectors
-
-    @property
-    def device(self) -> torch.device:
-        """Where the forward runs and the vectors come out."""
-        return next(self.model.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the forward."""
-        return next(self.model.parameters()).dtype
-
-    @property
-    def max_forward_tokens(self) -> int:
-        """Tokens of one forward at most; a single longer text is a forward of its own."""
-        default = _FORWARD_TOKENS.get(self.device.type, 2048)
-        return self._max_forward_tokens or self._found_forward_tokens.get(self.device, default)
-
     def calibrate(self) -> int:
         """Measure how many tokens of one forward are fastest on this device; once, and not where a number was given.
 
@@ -233,7 +205,7 @@ class Encoder(nn.Module):
         tried = _TRIED_TOKENS.get(self.device.type)
         if self._max_forward_tokens is None and self.device not in self._found_forward_tokens and tried is not None:
             run = self._feed_forward() if self.device.type == "cpu" else self._dummy_forward
-            found = fastest_forward_tokens(tried, run, self.device, _FORWARD_TOKENS[self.device.type])
+            found = fastest_forward_tokens(tried, run, self.device, FORWARD_TOKENS[self.device.type])
             self._found_forward_tokens[self.device] = found
             logger.info("forwards of %d tokens are fastest on %s", found, self.device)
         return self.max_forward_tokens
@@ -304,35 +276,55 @@ class Encoder(nn.Module):
         self.trainable = bool(chosen)
         return self
 
-    def parameter_groups(self, lr: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-        """What an optimizer takes: a group for each layer, the top one first, the embedding layer last.
+    def split(self, at: int) -> tuple[Encoder, UpperEncoder]:
+        """Two halves that together are this encoder: a lower one to stream and cache, an upper one to train.
 
-        Give it all of them from the start: parameters that are frozen have no gradient, and optimizers leave them
-        alone.
+        Parameters are shared with this encoder, which is frozen by it: nothing of the lower half is trained, all of the
+        upper half is. What both halves use (all layers of albert, the relative positions of deberta and mpnet) is
+        trained in the upper half, and the lower half keeps a copy as it is now.
 
         Args:
-            lr: learning rate of the top layer.
-            layer_decay: each layer further down learns at this times the rate of the one above it.
+            at: how many layers the lower half has.
+        Returns:
+            An `Encoder` whose vectors are the hidden states behind its layers, one for each token that enters the
+            model. Its fingerprint, by which a cache knows its vectors, depends on its own weights alone. And the
+            module that takes its `Embeddings` and gives those of the whole: output, layers and pooling as here.
+        Raises:
+            ConfigError: `at` is out of range, or a layer below it is asked for.
         """
-        groups = self._trained_parameters()
-        return [{"params": group, "lr": lr * layer_decay**depth} for depth, group in enumerate(groups)]
-
-    def _trained_parameters(self) -> list[list[nn.Parameter]]:
-        """The parameters of each layer that is used, from the top, and of all below them; none twice (albert's are)."""
-        pooler = getattr(self.model, "pooler", None)
-        top = list(pooler.parameters()) if pooler is not None else []
-        groups = [list(layer.parameters()) for layer in layer_list(self.model)][::-1]
-        groups = [group for group in groups if group]
-        seen = {id(parameter) for group in (top, *groups) for parameter in group}
-        groups.append([parameter for parameter in self.model.parameters() if id(parameter) not in seen])
-        if "pooler" in self.pooling:
-            groups[0] = top + groups[0]
-        seen.clear()
-        out = []
-        for group in groups:
-            out.append([parameter for parameter in group if id(parameter) not in seen])
-            seen |= {id(parameter) for parameter in group}
-        return [group for group in out[:-1] if group] + out[-1:]
+        top = max(self.layers)
+        if not 1 <= at < top:
+            raise ConfigError(f"split(at={at}): {top} layers are used, write a number from 1 to {top - 1}")
+        if min(self.layers) < at:
+            raise ConfigError(
+                f"split(at={at}): layer {min(self.layers)} of layers={self.layers} is below it, and the upper half "
+                "does not see it; split below the lowest layer that is asked for"
+            )
+        self.freeze()
+        lower = Encoder(
+            self.model,
+            self._pretrained_tokenizer,
+            layers=at,
+            output_dtype=self.dtype,
+            packed=None if self.batching.way == "packed" else False,
+            max_forward_tokens=self._max_forward_tokens,
+        )
+        lower.tokenizer = self.tokenizer
+        lower._every_window = True
+        upper = UpperEncoder(_own_copy(self.model, "auto", "auto"), at, self)
+        uppers = {id(parameter) for parameter in upper.parameters()}
+        lowers = {id(parameter): parameter for parameter in lower.parameters()}
+        if not uppers.isdisjoint(lowers):
+            logger.warning(
+                "both halves of %s use %d of its parameters: the lower half keeps them as they are now, the upper half "
+                "trains them, and what is trained fits this lower half only",
+                type(self.model).__name__,
+                len(uppers & lowers.keys()),
+            )
+            alone: Any = {key: parameter for key, parameter in lowers.items() if key not in uppers}
+            lower.model = copy.deepcopy(lower.model, alone)
+        upper.requires_grad_(True)
+        return lower, upper
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write model and tokenizer as transformers does; sentence-transformers loads such folders as well.
@@ -382,18 +374,11 @@ class Encoder(nn.Module):
             EncoderError: as for `encode`.
         """
         self._check_batch(batch)
-        with self._lock:
-            layers = self._token_vectors(batch)
-            if self.output == "words":
-                values = self._words(layers, batch)
-            elif self.output == "sentence":
-                values = self._sentences(layers, batch)
-            else:
-                values = self._tokens(layers, batch)
-            found = self.assemble(values.to(self.output_dtype), batch)
-            if not self._checked_finite:
-                self._check_finite(found)
-            return found
+        self._check_marks(batch)
+        found = self._vectors(batch)
+        if not self._checked_finite:
+            self._check_finite(found)
+        return found
 
     def fingerprint(self) -> bytes | None:
         """What stands for everything that changes the vectors of given tokens: weights, config and settings.
@@ -413,178 +398,10 @@ class Encoder(nn.Module):
         if known is None or known[0] != state:
             config: Any = self.model.config
             settings = (self.output, self.layers, self.combine, self.pooling, self.special_tokens, self.normalize)
-            known = state, hash_weights(self.model, repr((settings, self.output_dtype)), config.to_dict())
+            about = (settings, self.output_dtype, *(["every window"] if self._every_window else []))
+            known = state, hash_weights(self.model, repr(about), config.to_dict())
             self._fingerprint = known
         return known[1]
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """The shape of one row of what comes out: (H,), or (K, H) where K layers are stacked."""
-        return (len(self.layers), self.embedding_dim) if self.combine == "stack" else (self.embedding_dim,)
-
-    def row_counts(self, batch: TokenBatch) -> Int32Array:
-        """[B] int32, how many rows each text has in what `encode` gives."""
-        if self.output == "sentence":
-            return np.ones(len(batch), np.int32)
-        if self.output == "words":
-            return batch.num_words
-        kept = _kept_tokens(batch, self.special_tokens)
-        return batch.lengths if kept is None else _count_by_text(kept, batch)
-
-    def assemble(self, values: Tensor, batch: TokenBatch) -> Embeddings:
-        """A batch's rows with all that belongs to them; the rows may come from a cache.
-
-        Args:
-            values: [N, ...] one row of `row_shape` for each that `row_counts` counts, in the order of the batch; on
-                `device`, in `output_dtype`. They are taken over, not copied.
-            batch: the texts.
-        """
-        lengths = self.row_counts(batch)
-        word_ids, present = None, None
-        if self.output == "words":
-            word_ids = steps(lengths).astype(np.int32)
-            if batch.words_cut is not None:
-                word_ids[batch.words_cut] = -1
-            present = self._to_device(_tokens_of_words(batch)[1] > 0)
-        elif self.output == "tokens" and batch.word_ids is not None:
-            kept = _kept_tokens(batch, self.special_tokens)
-            word_ids = batch.word_ids if kept is None else batch.word_ids[kept]
-        return Embeddings(
-            values=values,
-            cu_seqlens=self._to_device(cumulate(lengths)),
-            lengths=torch.from_numpy(lengths.astype(np.int64)),
-            tokens=batch,
-            output=self.output,
-            word_ids=word_ids,
-            present=present,
-        )
-
-    def _tokens(self, layers: list[Tensor], batch: TokenBatch) -> Tensor:
-        kept = _kept_tokens(batch, self.special_tokens)
-        values = combine_layers(layers, self.combine)
-        return values if kept is None else self._picked(values, kept)
-
-    def _words(self, layers: list[Tensor], batch: TokenBatch) -> Tensor:
-        """Each word's tokens are neighbours, so words are runs of rows, and index arithmetic on the host finds them."""
-        kept, counts = _tokens_of_words(batch)
-        values = self._picked(combine_layers(layers, self.combine), kept)
-        return pool_runs(values, self._to_device(cumulate(counts)), cast(WordPooling, self.pooling[0]))
-
-    def _sentences(self, layers: list[Tensor], batch: TokenBatch) -> Tensor:
-        values = combine_layers(layers, self.combine)
-        kept = _kept_tokens(batch, self.special_tokens)
-        rows = values if kept is None else self._picked(values, kept)
-        offsets = cumulate(batch.lengths if kept is None else _count_by_text(kept, batch))
-        parts = []
-        for how in self.pooling:
-            if how in ("cls", "pooler"):  # the first token, which is a special one, whether those count or not
-                first = pool_runs(values, self._to_device(batch.cu_seqlens), "first")
-                parts.append(self._pooler(first) if how == "pooler" else first)
-            else:
-                parts.append(pool_runs(rows, self._to_device(offsets), cast(SentencePooling, how)))
-        vectors = parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts], -1)
-        return F.normalize(vectors.float(), dim=-1) if self.normalize else vectors
-
-    def _pooler(self, first: Tensor) -> Tensor:
-        model: Any = self.model
-        if hasattr(model, "pooler_activation"):  # albert keeps the two apart
-            return cast(Tensor, model.pooler_activation(model.pooler(first)))
-        return cast(Tensor, model.pooler(first[:, None]))
-
-    def _picked(self, values: Tensor, kept: BoolArray) -> Tensor:
-        return values if kept.all() else values.index_select(0, self._to_device(np.flatnonzero(kept)))
-
-    def _token_vectors(self, batch: TokenBatch) -> list[Tensor]:
-        """[N, H] for each wanted layer, in the dtype of the forward, rows in the order of the batch."""
-        lengths = batch.lengths if batch.window_lengths is None else batch.window_lengths
-        cu_seqlens = cumulate(lengths)
-        # Longest first: if memory runs out, it does so at once, and equal lengths stand side by side.
-        order = np.argsort(-lengths, kind="stable")
-        order = order[lengths[order] > 0]
-        forward = self._packed_forward if self.batching.way == "packed" else self._padded_forward
-        parts: list[list[Tensor]] = []
-        rows = []
-        waiting = deque(self._forwards(order, lengths))
-        while waiting:
-            texts = waiting.popleft()
-            places = rows_of(texts, cu_seqlens)
-            try:
-                parts.append(forward(batch, places, lengths[texts]))
-                rows.append(places)
-            except torch.OutOfMemoryError:
-                if len(texts) == 1:
-                    raise
-                self._lower_budget(len(places))
-                waiting.extendleft(np.array_split(texts, 2)[::-1])
-        if not parts:
-            size = cast(Any, self.model.config).hidden_size
-            return [torch.zeros(0, size, dtype=self.dtype, device=self.device)] * len(self.layers)
-        back = np.empty(batch.num_tokens, np.int64)
-        back[np.concatenate(rows)] = np.arange(batch.num_tokens)
-        index = self._to_device(back)
-        return [torch.cat(layer).index_select(0, index) for layer in zip(*parts, strict=True)]
-
-    def _lower_budget(self, tokens: int) -> None:
-        """After a forward of so many tokens found no memory: later ones are of half as many."""
-        self._max_forward_tokens = max(1, tokens // 2)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        logger.warning(
-            "a forward of %d tokens found no memory on %s: from now on max_forward_tokens=%d",
-            tokens,
-            self.device,
-            self._max_forward_tokens,
-        )
-
-    def _forwards(self, order: Any, lengths: Int32Array) -> Iterator[Any]:
-        """Cut texts, longest first, into forwards by real tokens, or by padded ones where the model is padded."""
-        start, held, most = 0, 0, self.max_forward_tokens
-        for end, text in enumerate(order.tolist()):
-            longest, length = int(lengths[order[start]]), int(lengths[text])
-            cost = length if self.batching.way == "packed" else longest
-            odd = self.batching.way == "grouped" and length != longest
-            if held and (odd or held + cost > most):
-                yield order[start:end]
-                start, held, cost = end, 0, length
-            held += cost
-        if len(order):
-            yield order[start:]
-
-    def _packed_forward(self, batch: TokenBatch, rows: Any, lengths: Int32Array) -> list[Tensor]:
-        positions = steps(lengths) + self.batching.first_position
-        inputs = {"input_ids": batch.input_ids[rows], "position_ids": positions}
-        if batch.token_type_ids is not None:
-            inputs["token_type_ids"] = batch.token_type_ids[rows]
-        tensors = {name: self._to_device(ids.astype(np.int64))[None] for name, ids in inputs.items()}
-        packing = Packing(lengths, self._to_device(cumulate(lengths)))
-        return [layer[0] for layer in self._run(**tensors, packing=packing)]
-
-    def _padded_forward(self, batch: TokenBatch, rows: Any, lengths: Int32Array) -> list[Tensor]:
-        longest = int(lengths.max())
-        places = np.repeat(np.arange(len(lengths)) * longest, lengths) + steps(lengths)
-
-        def pad(flat: Any, fill: int) -> Tensor:
-            out = np.full(len(lengths) * longest, fill, np.int64)
-            out[places] = flat
-            return self._to_device(out.reshape(len(lengths), longest))
-
-        inputs = {
-            "input_ids": pad(batch.input_ids[rows], getattr(self.model.config, "pad_token_id", None) or 0),
-            "attention_mask": pad(np.ones(len(rows), np.int64), 0),
-        }
-        if batch.token_type_ids is not None:
-            inputs["token_type_ids"] = pad(batch.token_type_ids[rows], 0)
-        index = self._to_device(places)
-        return [layer.flatten(0, 1).index_select(0, index) for layer in self._run(**inputs)]
-
-    def _run(self, **inputs: Any) -> list[Tensor]:
-        with kept_inputs(self.model, [layer for layer in self.layers if layer < self._last_layer]) as kept:
-            out = self.model(**inputs)
-        kept[self._last_layer] = out.last_hidden_state
-        return [kept[layer] for layer in self.layers]
-
-    def _to_device(self, array: Any) -> Tensor:
-        return to_device(array, self.device)
 
     def _longest_text(self, tokenizer: Any) -> int:
         config: Any = self.model.config
@@ -618,22 +435,6 @@ class Encoder(nn.Module):
                 "it was tokenized for another model",
                 records=(text,),
             )
-        if not self.special_tokens and batch.special is None and batch.num_tokens:
-            raise EncoderError(
-                "special_tokens=False needs texts, or tokens of this encoder's own tokenizer: in ids that are padded "
-                "already special tokens cannot be told apart"
-            )
-        if self.output == "words":
-            of_no_word = _word_ids(batch) < 0
-            if batch.special is not None:
-                of_no_word &= ~batch.special
-            texts = np.flatnonzero(_count_by_text(of_no_word, batch))
-            if len(texts):
-                raise EncoderError(
-                    "word vectors need texts as lists of words, or strings tokenized by this encoder's own tokenizer; "
-                    f"text {texts[0]} has tokens that belong to no word",
-                    records=texts.tolist(),
-                )
 
     def _check_finite(self, found: Embeddings) -> None:
         if not len(found.values):
@@ -646,12 +447,7 @@ class Encoder(nn.Module):
         self._checked_finite = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_fingerprint": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        register()  # the process that unpickles it may not have made one itself
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._lock = threading.Lock()
+        return super().__getstate__() | {"_fingerprint": None}
 
 
 def _resolve_pooling(output: Output, pooling: Any) -> tuple[str, ...]:
@@ -680,29 +476,3 @@ def _own_copy(model: nn.Module, device: torch.device | str, dtype: DType) -> nn.
     if not shared:
         convert(own.requires_grad_(False), device, dtype)
     return cast(nn.Module, own)
-
-
-def _kept_tokens(batch: TokenBatch, special_tokens: bool) -> BoolArray | None:
-    """[N] the tokens whose vectors are asked for; None for all."""
-    if special_tokens or batch.special is None:
-        return batch.owned
-    return ~batch.special if batch.owned is None else batch.owned & ~batch.special
-
-
-def _word_ids(batch: TokenBatch) -> Int32Array:
-    """[N] the word of each token, -1 for none."""
-    return np.full(batch.num_tokens, -1, np.int32) if batch.word_ids is None else batch.word_ids
-
-
-def _tokens_of_words(batch: TokenBatch) -> tuple[BoolArray, Any]:
-    """[N] the tokens that words are made of, and [sum of num_words] how many each word has."""
-    word_ids = _word_ids(batch)
-    kept = word_ids >= 0 if batch.owned is None else (word_ids >= 0) & batch.owned
-    starts = cumulate(batch.num_words)
-    texts = np.repeat(np.arange(len(batch)), batch.lengths)
-    words = (word_ids + starts[:-1][texts])[kept]
-    return kept, np.bincount(words, minlength=starts[-1])
-
-
-def _count_by_text(kept: BoolArray, batch: TokenBatch) -> Int32Array:
-    return np.diff(cumulate(kept)[batch.cu_seqlens])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def resolve_layers(layers: int | Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def stop_behind(model: nn.Module, layer: int) -> None:
-    """Cut a model off behind a layer, so that its forward ends there; the layers above are let go.
+    """Cut a model off behind a layer, so that its forward ends there; what stands above is let go.
 
     Args:
         model: an encoder of the caller's own, structure and config.
@@ -44,11 +44,41 @@ def stop_behind(model: nn.Module, layer: int) -> None:
     """
     config: Any = model.config
     owner, name, layers = _layer_list(model)
-    end = _End(_gives_tuple(model, layers[0]), getattr(layers[layer], "attention_type", None))
+    end = _Through(_gives_tuple(model, layers[0]), layers[layer])
     setattr(owner, name, nn.ModuleList([*layers[:layer], end]))
     config.num_hidden_layers = layer + 1  # some loops count by the config, not by the list
     if hasattr(config, "num_hidden_groups"):
         config.num_hidden_groups = layer + 1
+    _let_go(model, layer)
+
+
+def begin_at(model: nn.Module, layer: int, keep_pooler: bool) -> None:
+    """Make a model's forward begin at a layer, with what `begun_with` hands in; what stands below is let go.
+
+    Args:
+        model: an encoder of the caller's own, structure and config, each layer with its entry (see `unroll`).
+        layer: counted from 0, above 0 and below the number of layers.
+        keep_pooler: whether the model's pooler is used.
+    """
+    layers = layer_list(model)
+    gives_tuple = _gives_tuple(model, layers[0])
+    for below in range(layer):
+        layers[below] = _Through(gives_tuple, layers[below])
+    layers[layer] = _Begin(layers[layer])
+    weight = next(layers[layer].parameters())
+    with begun_with(model, torch.zeros(1, 4, cast(Any, model.config).hidden_size).to(weight)):
+        _let_go(model, None, keep=[model.pooler] if keep_pooler else [])
+
+
+@contextmanager
+def begun_with(model: nn.Module, hidden_states: Tensor) -> Iterator[None]:
+    """Inside this context a forward of a model that begins at a layer gives that layer these hidden states."""
+    (begin,) = (layer for layer in layer_list(model) if isinstance(layer, _Begin))
+    begin.hidden_states = hidden_states
+    try:
+        yield
+    finally:
+        begin.hidden_states = None
 
 
 @contextmanager
@@ -71,17 +101,111 @@ def kept_inputs(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, T
             hook.remove()
 
 
-class _End(nn.Module):
-    """Stands for all layers above: hands its input on, in the form that the loop around it expects."""
+class _Through(nn.Module):
+    """Stands for a layer: hands its input on, in the form that the loop around it expects."""
 
-    def __init__(self, gives_tuple: bool, attention_type: str | None) -> None:
+    def __init__(self, gives_tuple: bool, layer: nn.Module) -> None:
         super().__init__()
         self.gives_tuple = gives_tuple
-        self.attention_type = attention_type  # by which modernbert's loop chooses a mask
+        self.attention_type = getattr(layer, "attention_type", None)  # by which modernbert's loop chooses a mask
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
         """The hidden states as they came."""
         return (hidden_states, None) if self.gives_tuple else hidden_states
+
+
+class _Begin(nn.Module):
+    """Stands around a layer: gives it the hidden states that were handed in, whatever the loop has.
+
+    The layer gets them as an argument. Gradient checkpointing, which runs it again in the backward, keeps that.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attention_type = getattr(layer, "attention_type", None)
+        self.hidden_states: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
+        """What the layer makes of the hidden states that were handed in."""
+        return self.layer(self.hidden_states, *arguments, **named)
+
+
+class _StandIn(nn.Module):
+    """Stands for a module that has no say in the result: gives numbers of the same shape, and has no weights."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("zero", torch.zeros((), dtype=dtype, device=device), persistent=False)
+
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+        """The first tensor itself where it has the shape already, else zeros."""
+        first: Tensor = next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor))
+        if not first.is_floating_point():  # ids
+            return cast(Tensor, self.zero).expand(*first.shape, self.size)
+        return first if first.shape[-1] == self.size else first.new_zeros(*first.shape[:-1], self.size)
+
+
+def _let_go(model: nn.Module, layer: int | None, keep: Sequence[object] = ()) -> None:
+    """Put stand-ins where a forward passes through modules whose weights have no say in a layer; None is the last.
+
+    What has a say is what the layer's hidden states are connected to in the graph that autograd keeps. The model's own
+    layers, what is to be kept, and modules that were not called (they may be, for another batch) are left as they are.
+    """
+    sizes: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, arguments: Any, out: Any) -> None:
+        if isinstance(out, Tensor):
+            sizes[module] = out.shape[-1]
+
+    # Leaves of their own over the same memory: whether the parameters themselves require gradients is not touched.
+    named = [*model.named_parameters(), *model.named_buffers()]
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        entries = [] if layer is None else [layer]
+        with torch.inference_mode(False), torch.enable_grad(), kept_inputs(model, entries) as kept:
+            own = {path: tensor.clone() if tensor.is_inference() else tensor.detach() for path, tensor in named}
+            leaves = {
+                id(own[path].requires_grad_()): parameter
+                for path, parameter in model.named_parameters()
+                if parameter.is_floating_point()
+            }
+            out: Any = torch.func.functional_call(model, own, kwargs=_probe(model))
+            result = out.last_hidden_state if layer is None else kept[layer]
+            used = {id(leaves[id(leaf)]) for leaf in _leaves(result) if id(leaf) in leaves}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    layers = layer_list(model)
+    parameter = next(model.parameters())
+    entrance = cast(Any, model).get_input_embeddings()  # where it stands, transformers looks for it
+
+    def visit(parent: nn.Module) -> None:
+        for name, child in parent.named_children():
+            weights = [id(weight) for weight in child.parameters()]
+            if child is layers or child in keep or not weights:
+                continue
+            above_entrance = child is not entrance and entrance in child.modules()
+            if child in sizes and used.isdisjoint(weights) and not above_entrance:
+                setattr(parent, name, _StandIn(sizes[child], parameter.dtype, parameter.device))
+            else:
+                visit(child)
+
+    visit(model)
+
+
+def _leaves(result: Tensor) -> Iterator[Tensor]:
+    """The tensors that a gradient of the result would flow to."""
+    waiting, seen = [result.grad_fn], set()
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting.extend(following for following, _ in node.next_functions)
 
 
 def unroll(model: nn.Module) -> None:
@@ -95,7 +219,8 @@ def unroll(model: nn.Module) -> None:
     if groups is None or groups == config.num_hidden_layers:
         return
     owner, name, entries = _layer_list(model)
-    shared = {id(parameter): parameter for parameter in entries.parameters()}
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in entries.parameters()}
+    shared[id(config)] = config  # in which each layer looks up its attention function
     each = config.num_hidden_layers / groups
     layers = [copy.deepcopy(entries[int(i / each)], dict(shared)) for i in range(config.num_hidden_layers)]
     setattr(owner, name, nn.ModuleList(layers))
@@ -124,12 +249,16 @@ def _layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
 def _gives_tuple(model: nn.Module, layer: nn.Module) -> bool:
     seen: list[bool] = []
     hook = layer.register_forward_hook(lambda module, arguments, out: seen.append(isinstance(out, tuple)))
-    ids = torch.ones(1, 4, dtype=torch.int64, device=next(model.parameters()).device)
     try:
         with torch.inference_mode(False), torch.no_grad():
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            model(**_probe(model))
     finally:
         hook.remove()
     if not seen:
         raise ConfigError(f"{type(model).__name__} does not call its layers one by one: leave layers= out")
     return seen[0]
+
+
+def _probe(model: nn.Module) -> dict[str, Tensor]:
+    ids = torch.ones(1, 4, dtype=torch.int64, device=next(model.parameters()).device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -156,6 +156,12 @@ def test_finetune_trains_the_encoder_after_its_frozen_epochs(run: Run) -> None:
     assert match and float(match[1]) >= 0.95
 
 
+def test_split_finetune_trains_the_upper_half(run: Run) -> None:
+    printed = run("examples/split_finetune.py")
+    match = re.search(r"^test accuracy (\d\.\d{4}) of 120 texts in 12 classes$", printed, re.MULTILINE)
+    assert match and float(match[1]) >= 0.9
+
+
 def test_replacing_static_vectors_helps(run: Run) -> None:
     found = {}
     for vectors in ("static", "bert"):

@@ -397,7 +397,7 @@ class Machine:
     [
         (1.0, 4.0, {"MainThread"}),
         (0.001, 0.0, {"MainThread"}),
-        (1.0, 0.0, {"MainThread", "bertstream-encode"}),
+        (0.2, 0.0, {"MainThread", "bertstream-encode"}),
     ],
 )
 def test_on_a_cpu_a_thread_starts_when_the_loop_is_seen_to_leave_cores_idle(
@@ -417,7 +417,7 @@ def test_on_a_cpu_a_thread_starts_when_the_loop_is_seen_to_leave_cores_idle(
 
 
 def test_a_loop_that_really_sleeps_is_seen_too() -> None:
-    encoder = FakeEncoder()
+    encoder = FakeEncoder(lambda batch: time.sleep(0.05))
     for _ in bertstream.wrap(batches(40), encoder, text="text"):
         time.sleep(0.02)
     assert encoder.threads == {"MainThread", "bertstream-encode"}
