@@ -141,7 +141,7 @@ def _no_gradients_below(model: nn.Module, at: int) -> None:
 
         layer.forward = forward
     for path, part in model.named_modules():
-        if path == "encoder.conv":  # deberta's, behind its first layer
+        if path in ("embeddings", "encoder.conv"):  # the second is deberta's, behind its first layer
             part.requires_grad_(False)
 
 
