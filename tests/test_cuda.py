@@ -182,6 +182,131 @@ def test_reserved_memory_is_flat_over_many_epochs(on_cuda: Encoder, sentences: l
     assert reserved[-1] <= reserved[3]
 
 
+def poison(device: torch.device, mebibytes: int = 64) -> None:
+    """Leave NaNs in memory that the allocator hands out next on the current stream, in blocks of many sizes."""
+    blocks = [torch.full((1 << k,), torch.nan, device=device) for k in range(8, 22) for _ in range(4)]
+    blocks.append(torch.full((mebibytes << 18,), torch.nan, device=device))
+    del blocks  # freed, and still full of NaNs
+
+
+@cuda
+def test_memory_full_of_nans_reaches_no_vector(
+    on_cuda: Encoder, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that is read without having been written would show: on the encoder's own stream too."""
+    texts = [*sentences[:96], "", *sentences[:32]]
+    right = on_cuda(texts).values.clone()
+    batches = [texts[i : i + 24] for i in range(0, len(texts), 24)]
+    encode = on_cuda.encode
+
+    def poisoned(batch: bertstream.TokenBatch) -> bertstream.Embeddings:
+        poison(on_cuda.device)  # here the loader's side stream is the current one
+        return encode(batch)
+
+    monkeypatch.setattr(on_cuda, "encode", poisoned)
+    for _ in range(3):
+        rows = []
+        for batch in bertstream.wrap(batches, on_cuda):
+            padded, mask = batch.padded()
+            assert bool(padded.isfinite().all()), "padding or rows were never written"
+            assert torch.equal(padded[mask], batch.values)
+            rows.append(batch.values)
+            poison(on_cuda.device)
+        found = torch.cat(rows)
+        assert float((found - right).norm() / right.norm()) <= 0.02
+
+
+@cuda
+def test_a_consumer_on_its_own_stream_that_sleeps_reads_its_batch_while_memory_churns(
+    on_cuda: Encoder, sentences: list[str]
+) -> None:
+    """Its reads wait on the device while each batch is dropped on the host, and the same sizes are taken and freed."""
+    texts = [sorted(sentences, key=len)[i : i + 16] for i in range(0, 320, 16)]
+    right = [on_cuda(batch).values.double().sum() for batch in texts]
+    consumer = torch.cuda.Stream(on_cuda.device)
+    consumer.wait_stream(torch.cuda.current_stream())
+    sums = []
+    with torch.cuda.stream(consumer):
+        for batch in bertstream.wrap(texts, on_cuda, prefetch=3):
+            torch.cuda._sleep(20_000_000)  # some 10 ms: many batches are encoded meanwhile
+            sums.append(batch.values.double().sum())
+            shape = batch.values.shape
+            del batch
+            for _ in range(4):
+                torch.full(shape, torch.nan, device=on_cuda.device)  # freed at once
+    consumer.synchronize()
+    for found, expected in zip(sums, right, strict=True):
+        assert float((found - expected).abs()) <= 0.02 * float(expected.abs()) + 1.0
+
+
+@cuda
+def test_batches_encoded_together_equal_those_encoded_alone_and_repeats_are_copies(
+    on_cuda: Encoder, sentences: list[str]
+) -> None:
+    batches = [sentences[:8], [sentences[0], sentences[20], sentences[0]], sentences[8:16]] * 4
+    loader = bertstream.wrap(batches, on_cuda)
+    for texts, batch in zip(batches, loader, strict=True):
+        assert batch.values.is_cuda and batch.cu_seqlens.is_cuda
+        for rows, expected in zip(batch, on_cuda(texts), strict=True):
+            assert float((rows - expected).norm() / expected.norm()) <= 0.02
+        batch.values.zero_()  # nobody else's memory
+    stats = loader.stats()
+    assert stats["encode_calls"] <= len(batches) and stats["repeated_texts"] >= 4
+
+
+@cuda
+@pytest.mark.parametrize("stop", [0, 1, 7])
+def test_leaving_early_leaves_the_batch_in_hand_and_the_next_epoch_right(
+    on_cuda: Encoder, sentences: list[str], stop: int
+) -> None:
+    batches = [sentences[i : i + 16] for i in range(0, 320, 16)]
+    right = [on_cuda(texts).values for texts in batches]
+    loader = bertstream.wrap(batches, on_cuda, prefetch=3)
+    for number, batch in enumerate(loader):
+        kept = batch
+        if number == stop:
+            break
+    poison(on_cuda.device)  # what was read ahead is free again
+    assert float((kept.values - right[stop]).norm() / right[stop].norm()) <= 0.02
+    for found, expected in zip(loader, right, strict=True):
+        assert float((found.values - expected).norm() / expected.norm()) <= 0.02
+    loader.close()
+
+
+@cuda
+def test_memory_in_use_after_an_epoch_is_what_it_was_before(on_cuda: Encoder, tmp_path: Path) -> None:
+    path = write_shard(tmp_path, 400)
+    loader = bertstream.stream(path, on_cuda, batch_size=16, shuffle=True)
+    used = []
+    for _ in range(6):
+        for batch in loader:
+            batch["text"].padded()
+        del batch
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_allocated())
+    assert max(used[1:]) <= used[1]
+
+
+@cuda
+def test_where_the_devices_memory_runs_out_forwards_become_smaller(
+    minilm_folder: str, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, max_forward_tokens=1 << 15)
+    texts = sentences[:64]
+    right = encoder(texts).values
+    forward = encoder._packed_forward
+
+    def bounded(batch: bertstream.TokenBatch, rows: Any, lengths: Any) -> list[Tensor]:
+        if len(rows) > 500:
+            torch.empty(1 << 45, dtype=torch.uint8, device=encoder.device)  # a real OutOfMemoryError
+        return forward(batch, rows, lengths)
+
+    monkeypatch.setattr(encoder, "_packed_forward", bounded)
+    found = encoder(texts).values
+    assert encoder.max_forward_tokens <= 500
+    assert float((found - right).norm() / right.norm()) <= 0.02
+
+
 @cuda
 def test_layouts_on_the_device_hold_the_same_rows(on_cuda: Encoder, sentences: list[str]) -> None:
     found = on_cuda(sentences[:20])

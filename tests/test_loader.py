@@ -670,6 +670,34 @@ def test_a_traceback_that_is_kept_keeps_no_worker_process_alive(prefetch: int) -
     assert running() <= before and caught.tb is not None
 
 
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 20), st.floats(0, 0.1), st.sampled_from([1, 2, 8]), st.booleans())
+def test_close_takes_no_longer_than_the_forward_in_progress(
+    taken: int, later_s: float, prefetch: int, through_stream: bool
+) -> None:
+    """And a second at most beside it, wherever the loop is: waiting for a batch, or working on one."""
+    forward_s = 0.05
+
+    def slow(batch: TokenBatch) -> None:
+        time.sleep(forward_s)
+
+    texts = [f"text {i}" for i in range(400)]
+    if through_stream:
+        loader = bertstream.stream(
+            [{"text": text} for text in texts], FakeEncoder(slow), batch_size=4, prefetch=prefetch
+        )
+    else:
+        chunks = [texts[i : i + 4] for i in range(0, 400, 4)]
+        loader = bertstream.wrap(chunks, FakeEncoder(slow), prefetch=prefetch)
+    iteration = iter(loader)
+    for _ in range(taken):
+        next(iteration)
+    time.sleep(later_s)
+    started = time.perf_counter()
+    loader.close()
+    assert time.perf_counter() - started <= forward_s + 1.0
+
+
 def test_a_worker_that_is_busy_is_waited_for() -> None:
     finished = []
 

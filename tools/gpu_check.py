@@ -1,7 +1,7 @@
 """Check this version on a machine with a GPU: the CUDA tests, then the benchmarks with a BERT-base of random weights.
 
     python tools/gpu_check.py                            writes tools/results/<device>.json; some ten minutes
-    python tools/gpu_check.py --data ../shared/data      with those texts instead of paragraphs of Python's own manual
+    python tools/gpu_check.py --data ../shared/data      with those texts instead of Python's manual
     python tools/gpu_check.py --device cpu --tiny        the same on a CPU with a tiny model: to try the tool
 
 It ends with 1 where a test or a benchmark failed; what a benchmark should reach on this device stands beside it.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import re
 import subprocess
 import sys
@@ -111,11 +112,16 @@ def judge(found: dict[str, Any], device: str) -> dict[str, dict[str, Any]]:
 
 
 def write_corpus(path: Path, count: int) -> None:
-    """Paragraphs of Python's manual, as jsonl; sentences of them where they are too few."""
+    """Sentences of Python's manual as jsonl, then runs of two, of three and so on, none twice."""
     paragraphs = [part.strip() for topic in sorted(topics) for part in topics[topic].split("\n\n")]
-    sentences = [part for paragraph in paragraphs for part in re.split(r"(?<=\.)\s+", paragraph)]
-    texts = dict.fromkeys(text for text in paragraphs + sentences if 20 < len(text) < 1200)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in list(texts)[:count]), encoding="utf-8")
+    sentences = [part for paragraph in paragraphs for part in re.split(r"(?<=\.)\s+", paragraph) if len(part) > 20]
+    texts: dict[str, None] = {}
+    for together in range(1, 7):
+        runs = (" ".join(sentences[i : i + together]) for i in range(len(sentences) - together))
+        texts |= dict.fromkeys(text for text in runs if len(text) < 1200)
+    chosen = list(texts)
+    random.Random(0).shuffle(chosen)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen[:count]), encoding="utf-8")
 
 
 def check(arguments: argparse.Namespace) -> tuple[Path, bool]:

@@ -30,7 +30,7 @@ THEMES = {
 
 
 def draw_encode(line: dict[str, Any], axes: Axes, theme: tuple[str, ...]) -> None:
-    """A bar for each contender, slowest first; its error behind the figure."""
+    """A bar for each contender; behind the rate its error, and the share of what matrix products alone would give."""
     _, _, others, ours, _ = theme
     rates = dict(sorted(line["tokens_per_s"].items(), key=lambda item: -item[1]))
     errors, shares = line["worst_text_relative_l2_error"], line["share_of_product"]
@@ -39,10 +39,11 @@ def draw_encode(line: dict[str, Any], axes: Axes, theme: tuple[str, ...]) -> Non
     for name, rate in rates.items():
         parts = [f"{rate:,}"]
         parts += [f"error {errors[name]:.0e}"] if errors.get(name) else []
-        parts += [f"{shares[name]:.0%} of the matrix product"] if name in shares else []
+        parts += [f"{shares[name]:.0%} of the product"] if name in shares else []
         labels.append(", ".join(parts))
     axes.bar_label(bars, labels, padding=4, fontsize=9, color=theme[1])
-    axes.set_xlim(0, 1.6 * max(rates.values()))
+    axes.set_xlim(0, 1.75 * max(rates.values()))
+    axes.xaxis.set_visible(False)
     axes.set_title(f"Token vectors, tokens/s ({line['texts']:,} texts, {device_of(line)})")
 
 
@@ -58,7 +59,8 @@ def draw_wrap(line: dict[str, Any], axes: Axes, theme: tuple[str, ...]) -> None:
             text = f"{rates[f'{way}_{size}']:,}" + (f"\n{times[size]} x" if way == "together" else "")
             axes.bar_label(bar, [text], padding=2, fontsize=9, color=theme[1])
     axes.set_xticks(range(len(times)), [f"batches of {size}" for size in times])
-    axes.set_ylim(0, 1.3 * max(rates.values()))
+    axes.set_ylim(0, 1.35 * max(rates.values()))
+    axes.yaxis.set_visible(False)
     axes.legend(loc="upper left", frameon=False, labelcolor=theme[1])
     axes.set_title(f"Short texts through wrap, tokens/s ({line['dtype']}, {device_of(line)})")
 
@@ -77,8 +79,8 @@ def draw_epoch(line: dict[str, Any], axes: Axes, theme: tuple[str, ...]) -> None
         axes.bar_label(bar, [said], padding=4, fontsize=9, color=text)
     axes.set_yticks(range(len(steps)), list(map(spoken, steps)))
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.5 * max(max(s["both_s"], s["encode_s"] + s["train_s"]) for s in steps.values()))
-    axes.legend(loc="lower right", frameon=False, labelcolor=text)
+    axes.set_xlim(0, 1.6 * max(max(s["both_s"], s["encode_s"] + s["train_s"]) for s in steps.values()))
+    axes.legend(loc="upper right", frameon=False, labelcolor=text)
     axes.set_title(f"An epoch of training, seconds ({device_of(line)})")
 
 

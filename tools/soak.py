@@ -226,27 +226,7 @@ class ShortTexts:
 
     def __iter__(self) -> Iterator[list[str]]:
         rng = random.Random(self.seed)
-        words = [
-            "the",
-            "bank",
-            "of",
-            "a",
-            "river",
-            "lends",
-            "money",
-            "when",
-            "it",
-            "rains",
-            "and",
-            "every",
-            "boat",
-            "that",
-            "leaves",
-            "has",
-            "paid",
-            "its",
-            "rate",
-        ]
+        words = "the bank of a river lends money when it rains and every boat that leaves has paid".split()  # noqa: SIM905
         for _ in range(self.batches):
             yield [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(8)]
 

@@ -1,0 +1,125 @@
+"""The benchmarks' tool: every verb runs, and what it says of the contenders is right. How fast they are is no test."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import bench
+import pytest
+import torch
+from benchmarks import common, encode, epoch
+from benchmarks.common import ratio, useful_flops
+from benchmarks.models import write_bert
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny BERT of random weights."""
+    return write_bert(tmp_path_factory.mktemp("bert"), tiny=True)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, sentences: list[str]) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences[:60]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def measure(model: str, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A verb over 40 short texts and the tiny model, in one round."""
+    monkeypatch.setattr(common, "matmul_rate", lambda dtype, device="cpu": 1.0)  # the machine is not what is tested
+    small = ["--corpus", str(corpus), "--model", model, "--texts", "40", "--rounds", "1", "--dtypes", "float32"]
+    return lambda verb, *more: bench.measure([verb, *small, *more])
+
+
+def test_the_verbs_are_the_files() -> None:
+    assert {"cache", "encode", "epoch", "mix", "outputs", "stream", "wrap"} <= set(bench.VERBS)
+    assert not {"common", "models", "__init__"} & set(bench.VERBS)
+
+
+def test_every_contender_of_encode_gives_the_plain_loops_vectors(measure: Any) -> None:
+    found = measure("encode")
+    own, errors = {"bertstream_float32", "stream_float32"}, found["worst_text_relative_l2_error"]
+    others = {"plain", "pipeline", "sentence_transformers_float32"}
+    assert own | others <= found["tokens_per_s"].keys() and min(found["tokens_per_s"].values()) > 0
+    assert errors.keys() == found["tokens_per_s"].keys() - {"plain"} and max(errors.values()) <= 1e-5
+    assert found["times"].keys() == own and found["times"]["stream_float32"].keys() >= others
+    assert found["share_of_product"].keys() == own and 0 < min(found["share_of_product"].values()) < 1
+    assert "flair" in found["absent"].keys() | found["tokens_per_s"].keys()
+
+
+def test_contenders_may_stay_at_home_and_one_that_is_not_installed_is_named(
+    measure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "flair", None)
+    found = measure("encode", "--without", "pipeline", "sentence")
+    assert set(found["tokens_per_s"]) == {"plain", "bertstream_float32", "stream_float32"}
+    assert "flair" in found["absent"]["flair"]
+
+
+def test_wrap_says_how_many_tokens_were_encoded_together(measure: Any) -> None:
+    found = measure("wrap")
+    assert found["together_times_one_by_one"].keys() == {"8", "32", "128"}
+    assert found["tokens_encoded_together"]["8"] > found["tokens_a_batch"]["8"] > 0
+
+
+def test_epoch_measures_every_kind_of_step(measure: Any) -> None:
+    found = measure("epoch", "--batch-size", "8")
+    assert found["steps"].keys() == epoch.STEPS.keys() and found["batches"] == 5
+    for step in found["steps"].values():
+        assert min(step["encode_s"], step["train_s"], step["both_s"]) > 0 and step["amount"] >= 1
+
+
+def test_overlap_is_told_from_the_three_times() -> None:
+    hidden = epoch.compare([2.0], [2.0], [2.2])
+    assert hidden["over_max"] == 1.1 and hidden["over_sum"] == 0.55 and hidden["overlap_efficiency"] == 0.9
+    in_turn = epoch.compare([2.0, 2.0, 2.0], [1.0, 1.0, 1.0], [3.0, 9.0, 3.0])
+    assert (in_turn["over_sum"], in_turn["over_max"], in_turn["overlap_efficiency"]) == (1.0, 1.5, 0.0)
+
+
+@pytest.mark.parametrize("verb", ["outputs", "cache"])
+def test_the_other_verbs_run(measure: Any, verb: str) -> None:
+    found = measure(verb)
+    assert found["benchmark"] == verb and found["machine"]["device"] == "cpu" and found["rounds"] == 1
+
+
+def test_a_corpus_is_jsonl_or_text_and_one_of_both_is_asked_for(
+    measure: Any, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = tmp_path / "corpus.txt"
+    lines.write_text("one\ntwo words\nthree more words\n", encoding="utf-8")
+    assert measure("outputs", "--corpus", str(lines))["texts"] == 3
+    with pytest.raises(SystemExit):
+        bench.measure(["outputs", "--model", model])
+    assert "--data FOLDER or --corpus FILE" in capsys.readouterr().err
+
+
+def test_useful_flops_are_those_of_the_products_in_the_layers() -> None:
+    """Counted on a model of the usual middle, four times as wide."""
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
+    )
+    model = BertModel(config, add_pooling_layer=False).eval()
+    model.set_attn_implementation("eager")  # whose products are counted
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for length in (5, 17):
+            model(torch.ones(1, length, dtype=torch.long))
+    assert useful_flops(config, [5, 17]) == counter.get_total_flops()
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    assert ratio([2.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == 2.0
+
+
+def test_the_error_is_that_of_the_worst_text() -> None:
+    right = [torch.ones(2, 2), torch.ones(3, 2)]
+    assert common.worst_error([right[0], right[1] * 1.5], right) == pytest.approx(0.5)
+    assert encode.dtype_of("sentence_transformers_bfloat16") == "bfloat16"
