@@ -13,6 +13,7 @@ from .errors import (
     ShardError,
     StateError,
 )
+from .export import embed
 from .loader import EmbeddingLoader, stream, wrap
 from .module import BertEmbedding, UnfreezeSchedule
 from .pooling import ScalarMix
@@ -40,6 +41,7 @@ __all__ = [
     "TokenBatch",
     "TokenCollate",
     "UnfreezeSchedule",
+    "embed",
     "stream",
     "warm",
     "wrap",

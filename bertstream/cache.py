@@ -92,8 +92,8 @@ class EmbeddingCache:
     ) -> None:
         check_choice("dtype", dtype, Storage)
         self.dtype: Storage = dtype
-        self.memory_bytes = _as_bytes("memory", memory)
-        self.disk_bytes = _as_bytes("disk_limit", disk_limit)
+        self.memory_bytes = as_bytes("memory", memory)
+        self.disk_bytes = as_bytes("disk_limit", disk_limit)
         self.disk = None if disk is None else os.fspath(disk)
         self.read_only = read_only
         if disk is None and not self.memory_bytes:
@@ -516,7 +516,12 @@ def text_keys(batch: TokenBatch, prefix: bytes, fingerprint: bytes) -> list[byte
     return [prefix + blake2b(text, digest_size=16, key=fingerprint).digest() for text in text_bytes(batch)]
 
 
-def _as_bytes(name: str, value: int | str) -> int:
+def as_bytes(name: str, value: int | str) -> int:
+    """A number of bytes from an argument: one that is given as such, or a string such as "2GiB" or "500MB".
+
+    Raises:
+        ConfigError: it is neither.
+    """
     if isinstance(value, str):
         matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", value.upper())
         if matched is not None and matched[2] in _UNITS:

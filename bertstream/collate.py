@@ -42,6 +42,11 @@ class TokenCollate:
         if pair is not None and (self._places is None or len(self._places) > 1):
             raise ConfigError(f"pair={pair!r} for text={text!r}: name the one place of the first text")
 
+    def __repr__(self) -> str:
+        text = self._places[0] if self._places is not None and len(self._places) == 1 else self._places
+        pair = f", pair={self._pair!r}" if self._pair is not None else ""
+        return f"TokenCollate(text={text!r}{pair}, {self._tokenizer!r})"
+
     def __call__(self, records: Sequence[Any]) -> Any:
         """Make a batch of a list of records.
 

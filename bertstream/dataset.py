@@ -20,7 +20,7 @@ from .distributed import rank_and_world_size
 from .errors import BertstreamError, ConfigError, EncoderError, ShardError, StateError, check_choice
 from .files import Access
 from .lanes import BadRecords, LaneQueue, LaneReader, deal, pack_state, unpack_state
-from .shards import Piece, ReadOptions, expand_shards, is_rows, shard_size, split_rows, split_shard
+from .shards import Piece, ReadOptions, count_records, expand_shards, is_rows, shard_size, split_rows, split_shard
 from .types import Cursor, ReadReport, Record, SupportsEncode, TokenBatch, TokenizedText
 from .watchdog import end_with_parent
 
@@ -184,6 +184,13 @@ class TextStream(IterableDataset[TokenBatch]):
         self.worker_items = False
         """Whether workers yield `Skip`s and errors as items, as `EmbeddingLoader` asks; plain loops see neither."""
 
+    def __repr__(self) -> str:
+        size = f"max_tokens={self._max_tokens}" if self._max_tokens else f"batch_size={self._batch_size}"
+        return (
+            f"TextStream({len(self.shards)} shards, text={self.text!r}, {size}, shuffle={self._shuffle}, "
+            f"epoch={self.epoch}, rank {self.rank} of {self.world_size})"
+        )
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What the batches and their order depend on, beside the epoch: a state of another stream is known by it."""
@@ -276,6 +283,23 @@ class TextStream(IterableDataset[TokenBatch]):
     def forget_place(self) -> None:
         """Let iterations begin their epoch anew again: the place that was loaded has been taken over by one."""
         self._resume = None
+
+    def count_records(self) -> int | None:
+        """Records of an epoch, broken ones included, where counting is much faster than reading; else None.
+
+        So it is for one rank with shards in Parquet, or on disk and not packed; and for rows that have a length.
+        """
+        if self.world_size > 1:
+            return None
+        if (rows := self._options.rows) is not None:
+            return len(rows) if hasattr(rows, "__len__") else None
+        total = 0
+        for path in self.shards:
+            count = count_records(path, self._options)
+            if count is None:
+                return None
+            total += count
+        return total
 
     def any_batch(self) -> TokenBatch | None:
         """A batch of the epoch, whichever: what a rank that has none of its own hands out beside the others'."""

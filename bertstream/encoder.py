@@ -347,9 +347,13 @@ class Encoder(nn.Module):
         cast(Any, self.model).save_pretrained(folder)
         self._pretrained_tokenizer.save_pretrained(folder)
 
-    def extra_repr(self) -> str:
-        """What `print(encoder)` shows beside the model."""
-        return f"output={self.output!r}, layers={self.layers}, {self.batching.way}"
+    def __repr__(self) -> str:
+        """In one line, unlike other modules: `print(encoder.model)` shows the layers."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"Encoder({type(self.model).__name__}, output={self.output!r}, layers={self.layers}, "
+            f"embedding_dim={self.embedding_dim}, {self.batching.way}, {dtype}, {self.device})"
+        )
 
     def forward(self, texts: Sequence[Text] | TokenBatch) -> Embeddings:
         """Encode at once: texts (strings, lists of words, or pairs) or a `TokenBatch`."""

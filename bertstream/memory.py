@@ -17,7 +17,7 @@ TEXT_BYTES = 320
 """What the index takes for a text, beside 4 bytes a row: key, entry, their headers and the dict's room; measured 250
 to 310 on CPython 3.10 to 3.13, by how full the dict is."""
 
-_ROW_INDEX_BYTES = 8
+ROW_INDEX_BYTES = 8
 """What the index takes for a row: its number, with its text or among the free ones."""
 
 
@@ -37,7 +37,7 @@ class MemoryTier:
         self.limit_bytes = limit_bytes
         self.row_bytes = row_bytes
         self.evictions = 0
-        self._each = row_bytes + _ROW_INDEX_BYTES
+        self._each = row_bytes + ROW_INDEX_BYTES
         self._clear()
 
     def __len__(self) -> int:

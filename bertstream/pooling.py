@@ -90,6 +90,11 @@ class ScalarMix(nn.Module):
         self.weights = nn.Parameter(torch.zeros(num_layers))
         self.gamma = nn.Parameter(torch.ones(()))
 
+    def extra_repr(self) -> str:
+        """What `print` shows: how much of each layer the mix takes."""
+        shares = self.weights.detach().softmax(0).tolist()
+        return f"shares={[round(share, 3) for share in shares]}, gamma={self.gamma.item():.3g}"
+
     def forward(self, values: Tensor) -> Tensor:
         """[..., K, H] to [..., H]."""
         if values.dim() < 2 or values.shape[-2] != len(self.weights):

@@ -20,6 +20,7 @@ def warm(
     cache: EmbeddingCache,
     *,
     text: str = "text",
+    pair: str | None = None,
     num_workers: int = 0,
     reading: StreamConfig | None = None,
     progress: bool = True,
@@ -31,11 +32,11 @@ def warm(
     not matter.
 
     Args:
-        shards, text, num_workers, reading: as for `bertstream.stream`.
+        shards, text, pair, num_workers, reading: as for `bertstream.stream`.
         encoder: what computes the vectors.
         cache: where they go. Without a disk they go into this process's memory; what does not fit evicts what came
             before.
-        progress: whether a bar is shown.
+        progress: whether a bar is shown; its total is known for Parquet, and for files on disk that are not packed.
     Returns:
         `texts` read and `computed` ones; a text that comes several times is computed once.
     Raises:
@@ -49,9 +50,12 @@ def warm(
         raise ConfigError(f"{cache!r} is read-only: open it without read_only=True to fill it")
     cached = cache.of(encoder)
     # By tokens, so that forwards are full; no other field is needed.
-    dataset = TextStream(shards, encoder, text=text, max_tokens=encoder.max_forward_tokens, fields=(), reading=reading)
+    dataset = TextStream(
+        shards, encoder, text=text, pair=pair, max_tokens=encoder.max_forward_tokens, fields=(), reading=reading
+    )
     done = {"texts": 0, "computed": 0}
-    with tqdm(unit=" texts", disable=not progress, desc="filling the cache") as bar:
+    total = dataset.count_records() if progress else None
+    with tqdm(unit=" texts", total=total, disable=not progress, desc="filling the cache") as bar:
         for batch in DataLoader(dataset, batch_size=None, num_workers=num_workers):
             done["texts"] += len(batch)
             done["computed"] += cached.fill(batch)

@@ -17,7 +17,7 @@ TASKS = Path("/proc/self/task")
 
 
 def compute() -> float:
-    return float(torch.ones(512, 512).matmul(torch.ones(512, 512)).sqrt_().add_(1).sum())
+    return float(torch.ones(512, 512).matmul(torch.ones(512, 512)).add(1).mul_(0.5).sum())
 
 
 @pytest.fixture

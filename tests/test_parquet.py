@@ -16,7 +16,7 @@ from servers import Server
 
 from bertstream import ConfigError, ShardError, files
 from bertstream.files import Access
-from bertstream.shards import Piece, ReadOptions, expand_shards, read_records, split_shard
+from bertstream.shards import Piece, ReadOptions, count_records, expand_shards, read_records, split_shard
 from bertstream.types import Record
 
 LINES = ReadOptions()
@@ -65,6 +65,14 @@ def test_a_row_is_a_record_of_plain_values(tmp_path: Path) -> None:
 def test_a_text_may_be_a_list_of_words(tmp_path: Path) -> None:
     path = written(tmp_path / "a.parquet", {"text": [["New", "York"], []]})
     assert [record.text for record in read(path)] == [["New", "York"], []]
+
+
+def test_rows_are_counted_without_reading_them(tmp_path: Path) -> None:
+    assert count_records(written(tmp_path / "a.parquet", {"text": ["a"] * 7}, rows_a_group=3), LINES) == 7
+    broken = tmp_path / "b.parquet"
+    broken.write_bytes(b"no parquet")
+    with pytest.raises(ShardError, match="cannot be read"):
+        count_records(str(broken), LINES)
 
 
 def test_only_the_columns_that_are_wanted_are_read(tmp_path: Path) -> None:

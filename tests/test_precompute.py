@@ -75,7 +75,7 @@ def test_memory_alone_can_be_filled_and_the_bar_says_how_far_it_is(
 ) -> None:
     cache = EmbeddingCache("16MiB")
     assert bertstream.warm(shard, minilm, cache)["computed"] == cache.stats()["memory_texts"] == 40
-    assert "filling the cache: 50 texts" in capsys.readouterr().err
+    assert "| 50/50 " in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_filled_is_refused(minilm: Encoder, shard: Path, tmp_path: Path) -> None:
@@ -91,3 +91,15 @@ def test_a_cache_that_cannot_be_filled_is_refused(minilm: Encoder, shard: Path, 
             bertstream.warm(shard, minilm, EmbeddingCache("1MiB"), progress=False)
     finally:
         minilm.requires_grad_(False)
+
+
+def test_pairs_are_found_again_and_the_bar_knows_the_end(
+    minilm: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"question": "Who?", "answer": "The bank."}\n' * 2, encoding="utf-8")
+    with EmbeddingCache("1MiB") as cache:
+        assert bertstream.warm(path, minilm, cache, text="question", pair="answer") == {"texts": 2, "computed": 1}
+        assert "2/2" in capsys.readouterr().err
+        list(bertstream.stream(path, minilm, text="question", pair="answer", cache=cache))
+        assert cache.stats()["misses"] == 0

@@ -24,14 +24,14 @@ import fsspec
 import pytest
 import webdataset
 import zstandard
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from bertstream import files
 from bertstream.errors import ConfigError, ShardError
 from bertstream.files import Access
-from bertstream.shards import Piece, ReadOptions, expand_shards, read_records, shard_size, split_shard
+from bertstream.shards import Piece, ReadOptions, count_records, expand_shards, read_records, shard_size, split_shard
 from bertstream.types import Record
 
 LINES = ReadOptions(text="text")
@@ -628,6 +628,37 @@ def test_pieces_hold_the_records_of_the_whole(
     assert everything(pieces, options) == whole
     if len(pieces) > 1:
         assert all(everything([piece], options) for piece in pieces)
+
+
+@given(contents(), st.sampled_from([1, 7, 1 << 20]))
+def test_records_are_counted_as_they_are_read(
+    tmp_path_factory: pytest.TempPathFactory, content: tuple[str, bytes], block_bytes: int
+) -> None:
+    ending, data = content
+    assume(data != b"\xef\xbb\xbf")  # in a txt, an empty line
+    path = write(tmp_path_factory.getbasetemp() / f"count.{ending}", data)
+    options = TAR if ending == "tar" else LINES
+    bad: list[ShardError] = []
+    try:
+        good = list(read_records(Piece(path), options, on_bad=bad.append))
+    except ShardError:
+        return  # of the whole shard: it is cut off, say, or holds no record
+    with mock.patch("bertstream.shards._BLOCK_BYTES", block_bytes):
+        assert count_records(path, options) == len(good) + len(bad)
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+def test_records_that_would_have_to_be_unpacked_are_not_counted(tmp_path: Path, packing: str) -> None:
+    assert count_records(write(tmp_path / f"a.txt{packing}", PACK[packing](b"one")), LINES) is None
+    assert count_records("http://nowhere.invalid/a.txt", LINES) is None
+
+
+def test_all_members_are_counted_behind_a_global_header_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "global"}) as tar:
+        for name in ("a.txt", "b.txt", "b.cls", "c.txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    assert count_records(str(path), TAR) == 3
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
     python tools/bench.py encode --data ../shared/data      token vectors, beside what people use for them
     python tools/bench.py wrap --data ../shared/data        small batches of short texts, together and one by one
     python tools/bench.py epoch --data ../shared/data       a training loop: what hides behind the step
+    python tools/bench.py train --data ../shared/data       BERT trained in the model, packed against padded
     python tools/bench.py outputs --data ../shared/data     what fewer layers and word vectors cost
     python tools/bench.py cache --data ../shared/data       epochs from the cache, and a tagger's over tensors in memory
     python tools/bench.py stream --data ../shared/data      reading, tokenizing and bucketing, against the tokenizer

@@ -112,11 +112,11 @@ def judge(found: dict[str, Any], device: str) -> dict[str, dict[str, Any]]:
 
 
 def write_corpus(path: Path, count: int) -> None:
-    """Sentences of Python's manual as jsonl, then runs of two to eight, none twice."""
+    """Sentences of Python's manual as jsonl, then runs of two, of three and so on, none twice."""
     paragraphs = [part.strip() for topic in sorted(topics) for part in topics[topic].split("\n\n")]
     sentences = [part for paragraph in paragraphs for part in re.split(r"(?<=\.)\s+", paragraph) if len(part) > 20]
     texts: dict[str, None] = {}
-    for together in range(1, 9):
+    for together in range(1, 12):
         runs = (" ".join(sentences[i : i + together]) for i in range(len(sentences) - together))
         texts |= dict.fromkeys(text for text in runs if len(text) < 1200)
     chosen = list(texts)

@@ -15,13 +15,14 @@ from transformers import AutoTokenizer
 
 import bertstream
 
-from .common import read_texts, take_turns
+from .common import take_turns, texts_of
 
 
 def stream(arguments: argparse.Namespace) -> dict[str, object]:
     """Token batches out of worker processes with an idle consumer, against the bare tokenizer on one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    texts = read_texts(arguments.data, arguments.texts) * (300_000 // arguments.texts)
+    texts = texts_of(arguments)
+    texts *= max(1, 100_000 // len(texts))
     encoder = bertstream.Encoder.from_pretrained(arguments.model, dtype="float32", device="cpu", overflow="truncate")
     tokenizer = AutoTokenizer.from_pretrained(encoder.model.config._name_or_path).backend_tokenizer
     tokenizer.no_padding()
@@ -29,7 +30,9 @@ def stream(arguments: argparse.Namespace) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         shard = Path(folder) / "corpus.jsonl"
         shard.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        dataset = bertstream.TextStream(shard, encoder, batch_size=64, shuffle=True)
+        # An even share for two workers: so little data has few lanes by default, and one worker half as many again.
+        reading = bertstream.StreamConfig(lanes=8)
+        dataset = bertstream.TextStream(shard, encoder, batch_size=64, shuffle=True, reading=reading)
         tokens = sum(batch.num_tokens for batch in dataset)
 
         def bare() -> None:

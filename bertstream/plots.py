@@ -1,0 +1,86 @@
+"""Pictures, for bright and dark pages alike: nothing behind them, and colours that stand out on white and on black."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+# Each has a contrast of about 4 to 1 with both white and GitHub's #0d1117; a test computes it.
+TEXT, BLUE, ORANGE, GREEN = "#7a7a7a", "#2f81d6", "#c2631a", "#2e8b57"
+
+
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Refuse what could not be written, before anything long has run.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or does not know the file's ending.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("a plot needs matplotlib: pip install 'bertstream[plot]'")
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix.removeprefix(".").lower() not in known:
+        raise ConfigError(f"plot={os.fspath(path)!r}: name a file that ends in .png, .svg or .pdf")
+
+
+def plot_lengths(
+    path: str | os.PathLike[str],
+    *,
+    edges: Sequence[int],
+    counts: Sequence[int],
+    max_length: int,
+    padding: Sequence[tuple[str, float]],
+) -> None:
+    """Write a picture of how long texts are, and of what padding costs.
+
+    Args:
+        path: of a .png, .svg or .pdf file.
+        edges: [n + 1] of bins of lengths, in tokens; bin i holds lengths from edge i to edge i + 1, excluded.
+        counts: [n] texts in each bin.
+        max_length: tokens that the model takes.
+        padding: how texts are batched, and the share of padding in that.
+    Raises:
+        ConfigError: matplotlib is not installed, or does not know the file's ending.
+        OSError: the file cannot be written.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    names = [str(low) if high - low == 1 else f"{low}-{high - 1}" for low, high in pairwise(edges)]
+    too_long = [low > max_length for low in edges[:-1]]
+    left.bar(range(len(counts)), counts, color=[ORANGE if long else BLUE for long in too_long], width=0.85)
+    left.set_xticks(range(len(counts)), names, rotation=45, ha="right")
+    left.set(title="Texts by length", xlabel="tokens", ylabel="texts")
+    if any(too_long):
+        left.axvline(too_long.index(True) - 0.5, color=ORANGE, linestyle="--")
+        note = f"longer than {max_length}"
+        left.annotate(note, (0.99, 0.93), xycoords="axes fraction", ha="right", color=ORANGE)
+    labels, shares = zip(*padding, strict=True)
+    for place, share in enumerate(shares):
+        right.barh(place, 1 - share, color=GREEN)
+        right.barh(place, share, left=1 - share, color=ORANGE)
+        right.annotate(f"{share:.0%} padding", (1.03, place), va="center", color=TEXT, annotation_clip=False)
+    right.set_yticks(range(len(labels)), labels)
+    right.invert_yaxis()
+    right.set(title="What a forward computes", xticks=[], xlim=(0, 1.45))
+    for axes in (left, right):
+        _plain(axes)
+    right.spines["bottom"].set_visible(False)
+    figure.savefig(path, dpi=150, transparent=True)
+
+
+def _plain(axes: Any) -> None:
+    axes.tick_params(colors=TEXT)
+    for part in (axes.title, axes.xaxis.label, axes.yaxis.label):
+        part.set_color(TEXT)
+    for side, spine in axes.spines.items():
+        spine.set(color=TEXT, visible=side in ("left", "bottom"))

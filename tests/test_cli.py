@@ -1,0 +1,196 @@
+"""The command line as people type it: what it prints, what it says of mistakes, and what it exits with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from configparser import ConfigParser
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pytest
+import torch
+import transformers
+
+import bertstream
+from bertstream import EmbeddingCache, Encoder, cli
+from bertstream.testing import write_shards
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parents[1]
+MODEL = ("--model", "all-MiniLM-L6-v2", "--dtype", "float32")
+VERBS = ("inspect", "embed", "warm", "cache", "doctor")
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Call the command: its exit status, and what it printed on standard output and standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stopped:  # argparse
+            status = int(stopped.code or 0)
+        transformers.utils.logging.enable_progress_bar()
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory, sentences: list[str]) -> str:
+    return write_shards(tmp_path_factory.mktemp("shards"), sentences[:40])[0]
+
+
+def test_the_installed_command_is_this_one() -> None:
+    setup = ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg", "utf-8")
+    assert setup["options.entry_points"]["console_scripts"].split() == ["bertstream", "=", "bertstream.cli:main"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_and_its_exit_status(call: Call, verb: str) -> None:
+    status, out, _ = call(verb, "--help")
+    assert status == 0 and f"usage: bertstream {verb}" in out and "exit status:" in out
+    assert verb in call("--help")[1]
+
+
+def test_every_option_of_an_encoder_has_one_on_the_command_line(call: Call) -> None:
+    names = set(Encoder.__init__.__kwdefaults__ or ()) | set(Encoder.from_pretrained.__kwdefaults__ or ())
+    shown = re.findall(r"--(?:no-)?([\w-]+)", call("embed", "--help")[1])
+    # A function cannot be typed, and `packed` is for tests.
+    assert {name.replace("_", "-") for name in names - {"split", "packed"}} <= set(shown)
+
+
+def test_inspect_tells_what_the_library_finds(call: Call, shard: str, tmp_path: Path) -> None:
+    status, out, err = call("inspect", shard, *MODEL, "--batch-size", 8, "--json", "--plot", tmp_path / "plot.png")
+    found = json.loads(out)
+    assert (status, err) == (0, "") and found["texts"] == 40 and found["batches"] >= 5
+    assert found["tokens_per_s"] > 0 and (tmp_path / "plot.png").stat().st_size > 1000
+    status, out, _ = call("inspect", shard, *MODEL)
+    assert status == 0 and re.search(rf"^tokens +{found['tokens']:,};", out, re.MULTILINE)
+    assert "packed equals one by one" in out and "  id: 0" in out
+
+
+def test_embed_writes_and_goes_on(call: Call, shard: str, tmp_path: Path, minilm: Encoder) -> None:
+    command = ("embed", shard, "--out", tmp_path / "out", *MODEL, "--output", "sentence", "--format", "safetensors")
+    status, out, err = call(*command)
+    assert (status, err) == (0, "") and "40 vectors of 384 in 1 files" in out
+    status, out, _ = call(*command, "--json")
+    assert status == 0 and json.loads(out)["texts_before"] == 40
+    assert (tmp_path / "out" / "part-000000.safetensors").exists()
+    status, _, err = call(*command, "--progress")
+    assert status == 0
+
+
+def test_what_was_cut_or_passed_over_is_said(call: Call, tmp_path: Path) -> None:
+    (path,) = write_shards(tmp_path, ["word " * 30, "word"])
+    with open(path, "a") as file:
+        file.write("no json\n")
+    options = ("--overflow", "truncate", "--max-length", 16, "--max-bad-records", 1)
+    status, out, err = call("embed", path, "--out", tmp_path / "out", *MODEL, *options)
+    assert status == 0 and "1 texts were cut off" in out and "1 broken records were passed over" in out
+    assert "no json" in err or "record 2" in err  # named in the log
+
+
+def test_a_cache_is_filled_shown_checked_and_forgotten(call: Call, shard: str, tmp_path: Path, minilm: Encoder) -> None:
+    folder = tmp_path / "cache"
+    command = ("warm", shard, "--cache", folder, "--limit", "64MiB", *MODEL)
+    status, out, err = call(*command)
+    assert (status, err) == (0, "") and out.startswith("40 texts, 40 of them computed now")
+    assert json.loads(call(*command, "--json")[1])["computed"] == 0
+    with EmbeddingCache("1MiB", folder, "64MiB", read_only=True) as cache:  # what a training would look up
+        name = cache.fingerprint(minilm)
+    status, out, _ = call("cache", folder, "--json")
+    assert status == 0 and json.loads(out)["fingerprints"] == {name: 40}
+    assert call("cache", folder, "--verify")[:2][0] == 0
+    with lmdb.open(str(folder)) as env, env.begin(write=True) as transaction, transaction.cursor() as cursor:
+        cursor.set_range(b"r")
+        key, entry = cursor.item()
+        transaction.put(key, entry[:-1] + bytes([entry[-1] ^ 1]))
+    status, out, _ = call("cache", folder, "--verify")
+    assert status == 1 and "1 entries were damaged" in out
+    assert json.loads(call("cache", folder, "--drop", name, "--json")[1])["dropped"] == {name: 39}
+    call(*command)
+    status, out, _ = call("cache", folder, "--drop", "all")
+    assert status == 0 and "40 texts dropped" in out and "0 texts" in out
+
+
+def test_warm_says_when_the_cache_is_too_small(call: Call, tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", [f"{'word ' * 400}{i}" for i in range(100)])
+    status, out, _ = call("warm", *shards, "--cache", tmp_path / "cache", "--limit", "16MiB", *MODEL, "--layers", 0)
+    assert status == 1 and "raise --limit" in out
+
+
+def test_doctor_knows_models_and_fails_for_those_that_it_cannot_load(call: Call) -> None:
+    status, out, _ = call("doctor", "--model", "all-MiniLM-L6-v2", "--dtype", "float32")
+    assert status == 0 and "runs: packed" in out and f"torch {torch.__version__}" in out
+    status, out, _ = call("doctor", "--model", "no-such-model", "--json")
+    assert status == 1 and "no model" in json.loads(out)["models"]["no-such-model"]["error"]
+
+
+MISTAKES: list[tuple[tuple[Any, ...], int, str]] = [
+    (("inspect", "none.jsonl", *MODEL), 1, "there is no such shard"),
+    (("inspect", "*.nothing", *MODEL), 2, "no file matches"),
+    (("inspect", "SHARD", "--text", "body", *MODEL), 1, "--text names the field"),
+    (("inspect", "SHARD", *MODEL, "--plot", "x.foo"), 2, "ends in .png"),
+    (("inspect", "SHARD", *MODEL, "--max-tokens", -1), 2, "max_tokens=-1"),
+    (("embed", "SHARD", "--out", "OUT", "--model", "no-such-model"), 1, "no model 'no-such-model'"),
+    (("embed", "SHARD", "--out", "OUT", *MODEL, "--pooling", "mean"), 2, "token output is not pooled"),
+    (("embed", "SHARD", "--out", "OUT", *MODEL, "--max-length", 4), 1, "overflow='truncate'"),
+    (("embed", "SHARD", "--out", "OUT", *MODEL, "--part-size", "big"), 2, "part_bytes='big'"),
+    (("embed", "SHARD", "--out", "SHARD/x", *MODEL), 1, "Not a directory"),
+    (("warm", "SHARD", "--cache", "SHARD", *MODEL), 1, "cannot be opened"),
+    (("cache", "OUT"), 1, "is no cache"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "status", "message"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_mistake_is_one_line_with_the_way_out(
+    call: Call, shard: str, tmp_path: Path, arguments: tuple[Any, ...], status: int, message: str
+) -> None:
+    places = {"SHARD": shard, "OUT": str(tmp_path / "out"), "SHARD/x": f"{shard}/x"}
+    found, out, err = call(*(places.get(argument, argument) for argument in arguments))
+    assert (found, out) == (status, "") and message in err
+    assert err.count("\n") == 1 and err.startswith(f"bertstream {arguments[0]}: ")
+
+
+@pytest.mark.parametrize("arguments", [(), ("bench",), ("embed", "x"), ("inspect", "x", *MODEL, "--layers", "last")])
+def test_what_argparse_refuses_exits_with_2(call: Call, arguments: tuple[Any, ...]) -> None:
+    status, out, err = call(*arguments)
+    assert (status, out) == (2, "") and "usage:" in err
+
+
+def test_ctrl_c_is_no_traceback(call: Call, shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "inspect_shards", interrupted)
+    assert call("inspect", shard, *MODEL) == (130, "", "bertstream inspect: interrupted\n")
+
+
+def test_an_error_of_ours_keeps_its_traceback(call: Call, shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "inspect_shards", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call("inspect", shard, *MODEL)
+
+
+def test_a_reader_that_goes_away_is_no_error(minilm: Encoder, tmp_path: Path, shard: str) -> None:
+    with EmbeddingCache(0, tmp_path, "64MiB") as cache:
+        bertstream.warm(shard, minilm, cache, progress=False)
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "bertstream", "cache", str(tmp_path)]
+    done = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=100
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
