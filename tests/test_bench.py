@@ -41,7 +41,7 @@ def measure(model: str, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_verbs_are_the_files() -> None:
-    assert {"cache", "encode", "epoch", "mix", "outputs", "stream", "wrap"} <= set(bench.VERBS)
+    assert {"cache", "encode", "epoch", "mix", "outputs", "split", "stream", "train", "wrap"} <= set(bench.VERBS)
     assert not {"common", "models", "__init__"} & set(bench.VERBS)
 
 
@@ -69,6 +69,17 @@ def test_wrap_says_how_many_tokens_were_encoded_together(measure: Any) -> None:
     found = measure("wrap")
     assert found["together_times_one_by_one"].keys() == {"8", "32", "128"}
     assert found["tokens_encoded_together"]["8"] > found["tokens_a_batch"]["8"] > 0
+
+
+def test_training_packed_is_training_padded(measure: Any) -> None:
+    found = measure("train")
+    assert found["relative_l2_error"] <= 1e-5 and min(found["seconds"].values()) > 0
+
+
+def test_training_over_a_cached_lower_half_has_the_losses_of_the_whole(measure: Any) -> None:
+    found = measure("split", "--at", "1")
+    losses = found["losses_of_epochs"]
+    assert losses["whole_1"] == pytest.approx(losses["split_1"], rel=1e-4) and found["times_whole"][1] > 0
 
 
 def test_epoch_measures_every_kind_of_step(measure: Any) -> None:

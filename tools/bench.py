@@ -4,6 +4,7 @@
     python tools/bench.py wrap --data ../shared/data        small batches of short texts, together and one by one
     python tools/bench.py epoch --data ../shared/data       a training loop: what hides behind the step
     python tools/bench.py train --data ../shared/data       BERT trained in the model, packed against padded
+    python tools/bench.py split --data ../shared/data       the upper layers over a cached lower half
     python tools/bench.py outputs --data ../shared/data     what fewer layers and word vectors cost
     python tools/bench.py embed --data ../shared/data       vectors written to files, beside encoding alone
     python tools/bench.py cache --data ../shared/data       epochs from the cache, and a tagger's over tensors in memory
