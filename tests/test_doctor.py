@@ -12,7 +12,7 @@ from bertstream import Encoder
 from bertstream.doctor import examine
 
 
-def test_versions_devices_and_models_are_told_as_plain_json(minilm: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_devices_and_models_are_told_as_plain_json(minilm: Encoder) -> None:
     found = json.loads(json.dumps(examine(["all-MiniLM-L6-v2", "no-such-model"], dtype="float32", device="cpu")))
     assert found["versions"]["bertstream"] == bertstream.__version__
     assert found["versions"]["torch"] == torch.__version__
@@ -20,7 +20,8 @@ def test_versions_devices_and_models_are_told_as_plain_json(minilm: Encoder, mon
     assert cpu["device"] == "cpu" and cpu["auto_dtype"] in ("float32", "bfloat16")
     assert len(found["devices"]) == 1 + torch.cuda.device_count()
     model = found["models"]["all-MiniLM-L6-v2"]
-    assert (model["runs"], model["because"]) == (minilm.batching.way, minilm.batching.reason)
+    assert model["runs"] == minilm.batching.way == "packed"
+    assert model["because"].startswith("packed equals one by one")  # the error behind it depends on the threads
     assert (model["max_length"], model["embedding_dim"], model["dtype"]) == (512, 384, "float32")
     assert "no model 'no-such-model'" in found["models"]["no-such-model"]["error"]
 
