@@ -16,7 +16,8 @@ moving its result; see `bertstream.stream` for encoding beside the training step
     )
     vectors.write_parquet("s3://bucket/vectors/")
 
-Into training workers, each of which gets its share of every epoch while the actors encode the next one:
+Into training workers, each of which gets its share while the actors encode. Ray runs the whole again for each epoch: a
+cache on disk, or `vectors.materialize()` where they fit into the object store, saves the encoding.
 
     shares = vectors.streaming_split(2, equal=True)  # one for each worker
 
