@@ -213,28 +213,25 @@ class BatchedForward(nn.Module):
         order = np.argsort(-lengths, kind="stable")
         order = order[lengths[order] > 0]
         forward = self._packed_forward if self.batching.way == "packed" else self._padded_forward
-        parts: list[list[Tensor]] = []
-        rows = []
+        layers: list[Tensor] = []
         waiting = deque(self._forwards(order, lengths))
         while waiting:
             texts = waiting.popleft()
             places = rows_of(texts, cu_seqlens)
+            index = self._to_device(places)
             try:
-                part = None if given is None else given.index_select(0, self._to_device(places))
-                parts.append(forward(batch, places, lengths[texts], part))
-                rows.append(places)
+                parts = forward(batch, places, lengths[texts], None if given is None else given.index_select(0, index))
             except torch.OutOfMemoryError:
                 if len(texts) == 1:
                     raise
                 self._lower_budget(len(places))
                 waiting.extendleft(np.array_split(texts, 2)[::-1])
-        if not parts:
-            size = cast(Any, self.model.config).hidden_size
-            return [torch.zeros(0, size, dtype=self.dtype, device=self.device)] * len(self.layers)
-        back = np.empty(batch.num_tokens, np.int64)
-        back[np.concatenate(rows)] = np.arange(batch.num_tokens)
-        index = self._to_device(back)
-        return [torch.cat(layer).index_select(0, index) for layer in zip(*parts, strict=True)]
+                continue
+            layers = layers or [part.new_empty(batch.num_tokens, part.shape[1]) for part in parts]
+            for layer, part in zip(layers, parts, strict=True):
+                layer.index_copy_(0, index, part)
+        size = cast(Any, self.model.config).hidden_size
+        return layers or [torch.zeros(0, size, dtype=self.dtype, device=self.device) for _ in self.layers]
 
     def _lower_budget(self, tokens: int) -> None:
         """After a forward of so many tokens found no memory: later ones are of half as many."""

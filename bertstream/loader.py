@@ -24,9 +24,9 @@ from .encoder import Encoder
 from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedError, StateError, check_choice
 from .iteration import Entry, Groups, Iteration, Run, Source, agreed, located
 from .lanes import STATE_VERSION, LaneQueue, pack_state
-from .openmp import release_helpers
 from .places import Place, as_places, texts_of, with_vectors
 from .prefetch import Prefetcher, StepClock
+from .runtime import release_helpers, trim_heap
 from .stages import Stages, bottleneck
 from .types import Embeddings, Layout, ReadReport, SupportsEncode, TokenBatch
 
@@ -41,6 +41,9 @@ _PREFETCH = 2
 _GROUP_FORWARDS = {"cpu": 8}
 """Forwards' worth of tokens that are gathered to be encoded together, else one. A CPU's forwards are small, so that
 they stay in its caches; out of many texts each gets some of about one length."""
+
+_TRIM_EVERY_S = 2.0
+"""Between two moments at which the heap's holes are given back, while vectors are made on a CPU."""
 
 
 def wrap(
@@ -654,8 +657,12 @@ class EmbeddingLoader:
             limit=limit,
             by_the_clock=not self._deterministic,
         )
+        trimmed = time.perf_counter()
         for group in groups:
             started = time.perf_counter()
+            if self._device.type == "cpu" and started - trimmed > _TRIM_EVERY_S:
+                trim_heap()
+                trimmed = started
             weight = sum(item.weight for item in group)
             ready = self._encode(group)
             del group

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "bertstream"
 # Each module imports from rows above its own only.
 LAYERS = (
     ("errors",),
-    ("cuda", "distributed", "openmp", "parquet", "parts", "tar", "watchdog"),
+    ("cuda", "distributed", "parquet", "parts", "runtime", "tar", "watchdog"),
     ("types", "files"),
     ("shards", "tokenizer", "bucket", "pooling", "layers", "attention", "prefetch", "fingerprint", "codec"),
     ("stages", "coalesce", "places", "plots", "loading", "lanes", "memory", "disk", "forward"),

@@ -1,4 +1,4 @@
-"""OpenMP's helpers: a thread's go when it is told so, settings stay, and what it computes stays the same."""
+"""OpenMP's helpers go when they are told so, and settings and results stay; the heap's holes go back to the system."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bertstream import openmp
-from bertstream.openmp import release_helpers
+from bertstream import runtime
+from bertstream.runtime import release_helpers, trim_heap
 
 TASKS = Path("/proc/self/task")
 
@@ -29,7 +29,7 @@ def _two_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_two_threads")
-@pytest.mark.skipif(not openmp._runtimes(), reason="torch runs on another OpenMP than GCC's here")
+@pytest.mark.skipif(not runtime._openmp(), reason="torch runs on another OpenMP than GCC's here")
 def test_helpers_go_and_come_back_and_the_number_of_threads_stays() -> None:
     with_helpers = []
     for _ in range(3):
@@ -55,6 +55,24 @@ def test_another_threads_helpers_are_left_alone() -> None:
     assert found == [[right] * 5] * 20
 
 
-def test_where_there_is_no_such_runtime_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openmp, "_runtimes", list)
+@pytest.mark.skipif(runtime._malloc_trim() is None, reason="the C library is not glibc")
+def test_trimming_gives_back_the_holes_between_blocks_in_use() -> None:
+    blocks = [torch.ones(25_000) for _ in range(2_000)]  # 100 kB each, below what glibc takes from the system singly
+    whole = resident_bytes()
+    kept = blocks[::8]
+    del blocks
+    with_holes = resident_bytes()
+    trim_heap()
+    assert with_holes - resident_bytes() > 0.7 * 1e5 * (2_000 - len(kept)) - (whole - with_holes)
+    assert all(float(block.sum()) == 25_000 for block in kept)
+
+
+def test_where_there_are_no_such_libraries_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_openmp", list)
+    monkeypatch.setattr(runtime, "_malloc_trim", lambda: None)
     release_helpers()
+    trim_heap()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
