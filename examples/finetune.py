@@ -54,6 +54,7 @@ def main():
     model = Classifier(encoder, len(classes)).to(encoder.device)
     groups = [{"params": model.head.parameters(), "lr": args.lr}]
     optimizer = torch.optim.AdamW(groups + encoder.parameter_groups(args.encoder_lr, layer_decay=0.9))
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / args.epochs, total_iters=args.epochs - 1)
     unfreezing = bertstream.UnfreezeSchedule(encoder, start=args.frozen, every=args.layers_every)
 
     for epoch in range(args.epochs):
@@ -64,6 +65,7 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        decay.step()
 
     encoder.freeze()  # test vectors are computed once, packed and without gradients
     right = total = 0
