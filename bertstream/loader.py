@@ -485,8 +485,8 @@ class EmbeddingLoader:
     def save_plot(self, path: str | os.PathLike[str]) -> None:
         """Draw where the time of a step goes, since the loader was made: milliseconds a batch of what `stats` counts.
 
-        Above is the training loop, its step and its waiting; below the work on a batch. Where a worker runs ahead, that
-        work is done beside the step, and the loop waits for what does not fit; else it is what the loop waits for.
+        Above is the training loop, its step and its waiting; below the work on a batch, which the loop waits for. Where
+        a worker runs ahead, all of it but "hand_over" is done beside the step, and the loop waits for what is left.
 
         Args:
             path: of a .png, .svg or .pdf file.

@@ -70,7 +70,7 @@ LOOP = ("step", "wait")
 """What a training loop's own time goes into."""
 
 WORK = ("read", "tokenize", "lookup", "encode", "hand_over")
-"""What is done for a batch; beside the loop where a worker runs ahead, else while the loop waits."""
+"""What is done for a batch: while the loop waits, or beside it, all but "hand_over", where a worker runs ahead."""
 
 
 class Stats(dict[str, float]):
