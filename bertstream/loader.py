@@ -25,9 +25,10 @@ from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedErro
 from .iteration import Entry, Groups, Iteration, Run, Source, agreed, located
 from .lanes import STATE_VERSION, LaneQueue, pack_state
 from .places import Place, as_places, texts_of, with_vectors
+from .plots import plot_step
 from .prefetch import Prefetcher, StepClock
 from .runtime import release_helpers, trim_heap
-from .stages import Stages, bottleneck
+from .stages import LOOP, WORK, Stages, Stats, bottleneck
 from .types import Embeddings, Layout, ReadReport, SupportsEncode, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -435,8 +436,8 @@ class EmbeddingLoader:
             )
         return self._source.state_dict()  # type: ignore[attr-defined]
 
-    def stats(self) -> dict[str, float]:
-        """What passed through since the loader was made.
+    def stats(self) -> Stats:
+        """What passed through since the loader was made: a dict of numbers, which `print` shows as a table.
 
         `epochs`, `batches`, `texts` and `tokens` were handed out; `cut_texts` of them were truncated, by `cut_words`
         (known where texts are lists of words) and `cut_tokens` in all. `bad_records` and `bad_shards` were passed over,
@@ -454,7 +455,7 @@ class EmbeddingLoader:
         What `EmbeddingCache.stats` says stands here under `cache_` names, of all loaders that share the cache.
         """
         seconds = self._stages.seconds
-        stats: dict[str, float] = asdict(self._counts)
+        stats = Stats(asdict(self._counts))
         padded = stats.pop("padded_tokens")
         stats["padding_share"] = 1 - stats["tokens"] / padded if padded else 0.0
         stats |= {f"{stage}_s": seconds[stage] for stage in ("read", "tokenize", "encode", "hand_over", "wait", "step")}
@@ -483,6 +484,22 @@ class EmbeddingLoader:
         (`experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)`).
         """
         self._stages.save_trace(path)
+
+    def save_plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw where the time of a step goes, since the loader was made: milliseconds a batch of what `stats` counts.
+
+        Above is the training loop, its step and its waiting; below the work on a batch, which the loop waits for. Where
+        a worker runs ahead, all of it but "hand_over" is done beside the step, and the loop waits for what is left.
+
+        Args:
+            path: of a .png, .svg or .pdf file.
+        Raises:
+            ConfigError: matplotlib is not installed, or does not know the file's ending.
+            OSError: the file cannot be written.
+        """
+        stats = self.stats()
+        a_batch = {stage: 1e3 * stats[f"{stage}_s"] / (stats["batches"] or 1) for stage in LOOP + WORK}
+        plot_step(path, loop={stage: a_batch[stage] for stage in LOOP}, work={stage: a_batch[stage] for stage in WORK})
 
     def close(self) -> None:
         """Stop the worker thread and the processes it reads from; the loader cannot be iterated again.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
 
     known = Figure().canvas.get_supported_filetypes()
     if Path(path).suffix.removeprefix(".").lower() not in known:
-        raise ConfigError(f"plot={os.fspath(path)!r}: name a file that ends in .png, .svg or .pdf")
+        raise ConfigError(f"cannot draw to {os.fspath(path)!r}: name a file that ends in .png, .svg or .pdf")
 
 
 def plot_lengths(
@@ -75,6 +75,38 @@ def plot_lengths(
     for axes in (left, right):
         _plain(axes)
     right.spines["bottom"].set_visible(False)
+    figure.savefig(path, dpi=150, transparent=True)
+
+
+def plot_step(path: str | os.PathLike[str], *, loop: Mapping[str, float], work: Mapping[str, float]) -> None:
+    """Write a picture of where the time of a step goes; each bar begins where the one above it ends.
+
+    Args:
+        path: of a .png, .svg or .pdf file.
+        loop: "step" and "wait" of the training loop, in milliseconds a batch.
+        work: the same of each stage of the work on a batch.
+    Raises:
+        ConfigError: matplotlib is not installed, or does not know the file's ending.
+        OSError: the file cannot be written.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    both = figure.subplots(2, 1, sharex=True, height_ratios=(len(loop), len(work)))
+    for axes, title, parts in zip(both, ("The training loop", "The work on a batch"), (loop, work), strict=True):
+        total, left = sum(parts.values()), 0.0
+        for place, (stage, ms) in enumerate(parts.items()):
+            axes.barh(place, ms, left=left, color={"step": GREEN, "wait": ORANGE}.get(stage, BLUE))
+            left += ms
+            note = f"{ms:,.2f} ms, {ms / (total or 1.0):.0%}"
+            where = {"xy": (1.02, place), "xycoords": ("axes fraction", "data"), "annotation_clip": False}
+            axes.annotate(note, va="center", color=TEXT, **where)
+        axes.set_yticks(range(len(parts)), [stage.replace("_", " ") for stage in parts])
+        axes.invert_yaxis()
+        axes.set_title(title, loc="left", color=TEXT)
+        _plain(axes)
+    both[-1].set(xlabel="milliseconds a batch", xlim=(0, max(sum(loop.values()), sum(work.values())) or 1.0))
     figure.savefig(path, dpi=150, transparent=True)
 
 

@@ -66,7 +66,43 @@ class Stages:
         Path(path).write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
 
 
-# Stage -> what it is called, and what would help.
+LOOP = ("step", "wait")
+"""What a training loop's own time goes into."""
+
+WORK = ("read", "tokenize", "lookup", "encode", "hand_over")
+"""What is done for a batch: while the loop waits, or beside it, all but "hand_over", where a worker runs ahead."""
+
+
+class Stats(dict[str, float]):
+    """What `EmbeddingLoader.stats` says: a plain dict of names and numbers, which `print` shows as a table."""
+
+    def __str__(self) -> str:
+        """The counts, the seconds of each stage, and of all the rest what is not 0, under their names in the dict."""
+        counts = ("epochs", "batches", "texts", "tokens", "texts_per_s", "tokens_per_s", "padding_share")
+        rows = [("handed out", "", "", "")] + [(f"  {name}", _shown(name, self[name]), "", "") for name in counts]
+        for title, stages in (("the loop", LOOP), ("the work", WORK)):
+            rows.append((title, "seconds", "ms a batch", "share"))
+            seconds = [self[f"{stage}_s"] for stage in stages]
+            for stage, value in zip(stages, seconds, strict=True):
+                a_batch, share = 1e3 * value / (self["batches"] or 1), value / (sum(seconds) or 1.0)
+                rows.append((f"  {stage}", f"{value:,.3f}", f"{a_batch:,.2f}", f"{share:.0%}"))
+        shown = {*counts, *(f"{stage}_s" for stage in LOOP + WORK)}
+        rest = [
+            (f"  {name}", _shown(name, value), "", "") for name, value in self.items() if value and name not in shown
+        ]
+        rows += [("and", "", "", ""), *rest] if rest else []
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+        return "\n".join(lines)
+
+
+def _shown(name: str, value: float) -> str:
+    if name.endswith("_share"):
+        return f"{value:.1%}"
+    return f"{value:,.3f}" if name.endswith("_s") and not name.endswith("_per_s") else f"{value:,.0f}"
+
+
+# Stage of the work -> what it is called, and what would help.
 _ADVICE = {
     "read": ("Reading", "more workers (num_workers=), larger or local shards, or shard_cache="),
     "tokenize": ("Tokenizing", "worker processes (num_workers= of stream, or TokenCollate with wrap)"),
@@ -84,7 +120,7 @@ def bottleneck(stats: Mapping[str, float]) -> str:
     share = wait / (wait + step) if wait + step else 0.0
     if share < 0.05:
         return f"The training step is the bottleneck: the loop waits for batches {share:.0%} of its time."
-    works = {stage: stats.get(f"{stage}_s", 0.0) for stage in _ADVICE}
+    works = {stage: stats.get(f"{stage}_s", 0.0) for stage in WORK}
     slowest = max(works, key=lambda stage: works[stage])
     part = works[slowest] / (sum(works.values()) or 1.0)
     name, help_with = _ADVICE[slowest]

@@ -591,6 +591,21 @@ def test_stats_count_what_was_handed_out(minilm_folder: str) -> None:
     assert stats["encode_s"] > 0 and stats["wait_s"] > 0
 
 
+def test_the_picture_of_a_step_shows_milliseconds_a_batch(tmp_path: Path) -> None:
+    loader = bertstream.wrap(batches(20), FakeEncoder(), text="text")
+    loader.save_plot(tmp_path / "nothing.svg")
+    for _ in loader:
+        pass
+    loader.save_plot(tmp_path / "step.svg")
+    stats = loader.stats()
+    shown = (tmp_path / "step.svg").read_text("utf-8")
+    for stage in ("step", "wait", "read", "tokenize", "lookup", "encode", "hand_over"):
+        assert f"<!-- {stage.replace('_', ' ')} -->" in shown
+        assert f"<!-- {1e3 * stats[f'{stage}_s'] / 20:,.2f} ms, " in shown
+    with pytest.raises(ConfigError, match=r"ends in \.png"):
+        loader.save_plot(tmp_path / "step.foo")
+
+
 def test_truncation_is_reported_once_an_epoch(minilm_folder: str, caplog: pytest.LogCaptureFixture) -> None:
     encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", overflow="truncate", max_length=8)
     loader = bertstream.wrap([["many " * 20], ["more " * 30]], encoder)

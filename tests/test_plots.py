@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,18 @@ EXAMPLE = {
     "counts": [3, 20, 41, 12, 1],
     "padding": [("file order", 0.4), ("packed", 0.0)],
 }
+
+
+STEP = {
+    "loop": {"step": 6.0, "wait": 2.0},
+    "work": {"read": 1.0, "tokenize": 0.5, "lookup": 0.0, "encode": 5.0, "hand_over": 1.5},
+}
+
+
+def painted(picture: Any, colour: str) -> Any:
+    """[height, width] bool: where a picture has this colour, and hides what is behind."""
+    wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return (np.abs(picture[..., :3] - wanted).max(-1) < 0.02) & (picture[..., 3] > 0.9)
 
 
 def luminance(colour: str) -> float:
@@ -36,10 +49,42 @@ def test_a_plot_has_no_page_of_its_own_and_marks_what_is_too_long(tmp_path: Path
     plots.plot_lengths(tmp_path / "lengths.png", max_length=max_length, **EXAMPLE)
     picture = imread(tmp_path / "lengths.png")
     assert picture.shape[2] == 4 and picture[0, 0, 3] == 0
-    left = picture[:, : picture.shape[1] // 2]
-    orange = np.array([int(plots.ORANGE[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    shown = (np.abs(left[..., :3] - orange).max(-1) < 0.02) & (left[..., 3] > 0.9)
-    assert (shown.sum() > 500) == (max_length == 12)
+    assert (painted(picture[:, : picture.shape[1] // 2], plots.ORANGE).sum() > 500) == (max_length == 12)
+
+
+def test_a_steps_bars_are_as_long_as_its_parts_and_follow_each_other(tmp_path: Path) -> None:
+    plots.plot_step(tmp_path / "step.png", **STEP)
+    picture = imread(tmp_path / "step.png")
+
+    def ends(colour: str) -> Any:
+        columns = painted(picture, colour).sum(0).nonzero()[0]
+        return np.array([columns[0], columns[-1] + 1])
+
+    step, wait, work = (ends(colour) for colour in (plots.GREEN, plots.ORANGE, plots.BLUE))
+    assert step[1] == pytest.approx(wait[0], abs=2)
+    assert (wait[1] - wait[0]) / (step[1] - step[0]) == pytest.approx(2 / 6, abs=0.02)
+    assert [*work] == pytest.approx([step[0], wait[1]], abs=2), "8 ms of work, drawn as the loop's 8 ms are"
+    # One bar above the other: a column crosses the bar of one stage, and the longest stage takes most columns.
+    tall = painted(picture, plots.BLUE).sum(0)[work[0] : work[1]]
+    assert tall.max() <= tall.min() + 4
+
+
+@pytest.mark.parametrize("name", ["lengths", "step"])
+def test_all_that_is_written_and_drawn_has_one_of_the_colours(tmp_path: Path, name: str) -> None:
+    if name == "lengths":
+        plots.plot_lengths(tmp_path / "plot.png", max_length=12, **EXAMPLE)
+    else:
+        plots.plot_step(tmp_path / "plot.png", **STEP)
+    picture = imread(tmp_path / "plot.png")
+    ours = sum(painted(picture, colour) for colour in (plots.TEXT, plots.BLUE, plots.ORANGE, plots.GREEN))
+    assert picture[0, 0, 3] == 0 and ours.sum() > 10_000
+    others = (picture[..., 3] > 0.9) & (ours == 0)
+    assert others.sum() < 0.01 * ours.sum(), "only where two colours meet"
+
+
+def test_nothing_handed_out_is_drawn_as_nothing(tmp_path: Path) -> None:
+    plots.plot_step(tmp_path / "step.svg", **{part: dict.fromkeys(stages, 0.0) for part, stages in STEP.items()})
+    assert (tmp_path / "step.svg").stat().st_size > 0
 
 
 def test_what_cannot_be_drawn_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

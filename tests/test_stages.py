@@ -14,12 +14,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.tensorboard import SummaryWriter
 
 import bertstream
 from bertstream import stages
-from bertstream.stages import Stages, bottleneck
+from bertstream.stages import LOOP, WORK, Stages, Stats, bottleneck
 from bertstream.testing import FakeEncoder
 
 STAGES = {"read", "tokenize", "encode", "hand_over", "wait", "step"}
@@ -111,6 +113,78 @@ def test_torchs_profiler_sees_the_stages(prefetch: int) -> None:
     counts = {event.key: event.count for event in seen.key_averages()}
     assert {f"bertstream.{name}" for name in ("read", "tokenize", "encode", "hand_over")} <= counts.keys()
     assert counts["bertstream.tokenize"] == counts["bertstream.hand_over"] == len(BATCHES)
+
+
+# --- the numbers as a table, and in TensorBoard -----------------------------------------------------------------------
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """The first word of each line of a table -> the others."""
+    return {words[0]: words[1:] for words in map(str.split, table.splitlines())}
+
+
+def test_numbers_are_printed_as_a_table_and_are_a_plain_dict_otherwise() -> None:
+    counts = dict.fromkeys(("epochs", "batches", "texts", "tokens", "bad_records", "cut_texts"), 0)
+    seconds = {f"{name}_s": 0.0 for name in (*LOOP, *WORK)}
+    rates = {"texts_per_s": 0.0, "tokens_per_s": 0.0, "padding_share": 0.0}
+    stats = Stats(counts | seconds | rates)
+    assert "cut_texts" not in str(stats) and str(stats).endswith("0%"), "nothing was handed out, and nothing skipped"
+    stats |= {"epochs": 2, "batches": 40, "tokens": 54321, "tokens_per_s": 9876.5, "padding_share": 0.25}
+    stats |= {"step_s": 3.0, "wait_s": 1.0, "read_s": 0.4, "encode_s": 1.6, "cut_texts": 1234, "room_wait_s": 0.25}
+    assert str(stats).splitlines() == [
+        "handed out",
+        "  epochs               2",
+        "  batches             40",
+        "  texts                0",
+        "  tokens          54,321",
+        "  texts_per_s          0",
+        "  tokens_per_s     9,876",
+        "  padding_share    25.0%",
+        "the loop         seconds  ms a batch  share",
+        "  step             3.000       75.00    75%",
+        "  wait             1.000       25.00    25%",
+        "the work         seconds  ms a batch  share",
+        "  read             0.400       10.00    20%",
+        "  tokenize         0.000        0.00     0%",
+        "  lookup           0.000        0.00     0%",
+        "  encode           1.600       40.00    80%",
+        "  hand_over        0.000        0.00     0%",
+        "and",
+        "  cut_texts        1,234",
+        "  room_wait_s      0.250",
+    ]
+    assert repr(stats) == repr(dict(stats)) and json.loads(json.dumps(stats)) == stats
+
+
+def test_a_loaders_table_names_everything_that_happened(minilm: bertstream.Encoder) -> None:
+    cache = bertstream.EmbeddingCache("1MiB")
+    loader = bertstream.wrap(BATCHES, minilm, text="text", cache=cache)
+    assert "and" not in cells(str(loader.stats()))
+    list(loader)
+    stats = loader.stats()
+    table = cells(str(stats))
+    for name, value in stats.items():
+        stage = name.removesuffix("_s")
+        shown = table.get(stage if stage in (*LOOP, *WORK) else name)
+        assert (shown is not None) or not value, f"{name} is {value} and not in the table"
+    assert table["batches"] == ["20"] and table["cache_memory_hits"] == [str(stats["cache_memory_hits"])]
+    assert table["encode"][0] == f"{stats['encode_s']:.3f}"
+
+
+def test_tensorboard_takes_every_number_as_it_is(tmp_path: Path, minilm: bertstream.Encoder) -> None:
+    with bertstream.EmbeddingCache("1MiB", disk=tmp_path / "cache", disk_limit="10MiB") as cache:
+        loader = bertstream.wrap(BATCHES, minilm, text="text", cache=cache)
+        with SummaryWriter(tmp_path / "runs") as writer:
+            for _ in loader:
+                stats = loader.stats()
+                for name, value in stats.items():
+                    writer.add_scalar(f"bertstream/{name}", value, stats["batches"])
+    events = EventAccumulator(str(tmp_path / "runs")).Reload()
+    assert set(events.Tags()["scalars"]) == {f"bertstream/{name}" for name in stats}
+    for name, value in stats.items():
+        written = events.Scalars(f"bertstream/{name}")
+        assert [event.step for event in written] == list(range(1, len(BATCHES) + 1))
+        assert written[-1].value == pytest.approx(value)
 
 
 # --- what holds a loop up ---------------------------------------------------------------------------------------------
