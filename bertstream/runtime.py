@@ -48,5 +48,5 @@ def _openmp() -> list[Any]:
 
 @cache
 def _malloc_trim() -> Any:
-    """glibc's function, or None where the C library is another."""
+    """Glibc's function, or None where the C library is another."""
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
