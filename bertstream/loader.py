@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 _WORKER_BATCHES = 8
 """Token batches that each worker process of a stream may have ready."""
 
-_PREFETCH = 2
-"""Forwards' worth of tokens that the encoder runs ahead, where it does so."""
+_PREFETCH = {"cpu": 8}
+"""Forwards' worth of tokens that the encoder runs ahead in its thread, else 2. What encoding takes varies from batch to
+batch more than what a step takes: with 2 on a CPU, a step that sleeps as long as encoding took 1.25 times as long."""
 
 _GROUP_FORWARDS = {"cpu": 8}
 """Forwards' worth of tokens that are gathered to be encoded together, else one. A CPU's forwards are small, so that
@@ -78,7 +79,7 @@ def wrap(
             (`encoder.max_forward_tokens`); one group of batches at least. 0 encodes batch by batch in `next()` itself,
             without a thread. None is 2 for an encoder on CUDA; on a CPU `next()` does the work, for several batches at
             once, until the loop is seen to leave the processor idle (because its step waits for a GPU or for I/O, say),
-            and then it is 2: two threads that both compute on all cores are slower than one. In the thread a DataLoader
+            and then it is 8: two threads that both compute on all cores are slower than one. In the thread a DataLoader
             without workers is read there too, all but an epoch's first batch: where its dataset is bound to your thread
             (a sqlite connection) or draws from torch's global generator, give it `num_workers=1`, or take 0 here.
         cache: where vectors are kept, so that none is computed twice; what several loaders share.
@@ -578,7 +579,7 @@ class EmbeddingLoader:
         return Prefetcher(
             ready,
             weigh=lambda item: 0 if isinstance(item, Skip) else item.tokens,
-            limit=(self._prefetch or _PREFETCH) * self.encoder.max_forward_tokens,
+            limit=(self._prefetch or _PREFETCH.get(self._device.type, 2)) * self.encoder.max_forward_tokens,
             stage="encode",
         )
 
