@@ -40,11 +40,10 @@ class LaneReader:
         self._options = options
         self._tolerant = tolerant
         self._next = start.next_piece
-        self._open: deque[OpenPiece] = deque(start.open)
-        self._readers: dict[int, Generator[Record, None, None]] = {}
+        self._open = deque(_Opened(*place, start=pieces[place.piece].start) for place in start.open)
         self._bad: list[ShardError] = []
         while len(self._open) < open_shards and self._next < len(pieces):
-            self._open_next(self._open.append)
+            self._open.append(self._opened_next())
 
     def read(self) -> Record | None:
         """The next good record; None behind the last.
@@ -53,22 +52,22 @@ class LaneReader:
             ShardError: a record or shard is broken, unless `tolerant`.
         """
         while self._open:
-            place = self._open[0]
-            record = self._next_of(place)
+            opened = self._open[0]
+            record = self._next_of(opened)
             if record is not None:
-                done = record.index - self._pieces[place.piece].start + 1
+                opened.records = record.index - opened.start + 1
+                opened.offset = record.offset
                 self._open.rotate(-1)
-                self._open[-1] = OpenPiece(place.piece, done, record.offset)
                 return record
-            self._readers.pop(place.piece, None)
             self._open.popleft()
             if self._next < len(self._pieces):
-                self._open_next(self._open.appendleft)
+                self._open.appendleft(self._opened_next())
         return None
 
     def place(self, start: Cursor) -> Cursor:
         """Behind the record read last, at the beginning of a window of the lane and epoch of `start`."""
-        return replace(start, next_piece=self._next, open=tuple(self._open), batch=0)
+        places = tuple(OpenPiece(opened.piece, opened.records, opened.offset) for opened in self._open)
+        return replace(start, next_piece=self._next, open=places, batch=0)
 
     def take_bad(self) -> tuple[ShardError, ...]:
         """The broken records and shards that were passed over since the last call."""
@@ -78,22 +77,22 @@ class LaneReader:
 
     def close(self) -> None:
         """Close all files."""
-        for reader in self._readers.values():
-            reader.close()
-        self._readers.clear()
+        for opened in self._open:
+            if opened.reader is not None:
+                opened.reader.close()
+                opened.reader = None
 
-    def _open_next(self, put: Callable[[OpenPiece], None]) -> None:
-        put(OpenPiece(self._next))
+    def _opened_next(self) -> _Opened:
         self._next += 1
+        return _Opened(self._next - 1, start=self._pieces[self._next - 1].start)
 
-    def _next_of(self, place: OpenPiece) -> Record | None:
+    def _next_of(self, opened: _Opened) -> Record | None:
         try:
-            reader = self._readers.get(place.piece)
-            if reader is None:
-                piece, skip = _rest(self._pieces[place.piece], place)
+            if opened.reader is None:
+                piece, skip = _rest(self._pieces[opened.piece], opened)
                 on_bad = self._bad.append if self._tolerant else None
-                reader = self._readers[place.piece] = read_records(piece, self._options, skip=skip, on_bad=on_bad)
-            return next(reader, None)
+                opened.reader = read_records(piece, self._options, skip=skip, on_bad=on_bad)
+            return next(opened.reader, None)
         except ShardError as error:
             if not self._tolerant:
                 raise
@@ -102,7 +101,18 @@ class LaneReader:
             return None
 
 
-def _rest(piece: Piece, place: OpenPiece) -> tuple[Piece, int]:
+@dataclass(slots=True)
+class _Opened:
+    """An `OpenPiece` while it is read, and where in its shard the piece starts."""
+
+    piece: int
+    records: int = 0
+    offset: int = 0
+    start: int = 0
+    reader: Generator[Record, None, None] | None = None
+
+
+def _rest(piece: Piece, place: _Opened) -> tuple[Piece, int]:
     """Where to read on: a piece and how many of its records to leap over, one where the last one's place is known."""
     if not place.offset:
         return piece, place.records

@@ -33,8 +33,10 @@ from .types import Embeddings, Layout, ReadReport, SupportsEncode, TokenBatch
 
 logger = logging.getLogger(__name__)
 
-_WORKER_BATCHES = 8
-"""Token batches that each worker process of a stream may have ready."""
+_WORKER_BATCHES = 16
+"""Token batches that each worker process of a stream may have ready. Batches are taken in turns, so a worker that is
+behind for a moment stops the others once those have theirs: with 8, two workers were 1.55 to 1.73 times as fast as one,
+with 16 1.86 times."""
 
 _PREFETCH = {"cpu": 8}
 """Forwards' worth of tokens that the encoder runs ahead in its thread, else 2. What encoding takes varies from batch to
@@ -180,7 +182,6 @@ def stream(
         keep_text_as=text if into is not None else None,
         reading=reading,
     )
-    # A lane's batches come in turns with the others', so a worker that is behind for a moment must not stop the rest.
     ahead = _WORKER_BATCHES if num_workers else None
     loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, prefetch_factor=ahead)
     targets = None if into is None else (into,)

@@ -70,6 +70,7 @@ _BLOCK_BYTES = 1 << 20
 _ROWS_AT_ONCE = 256
 _BOM = b"\xef\xbb\xbf"
 _DECODER = json.JSONDecoder()
+_JSON_BLANKS = " \t\n\r"
 _BLANK_LINES = (b"\n", b"\r\n", b"\r")
 _READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
 
@@ -771,9 +772,10 @@ def _utf8(data: bytes, name: str | None = None) -> str:
 
 
 def _json(data: bytes, name: str | None = None) -> Any:
-    text = _utf8(data, name)
+    text = _utf8(data, name).strip(_JSON_BLANKS)
     try:
-        return _DECODER.decode(text)
+        value, end = _DECODER.raw_decode(text)  # `decode` looks for blanks by regular expressions: a microsecond more
+        return value if end == len(text) else _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise _RecordError(f"not JSON: {error}: {_shown(text)}", name) from error
 

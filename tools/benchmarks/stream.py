@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 import bertstream
+from bertstream.loader import _WORKER_BATCHES
 
 from .common import take_turns, texts_of
 
@@ -42,7 +43,7 @@ def stream(arguments: argparse.Namespace) -> dict[str, object]:
         # Workers that are kept: what a process costs to start is not what an epoch costs.
         loaders = {
             workers: DataLoader(
-                dataset, batch_size=None, num_workers=workers, persistent_workers=True, prefetch_factor=8
+                dataset, batch_size=None, num_workers=workers, persistent_workers=True, prefetch_factor=_WORKER_BATCHES
             )
             for workers in (1, 2)
         }
