@@ -128,7 +128,7 @@ class MemoryTier:
             num_free += len(evicted[-1]) // 4
         self.evictions += len(evicted)
         self._release(evicted)
-        if self._num_free - rows > self._used // 2:
+        if evicted and self._num_free - rows > self._used // 2:
             # Texts of few rows came after texts of many: the index wants the memory that the arena holds for nothing.
             self.evictions += len(self._texts)
             self._clear()

@@ -98,6 +98,16 @@ def test_dropping_a_prefix_makes_room_without_eviction() -> None:
     assert tier.evictions == 0
 
 
+def test_dropping_the_most_of_it_leaves_the_rest_where_it_is() -> None:
+    tier = MemoryTier(100_000, ROW)
+    tier.put([b"another." + key(0)[8:]], [3], rows(0, 3))
+    put(tier, *((text, 4) for text in range(1, 20)))
+    assert tier.drop(b"prefix..") == 19
+    put(tier, (20, 1))
+    found = tier.gather([b"another." + key(0)[8:], key(20)])
+    assert found is not None and (found == np.concatenate([rows(0, 3), rows(20, 1)])).all() and tier.evictions == 0
+
+
 def test_short_texts_find_room_where_long_ones_had_it() -> None:
     tier = MemoryTier(200 * (EACH + TEXT_BYTES), ROW)
     put(tier, (0, (tier.limit_bytes - TEXT_BYTES) // EACH))
