@@ -81,7 +81,9 @@ class DiskTier:
         # Pages that a transaction frees can be had again two transactions later, so each is a small part of the rest.
         self._transaction_bytes = min(32 << 20, limit_bytes // 20)
         self._warned: set[str] = set()
+        self._waiting: set[bytes] = set()  # texts that are queued or being written
         self._lock = threading.Lock()
+        self._write_lock = threading.Lock()
         self._env: lmdb.Environment | None = self._open()
         try:
             self._check_format(self._env)
@@ -94,12 +96,12 @@ class DiskTier:
             self._env.close()
             raise self._cannot_open(error) from error
         self._behind: Behind[_Write] = Behind(
-            self._write_all, weigh=lambda item: item.num_bytes, limit=_QUEUE_BYTES, stage="cache-write"
+            self._handle, weigh=lambda item: item.num_bytes, limit=_QUEUE_BYTES, stage="cache-write"
         )
 
     def close(self, timeout_s: float = 60.0) -> None:
         """Write what waits, and let the folder go."""
-        written = self._behind.flush(timeout_s)
+        written = self._behind.close(timeout_s)
         with self._lock:
             env, self._env = self._env, None
         if not written:
@@ -112,7 +114,8 @@ class DiskTier:
         """In a forked child: let go of what is the parent's, so that the folder can be opened anew."""
         # Without the lock, which may be held for good. LMDB knows by its process id that locks are not this process's.
         env, self._env = self._env, None
-        if env is not None:
+        # A transaction that was open would be waited for, and the thread that would end it is not here.
+        if env is not None and not self._write_lock.locked():
             env.close()
 
     def flush(self, timeout_s: float | None = None) -> bool:
@@ -154,9 +157,12 @@ class DiskTier:
         return found, np.frombuffer(b"".join(parts), np.uint8)
 
     def absent(self, keys: Sequence[bytes]) -> list[int]:
-        """The places of texts that have no entry; entries are not checked."""
+        """The places of texts that have no entry and wait for none; entries are not checked."""
+        places = [
+            i for i, key in enumerate(keys) if key not in self._waiting
+        ]  # before the transaction sees what is there
         with self._reading() as transaction:
-            return [i for i, key in enumerate(keys) if transaction.get(_ROWS + key) is None]
+            return [i for i in places if transaction.get(_ROWS + keys[i]) is None]
 
     def write(self, keys: Sequence[bytes], sizes: Sequence[int], rows: Bytes, *, wait: bool = False) -> None:
         """Queue texts for writing; where there is no room they are dropped and counted, or waited for.
@@ -167,7 +173,11 @@ class DiskTier:
             rows: them all, one after the other; not to be changed any more.
             wait: whether to wait for room.
         """
-        if not self.read_only and keys and not self._behind.offer(_Write(keys, sizes, rows), wait=wait):
+        if self.read_only or not keys:
+            return
+        self._waiting.update(keys)
+        if not self._behind.offer(_Write(keys, sizes, rows), wait=wait):
+            self._waiting.difference_update(keys)
             self.dropped_writes += len(keys)
 
     def sizes(self) -> dict[str, float]:
@@ -206,8 +216,16 @@ class DiskTier:
         self.flush()
         gone = 0
         while keys := list(islice(self.keys_from(prefix), 10_000)):
-            with self._writing() as transaction:
-                gone += sum(_delete(transaction, key) for key in keys)
+            try:
+                with self._writing() as transaction:
+                    gone += sum(_delete(transaction, key) for key in keys)
+            except (lmdb.Error, OSError) as error:
+                raise CacheError(
+                    f"dropping from the cache {self.path} failed behind {gone} texts ({type(error).__name__}: "
+                    f"{error}): "
+                    "where the disk is full make room on it, where the folder is damaged delete it",
+                    path=self.path,
+                ) from error
         return gone
 
     # --- opening ------------------------------------------------------------------------------------------------------
@@ -230,7 +248,10 @@ class DiskTier:
     def _cannot_open(self, error: Exception) -> CacheError:
         shown = f"{type(error).__name__}: {error}"
         if "already open in this process" in str(error):
-            way_out = "give that EmbeddingCache to all that use the folder, or close it first"
+            way_out = (
+                "give that EmbeddingCache to all that use the folder, or close it first (a process that is forked "
+                "while its parent writes to the folder cannot open it)"
+            )
         elif isinstance(error, (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PanicError)):
             way_out = "the folder is damaged or no cache: delete it, or name another"
         elif isinstance(error, (lmdb.ReadonlyError, lmdb.LockError, PermissionError)) and not self.read_only:
@@ -274,23 +295,39 @@ class DiskTier:
     def _reading(self, *, buffers: bool = False) -> Iterator[Any]:
         """A transaction for those who want an error rather than nothing found."""
         if self._env is None:
-            raise CacheError(f"the cache {self.path} was closed", path=self.path)
+            raise self._was_closed()
         try:
             with cast(Any, self._env).begin(buffers=buffers) as transaction:
                 yield transaction
         except (lmdb.Error, OSError) as error:
+            if self._env is None:
+                raise self._was_closed() from error
             raise CacheError(
                 f"reading the cache {self.path} failed ({type(error).__name__}: {error}): where the folder is damaged, "
                 "delete it",
                 path=self.path,
             ) from error
 
-    def _writing(self) -> Any:
-        if self._env is None:
-            raise CacheError(f"the cache {self.path} was closed", path=self.path)
-        return self._env.begin(write=True)
+    @contextmanager
+    def _writing(self) -> Iterator[Any]:
+        """A transaction that writes; `_write_lock` says in a forked child that there was one."""
+        env = self._env
+        if env is None:
+            raise self._was_closed()
+        with self._write_lock, env.begin(write=True) as transaction:
+            yield transaction
+
+    def _was_closed(self) -> CacheError:
+        return CacheError(f"the cache {self.path} was closed", path=self.path)
 
     # --- writing, in the thread behind --------------------------------------------------------------------------------
+
+    def _handle(self, items: list[_Write]) -> None:
+        try:
+            self._write_all(items)
+        finally:
+            for item in items:
+                self._waiting.difference_update(item.keys)
 
     def _write_all(self, items: list[_Write]) -> None:
         group: list[tuple[bytes, memoryview | None]] = []

@@ -188,7 +188,7 @@ class Behind(Generic[T]):
             item: what to handle.
             wait: whether to wait for room where there is none.
         Returns:
-            False where there was no room, or the process is ending: the item is not taken.
+            False where there was no room, or it was closed, or the process is ending: the item is not taken.
         """
         weight = self._weigh(item)
         with self._lock:
@@ -208,6 +208,11 @@ class Behind(Generic[T]):
         """Wait until all that was offered is done; False where that took longer than `timeout_s`."""
         with self._lock:
             return self._changed.wait_for(lambda: self._thread is None, timeout_s)
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Take nothing more, and wait until all that was offered is done; False where that took longer."""
+        self._stop()
+        return self.flush(timeout_s)
 
     def _stop(self) -> None:
         with self._lock:

@@ -193,6 +193,79 @@ def test_a_full_queue_drops_and_counts_and_never_waits(tmp_path: Path, monkeypat
         assert 900 <= tier.dropped_writes < 1000
 
 
+def test_what_comes_while_it_closes_is_dropped_and_what_came_before_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path) as tier:
+        put, writing, go_on = tier._put, threading.Event(), threading.Event()
+
+        def slow(group: object) -> None:
+            writing.set()
+            go_on.wait(30)
+            put(group)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(tier, "_put", slow)
+        write(tier, 1)
+        writing.wait(30)
+        closing = threading.Thread(target=tier.close)
+        closing.start()
+        while not tier._behind._closing:
+            time.sleep(0.001)
+        write(tier, 2)
+        assert tier.dropped_writes == 1
+        go_on.set()
+        closing.join()
+        assert tier.dropped_writes == 1 and not tier._warned
+    with opened(tmp_path) as tier:
+        assert held(tier, range(5)) == [1]
+
+
+def test_a_text_that_waits_to_be_written_is_not_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(tmp_path) as tier:
+        put, go_on = tier._put, threading.Event()
+        monkeypatch.setattr(tier, "_put", lambda group: (go_on.wait(30), put(group)))
+        write(tier, 1, 2)
+        assert tier.absent([key(1), key(2), key(3)]) == [2]
+        go_on.set()
+        tier.flush()
+        assert tier.absent([key(1), key(2), key(3)]) == [2] and not tier._waiting
+        monkeypatch.setattr(tier, "_put", lambda group: 1 / 0)  # lost
+        write(tier, 3)
+        tier.flush()
+        assert tier.absent([key(3)]) == [0]
+        tier._behind.close()
+        write(tier, 4)  # not taken
+        assert tier.absent([key(4)]) == [0]
+
+
+def test_a_child_that_is_forked_while_its_parent_writes_does_not_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path) as tier:
+        make_room, writing, go_on = tier._make_room, threading.Event(), threading.Event()
+
+        def slow(transaction: object, room: int) -> int:
+            writing.set()
+            go_on.wait(30)
+            return make_room(transaction, room)
+
+        monkeypatch.setattr(tier, "_make_room", slow)
+        write(tier, 1)
+        writing.wait(30)
+
+        def work() -> None:
+            signal.alarm(20)
+            tier.leave_to_parent()
+            with pytest.raises(CacheError, match="forked while its parent writes"):
+                DiskTier(tmp_path, limit_bytes=16 * MIB, read_only=False)
+
+        child = forked(work)
+        assert ended_well(child)
+        go_on.set()
+        tier.flush()
+        assert held(tier, range(3)) == [1]
+
+
 def test_a_lock_that_another_process_holds_stops_nothing(tmp_path: Path) -> None:
     ready, release = os.pipe(), os.pipe()
 
@@ -423,6 +496,25 @@ def test_reading_that_fails_is_counted_and_said_once(tmp_path: Path, caplog: pyt
             tier.absent([key(1)])
         tier._env = env
         assert tier.failures == 2 and caplog.text.count("MDB_CORRUPTED") == 1
+
+
+def test_dropping_that_fails_and_reading_that_is_closed_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(tmp_path) as tier:
+        write(tier, *range(10))
+        tier.flush()
+
+        def full(*arguments: object) -> bool:
+            raise lmdb.MapFullError("mdb_del: MDB_MAP_FULL")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("bertstream.disk._delete", full)
+            with pytest.raises(CacheError, match="failed behind 0 texts.*MDB_MAP_FULL"):
+                tier.drop(b"prefix..")
+        keys = tier.keys_from()
+        assert next(keys) == key(0)
+        tier.close()
+        with pytest.raises(CacheError, match="was closed"):
+            list(keys)
 
 
 def test_after_closing_nothing_is_found_and_nothing_breaks(tmp_path: Path) -> None:

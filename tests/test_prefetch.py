@@ -460,6 +460,21 @@ def test_an_error_loses_its_items_alone(caplog: pytest.LogCaptureFixture) -> Non
     assert done == [0, 2] and "the test thread lost 1 items" in caplog.text
 
 
+def test_closed_it_does_what_was_offered_and_takes_nothing_more() -> None:
+    go_on = threading.Event()
+    done: list[int] = []
+
+    def handle(items: list[int]) -> None:
+        go_on.wait(10)
+        done.extend(items)
+
+    behind: Behind[int] = Behind(handle, weigh=lambda item: 1, limit=10, stage="test")
+    assert behind.offer(1) and not behind.close(0.01)
+    assert not behind.offer(2) and not behind.offer(2, wait=True)
+    go_on.set()
+    assert behind.close(10) and done == [1]
+
+
 def test_what_was_offered_is_still_done_when_the_process_ends() -> None:
     code = """
 import time
