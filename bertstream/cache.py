@@ -20,12 +20,15 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from .attention import plain_mode
 from .coalesce import distinct, text_bytes
-from .codec import Bytes, Codec, Storage
+from .codec import Codec, Storage
 from .cuda import to_device
 from .disk import LEAST_BYTES, DiskTier
 from .errors import CacheError, ConfigError, EncoderError, check_choice, shortened
+from .loading import resolve_device
 from .memory import MemoryTier
 from .types import Embeddings, SupportsCache, SupportsEncode, SupportsTokenize, TokenBatch, cumulate, rows_of
 
@@ -65,8 +68,7 @@ class EmbeddingCache:
     encoder requires a gradient the cache is off.
 
     Args:
-        memory: bytes in memory, index included: a number, or a string such as "2GiB" or "500MB"; 0 for none. On the
-            host, for encoders on CUDA too.
+        memory: bytes in memory, index included: a number, or a string such as "2GiB" or "500MB"; 0 for none.
         disk: a folder on a local disk, shared by the processes of this machine; None for none. Rows are written by a
             thread behind; what it cannot keep up with is dropped, and counted.
         disk_limit: bytes of the file in that folder at most; entries fill 0.8 of them. The same for all that share it.
@@ -74,9 +76,12 @@ class EmbeddingCache:
             float32 row up to 0.4 %) and "int8" (one scale for 32 dimensions; for all-MiniLM-L6-v2 0.6 % on average,
             1.3 % at most) take a half and about a quarter of the room of float32; rows are then rounded when they are
             computed, too, so that an epoch's vectors do not depend on what was cached.
+        device: where the rows in memory are (their index is on the host). `encoder.device` of an encoder on CUDA keeps
+            them there: what memory holds then never crosses to the host and back. All of the memory is taken when the
+            cache is first used, where this is not "cpu".
         read_only: the folder is read and never written; an encoder that it holds nothing of is refused.
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: an argument is out of range, or there is no such device.
         CacheError: the folder cannot be used: it is damaged, of another format, cannot be written to, or is open in
             this process already.
     """
@@ -88,9 +93,11 @@ class EmbeddingCache:
         disk_limit: int | str = "100GiB",
         *,
         dtype: Storage = "auto",
+        device: torch.device | str = "cpu",
         read_only: bool = False,
     ) -> None:
         check_choice("dtype", dtype, Storage)
+        self.device = resolve_device(device)
         self.dtype: Storage = dtype
         self.memory_bytes = as_bytes("memory", memory)
         self.disk_bytes = as_bytes("disk_limit", disk_limit)
@@ -118,7 +125,8 @@ class EmbeddingCache:
 
     def __repr__(self) -> str:
         disk = f", disk={self.disk!r}, disk_limit={self.disk_bytes}" if self.disk is not None else ""
-        return f"EmbeddingCache(memory={self.memory_bytes}{disk}, dtype={self.dtype!r})"
+        device = f", device={str(self.device)!r}" if self.device.type != "cpu" else ""
+        return f"EmbeddingCache(memory={self.memory_bytes}{disk}, dtype={self.dtype!r}{device})"
 
     def of(self, encoder: SupportsEncode) -> CachedEncoder:
         """The encoder with this cache in front of it.
@@ -228,7 +236,7 @@ class EmbeddingCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process gets a cache of the same settings, empty in memory, over the same folder."""
-        own = ("memory_bytes", "disk", "disk_bytes", "dtype", "read_only")
+        own = ("memory_bytes", "disk", "disk_bytes", "dtype", "device", "read_only")
         return {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -248,7 +256,7 @@ class EmbeddingCache:
     def _memory_for(self, row_bytes: int) -> MemoryTier | None:
         with self._lock:
             if self._memory is None and self.memory_bytes and not self._closed:
-                self._memory = MemoryTier(self.memory_bytes, row_bytes)
+                self._memory = MemoryTier(self.memory_bytes, row_bytes, self.device)
             if self._memory is not None and self._memory.row_bytes != row_bytes:
                 raise ConfigError(
                     f"this cache holds rows of {self._memory.row_bytes} bytes in memory, this encoder's have "
@@ -334,15 +342,16 @@ class CachedEncoder:
             return self._encoder.encode(batch)
         keys = text_keys(batch, identity.prefix, identity.fingerprint)
         counts = self._encoder.row_counts(batch)
-        rows = self._from_memory(keys)
-        if rows is None:
-            try:
-                rows = self._rows(batch, keys, counts, identity)
-            except EncoderError:
-                # Its places are those of the texts that were missing; the whole batch has the same fault.
-                return self._encoder.encode(batch)
-        values = to_device(self._codec.unpack(rows), self.device)
-        return self._encoder.assemble(values, batch)
+        with plain_mode(self.device):
+            rows = self._from_memory(keys)
+            if rows is None:
+                try:
+                    rows = self._rows(batch, keys, counts, identity)
+                except EncoderError:
+                    # Its places are those of the texts that were missing; the whole batch has the same fault.
+                    return self._encoder.encode(batch)
+            values = to_device(self._codec.unpack(rows), self.device)
+            return self._encoder.assemble(values, batch)
 
     def fill(self, batch: TokenBatch) -> int:
         """Compute what the cache does not hold of this batch, and wait for room to write it; how many texts it were.
@@ -370,7 +379,7 @@ class CachedEncoder:
             self._computed(batch, np.array(texts), [keys[i] for i in texts], counts, identity, wait=True)
         return len(texts)
 
-    def _from_memory(self, keys: Sequence[bytes]) -> Bytes | None:
+    def _from_memory(self, keys: Sequence[bytes]) -> Tensor | None:
         """The rows of the whole batch, by one gather, where memory holds all of it."""
         cache, memory = self._cache, self._memory()
         with cache._lock:
@@ -381,7 +390,7 @@ class CachedEncoder:
                 cache._counts.repeats += len(keys) - texts
         return rows
 
-    def _rows(self, batch: TokenBatch, keys: Sequence[bytes], counts: npt.NDArray[Any], identity: _Identity) -> Bytes:
+    def _rows(self, batch: TokenBatch, keys: Sequence[bytes], counts: npt.NDArray[Any], identity: _Identity) -> Tensor:
         """The rows of the batch, each text's from the first place that has it."""
         cache = self._cache
         first, slot_of_text = distinct(keys)
@@ -390,9 +399,9 @@ class CachedEncoder:
 
         left = np.arange(len(sought))
         order: list[npt.NDArray[Any]] = []
-        parts: list[Bytes] = []
+        parts: list[Tensor] = []
 
-        def found(places: Sequence[int], rows: Bytes) -> None:
+        def found(places: Sequence[int], rows: Tensor) -> None:
             nonlocal left
             order.append(left[places])
             parts.append(rows)
@@ -420,19 +429,20 @@ class CachedEncoder:
             rows = self._computed(batch, first[left], missing, sizes[left], identity)
             found(list(range(len(left))), rows)
         parts = [rows for rows in parts if len(rows)] or parts[:1]
-        pool = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        pool = parts[0] if len(parts) == 1 else torch.cat(parts)
         # Where each slot's rows begin in the pool.
         slots_in_pool = np.concatenate(order)
         places = np.empty(len(sought), np.int64)
         places[slots_in_pool] = np.arange(len(sought))
-        return pool.take(rows_of(places[slot_of_text], cumulate(sizes[slots_in_pool])), 0)
+        index = rows_of(places[slot_of_text], cumulate(sizes[slots_in_pool]))
+        return pool.index_select(0, to_device(index, pool.device))
 
-    def _from_disk(self, keys: Sequence[bytes], counts: npt.NDArray[Any]) -> tuple[list[int], Bytes]:
+    def _from_disk(self, keys: Sequence[bytes], counts: npt.NDArray[Any]) -> tuple[list[int], Tensor]:
         cache, row_bytes = self._cache, self._codec.row_bytes
         assert cache._disk is not None
         started = time.perf_counter()
         found, data = cache._disk.read(keys, (counts * row_bytes).tolist())
-        rows = data.reshape(-1, row_bytes)
+        rows = to_device(data, cache.device).view(len(data) // row_bytes, row_bytes)
         cache._clock.read(len(rows), time.perf_counter() - started)
         self._remember([keys[i] for i in found], counts[found].tolist(), rows)
         return found, rows
@@ -446,22 +456,23 @@ class CachedEncoder:
         identity: _Identity,
         *,
         wait: bool = False,
-    ) -> Bytes:
+    ) -> Tensor:
         """Encode these texts, and put them into memory and behind the disk's writer."""
         cache = self._cache
         started = time.perf_counter()
-        rows = self._codec.pack(self._encoder.encode(batch.picked(texts)).values)
+        rows = self._codec.pack(self._encoder.encode(batch.picked(texts)).values).to(cache.device)
+        on_host = None if cache._disk is None else rows.cpu().numpy()  # waits for them, so that the time is right
         seconds = time.perf_counter() - started
         self.compute_s += seconds
         cache._clock.computed(len(rows), seconds)
         if self._identity() != identity:
             return rows  # somebody began to train the encoder meanwhile: these may be of other weights
         self._remember(keys, counts.tolist(), rows)
-        if cache._disk is not None and (wait or not cache._clock.aside):
-            cache._disk.write(keys, (counts * self._codec.row_bytes).tolist(), rows, wait=wait)
+        if cache._disk is not None and on_host is not None and (wait or not cache._clock.aside):
+            cache._disk.write(keys, (counts * self._codec.row_bytes).tolist(), on_host, wait=wait)
         return rows
 
-    def _remember(self, keys: Sequence[bytes], counts: Sequence[int], rows: Bytes) -> None:
+    def _remember(self, keys: Sequence[bytes], counts: Sequence[int], rows: Tensor) -> None:
         memory = self._memory()
         with self._cache._lock:
             if memory is not None:

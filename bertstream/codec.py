@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Storage: TypeAlias = Literal["auto", "float32", "bfloat16", "int8"]
-Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 _GROUP = 32
 """Dimensions that share a scale. One scale for a whole vector of all-MiniLM-L6-v2 gives 2.6 % of error, because a few
@@ -45,21 +42,16 @@ class Codec:
             self.row_bytes = self._size * self._stored.itemsize
         self.name = f"{stored} {row_shape}" + (f" by {_GROUP}" if self._stored is None else "")
 
-    def pack(self, values: Tensor) -> Bytes:
-        """[N, *row_shape] on any device to [N, row_bytes] on the host; waits for the values."""
+    def pack(self, values: Tensor) -> Tensor:
+        """[N, *row_shape] on any device to [N, row_bytes] uint8 there; the same memory where nothing is converted."""
         if not len(values):  # numpy gives arrays without rows strides that torch cannot read in another dtype
-            return np.zeros((0, self.row_bytes), np.uint8)
+            return torch.zeros(0, self.row_bytes, dtype=torch.uint8, device=values.device)
         flat = values.detach().reshape(len(values), self._size)
-        stored = self._quantized(flat) if self._stored is None else flat.to(self._stored).contiguous().view(torch.uint8)
-        packed: Any = stored.cpu().numpy()
-        return packed  # type: ignore[no-any-return]
+        return self._quantized(flat) if self._stored is None else flat.to(self._stored).contiguous().view(torch.uint8)
 
-    def unpack(self, rows: Bytes) -> Tensor:
-        """[N, row_bytes] to [N, *row_shape] on the host; the same memory where no conversion is asked for."""
-        if not len(rows):
-            return torch.zeros(0, *self._row_shape, dtype=self._dtype)
-        stored = torch.from_numpy(rows)
-        flat = self._dequantized(stored) if self._stored is None else stored.view(self._stored)
+    def unpack(self, rows: Tensor) -> Tensor:
+        """[N, row_bytes] uint8 on any device to [N, *row_shape] there; the same memory where nothing is converted."""
+        flat = self._dequantized(rows) if self._stored is None else rows.view(self._stored)
         return flat.to(self._dtype).view(len(rows), *self._row_shape)
 
     def _quantized(self, flat: Tensor) -> Tensor:

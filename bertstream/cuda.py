@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy.typing as npt
@@ -12,9 +12,11 @@ from torch import Tensor
 
 
 def to_device(data: npt.NDArray[Any] | Tensor, device: torch.device) -> Tensor:
-    """Host data as a tensor on a device; for the CPU the same memory. Never waits for what is queued there."""
+    """Data as a tensor on a device; the same memory where it is there. From the host it never waits for the device."""
     tensor = data if isinstance(data, Tensor) else torch.from_numpy(data)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class SideStream:
@@ -48,3 +50,30 @@ class SideStream:
         for tensor in tensors:
             if tensor.is_cuda:
                 tensor.record_stream(current)
+
+
+class InTurn:
+    """Work on memory that several streams share: each piece waits, on the device, for the one queued before it.
+
+    Args:
+        device: where the memory is; on any device but CUDA this does nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: torch.cuda.Event | None = None
+
+    @contextmanager
+    def use(self, shared: Tensor) -> Iterator[None]:
+        """Work in this context is queued on the current stream, in its turn; for one thread at a time."""
+        if self._device.type != "cuda":
+            yield
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if self._last is not None:
+            stream.wait_event(self._last)
+        try:
+            yield
+        finally:
+            shared.record_stream(stream)  # freed, it is not handed out again before this work is done
+            self._last = stream.record_event()

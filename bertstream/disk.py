@@ -16,16 +16,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import lmdb
 import numpy as np
+import numpy.typing as npt
 
-from .codec import Bytes
 from .errors import CacheError
 from .prefetch import Behind
 
 logger = logging.getLogger(__name__)
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 FORMAT = b"bertstream embedding cache 1"
 LEAST_BYTES = 1 << 20
@@ -154,7 +156,7 @@ class DiskTier:
                 self._warn_once("reading", error)
                 return [], np.zeros(0, np.uint8)
         self._discard(wrong)
-        return found, np.frombuffer(b"".join(parts), np.uint8)
+        return found, np.frombuffer(bytearray().join(parts), np.uint8)
 
     def absent(self, keys: Sequence[bytes]) -> list[int]:
         """The places of texts that have no entry and wait for none; entries are not checked."""

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from .codec import Bytes
+from .cuda import InTurn, to_device
+from .types import cumulate, rows_of
 
 TEXT_BYTES = 320
 """What the index takes for a text, beside 4 bytes a row: key, entry, their headers and the dict's room; measured 250
@@ -21,23 +24,32 @@ ROW_INDEX_BYTES = 8
 """What the index takes for a row: its number, with its text or among the free ones."""
 
 
+_HOST = torch.device("cpu")
+
+
 class MemoryTier:
     """Rows by text, the least recently used texts evicted; bounded in bytes, the index included.
 
-    The arena is memory that the system hands out as it is written to, so a large bound costs nothing until it is used.
+    On the host the arena is memory that the system hands out as it is written to, so a large bound costs nothing until
+    it is used; on another device all of it is taken at once. The index is on the host. For one thread at a time, on any
+    CUDA stream.
 
     Args:
         limit_bytes: of rows and index together.
         row_bytes: bytes of one row.
+        device: where the rows are.
     Attributes:
         evictions: texts that had to go.
     """
 
-    def __init__(self, limit_bytes: int, row_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, row_bytes: int, device: torch.device = _HOST) -> None:
         self.limit_bytes = limit_bytes
         self.row_bytes = row_bytes
+        self.device = device
         self.evictions = 0
         self._each = row_bytes + ROW_INDEX_BYTES
+        self._turns = InTurn(device)
+        self._arena = self._new_arena()
         self._clear()
 
     def __len__(self) -> int:
@@ -55,8 +67,8 @@ class MemoryTier:
         """Bytes taken, rows and index."""
         return self._used * self._each + len(self._texts) * TEXT_BYTES
 
-    def gather(self, keys: Sequence[bytes]) -> Bytes | None:
-        """The rows of these texts, one text after the other, copied; None where one of them is not here."""
+    def gather(self, keys: Sequence[bytes]) -> Tensor | None:
+        """The rows of these texts on `device`, one text after the other, copied; None where one of them is not here."""
         texts = self._texts
         found = []
         for key in keys:
@@ -66,15 +78,17 @@ class MemoryTier:
             found.append(rows)
         for key in keys:
             texts.move_to_end(key)
-        return self._arena.take(np.frombuffer(b"".join(found), np.int32), 0)
+        index = to_device(np.frombuffer(bytearray().join(found), np.int32), self.device)
+        with self._turns.use(self._arena):
+            return self._arena.index_select(0, index).view(torch.uint8)
 
-    def put(self, keys: Sequence[bytes], counts: Sequence[int], rows: Bytes) -> None:
+    def put(self, keys: Sequence[bytes], counts: Sequence[int], rows: Tensor) -> None:
         """Copy texts in, the last one as the most recently used.
 
         Args:
             keys: one a text, none twice; texts that are here already stay as they are.
             counts: rows of each text.
-            rows: [sum of counts, row_bytes].
+            rows: [sum of counts, row_bytes] uint8, on `device`.
         """
         chosen = self._fitting(keys, counts)
         if not chosen:
@@ -82,9 +96,12 @@ class MemoryTier:
         lengths = [counts[i] for i in chosen]
         places = self._take(sum(lengths), len(chosen))
         if len(chosen) < len(keys):
-            starts = np.cumsum(np.asarray(counts)) - counts
-            rows = rows[np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in chosen])]
-        self._arena[places] = rows
+            rows = rows.index_select(
+                0, to_device(rows_of(np.asarray(chosen), cumulate(np.asarray(counts))), self.device)
+            )
+        index = to_device(places.astype(np.int64), self.device)
+        with self._turns.use(self._arena):
+            self._arena.index_copy_(0, index, rows.view(self._arena.dtype))
         as_bytes, start = places.tobytes(), 0
         for i, length in zip(chosen, lengths, strict=True):
             end = start + 4 * length
@@ -97,8 +114,21 @@ class MemoryTier:
         self._release([self._texts.pop(key) for key in gone])
         return len(gone)
 
+    def _new_arena(self) -> Tensor:
+        """In the widest words that rows are made of: CUDA and torch's `index_copy_` move one element at a time."""
+        word = next(w for w in (torch.int64, torch.int32, torch.int16, torch.int8) if not self.row_bytes % w.itemsize)
+        shape = (self.limit_bytes // self._each, self.row_bytes // word.itemsize)
+        with torch.inference_mode(False):
+            if self.device.type != "cpu":
+                arena = torch.empty(shape, dtype=word, device=self.device)
+                with self._turns.use(
+                    arena
+                ):  # its first turn: what this stream still does with that memory comes before
+                    return arena
+            # Not torch's own: that is filled, where torch is told to be deterministic.
+            return torch.from_numpy(np.empty(shape, f"i{word.itemsize}"))
+
     def _clear(self) -> None:
-        self._arena: Bytes = np.empty((self.limit_bytes // self._each, self.row_bytes), np.uint8)
         self._texts: OrderedDict[bytes, bytes] = OrderedDict()  # the rows of each text, as bytes of an int32 array
         self._free: list[npt.NDArray[np.int32]] = []
         self._num_free = 0
@@ -132,6 +162,8 @@ class MemoryTier:
             # Texts of few rows came after texts of many: the index wants the memory that the arena holds for nothing.
             self.evictions += len(self._texts)
             self._clear()
+            if self.device.type == "cpu":
+                self._arena = self._new_arena()  # the pages of the one before go back to the system
             growth = rows
         places = [np.arange(self._used, self._used + growth, dtype=np.int32)]
         self._used += growth

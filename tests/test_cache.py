@@ -212,6 +212,20 @@ def test_what_is_handed_out_may_be_written_to(tmp_path: Path) -> None:
             found.values.zero_()
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
+def test_the_callers_modes_do_not_reach_the_vectors(tokenizer: Any, mode: Callable[[], Any]) -> None:
+    encoder = tiny(tokenizer)
+    batch = encoder.tokenizer.batch(["a bank", "a river"])
+    with mode():
+        cached = EmbeddingCache("1MiB").of(encoder)
+        cached.encode(batch)
+        values = cached.encode(batch).values
+    layer = torch.nn.Linear(16, 1)
+    layer(values).sum().backward()  # a tensor of inference mode would raise here
+    cached.encode(encoder.tokenizer.batch(["a bank", "another"]))  # and so would writing to one
+    assert layer.weight.grad is not None and not values.requires_grad
+
+
 # --- what is computed -------------------------------------------------------------------------------------------------
 
 
@@ -480,6 +494,7 @@ def test_a_cache_that_is_pickled_has_its_settings_and_nothing_else(tmp_path: Pat
     with pickle.loads(data) as again:
         assert repr(again) == repr(cache) and again.stats()["memory_texts"] == 0
         assert again.stats()["disk_texts"] == 1
+    assert pickle.loads(pickle.dumps(EmbeddingCache("1MiB", device="meta"))).device == torch.device("meta")
 
 
 # --- tools, arguments -------------------------------------------------------------------------------------------------
@@ -533,6 +548,7 @@ def test_encoders_whose_rows_differ_in_size_do_not_share_memory() -> None:
         ({"memory": 0}, "holds nothing"),
         ({"dtype": "float8"}, "dtype='float8'"),
         ({"read_only": True}, "read_only"),
+        ({"device": "nowhere"}, "device='nowhere'"),
         ({"disk": "unused", "disk_limit": 100}, "disk_limit=100"),
         ({"disk": "unused", "disk_limit": "1PB"}, "disk_limit='1PB'"),
     ],
@@ -584,12 +600,15 @@ def test_a_batch_without_texts_has_no_rows(tokenizer: Any) -> None:
 
 
 @pytest.mark.cuda
-def test_on_cuda_rows_go_through_the_host_and_come_back_to_the_device(sentences: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_on_cuda_rows_come_back_to_the_device_from_wherever_they_were(
+    sentences: list[str], tmp_path: Path, device: str
+) -> None:
     encoder = Encoder.from_pretrained("all-MiniLM-L6-v2", dtype="float32", device="cuda", output="words")
     batches = [sentences[i : i + 8] for i in range(0, 48, 8)]
     right = [encoder(texts).values for texts in batches]
     for memory in ("64MiB", 0):
-        with EmbeddingCache(memory, tmp_path / str(memory), "64MiB") as cache:
+        with EmbeddingCache(memory, tmp_path / str(memory), "64MiB", device=device) as cache:
             for _ in range(2):
                 for found, values in zip(bertstream.wrap(batches, encoder, cache=cache), right, strict=True):
                     assert found.values.device == values.device and found.present is not None

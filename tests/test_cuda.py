@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 import bertstream
 from bertstream import ConfigError, Encoder, StreamConfig
 from bertstream.attention import Packing, packed_attention
-from bertstream.cuda import SideStream
+from bertstream.cuda import InTurn, SideStream
 from bertstream.loading import fastest_dtype, resolve_device
+from bertstream.memory import MemoryTier
 from bertstream.types import Text, cumulate
 
 cuda = pytest.mark.cuda
@@ -29,6 +31,32 @@ def test_on_a_cpu_the_same_calls_do_nothing() -> None:
         values = torch.ones(2)
     assert side.mark() is None
     side.hand_over(None, [values])
+    with InTurn(torch.device("cpu")).use(values):
+        values += 1
+
+
+def test_each_turn_waits_for_the_one_before_and_keeps_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_event(self, event: object) -> None:
+            done.append(f"{self.name} waits for {event}")
+
+        def record_event(self) -> str:
+            done.append(f"{self.name} ends")
+            return self.name
+
+    shared: Any = SimpleNamespace(record_stream=lambda stream: done.append(f"kept for {stream.name}"))
+    turns = InTurn(torch.device("cuda", 0))
+    for name in ("one", "two"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, name=name: Stream(name))
+        with turns.use(shared):
+            done.append("work")
+    first = ["work", "kept for one", "one ends"]
+    assert done == [*first, "two waits for one", "work", "kept for two", "two ends"]
 
 
 def test_auto_is_the_cpu_where_there_is_no_cuda_and_cuda_by_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +195,39 @@ def test_encoding_and_handing_over_never_wait_for_the_device(on_cuda: Encoder, s
         found.nested()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@cuda
+def test_rows_kept_on_the_device_are_found_without_waiting_for_it(on_cuda: Encoder, sentences: list[str]) -> None:
+    cached = bertstream.EmbeddingCache("64MiB", device=on_cuda.device).of(on_cuda)
+    batch = on_cuda.tokenizer.batch(sentences[:64])
+    right = cached.encode(batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = cached.encode(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.values.device == on_cuda.device and torch.equal(found.values, right.values)
+
+
+@cuda
+def test_rows_kept_on_the_device_are_right_on_whatever_stream_they_are_put_and_found() -> None:
+    """Streams that sleep before they put or read, in an arena where each text takes the rows of another."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    tier = MemoryTier(3 * (64 * (4096 + 8) + 320), 4096, device)
+    streams = [torch.cuda.Stream(device) for _ in range(3)]
+    found = []
+    for step in range(60):
+        with torch.cuda.stream(streams[step % 3]):
+            torch.cuda._sleep(2_000_000)  # some milliseconds
+            tier.put([b"%d" % step], [64], torch.full((64, 4096), step, dtype=torch.uint8, device=device))
+        with torch.cuda.stream(streams[(step + 1) % 3]):
+            rows = tier.gather([b"%d" % step])
+            assert rows is not None
+            found.append((rows == step).all())
+    torch.cuda.synchronize()
+    assert all(map(bool, found)) and tier.evictions == 57
 
 
 @cuda

@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 
 from bertstream import CacheError
-from bertstream.codec import Bytes
-from bertstream.disk import DiskTier
+from bertstream.disk import Bytes, DiskTier
 
 KILLS = int(os.environ.get("CACHE_KILLS", "3"))
 """How often a writer is killed; 20 before a release."""

@@ -7,14 +7,18 @@ import sys
 import tracemalloc
 from collections import OrderedDict
 
-import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from bertstream.codec import Bytes
 from bertstream.memory import TEXT_BYTES, MemoryTier
+
+pytestmark = pytest.mark.parametrize(
+    "device", [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=pytest.mark.cuda)], ids=str
+)
 
 ROW = 12
 EACH = ROW + 8
@@ -24,13 +28,21 @@ def key(text: int) -> bytes:
     return b"prefix.." + text.to_bytes(16, "big")
 
 
-def rows(text: int, count: int) -> Bytes:
-    return np.random.default_rng(text).integers(0, 256, (count, ROW), np.uint8)
+def rows(*texts: tuple[int, int]) -> Tensor:
+    """Of each text, so many."""
+    draw = torch.Generator()
+    made = [torch.randint(256, (count, ROW), dtype=torch.uint8, generator=draw.manual_seed(t)) for t, count in texts]
+    return torch.cat([torch.zeros((0, ROW), dtype=torch.uint8), *made])
 
 
 def put(tier: MemoryTier, *texts: tuple[int, int]) -> None:
-    stacked = np.concatenate([rows(*text) for text in texts])
-    tier.put([key(text) for text, _ in texts], [count for _, count in texts], stacked)
+    tier.put([key(text) for text, _ in texts], [count for _, count in texts], rows(*texts).to(tier.device))
+
+
+def gives(tier: MemoryTier, *texts: tuple[int, int]) -> bool:
+    """Whether they are all there, and right."""
+    found = tier.gather([key(text) for text, _ in texts])
+    return found is not None and found.device == tier.device and found.cpu().equal(rows(*texts))
 
 
 def held(tier: MemoryTier) -> list[int]:
@@ -38,25 +50,24 @@ def held(tier: MemoryTier) -> list[int]:
     return [int.from_bytes(k[8:], "big") for k in tier.keys()]  # noqa: SIM118
 
 
-def test_rows_come_back_bit_for_bit_in_the_order_that_is_asked_for() -> None:
-    tier = MemoryTier(100_000, ROW)
+def test_rows_come_back_bit_for_bit_in_the_order_that_is_asked_for(device: torch.device) -> None:
+    tier = MemoryTier(100_000, ROW, device)
     put(tier, (1, 3), (2, 0), (3, 5))
-    found = tier.gather([key(3), key(1), key(2), key(3)])
-    assert found is not None and (found == np.concatenate([rows(3, 5), rows(1, 3), rows(3, 5)])).all()
+    assert gives(tier, (3, 5), (1, 3), (2, 0), (3, 5))
     assert tier.gather([key(1), key(4)]) is None
 
 
-def test_what_is_handed_out_is_a_copy() -> None:
-    tier = MemoryTier(100_000, ROW)
+def test_what_is_handed_out_is_a_copy(device: torch.device) -> None:
+    tier = MemoryTier(100_000, ROW, device)
     put(tier, (1, 3))
     for _ in range(2):
         found = tier.gather([key(1)])
-        assert found is not None and (found == rows(1, 3)).all()
-        found[:] = 0
+        assert found is not None and found.cpu().equal(rows((1, 3)))
+        found.zero_()
 
 
-def test_the_least_recently_used_text_leaves_first() -> None:
-    tier = MemoryTier(3 * (2 * EACH + TEXT_BYTES), ROW)
+def test_the_least_recently_used_text_leaves_first(device: torch.device) -> None:
+    tier = MemoryTier(3 * (2 * EACH + TEXT_BYTES), ROW, device)
     for text in (1, 2, 3):
         put(tier, (text, 2))
     assert held(tier) == [1, 2, 3] and tier.evictions == 0
@@ -65,8 +76,8 @@ def test_the_least_recently_used_text_leaves_first() -> None:
     assert held(tier) == [3, 1, 4] and tier.evictions == 1
 
 
-def test_a_miss_does_not_count_as_use() -> None:
-    tier = MemoryTier(2 * (EACH + TEXT_BYTES), ROW)
+def test_a_miss_does_not_count_as_use(device: torch.device) -> None:
+    tier = MemoryTier(2 * (EACH + TEXT_BYTES), ROW, device)
     put(tier, (1, 1))
     put(tier, (2, 1))
     assert tier.gather([key(1), key(9)]) is None
@@ -74,42 +85,41 @@ def test_a_miss_does_not_count_as_use() -> None:
     assert held(tier) == [2, 3]
 
 
-def test_a_text_that_is_larger_than_all_evicts_nothing() -> None:
-    tier = MemoryTier(3 * (2 * EACH + TEXT_BYTES), ROW)
+def test_a_text_that_is_larger_than_all_evicts_nothing(device: torch.device) -> None:
+    tier = MemoryTier(3 * (2 * EACH + TEXT_BYTES), ROW, device)
     put(tier, (1, 2))
     put(tier, (2, 2), (3, 1000), (4, 2))
     assert held(tier) == [1, 2, 4] and tier.evictions == 0
 
 
-def test_of_a_batch_that_is_larger_than_all_the_last_texts_stay() -> None:
-    tier = MemoryTier(3 * (2 * EACH + TEXT_BYTES), ROW)
+def test_of_a_batch_that_is_larger_than_all_the_last_texts_stay(device: torch.device) -> None:
+    tier = MemoryTier(3 * (2 * EACH + TEXT_BYTES), ROW, device)
     put(tier, *((text, 2) for text in range(10)))
     assert held(tier) == [7, 8, 9]
 
 
-def test_dropping_a_prefix_makes_room_without_eviction() -> None:
-    tier = MemoryTier(4 * (EACH + TEXT_BYTES), ROW)
+def test_dropping_a_prefix_makes_room_without_eviction(device: torch.device) -> None:
+    tier = MemoryTier(4 * (EACH + TEXT_BYTES), ROW, device)
     put(tier, (1, 1), (2, 1))
-    tier.put([b"another." + key(3)[8:]], [1], rows(3, 1))
+    tier.put([b"another." + key(3)[8:]], [1], rows((3, 1)).to(device))
     assert tier.drop(b"prefix..") == 2 and len(tier) == 1
     put(tier, (4, 1), (5, 1), (6, 1))
-    found = tier.gather([key(4), key(5), key(6)])
-    assert found is not None and (found == np.concatenate([rows(4, 1), rows(5, 1), rows(6, 1)])).all()
-    assert tier.evictions == 0
+    assert gives(tier, (4, 1), (5, 1), (6, 1)) and tier.evictions == 0
 
 
-def test_dropping_the_most_of_it_leaves_the_rest_where_it_is() -> None:
-    tier = MemoryTier(100_000, ROW)
-    tier.put([b"another." + key(0)[8:]], [3], rows(0, 3))
+def test_dropping_the_most_of_it_leaves_the_rest_where_it_is(device: torch.device) -> None:
+    tier = MemoryTier(100_000, ROW, device)
+    tier.put([b"another." + key(0)[8:]], [3], rows((0, 3)).to(device))
     put(tier, *((text, 4) for text in range(1, 20)))
     assert tier.drop(b"prefix..") == 19
     put(tier, (20, 1))
     found = tier.gather([b"another." + key(0)[8:], key(20)])
-    assert found is not None and (found == np.concatenate([rows(0, 3), rows(20, 1)])).all() and tier.evictions == 0
+    assert found is not None and found.cpu().equal(rows((0, 3), (20, 1)))
+    assert tier.evictions == 0
 
 
-def test_short_texts_find_room_where_long_ones_had_it() -> None:
-    tier = MemoryTier(200 * (EACH + TEXT_BYTES), ROW)
+def test_short_texts_find_room_where_long_ones_had_it(device: torch.device) -> None:
+    tier = MemoryTier(200 * (EACH + TEXT_BYTES), ROW, device)
     put(tier, (0, (tier.limit_bytes - TEXT_BYTES) // EACH))
     for text in range(1, 1001):
         put(tier, (text, 1))
@@ -125,9 +135,9 @@ def test_short_texts_find_room_where_long_ones_had_it() -> None:
     st.integers(0, 12 * (3 * EACH + TEXT_BYTES)),
 )
 def test_any_sequence_leaves_the_bound_kept_and_the_rows_right(
-    steps: list[tuple[bool, list[tuple[int, int]]]], limit: int
+    device: torch.device, steps: list[tuple[bool, list[tuple[int, int]]]], limit: int
 ) -> None:
-    tier = MemoryTier(limit, ROW)
+    tier = MemoryTier(limit, ROW, device)
     count_of: dict[int, int] = {}
     order: OrderedDict[int, None] = OrderedDict()  # by last use, as far as still here
     for puts, drawn in steps:
@@ -138,9 +148,7 @@ def test_any_sequence_leaves_the_bound_kept_and_the_rows_right(
                 order.setdefault(text)
         else:
             asked = [text for text in texts if key(text) in tier]
-            found = tier.gather([key(text) for text in asked])
-            assert found is not None
-            assert (found == np.concatenate([np.zeros((0, ROW), np.uint8), *(rows(t, texts[t]) for t in asked)])).all()
+            assert gives(tier, *((text, texts[text]) for text in asked))
             for text in asked:
                 order.move_to_end(text)
         for text in set(order) - set(held(tier)):
@@ -149,10 +157,10 @@ def test_any_sequence_leaves_the_bound_kept_and_the_rows_right(
         assert tier.num_bytes <= limit
 
 
-def test_the_index_takes_no_more_than_is_counted_for_it() -> None:
+def test_the_index_takes_no_more_than_is_counted_for_it(device: torch.device) -> None:
     limit = 4 << 20
-    tier = MemoryTier(limit, ROW)
-    count, same = 0, np.zeros((3 * 100, ROW), np.uint8)
+    tier = MemoryTier(limit, ROW, device)
+    count, same = 0, torch.zeros((3 * 100, ROW), dtype=torch.uint8, device=device)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     # Ten times more than fit: what was freed on the way must not pile up either.
@@ -167,14 +175,14 @@ def test_the_index_takes_no_more_than_is_counted_for_it() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_resident_memory_stays_within_a_tenth_of_the_bound() -> None:
+def test_resident_memory_stays_within_a_tenth_of_the_bound(device: torch.device) -> None:
     code = """
-import numpy as np
+import torch
 from bertstream.memory import MemoryTier
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 limit = 64 << 20
-rows = np.ones((640, 1536), np.uint8)
+rows = torch.ones((640, 1536), dtype=torch.uint8)
 warm = MemoryTier(1 << 20, 1536)
 for start in range(0, 6400, 64):
     warm.put([str(i).encode().zfill(24) for i in range(start, start + 64)], [10] * 64, rows)
