@@ -24,6 +24,10 @@ _JUDGED_S, _IDLE_SHARE, _WAIT_SHARE = 0.1, 0.25, 0.1
 """Above these shares a thread is worth what it costs: up to a quarter of the rate on two cores, where OpenMP's helpers
 of two threads stand in one another's way."""
 
+_IDLE_CORES = 0.6
+"""Of the cores, what a step must leave idle. Where one of two is busy, with launching tiny operations say, encoding in a
+thread gained nothing, and took up to 1.2 times as long as both in turn."""
+
 _alive: weakref.WeakSet[Prefetcher[Any] | Behind[Any]] = weakref.WeakSet()
 
 
@@ -268,7 +272,7 @@ class StepClock:
         That is, whether what lies between the steps takes its time. False while there was too little time to tell.
         """
         seconds = time.perf_counter() - self._started
-        idle = self._idle_core_s > _IDLE_SHARE * seconds * self._cores
+        idle = self._idle_core_s > self._cores * max(_IDLE_SHARE * seconds, _IDLE_CORES * self._step_s)
         return seconds > _JUDGED_S and idle and seconds - self._step_s > _WAIT_SHARE * seconds
 
 

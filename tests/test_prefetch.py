@@ -519,6 +519,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         (1.0, 1.0, 0.5, True),
         (1.0, 1.0, 4.0, False),  # it computes on all cores
         (1.0, 1.0, 3.5, False),
+        (1.0, 1.0, 2.0, False),  # it computes on half of them, and encoding wants all
         (0.2, 1.0, 1.0, True),  # it computes on one of four, for most of the time
         (0.1, 1.0, 3.5, False),
         (1.0, 0.05, 0.0, False),  # it waits, but is so short that there is little to hide behind
@@ -566,7 +567,7 @@ def test_nothing_is_judged_before_there_was_some_time(machine: Machine) -> None:
 def test_processor_time_beyond_all_cores_counts_for_no_idle_one(machine: Machine) -> None:
     """Clocks are coarse: a step may seem to have used more than there is, which must not eat another's idle time."""
     clock = StepClock()
-    for busy_cores in (9.0, 0.0):
+    for busy_cores in (9.0, 0.0, 0.0):
         machine.spend(0.3, 2.0)
         clock.begin()
         machine.spend(1.0, busy_cores)
