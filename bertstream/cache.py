@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple, cast
@@ -460,7 +461,9 @@ class CachedEncoder:
         """Encode these texts, and put them into memory and behind the disk's writer."""
         cache = self._cache
         started = time.perf_counter()
-        rows = self._codec.pack(self._encoder.encode(batch.picked(texts)).values).to(cache.device)
+        on_cpu = self.device.type == "cpu"
+        with cache._disk.standing_back() if cache._disk is not None and on_cpu else nullcontext():
+            rows = self._codec.pack(self._encoder.encode(batch.picked(texts)).values).to(cache.device)
         on_host = None if cache._disk is None else rows.cpu().numpy()  # waits for them, so that the time is right
         seconds = time.perf_counter() - started
         self.compute_s += seconds

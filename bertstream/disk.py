@@ -35,6 +35,9 @@ LEAST_BYTES = 1 << 20
 _LIVE = 0.8
 """Of the map, what live data may fill. A full map cannot even delete; at 0.8 many turnovers pass."""
 
+_PATIENCE_S = 1.0
+"""How long writing stands back from a forward at most."""
+
 _QUEUE_BYTES = 64 << 20
 """Of rows that wait to be written: about 40,000 tokens of 384 float32 dimensions."""
 
@@ -86,6 +89,8 @@ class DiskTier:
         self._waiting: set[bytes] = set()  # texts that are queued or being written
         self._lock = threading.Lock()
         self._write_lock = threading.Lock()
+        self._no_forward = threading.Event()
+        self._no_forward.set()
         self._env: lmdb.Environment | None = self._open()
         try:
             self._check_format(self._env)
@@ -111,6 +116,19 @@ class DiskTier:
             logger.warning("%s: the cache is still being written to, or locked by another process", self.path)
         elif env is not None:
             env.close()
+
+    @contextmanager
+    def standing_back(self) -> Iterator[None]:
+        """No writing is begun meanwhile, for a second at most.
+
+        For forwards on a CPU, whose threads wait for one another at every operation: what another thread takes of one
+        core is lost on all of them. Behind a forward there is time enough, where one thread alone has something to do.
+        """
+        self._no_forward.clear()
+        try:
+            yield
+        finally:
+            self._no_forward.set()
 
     def leave_to_parent(self) -> None:
         """In a forked child: let go of what is the parent's, so that the folder can be opened anew."""
@@ -160,9 +178,8 @@ class DiskTier:
 
     def absent(self, keys: Sequence[bytes]) -> list[int]:
         """The places of texts that have no entry and wait for none; entries are not checked."""
-        places = [
-            i for i, key in enumerate(keys) if key not in self._waiting
-        ]  # before the transaction sees what is there
+        # Before the transaction sees what is there.
+        places = [i for i, key in enumerate(keys) if key not in self._waiting]
         with self._reading() as transaction:
             return [i for i in places if transaction.get(_ROWS + keys[i]) is None]
 
@@ -223,9 +240,9 @@ class DiskTier:
                     gone += sum(_delete(transaction, key) for key in keys)
             except (lmdb.Error, OSError) as error:
                 raise CacheError(
-                    f"dropping from the cache {self.path} failed behind {gone} texts ({type(error).__name__}: "
-                    f"{error}): "
-                    "where the disk is full make room on it, where the folder is damaged delete it",
+                    f"dropping from the cache {self.path} failed behind {gone} texts "
+                    f"({type(error).__name__}: {error}): where the disk is full make room on it, where the folder is "
+                    "damaged delete it",
                     path=self.path,
                 ) from error
         return gone
@@ -325,6 +342,7 @@ class DiskTier:
     # --- writing, in the thread behind --------------------------------------------------------------------------------
 
     def _handle(self, items: list[_Write]) -> None:
+        self._no_forward.wait(_PATIENCE_S)
         try:
             self._write_all(items)
         finally:

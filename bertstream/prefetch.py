@@ -25,8 +25,8 @@ _JUDGED_S, _IDLE_SHARE, _WAIT_SHARE = 0.1, 0.25, 0.1
 of two threads stand in one another's way."""
 
 _IDLE_CORES = 0.6
-"""Of the cores, what a step must leave idle. Where one of two is busy, with launching tiny operations say, encoding in a
-thread gained nothing, and took up to 1.2 times as long as both in turn."""
+"""Of the cores, what a step must leave idle. Beside one that keeps one of two busy, launching tiny operations say,
+encoding in a thread gained nothing, and took up to 1.2 times as long as both in turn."""
 
 _alive: weakref.WeakSet[Prefetcher[Any] | Behind[Any]] = weakref.WeakSet()
 

@@ -18,7 +18,7 @@ import lmdb
 import numpy as np
 import pytest
 
-from bertstream import CacheError
+from bertstream import CacheError, disk
 from bertstream.disk import Bytes, DiskTier
 
 KILLS = int(os.environ.get("CACHE_KILLS", "3"))
@@ -524,3 +524,20 @@ def test_after_closing_nothing_is_found_and_nothing_breaks(tmp_path: Path) -> No
     tier.flush()
     tier.close()
     assert tier.dropped_writes == 1
+
+
+def test_writing_is_not_begun_during_a_forward_but_not_put_off_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path) as tier:
+        with tier.standing_back():
+            write(tier, 1)
+            assert not tier.flush(0.2)
+            assert held(tier, range(3)) == []
+        assert tier.flush(30)
+        assert held(tier, range(3)) == [1]
+        monkeypatch.setattr(disk, "_PATIENCE_S", 0.0)
+        with tier.standing_back():
+            write(tier, 2)
+            assert tier.flush(30)
+        assert held(tier, range(3)) == [1, 2]
