@@ -208,8 +208,7 @@ def test_what_comes_while_it_closes_is_dropped_and_what_came_before_is_written(
         writing.wait(30)
         closing = threading.Thread(target=tier.close)
         closing.start()
-        while not tier._behind._closing:
-            time.sleep(0.001)
+        closing.join(0.2)  # by now it waits for the writer
         write(tier, 2)
         assert tier.dropped_writes == 1
         go_on.set()
