@@ -38,6 +38,6 @@ def test_every_block_of_the_readme_runs_as_it_stands(monkeypatch: pytest.MonkeyP
 
 def test_every_file_that_the_readme_links_to_exists() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    links = [target for target in re.findall(r"(?:\]\(|src=\"|srcset=\")([^)\"#]+)", text) if "://" not in target]
     assert links
     assert [target for target in links if not (ROOT / target).exists()] == []
