@@ -108,7 +108,7 @@ def test_a_stage_that_fails_is_timed_too() -> None:
 def test_torchs_profiler_sees_the_stages(prefetch: int) -> None:
     """A worker's only if it is asked for all threads, which torch's profiler leaves out by default."""
     config = _ExperimentalConfig(profile_all_threads=True) if prefetch else None
-    with profile(activities=[ProfilerActivity.CPU], experimental_config=config) as seen:
+    with profile(activities=[ProfilerActivity.CPU], experimental_config=config, acc_events=True) as seen:
         list(bertstream.wrap(BATCHES, FakeEncoder(), text="text", prefetch=prefetch))
     counts = {event.key: event.count for event in seen.key_averages()}
     assert {f"bertstream.{name}" for name in ("read", "tokenize", "encode", "hand_over")} <= counts.keys()
