@@ -42,7 +42,6 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-
     encoder = bertstream.Encoder.from_pretrained(args.model, output="sentence", pooling="mean", normalize=False)
     labelled = bertstream.TextStream(args.train, encoder, text=args.text, fields=[args.label])
     classes = sorted(set(itertools.chain.from_iterable(batch.fields[args.label] for batch in labelled)))

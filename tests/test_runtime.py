@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from bertstream import runtime
 from bertstream.runtime import release_helpers, trim_heap
-
-TASKS = Path("/proc/self/task")
 
 
 def compute() -> float:
@@ -28,18 +29,29 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("_two_threads")
+PROGRAM = """
+import os, torch
+from bertstream.runtime import release_helpers
+
+torch.set_num_threads(2)
+with_helpers = []
+for _ in range(3):
+    torch.ones(512, 512).matmul(torch.ones(512, 512)).add(1).mul_(0.5).sum()
+    with_helpers.append(len(os.listdir("/proc/self/task")))
+    release_helpers()
+    assert len(os.listdir("/proc/self/task")) < with_helpers[-1], with_helpers
+    assert torch.get_num_threads() == 2
+assert len(set(with_helpers)) == 1, with_helpers
+release_helpers()  # where there are none, nothing happens
+"""
+
+
 @pytest.mark.skipif(not runtime._openmp(), reason="torch runs on another OpenMP than GCC's here")
 def test_helpers_go_and_come_back_and_the_number_of_threads_stays() -> None:
-    with_helpers = []
-    for _ in range(3):
-        compute()
-        with_helpers.append(len(os.listdir(TASKS)))
-        release_helpers()
-        assert len(os.listdir(TASKS)) < with_helpers[-1]
-        assert torch.get_num_threads() == 2
-    assert len(set(with_helpers)) == 1
-    release_helpers()  # where there are none, nothing happens
+    """In a process of its own: in this one other tests' threads come and go."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["PYTHONPATH"] = str(ROOT)
+    subprocess.run([sys.executable, "-c", PROGRAM], check=True, env=environment)
 
 
 @pytest.mark.usefixtures("_two_threads")
