@@ -240,7 +240,11 @@ class Encoder(BatchedForward):
         """As torch does, for all parameters; see `unfreeze`, which leaves out those that nothing uses."""
         super().requires_grad_(requires_grad)
         self.trainable = requires_grad
+        self.times_frozen += not requires_grad
         return self
+
+    times_frozen = 0
+    """How often it was frozen: vectors from before the last time may be of other weights."""
 
     def freeze(self) -> Encoder:
         """No parameter is trained any more; vectors may be cached from here on."""

@@ -240,6 +240,7 @@ class _Ready:
     entry: Entry
     embeddings: Mapping[Place | None, Embeddings | TokenBatch]
     event: torch.cuda.Event | None
+    times_frozen: int
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -711,6 +712,7 @@ class EmbeddingLoader:
         """
         texts = [tokens for item in group for tokens in item.texts.values()]
         found: deque[Embeddings] | deque[TokenBatch] | None = None
+        times_frozen = self._times_frozen
         if self._hands_out_tokens:
             found = deque(texts)
         elif texts:
@@ -734,7 +736,7 @@ class EmbeddingLoader:
                 event = self._side.mark()
             else:
                 embeddings = {place: found.popleft() for place in item.texts}
-            ready = _Ready(item.entry, embeddings, event)
+            ready = _Ready(item.entry, embeddings, event, times_frozen)
             del item, embeddings
             yield ready
             del ready  # its memory is the consumer's now, not ours until the next batch
@@ -764,6 +766,10 @@ class EmbeddingLoader:
     def _hands_out_tokens(self) -> bool:
         return getattr(self.encoder, "trainable", False)
 
+    @property
+    def _times_frozen(self) -> int:
+        return getattr(self.encoder, "times_frozen", 0)
+
     def _hand_over(self, item: _Ready) -> None:
         """Make the vectors safe to use here; those of an encoder that is trained are for the model to compute."""
         if self._hands_out_tokens:
@@ -772,7 +778,8 @@ class EmbeddingLoader:
                 self._said_trainable = True
                 logger.info("the encoder is trained: batches are handed out as TokenBatches, and a cache is off")
             return
-        if any(isinstance(found, TokenBatch) for found in item.embeddings.values()):  # read before it was frozen again
+        not_encoded = any(isinstance(found, TokenBatch) for found in item.embeddings.values())
+        if not_encoded or item.times_frozen != self._times_frozen:  # it was trained meanwhile, and frozen again
             item.embeddings = {place: self._alone(_tokens(found)) for place, found in item.embeddings.items()}
             item.event = self._side.mark()
         parts = [(e.values, e.cu_seqlens, e.present) for e in item.embeddings.values() if isinstance(e, Embeddings)]

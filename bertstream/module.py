@@ -94,7 +94,7 @@ class UnfreezeSchedule:
         if number >= self._start:
             layers = None if self._every is None else 1 + (number - self._start) // self._every
             layers = None if layers is None or layers > self._layers else layers
-        if layers == self._now:
+        if layers == self._now and self._encoder.trainable == (layers != 0):  # nor was it frozen in between
             return
         self._now = layers
         if layers == 0:

@@ -170,6 +170,8 @@ def test_a_schedule_unfreezes_all_at_once_or_layer_by_layer(minilm_folder: str) 
     by_layer = UnfreezeSchedule(encoder, start=1, every=2)
     assert [sum(trained(by_layer, epoch)) for epoch in range(8)] == [0, 1, 1, 2, 2, 3, 3, 4]
     assert trained(by_layer, 3) == [False, False, True, True]
+    encoder.freeze()  # to test in between, say
+    assert trained(by_layer, 4) == [False, False, True, True]
     assert sum(trained(by_layer, 0)) == 0, "a new run begins frozen"
     for options in ({"start": -1}, {"every": 0}):
         with pytest.raises(ConfigError):
@@ -209,6 +211,19 @@ def test_unfrozen_in_the_middle_of_an_epoch_no_vector_made_before_is_handed_out(
         for found, own in zip(after, right, strict=True):
             values = found.values if isinstance(found, Embeddings) else found
             assert torch.allclose(values, own, atol=1e-5), "vectors of the weights before"
+
+
+def test_trained_and_frozen_again_between_two_batches_no_vector_made_before_is_handed_out(minilm_folder: str) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32")
+    data = [{"text": [f"the bank number {i}", "a river"]} for i in range(6)]
+    for number, batch in enumerate(bertstream.wrap(data, encoder, text="text", prefetch=8)):
+        assert torch.allclose(batch["text"].values, encoder(data[number]["text"]).values, atol=1e-5)
+        if number == 1:
+            encoder.unfreeze()
+            with torch.no_grad():
+                for parameter in encoder.parameters():
+                    parameter.mul_(1.05)
+            encoder.freeze()
 
 
 def test_a_stream_hands_out_its_batches_as_tokens_with_their_fields(minilm_folder: str, tmp_path: Path) -> None:
