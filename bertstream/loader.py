@@ -21,7 +21,7 @@ from .cuda import SideStream
 from .dataset import Shards, Skip, StreamConfig, TextStream
 from .distributed import Peers, can_talk, rank_and_world_size
 from .encoder import Encoder
-from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedError, StateError, check_choice
+from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedError, StateError, check_choice, shortened
 from .iteration import Entry, Groups, Iteration, Run, Source, agreed, located
 from .lanes import STATE_VERSION, LaneQueue, pack_state
 from .places import Place, as_places, texts_of, with_vectors
@@ -417,9 +417,12 @@ class EmbeddingLoader:
             raise StateError(
                 f"the state is of version {found}, this bertstream reads version {STATE_VERSION}", key="version"
             )
+        epoch = state.get("epoch")
+        if type(epoch) is not int or epoch < 0:
+            raise StateError(f"the state has epoch={shortened(epoch)}, where a number from 0 belongs", key="epoch")
         self._state_of_source()  # says so where there is none
         self._stop(reason)
-        self._own_epoch = state["epoch"]
+        self._own_epoch = epoch
         self._source_state = None
         self._source.load_state_dict(state["source"])  # type: ignore[attr-defined]
 
