@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import torch
 from .encoder import Encoder
 from .errors import BertstreamError, ConfigError
 from .loading import DType, fastest_dtype, resolve_device, torch_dtype
+from .runtime import usable_cores
 
 _NEEDED = ("torch", "transformers", "tokenizers", "numpy", "webdataset", "safetensors", "lmdb", "fsspec")
 _OPTIONAL = {
@@ -65,11 +65,10 @@ def _version(name: str) -> str | None:
 
 
 def _cpu() -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "device": "cpu",
         "name": torch.backends.cpu.get_cpu_capability(),
-        "cores": cores,
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "auto_dtype": _name(fastest_dtype(torch.device("cpu"), 768)),
     }

@@ -27,7 +27,7 @@ from .lanes import STATE_VERSION, LaneQueue, pack_state
 from .places import Place, as_places, texts_of, with_vectors
 from .plots import plot_step
 from .prefetch import Prefetcher, StepClock
-from .runtime import release_helpers, trim_heap
+from .runtime import release_helpers, trim_heap, usable_cores
 from .stages import LOOP, WORK, Stages, Stats, bottleneck
 from .types import Embeddings, Layout, ReadReport, SupportsEncode, TokenBatch
 
@@ -542,7 +542,7 @@ class EmbeddingLoader:
             # must draw it at the same point of the user's program whatever is prefetched.
             with self._others_told():
                 source.read_first()
-            clock = StepClock()
+            clock = StepClock(usable_cores())
             while True:
                 if run.worker is None and self._runs_ahead(clock):
                     worker = run.worker = self._ahead(ready)
