@@ -15,9 +15,13 @@ from .errors import BertstreamError, LoaderClosedError
 from .lanes import cursor_from_json, cursor_to_json
 from .prefetch import Prefetcher
 from .stages import Stages
-from .types import Cursor, TokenBatch
+from .types import Cursor, SupportsEncode, TokenBatch
 
 T = TypeVar("T")
+
+_GROUP_FORWARDS = {"cpu": 8}
+"""Forwards' worth of tokens that are gathered to be encoded together, else one. A CPU's forwards are small, so that
+they stay in its caches; out of many texts each gets some of about one length."""
 
 _GROUP_S = 0.5
 """Seconds that encoding a group should take at most: a loop that is left waits for the group in progress, and behind an
@@ -204,6 +208,11 @@ def _marked(batch: TokenBatch, *, repeated: bool) -> TokenBatch:
     if repeated:
         marked.report = marked.cursor = None
     return marked
+
+
+def group_tokens(encoder: SupportsEncode) -> int:
+    """The limit of `Groups` for an encoder: tokens that are encoded together at most."""
+    return encoder.max_forward_tokens * _GROUP_FORWARDS.get(encoder.device.type, 1)
 
 
 class Groups(Generic[T]):

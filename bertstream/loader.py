@@ -22,7 +22,7 @@ from .dataset import Shards, Skip, StreamConfig, TextStream
 from .distributed import Peers, can_talk, rank_and_world_size
 from .encoder import Encoder
 from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedError, StateError, check_choice, shortened
-from .iteration import Entry, Groups, Iteration, Run, Source, agreed, located
+from .iteration import Entry, Groups, Iteration, Run, Source, agreed, group_tokens, located
 from .lanes import STATE_VERSION, LaneQueue, pack_state
 from .places import Place, as_places, texts_of, with_vectors
 from .plots import plot_step
@@ -41,10 +41,6 @@ with 16 1.86 times."""
 _PREFETCH = {"cpu": 8}
 """Forwards' worth of tokens that the encoder runs ahead in its thread, else 2. What encoding takes varies from batch to
 batch more than what a step takes: with 2 on a CPU, a step that sleeps as long as encoding took 1.25 times as long."""
-
-_GROUP_FORWARDS = {"cpu": 8}
-"""Forwards' worth of tokens that are gathered to be encoded together, else one. A CPU's forwards are small, so that
-they stay in its caches; out of many texts each gets some of about one length."""
 
 _TRIM_EVERY_S = 2.0
 """Between two moments at which the heap's holes are given back, while vectors are made on a CPU."""
@@ -669,7 +665,7 @@ class EmbeddingLoader:
         entries = located(source, self._stream)
         if self._peers is not None and self._stream is not None:
             entries = agreed(entries, self._stream, self._peers, run, self._count_left)
-        limit = self.encoder.max_forward_tokens * _GROUP_FORWARDS.get(self._device.type, 1)
+        limit = group_tokens(self.encoder)
         if self._peers is not None or self._prefetch == 0:
             # A batch that others have agreed on must not wait for the next: to agree on that they may have to hand this
             # one out first, and their step waits for ours. And prefetch=0 reads nothing ahead.
