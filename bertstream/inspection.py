@@ -143,7 +143,7 @@ def inspect_shards(
     options = ReadOptions(text=text, pair=pair, access=reading, rows=shards if is_rows(shards) else None)
     with closing(read_records(_first_piece(shards, stream.shards), options)) as records:
         example = next(records)
-    found = _Found(encoder)
+    found = _Found(encoder, stream.shards)
     total = stream.count_records() if progress else None
     with tqdm(desc="reading", unit=" texts", total=total, disable=not progress) as bar:
         for batch in stream:
@@ -202,7 +202,7 @@ def _edges(least: int, most: int, limit: int) -> list[int]:
 class _Found:
     """What is kept of each batch while all are read."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, shards: Sequence[str]) -> None:
         self.lengths: list[Numbers] = []
         self.rows: list[Numbers] = []
         self.hashes: list[Numbers] = []
@@ -211,7 +211,7 @@ class _Found:
         self.batch_tokens: list[int] = []
         self.sample: list[TokenBatch] = []
         self._encoder = encoder
-        self._numbers: dict[str, int] = {}
+        self._numbers = {shard: number for number, shard in enumerate(shards)}
         self._random = random.Random(0)
 
     def add(self, batch: TokenBatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import bertstream
@@ -33,6 +33,7 @@ def padding(lengths: list[int], sizes: list[int]) -> float:
 
 @settings(max_examples=25)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=80), st.integers(1, 9), st.integers(1, 3))
+@example(words=[0, 1, 0], batch_size=2, shards=3)  # the first batch holds the first and the third
 def test_lengths_batches_and_padding_are_those_of_the_texts(
     minilm: Encoder, tmp_path_factory: pytest.TempPathFactory, words: list[int], batch_size: int, shards: int
 ) -> None:
