@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
@@ -28,7 +28,7 @@ from .places import Place, as_places, texts_of, with_vectors
 from .plots import plot_step
 from .prefetch import Prefetcher, StepClock
 from .runtime import release_helpers, trim_heap, usable_cores
-from .stages import LOOP, WORK, Stages, Stats, bottleneck
+from .stages import LOOP, WORK, Stage, Stages, Stats, bottleneck
 from .types import Embeddings, Layout, ReadReport, SupportsEncode, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -453,7 +453,7 @@ class EmbeddingLoader:
         stats = Stats(asdict(self._counts))
         padded = stats.pop("padded_tokens")
         stats["padding_share"] = 1 - stats["tokens"] / padded if padded else 0.0
-        stats |= {f"{stage}_s": seconds[stage] for stage in ("read", "tokenize", "encode", "hand_over", "wait", "step")}
+        stats |= {f"{stage}_s": seconds[stage] for stage in get_args(Stage)}
         stats["lookup_s"] = 0.0
         if self._cached is not None:
             # In the middle of a call its computing is counted already, the call itself is not.
@@ -474,8 +474,9 @@ class EmbeddingLoader:
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Write what each stage did when, for chrome://tracing or ui.perfetto.dev: the last 100,000 spans.
 
-        Stages are "read", "tokenize", "encode", "hand_over", "wait" and "step", see `stats`. `torch.profiler` shows the
-        first four too, as "bertstream.encode" and so on; those of the worker thread if it is asked for all threads
+        Stages are "read", "tokenize", "encode" (a cache's look-up included), "hand_over", "wait" and "step", see
+        `stats`. `torch.profiler` shows the first four too, as "bertstream.encode" and so on; those of the worker thread
+        if it is asked for all threads
         (`experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)`).
         """
         self._stages.save_trace(path)
