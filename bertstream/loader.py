@@ -784,6 +784,8 @@ class EmbeddingLoader:
     def _handed_over(self, item: _Ready) -> Any:
         self._hand_over(item)
         self._source_state = item.entry.source_state
+        # One may be empty: behind a `set_epoch` in the loop there are no queues, and where somebody's own collate_fn made
+        # something else of a stream's batch there are no cursors.
         for queue, cursor in zip(self._queues or (), item.entry.cursors, strict=False):
             if queue is not None and cursor is not None:
                 queue.hand_out(cursor)
