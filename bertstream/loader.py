@@ -273,6 +273,8 @@ class EmbeddingLoader:
         self._layout = layout
         self._prefetch = prefetch
         self._deterministic = deterministic
+        if deterministic and isinstance(encoder, Encoder):
+            encoder.keep_forward_tokens()
         self._device = encoder.device
         self._side = SideStream(self._device)
         self._counts = _Counts()
@@ -311,7 +313,7 @@ class EmbeddingLoader:
         if self.encoder.device != self._device:  # it was moved
             self._device = self.encoder.device
             self._side = SideStream(self._device)
-        if not self._deterministic and isinstance(self.encoder, Encoder):
+        if isinstance(self.encoder, Encoder):
             self.encoder.calibrate()
         run = Run()
         iteration = Iteration(self._iterate(run), run, self._stages)
