@@ -48,7 +48,7 @@ class Encoder(BatchedForward):
     `train()` says. Forwards run one at a time, so that several loaders and a model may hold the same encoder.
 
     Args:
-        model: a transformers encoder (`AutoModel`) with its weights.
+        model: a transformers encoder (`AutoModel`) with its weights, or a PeftModel around one.
         tokenizer: the transformers tokenizer that belongs to it.
         output: "tokens" for a vector a token; "words" for a vector a word; "sentence" for a vector a text.
         layers: which layer, or layers, the vectors are made of: 0 is the embedding layer, -1 the last. The forward
@@ -118,6 +118,8 @@ class Encoder(BatchedForward):
             raise ConfigError(
                 "special_tokens=False has no effect on output='words': no special token is part of a word"
             )
+        if hasattr(model, "get_base_model"):  # of PEFT, whose adapters are in the model itself
+            model = cast(nn.Module, cast(Any, model).get_base_model())
         config: Any = getattr(model, "config", None)
         lacking = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(config, name)]
         if lacking:

@@ -287,6 +287,48 @@ def test_trained_and_frozen_again_between_two_batches_no_vector_made_before_is_h
             encoder.freeze()
 
 
+def test_a_run_that_was_cut_off_goes_on_with_the_losses_of_one_that_was_not(minilm_folder: str) -> None:
+    data = [{"text": " ".join(WORDS[: 1 + n % 9]), "label": n % 2} for n in range(24)]
+    cuts: list[tuple[int, int]] = [(0, 1), (1, 0), (1, 4), (2, 2)]  # in a frozen epoch and in trained ones
+
+    def run(stop: tuple[int, int] | None, saved: dict[str, Any] | None = None) -> tuple[list[float], dict[str, Any]]:
+        torch.manual_seed(0)
+        encoder = encoder_of(make("Bert"), minilm_folder, output="sentence")
+        model = nn.ModuleDict({"embed": BertEmbedding(encoder), "head": nn.Linear(encoder.embedding_dim, 2)}).eval()
+        optimizer = torch.optim.AdamW([{"params": model["head"].parameters()}, *encoder.parameter_groups(1e-3)])
+        schedule = UnfreezeSchedule(encoder, start=1, every=1)
+        cache = EmbeddingCache("16MiB")
+        options: Any = {"batch_size": 4, "shuffle": True, "cache": cache, "deterministic": True}
+        loader = bertstream.stream(data, encoder, **options)
+        first = 0
+        if saved is not None:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            loader.load_state_dict(saved["loader"])
+            first = saved["epoch"]
+        losses = []
+        for epoch in range(first, 3):
+            schedule.set(epoch)
+            for number, batch in enumerate(loader):
+                scores = model["head"](model["embed"](batch["text"]).vectors)
+                loss = nn.functional.cross_entropy(scores, batch["label"])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+                if stop == (epoch, number):
+                    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                    return losses, copy.deepcopy(saved | {"loader": loader.state_dict(), "epoch": epoch})
+        return losses, {}
+
+    whole, _ = run(None)
+    assert len(whole) == 18
+    for cut in cuts:
+        before, saved = run(cut)
+        after, _ = run(None, saved)
+        assert before + after == pytest.approx(whole, abs=1e-6)
+
+
 def test_a_stream_hands_out_its_batches_as_tokens_with_their_fields(minilm_folder: str, tmp_path: Path) -> None:
     from bertstream.testing import write_shards
 
@@ -382,7 +424,7 @@ def test_the_adapters_of_peft_are_trained_alone(minilm_folder: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(AutoModel.from_pretrained(minilm_folder), LoraConfig(target_modules=["query", "value"]))
-    encoder = Encoder(adapted.base_model.model, AutoTokenizer.from_pretrained(minilm_folder))
+    encoder = Encoder(adapted, AutoTokenizer.from_pretrained(minilm_folder))
     encoder.unfreeze(parameters=[p for p in encoder.parameters() if p.requires_grad])
     before = encoder.encode(encoder.tokenizer.batch(["a bank"])).values
     optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], 1e-2)
@@ -391,8 +433,10 @@ def test_the_adapters_of_peft_are_trained_alone(minilm_folder: str) -> None:
         optimizer.step()
     trained = {name.split(".")[-3] for name, p in encoder.model.named_parameters() if p.grad is not None}
     assert trained == {"lora_A", "lora_B"}
-    assert not torch.allclose(encoder.encode(encoder.tokenizer.batch(["a bank"])).values, before)
-    assert encoder.batching.way == "packed"
+    after = encoder.encode(encoder.tokenizer.batch(["a bank"])).values
+    assert encoder.batching.way == "packed" and not torch.allclose(after, before)
+    ids = torch.from_numpy(encoder.tokenizer.batch(["a bank"]).input_ids.astype(np.int64))[None]
+    assert torch.allclose(adapted.eval()(input_ids=ids).last_hidden_state[0], after, atol=1e-5), "the user's own too"
 
 
 def test_what_is_no_encoder_is_refused() -> None:
