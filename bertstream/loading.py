@@ -32,7 +32,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
     is no CUDA.
 
     Raises:
-        ConfigError: no device of that name, or CUDA was asked for and there is none.
+        ConfigError: no device of that name, or not so many CUDA devices.
     """
     available = torch.cuda.is_available()
     if str(device) == "auto":
@@ -48,7 +48,12 @@ def resolve_device(device: torch.device | str) -> torch.device:
         return resolved
     if not available:
         raise ConfigError(f"device={str(device)!r}, but torch sees no CUDA device")
-    return resolved if resolved.index is not None else torch.device("cuda", torch.cuda.current_device())
+    if resolved.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    count = torch.cuda.device_count()
+    if resolved.index >= count:
+        raise ConfigError(f"device={str(device)!r}, but torch sees {count} CUDA devices, counted from cuda:0")
+    return resolved
 
 
 def fastest_dtype(device: torch.device, hidden_size: int) -> torch.dtype:

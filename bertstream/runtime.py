@@ -1,12 +1,18 @@
-"""What the C libraries under torch do to long runs on a CPU, and how to avoid it: OpenMP's helpers, glibc's heap."""
+"""What runs under torch on a CPU: how many cores, OpenMP's helper threads and what they cost, glibc's heap."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on, where the system says so; else how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def release_helpers() -> None:

@@ -80,6 +80,15 @@ def test_auto_is_the_current_device_or_local_ranks(
     assert resolve_device("cuda") == torch.device("cuda", current)
 
 
+def test_a_device_behind_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    for device in ("cuda:2", torch.device("cuda", 2)):
+        with pytest.raises(ConfigError, match="device='cuda:2', but torch sees 2 CUDA devices, counted from cuda:0"):
+            resolve_device(device)
+
+
 # --- on a device ------------------------------------------------------------------------------------------------------
 
 

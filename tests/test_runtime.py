@@ -14,7 +14,17 @@ import torch
 from conftest import ROOT
 
 from bertstream import runtime
-from bertstream.runtime import release_helpers, trim_heap
+from bertstream.runtime import release_helpers, trim_heap, usable_cores
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5}, raising=False)
+    assert usable_cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == 8
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert usable_cores() == 1
 
 
 def compute() -> float:
