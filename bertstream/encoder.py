@@ -120,10 +120,7 @@ class Encoder(BatchedForward):
             )
         if hasattr(model, "get_base_model"):  # of PEFT, whose adapters are in the model itself
             model = cast(nn.Module, cast(Any, model).get_base_model())
-        config: Any = getattr(model, "config", None)
-        lacking = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(config, name)]
-        if lacking:
-            raise ConfigError(f"{type(model).__name__} is no transformers text encoder: its config has no {lacking[0]}")
+        config = _config_of(model)
         self.output: Output = output
         self.layers = resolve_layers(layers, config.num_hidden_layers)
         self.combine: Combine = combine
@@ -188,8 +185,9 @@ class Encoder(BatchedForward):
         device = resolve_device(device)
         resolved = None if dtype == "auto" else torch_dtype(dtype)
         model, tokenizer, folder = load_pretrained(str(name))
-        last = resolve_layers(options.get("layers", -1), model.config.num_hidden_layers)
-        of_folder = options.get("output") == "sentence" and last == (model.config.num_hidden_layers,)
+        config = _config_of(model)
+        last = resolve_layers(options.get("layers", -1), config.num_hidden_layers)
+        of_folder = options.get("output") == "sentence" and last == (config.num_hidden_layers,)
         if folder is not None and of_folder and options.get("pooling") is None:
             if folder.pooling is None:
                 raise EncoderError(
@@ -198,7 +196,7 @@ class Encoder(BatchedForward):
                 )
             options = {"normalize": folder.normalize} | options | {"pooling": folder.pooling}
         if resolved is None:
-            resolved = fastest_dtype(device, model.config.hidden_size)
+            resolved = fastest_dtype(device, config.hidden_size)
         model.requires_grad_(False)
         # Converted here and not by the constructor: it would copy, and these weights have no other owner.
         convert(model, device, resolved)
@@ -514,6 +512,14 @@ def _resolve_pooling(output: Output, pooling: Any) -> tuple[str, ...]:
     for how in chosen:
         check_choice("pooling", how, WordPooling if output == "words" else SentencePooling)
     return chosen
+
+
+def _config_of(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    lacking = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(config, name)]
+    if lacking:
+        raise ConfigError(f"{type(model).__name__} is no transformers text encoder: its config has no {lacking[0]}")
+    return config
 
 
 def _own_copy(model: nn.Module, device: torch.device | str, dtype: DType) -> nn.Module:

@@ -139,13 +139,15 @@ def test_doctor_knows_models_and_fails_for_those_that_it_cannot_load(call: Call)
 
 def test_a_model_that_is_no_text_encoder_is_told_beside_the_others(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     images = transformers.ViTModel(transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    others = {"images": images, "linear": torch.nn.Linear(1, 1)}
     load = loading.load_pretrained
     monkeypatch.setattr(
-        "bertstream.encoder.load_pretrained", lambda name: (images, None, None) if name == "images" else load(name)
+        "bertstream.encoder.load_pretrained", lambda name: (others[name], None, None) if name in others else load(name)
     )
-    status, out, _ = call("doctor", "--model", "images", "all-MiniLM-L6-v2", "--dtype", "float32", "--json")
+    status, out, _ = call("doctor", "--model", *others, "all-MiniLM-L6-v2", "--dtype", "float32", "--json")
     models = json.loads(out)["models"]
-    assert status == 1 and "ViTModel is no transformers text encoder" in models["images"]["error"]
+    assert status == 1 and "Linear is no transformers text encoder" in models["linear"]["error"]
+    assert "ViTModel is no transformers text encoder" in models["images"]["error"]
     assert models["all-MiniLM-L6-v2"]["runs"] == "packed"
 
 
