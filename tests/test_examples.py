@@ -16,6 +16,8 @@ import pytest
 
 from bertstream import ShardError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 

@@ -10,6 +10,8 @@ import gpu_check
 import pytest
 from benchmarks import common
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -73,6 +73,7 @@ ray.shutdown()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_cluster_gives_the_vectors_of_one_process_though_an_actor_dies_and_the_example_trains_from_it(
     minilm_folder: str, sentences: list[str], tmp_path: Path

@@ -37,6 +37,7 @@ def test_fake_vectors_say_which_token_they_are_of() -> None:
         FakeEncoder(hidden_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [20, 400])
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
 def test_a_stream_resumes_exactly(shards: list[str], window: int, workers: int) -> None:
