@@ -89,6 +89,27 @@ def test_trimming_gives_back_the_holes_between_blocks_in_use() -> None:
     assert all(float(block.sum()) == 25_000 for block in kept)
 
 
+COLLECTING = """
+import gc
+from bertstream.runtime import collect_rarely
+gc.set_threshold({before})
+collect_rarely()
+frozen = gc.get_freeze_count()
+younger = [[] for _ in range(100)]
+collect_rarely()
+assert 10_000 < frozen == gc.get_freeze_count(), "once"
+print(gc.get_threshold()[0])
+"""
+
+
+@pytest.mark.parametrize(("before", "after"), [(700, 10_000), (50_000, 50_000), (0, 0)])
+def test_collections_pass_over_what_was_there_and_are_no_more_frequent(before: int, after: int) -> None:
+    program = COLLECTING.format(before=before)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], check=True, env=environment, capture_output=True, text=True)
+    assert int(done.stdout) == after
+
+
 def test_where_there_are_no_such_libraries_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_openmp", list)
     monkeypatch.setattr(runtime, "_malloc_trim", lambda: None)
