@@ -17,9 +17,9 @@ from .dataset import Shards, Skip, StreamConfig, TextStream
 from .distributed import Peers, can_talk, rank_and_world_size
 from .encode_stage import EncodeStage, Ready
 from .encoder import Encoder
-from .errors import ConfigError, LoaderClosedError, StateError, check_choice, shortened
+from .errors import ConfigError, LoaderClosedError, StateError, check_choice
 from .iteration import Iteration, Run, Source, agreed, group_tokens, in_workers, located
-from .lanes import STATE_VERSION, LaneQueue, pack_state
+from .lanes import STATE_VERSION, LaneQueue, epoch_of, pack_state
 from .places import Place, as_places, with_vectors
 from .plots import plot_step
 from .prefetch import Prefetcher, StepClock
@@ -358,16 +358,7 @@ class EmbeddingLoader:
                     kept._shutdown_workers()
                 self._source._iterator = None  # type: ignore[attr-defined]
             return
-        if not isinstance(state, dict) or "source" not in state:
-            raise StateError("this is no state of a loader around a DataLoader", key="source")
-        if state.get("version") != STATE_VERSION:
-            found = state.get("version")
-            raise StateError(
-                f"the state is of version {found}, this bertstream reads version {STATE_VERSION}", key="version"
-            )
-        epoch = state.get("epoch")
-        if type(epoch) is not int or epoch < 0:
-            raise StateError(f"the state has epoch={shortened(epoch)}, where a number from 0 belongs", key="epoch")
+        epoch = epoch_of(state, "a loader around a DataLoader", ("source",))
         self._state_of_source()  # says so where there is none
         self._stop(reason)
         self._own_epoch = epoch

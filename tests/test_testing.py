@@ -136,6 +136,9 @@ def test_a_state_of_another_kind_is_refused(shards: list[str]) -> None:
     for broken in (state, stream.state_dict() | {"queues": []}):
         with pytest.raises(StateError, match="no state of a stream"):
             stream.load_state_dict(broken)
+    with pytest.raises(StateError, match="epoch='3', where a number from 0 belongs"):
+        stream.load_state_dict(stream.state_dict() | {"epoch": "3"})
+    assert len(list(stream)) == len(list(bertstream.stream(shards, FakeEncoder())))
 
 
 @pytest.mark.parametrize(
