@@ -422,7 +422,7 @@ class EmbeddingLoader:
         return bottleneck(self.stats())
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
-        """Write what each stage did when, for chrome://tracing or ui.perfetto.dev: the last 100,000 spans.
+        """Write what each stage did when, for chrome://tracing or ui.perfetto.dev: the last 20,000 spans.
 
         Stages are "read", "tokenize", "encode" (a cache's look-up included), "hand_over", "wait" and "step", see
         `stats`. `torch.profiler` shows the first four too, as "bertstream.encode" and so on; those of the worker thread
