@@ -289,6 +289,8 @@ class CachedEncoder:
         self._known: _Identity | None = None
         self.compute_s = 0.0
         """Seconds in the encoder; the rest of `encode` is looking up."""
+        self.encode_calls = self.encoded_tokens = 0
+        """Calls of the encoder, and the tokens of the texts that it was given."""
 
     @property
     def tokenizer(self) -> SupportsTokenize:
@@ -338,9 +340,9 @@ class CachedEncoder:
                     "the cache is off: parameters of the encoder require gradients, so its weights may change at any "
                     "step; encoder.requires_grad_(False) freezes them"
                 )
-            return self._encoder.encode(batch)
+            return self._encoded(batch)
         if not len(batch):
-            return self._encoder.encode(batch)
+            return self._encoded(batch)
         keys = text_keys(batch, identity.prefix, identity.fingerprint)
         counts = self._encoder.row_counts(batch)
         with plain_mode(self.device):
@@ -350,9 +352,14 @@ class CachedEncoder:
                     rows = self._rows(batch, keys, counts, identity)
                 except EncoderError:
                     # Its places are those of the texts that were missing; the whole batch has the same fault.
-                    return self._encoder.encode(batch)
+                    return self._encoded(batch)
             values = to_device(self._codec.unpack(rows), self.device)
             return self._encoder.assemble(values, batch)
+
+    def _encoded(self, batch: TokenBatch) -> Embeddings:
+        self.encode_calls += 1
+        self.encoded_tokens += batch.num_tokens
+        return self._encoder.encode(batch)
 
     def fill(self, batch: TokenBatch) -> int:
         """Compute what the cache does not hold of this batch, and wait for room to write it; how many texts it were.
@@ -463,7 +470,7 @@ class CachedEncoder:
         started = time.perf_counter()
         on_cpu = self.device.type == "cpu"
         with cache._disk.standing_back() if cache._disk is not None and on_cpu else nullcontext():
-            rows = self._codec.pack(self._encoder.encode(batch.picked(texts)).values).to(cache.device)
+            rows = self._codec.pack(self._encoded(batch.picked(texts)).values).to(cache.device)
         on_host = None if cache._disk is None else rows.cpu().numpy()  # waits for them, so that the time is right
         seconds = time.perf_counter() - started
         self.compute_s += seconds

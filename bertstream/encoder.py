@@ -362,8 +362,9 @@ class Encoder(BatchedForward):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write model and tokenizer as transformers does, and as sentence-transformers does how sentences are pooled.
 
-        Sentence vectors are then the same in sentence-transformers, and here; but not where `pooling="pooler"` or
-        `special_tokens=False` was asked for, which its folders cannot say.
+        Sentence vectors are then the same in sentence-transformers, and here where `output="sentence"` is asked for
+        again; but not where `pooling="pooler"` or `special_tokens=False` was, which its folders cannot say. Of an
+        encoder that was split, this is the one to save.
 
         Raises:
             ConfigError: layers above the ones asked for were let go, or adapters are in the model, so that it could not
@@ -423,6 +424,10 @@ class Encoder(BatchedForward):
         Raises:
             EncoderError: as for `encode`.
         """
+        if not isinstance(batch, TokenBatch):
+            raise EncoderError(
+                f"encode takes a TokenBatch, not a {type(batch).__name__}: for texts call encoder(texts)"
+            )
         self._check_batch(batch)
         self._check_marks(batch)
         found = self._vectors(batch)

@@ -1,8 +1,8 @@
 """Every text of a corpus encoded once, and the vectors written to files; a run that is killed goes on where it was.
 
-A folder holds finished files only, `part-000000.parquet` and so on, and `progress.json`, which says how many there are
+A folder holds finished files only, `part-000000.parquet` and so on, and `_progress.json`, which says how many there are
 and where the loader stood behind the last of them. It is replaced behind each part, in one step: what a killed run
-wrote later than that is written again.
+wrote later than that is written again. What reads a folder of Parquet passes over names that begin with `_` or a dot.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .cache import EmbeddingCache, as_bytes
 from .dataset import Shards, StreamConfig
 from .distributed import rank_and_world_size
-from .errors import ConfigError, StateError, shortened
+from .errors import ConfigError, StateError
 from .loader import EmbeddingLoader, stream
 from .parts import Part, PartFormat, check_format, ending_of, whole_or_nothing, write_part
 from .types import Embeddings, SupportsCache
@@ -65,8 +65,8 @@ def embed(
         encoder: what computes the vectors. Its `output_dtype` is what is written.
         out: a local folder, made where it is missing; empty, or of a run that was stopped.
         format: "parquet", "webdataset" or "safetensors"; what their files hold, `bertstream.parts.write_part` says.
-        part_bytes: of the vectors in a file, and so of those in memory, to within a batch of 16,384 tokens; a number
-            or a string such as "1GiB". After two minutes a part is written however small it is.
+        part_bytes: of the vectors in a file, and so of those in memory, and a quarter more at most where no text is
+            longer than that; a number or a string such as "1GiB". After two minutes a part is written however small.
         progress: whether a bar is shown. Its total is known for Parquet, and for files on disk that are not packed.
     Returns:
         What the folder holds, of this rank: `parts`, `texts`, `tokens`, `rows`, `cut_texts` that truncation cut,
@@ -94,16 +94,24 @@ def embed(
         encoder,
         text=text,
         pair=pair,
-        max_tokens=max(1, min(_BATCH_TOKENS, largest // row_bytes)),
+        max_tokens=max(1, min(_BATCH_TOKENS, largest // (4 * row_bytes))),
         fields=(),
         num_workers=num_workers,
         cache=cache,
         reading=reading,
     )
     settings = {"format": format, "part_bytes": largest, "encoder": fingerprint.hex()}
-    with closing(loader), _Folder(Path(out), settings, ending_of(format)).opened(loader.state_dict()) as folder:
+    folder_of = _Folder(Path(out), settings, ending_of(format), encoder=repr(encoder))
+    with closing(loader), folder_of.opened(loader.state_dict()) as folder:
         before = dict(folder.counts)
-        loader.load_state_dict(folder.state)
+        try:
+            loader.load_state_dict(folder.state)
+        except StateError as error:
+            raise StateError(
+                f"{folder_of.path} was begun with {'other' if error.key == 'shards' else 'another'} {error.key}: name "
+                "another folder, or what it was begun with",
+                key=error.key,
+            ) from error
         if not folder.done:
             _fill(folder, loader, text, largest, progress=progress)
         return folder.counts | {"texts_before": before["texts"]}
@@ -178,11 +186,13 @@ class _Folder:
         path: made where it is missing.
         settings: what all its parts have in common.
         ending: of their names.
+        encoder: how it shows itself, for messages.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], ending: str) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], ending: str, *, encoder: str) -> None:
         rank, world_size = rank_and_world_size()
-        self._path = path
+        self.path = path
+        self._encoder = encoder
         self._rank = f"-{rank:03d}-of-{world_size:03d}" if world_size > 1 else ""
         self._settings = {"version": _VERSION, "ranks": world_size, **settings}
         self._ending = ending
@@ -193,8 +203,8 @@ class _Folder:
     @contextmanager
     def opened(self, state: dict[str, Any]) -> Iterator[_Folder]:
         """Read how far it is, or begin it with this state; other processes are kept out meanwhile."""
-        self._path.mkdir(parents=True, exist_ok=True)
-        with open(self._path / f".lock{self._rank}", "ab") as lock:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / f".lock{self._rank}", "ab") as lock:
             with suppress(ImportError):
                 import fcntl
 
@@ -203,7 +213,7 @@ class _Folder:
                     # that too.
                     fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise ConfigError(f"{self._path}: another process is writing vectors there") from None
+                    raise ConfigError(f"{self.path}: another process is writing vectors there") from None
             if not self._progress.exists():
                 self._refuse_others()
             elif (saved := self._saved())["done"] or saved["counts"]["parts"]:
@@ -220,20 +230,20 @@ class _Folder:
             write_part(self._part(self.counts["parts"]), part, self._settings["format"])
         self.counts = counts | {"parts": self.counts["parts"] + (part is not None)}
         self.state, self.done = state, done
-        saved = {**self._settings, "counts": self.counts, "done": done, "state": state}
+        saved = {**self._settings, "made_by": self._encoder, "counts": self.counts, "done": done, "state": state}
         whole_or_nothing(self._progress, lambda path: path.write_text(json.dumps(saved), encoding="utf-8"))
 
     @property
     def _progress(self) -> Path:
-        return self._path / f"progress{self._rank}.json"
+        return self.path / f"_progress{self._rank}.json"
 
     def _part(self, number: int) -> Path:
-        return self._path / f"part{self._rank}-{number:06d}{self._ending}"
+        return self.path / f"part{self._rank}-{number:06d}{self._ending}"
 
     def _saved(self) -> dict[str, Any]:
         try:
             saved: dict[str, Any] = json.loads(self._progress.read_bytes())
-            if not {*self._settings, "counts", "state", "done"} <= saved.keys():
+            if not {*self._settings, "made_by", "counts", "state", "done"} <= saved.keys():
                 raise ValueError("it lacks entries")
         except (ValueError, AttributeError) as error:
             raise StateError(f"{self._progress} is damaged: delete the folder, or name another") from error
@@ -242,9 +252,11 @@ class _Folder:
     def _refuse_differences(self, saved: dict[str, Any]) -> None:
         for name, value in self._settings.items():
             if saved[name] != value:
+                there, here = (saved["made_by"], self._encoder) if name == "encoder" else (saved[name], value)
+                seen = f"{name} {there}, and this is {here}" if there != here else f"other weights of {here}"
                 raise StateError(
-                    f"{self._path} was begun with {name} {shortened(saved[name])}, and this is {shortened(value)}: "
-                    "name another folder, or the model and options that it was begun with",
+                    f"{self.path} was begun with {seen}: name another folder, or the model and options that it was "
+                    "begun with",
                     key=name,
                 )
 
@@ -252,18 +264,18 @@ class _Folder:
         """A folder that this does not go on with holds nothing but what other ranks of this run have written."""
         own = rf"\.lock{self._rank}"
         if self._rank:
-            own += rf"|(\.lock|progress|part)-\d+{re.escape(self._rank[4:])}.*"
-        others = sorted(path.name for path in self._path.iterdir() if not re.fullmatch(own, path.name))
+            own += rf"|(\.lock|\.?_progress|\.?part)-\d+{re.escape(self._rank[4:])}.*"
+        others = sorted(path.name for path in self.path.iterdir() if not re.fullmatch(own, path.name))
         if others:
-            raise ConfigError(f"{self._path} holds other files, such as {others[0]!r}: name a new folder")
+            raise ConfigError(f"{self.path} holds other files, such as {others[0]!r}: name a new folder")
 
     def _tidy(self) -> None:
         """Delete what a run that was killed wrote behind its last progress."""
         finished = {self._part(number).name for number in range(self.counts["parts"])}
-        parts = rf"part{self._rank}-\d{{6,}}\.\w+(\.unfinished)?"
-        for path in list(self._path.iterdir()):
+        parts = rf"\.?part{self._rank}-\d{{6,}}\.\w+(\.unfinished)?"
+        for path in list(self.path.iterdir()):
             if re.fullmatch(parts, path.name) and path.name not in finished:
                 path.unlink()
-        lost = sorted(name for name in finished if not (self._path / name).exists())
+        lost = sorted(name for name in finished if not (self.path / name).exists())
         if lost:
-            raise StateError(f"{self._path} lacks {lost[0]}, which was written: delete the folder, or name another")
+            raise StateError(f"{self.path} lacks {lost[0]}, which was written: delete the folder, or name another")

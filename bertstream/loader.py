@@ -388,14 +388,15 @@ class EmbeddingLoader:
         (known where texts are lists of words) and `cut_tokens` in all. `bad_records` and `bad_shards` were passed over,
         as `max_bad_records` allowed, and are named in the log; `left_texts` were not handed out, because another rank
         was through and `uneven="stop"`. `encoded_tokens` went to the encoder in `encode_calls`, `repeated_texts` did
-        not, because the same text was in the same call (a cache counts its own). `padding_share` is the part that
-        padding would take, were each batch padded to its longest text.
+        not, because the same text was in the same call (a cache counts its own), nor did what a cache holds.
+        `padding_share` is the part that padding would take, were each batch padded to its longest text.
 
-        Seconds: `read_s` waiting for the wrapped loader or the shards, `tokenize_s`, `lookup_s` in the cache,
-        `encode_s` (on CUDA: queueing), `hand_over_s`, `room_wait_s` the worker waiting because it was far enough ahead
-        (added when an iteration ends), `wait_s` the training loop waiting for a batch, `step_s` what it does between
-        two. Where no worker runs ahead, all but `step_s` is part of `wait_s`. `texts_per_s` and `tokens_per_s` are over
-        `wait_s` and `step_s`. `peak_ahead_tokens` is the most that was waiting, encoded, to be handed out.
+        Seconds: `read_s` waiting for the wrapped loader, or for the shards, which are tokenized as they are read;
+        `tokenize_s` of texts that a wrapped loader gave, `lookup_s` in the cache, `encode_s` (on CUDA: queueing),
+        `hand_over_s`, `room_wait_s` the worker waiting because it was far enough ahead (added when an iteration ends),
+        `wait_s` the training loop waiting for a batch, `step_s` what it does between two. Where no worker runs ahead,
+        all but `step_s` is part of `wait_s`. `texts_per_s` and `tokens_per_s` are over `wait_s` and `step_s`.
+        `peak_ahead_tokens` is the most that was waiting, encoded, to be handed out.
 
         What `EmbeddingCache.stats` says stands here under `cache_` names, of all loaders that share the cache.
         """

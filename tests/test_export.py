@@ -157,7 +157,7 @@ def test_a_run_that_was_stopped_goes_on(
     with pytest.raises(KeyboardInterrupt):
         bertstream.embed(shards, encoder, tmp_path, **settings)
     monkeypatch.setattr(encoder, "encode", encode)
-    before = json.loads((tmp_path / "progress.json").read_text())["counts"]
+    before = json.loads((tmp_path / "_progress.json").read_text())["counts"]
     done = bertstream.embed(shards, encoder, tmp_path, **settings)
     assert done["texts_before"] == before["texts"] and (before["texts"] > 0) == (calls > 1)
     assert done["texts"] == 90
@@ -276,9 +276,28 @@ def test_a_folder_that_was_begun_with_something_else_is_refused_with_the_differe
     bertstream.embed(shards, tiny(tokenizer), tmp_path, part_bytes=20_000, progress=False)
     encoder = tiny(tokenizer, **difference.pop("encoder", {}))
     others = shards[: difference.pop("shards", 3)]
-    with pytest.raises(StateError, match=key) as caught:
+    with pytest.raises(StateError, match=f"{tmp_path} was begun with .*{key}") as caught:
         bertstream.embed(others, encoder, tmp_path, **{"part_bytes": 20_000, "progress": False} | difference)
     assert caught.value.key == key
+
+
+def test_what_differs_between_two_encoders_is_shown(tokenizer: Any, shards: list[str], tmp_path: Path) -> None:
+    bertstream.embed(shards, tiny(tokenizer), tmp_path, progress=False)
+    with pytest.raises(StateError, match=r"encoder Encoder\(.*'tokens'.*, and this is Encoder\(.*'sentence'"):
+        bertstream.embed(shards, tiny(tokenizer, output="sentence"), tmp_path, progress=False)
+    other = tiny(tokenizer)
+    next(other.parameters()).data.add_(1)
+    with pytest.raises(StateError, match="other weights of Encoder"):
+        bertstream.embed(shards, other, tmp_path, progress=False)
+
+
+def test_a_folder_of_parquet_is_a_dataset_and_its_files_are_about_as_large_as_was_asked(
+    tokenizer: Any, shards: list[str], tmp_path: Path
+) -> None:
+    done = bertstream.embed(shards, tiny(tokenizer), tmp_path, part_bytes=20_000, progress=False)
+    assert done["parts"] > 3 and len(pyarrow.parquet.read_table(tmp_path)) == done["texts"]
+    sizes = [pyarrow.parquet.read_metadata(path).row_group(0).total_byte_size for path in tmp_path.glob("*.parquet")]
+    assert sorted(sizes)[-1] < 1.25 * 20_000 + 8_000, "with keys and shards"
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tokenizer: Any, shards: list[str], tmp_path: Path) -> None:
@@ -293,12 +312,12 @@ def test_a_folder_that_lost_a_part_or_its_progress_is_refused(
     tokenizer: Any, shards: list[str], tmp_path: Path
 ) -> None:
     bertstream.embed(shards, tiny(tokenizer), tmp_path, progress=False)
-    progress = (tmp_path / "progress.json").read_text()
+    progress = (tmp_path / "_progress.json").read_text()
     (tmp_path / "part-000000.parquet").unlink()
     with pytest.raises(StateError, match=r"lacks part-000000.parquet"):
         bertstream.embed(shards, tiny(tokenizer), tmp_path, progress=False)
     for broken in (progress[:50], "[]", "{}"):
-        (tmp_path / "progress.json").write_text(broken)
+        (tmp_path / "_progress.json").write_text(broken)
         with pytest.raises(StateError, match="damaged"):
             bertstream.embed(shards, tiny(tokenizer), tmp_path, progress=False)
 

@@ -159,7 +159,9 @@ def test_numbers_are_printed_as_a_table_and_are_a_plain_dict_otherwise() -> None
 def test_a_loaders_table_names_everything_that_happened(minilm: bertstream.Encoder) -> None:
     cache = bertstream.EmbeddingCache("1MiB")
     loader = bertstream.wrap(BATCHES, minilm, text="text", cache=cache)
-    assert "and" not in cells(str(loader.stats()))
+    fresh = cells(str(loader.stats()))
+    assert fresh["cache_misses"] == ["0"] and "cache_memory_texts" not in fresh
+    assert "and" not in cells(str(bertstream.wrap(BATCHES, minilm, text="text").stats()))
     list(loader)
     stats = loader.stats()
     table = cells(str(stats))
@@ -200,16 +202,29 @@ def sentence(**seconds: float) -> str:
     [
         ("read", "Reading is the bottleneck", "num_workers="),
         ("tokenize", "Tokenizing is the bottleneck", "TokenCollate"),
-        ("lookup", "The cache's look-up is the bottleneck", "memory="),
+        ("lookup", "The cache's look-up is the bottleneck", "larger batches"),
         ("encode", "Encoding is the bottleneck", "a cache"),
         ("hand_over", "Laying out the batch is the bottleneck", "layout=None"),
     ],
 )
 def test_what_is_slowest_is_named_with_what_would_help(slowest: str, said: str, cure: str) -> None:
     others = dict.fromkeys(("read", "tokenize", "lookup", "encode"), 1.0) | {"hand_over": 0.0}
-    found = sentence(wait=1.0, step=3.0, **others | {slowest: 7.0 if slowest != "hand_over" else 28 / 3})
-    assert found.startswith(f"{said}: the loop waits for batches 25% of its time, and 70% of the work on them is this.")
+    works = others | {slowest: 7.0 if slowest != "hand_over" else 28 / 3}
+    found = sentence(wait=3.0, step=1.0, **works)
+    assert found.startswith(f"{said}: the loop waits for batches 75% of its time, and 70% of the work on them is this.")
     assert "What would help: " in found and cure in found and found.endswith(".")
+    found = sentence(wait=1.0, step=3.0, **works)
+    assert found.startswith("The training step takes 75% of the time. For the rest the loop waits for batches, and ")
+    assert f"70% of the work on them is {said.partition(' is the')[0].lower()}" in found.lower()
+    assert "What would help: " in found and cure in found and found.endswith(".")
+
+
+def test_what_would_help_a_loop_with_a_cache_is_no_cache() -> None:
+    works = {"wait_s": 9.0, "step_s": 1.0, "batches": 1, "cache_misses": 5}
+    assert "a cache" not in bottleneck(works | {"encode_s": 9.0})
+    from_memory = bottleneck(works | {"lookup_s": 9.0, "cache_disk_read_s": 1.0})
+    from_disk = bottleneck(works | {"lookup_s": 9.0, "cache_disk_read_s": 8.0})
+    assert "disk" not in from_memory and "more memory= for the cache, a faster disk" in from_disk
 
 
 def test_a_loop_that_hardly_waits_has_its_step_for_a_bottleneck() -> None:
