@@ -93,9 +93,8 @@ def packed_attention(
         )
     if key.shape[1] != query.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    windowed = sliding_window is not None and packing.max_length > sliding_window
-    if query.is_cuda and query.dtype != torch.float32 and not (windowed or dropout) and _flash_fits(query):
-        return _varlen(query, key, value, scaling, packing)[None], None
+    if query.is_cuda and query.dtype != torch.float32 and not dropout and _flash_fits(query):
+        return _varlen(query, key, value, scaling, packing, sliding_window)[None], None
     out: list[Tensor] = []
     start = 0
     for texts, length in packing.groups:
@@ -145,16 +144,19 @@ def _flash_fits(query: Tensor) -> bool:
     return head <= 256 and head % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, packing: Packing) -> Tensor:
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, packing: Packing, sliding_window: int | None
+) -> Tensor:
     """[N, heads, d] by the variable-length flash kernel, which has no dropout."""
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    default = query.shape[-1] ** -0.5
-    if scaling is not None and scaling != default:
-        q = q * (scaling / default)
-    longest = packing.max_length
-    return cast(Tensor, varlen_attn(q, k, v, packing.cu_seqlens, packing.cu_seqlens, longest, longest))
+    farthest = -1 if sliding_window is None else sliding_window - 1  # places to either side; -1 is all
+    cu_seqlens, longest = packing.cu_seqlens, packing.max_length
+    found = varlen.varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(farthest, farthest)
+    )
+    return cast(Tensor, found)
 
 
 def register() -> None:

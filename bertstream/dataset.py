@@ -20,6 +20,7 @@ from .distributed import rank_and_world_size
 from .errors import BertstreamError, ConfigError, EncoderError, ShardError, StateError, check_choice
 from .files import Access
 from .lanes import BadRecords, LaneQueue, LaneReader, deal, pack_state, unpack_state
+from .runtime import collect_rarely
 from .shards import Piece, ReadOptions, count_records, expand_shards, is_rows, shard_size, split_rows, split_shard
 from .types import Cursor, ReadReport, Record, SupportsEncode, TokenBatch, TokenizedText
 from .watchdog import end_with_parent
@@ -314,6 +315,7 @@ class TextStream(IterableDataset[TokenBatch]):
         num_workers, worker_id = (1, 0) if worker is None else (worker.num_workers, worker.id)
         if worker is not None:
             end_with_parent()
+            collect_rarely()
         queue = self.starting_queues()[self.rank]
         assert queue is not None
         if not (self.is_resuming or self.worker_items):  # else EmbeddingLoader counts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 
 from .encoder import Encoder
-from .errors import BertstreamError
-from .loading import fastest_dtype
+from .errors import BertstreamError, ConfigError
+from .loading import DType, fastest_dtype, resolve_device, torch_dtype
+from .runtime import usable_cores
 
 _NEEDED = ("torch", "transformers", "tokenizers", "numpy", "webdataset", "safetensors", "lmdb", "fsspec")
 _OPTIONAL = {
@@ -25,16 +25,25 @@ _OPTIONAL = {
 }
 
 
-def examine(models: Sequence[str] = (), **options: Any) -> dict[str, Any]:
+def examine(
+    models: Sequence[str] = (), *, dtype: DType = "auto", device: torch.device | str = "auto"
+) -> dict[str, Any]:
     """Versions, devices with the dtype that `dtype="auto"` takes there, and how each of some models runs.
 
     Args:
         models: names or folders, as `Encoder.from_pretrained` takes them.
-        options: of `Encoder.from_pretrained`.
+        dtype, device: what the models run in and on, as for `Encoder.from_pretrained`.
     Returns:
         `versions`, package -> version; `optional`, package -> version, or what to install; `devices`, a list of what is
         known of each; `models`, name -> batching, dtype and so on, or `error`. All of it is plain JSON.
+    Raises:
+        ConfigError: there is no such dtype or device, or one is named and no model.
     """
+    if not models and (dtype != "auto" or str(device) != "auto"):
+        raise ConfigError(f"dtype={dtype!r}, device={str(device)!r}: they are for models, name one (--model)")
+    # Before the models: what they fail with after this is theirs.
+    device = resolve_device(device)
+    dtype = dtype if dtype == "auto" else torch_dtype(dtype)
     return {
         "versions": {
             "bertstream": sys.modules[__name__.partition(".")[0]].__version__,
@@ -44,7 +53,7 @@ def examine(models: Sequence[str] = (), **options: Any) -> dict[str, Any]:
         },
         "optional": {name: _version(name) or f"pip install 'bertstream[{extra}]'" for name, extra in _OPTIONAL.items()},
         "devices": [_cpu(), *(_cuda(number) for number in range(torch.cuda.device_count()))],
-        "models": {name: _model(name, options) for name in models},
+        "models": {name: _model(name, dtype, device) for name in models},
     }
 
 
@@ -56,11 +65,10 @@ def _version(name: str) -> str | None:
 
 
 def _cpu() -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "device": "cpu",
         "name": torch.backends.cpu.get_cpu_capability(),
-        "cores": cores,
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "auto_dtype": _name(fastest_dtype(torch.device("cpu"), 768)),
     }
@@ -78,9 +86,9 @@ def _cuda(number: int) -> dict[str, Any]:
     }
 
 
-def _model(name: str, options: dict[str, Any]) -> dict[str, Any]:
+def _model(name: str, dtype: DType, device: torch.device) -> dict[str, Any]:
     try:
-        encoder = Encoder.from_pretrained(name, **options)
+        encoder = Encoder.from_pretrained(name, dtype=dtype, device=device)
     except BertstreamError as error:
         return {"error": " ".join(str(error).split())}
     return {

@@ -15,7 +15,7 @@ from torch import nn
 
 from .attention import PACKED, plain_mode, probe_batching
 from .errors import ConfigError, EncoderError, check_choice
-from .fingerprint import hash_weights, weights_state
+from .fingerprint import hash_weights, note_training, weights_state
 from .forward import FORWARD_TOKENS, BatchedForward
 from .layers import layer_list, resolve_layers, stop_behind, unroll
 from .loading import (
@@ -25,7 +25,9 @@ from .loading import (
     fastest_forward_tokens,
     load_pretrained,
     resolve_device,
+    save_pooling,
     torch_dtype,
+    warn_of_half,
 )
 from .pooling import Combine, SentencePooling, WordPooling
 from .split import UpperEncoder
@@ -46,7 +48,7 @@ class Encoder(BatchedForward):
     `train()` says. Forwards run one at a time, so that several loaders and a model may hold the same encoder.
 
     Args:
-        model: a transformers encoder (`AutoModel`) with its weights.
+        model: a transformers encoder (`AutoModel`) with its weights, or a PeftModel around one.
         tokenizer: the transformers tokenizer that belongs to it.
         output: "tokens" for a vector a token; "words" for a vector a word; "sentence" for a vector a text.
         layers: which layer, or layers, the vectors are made of: 0 is the embedding layer, -1 the last. The forward
@@ -112,10 +114,13 @@ class Encoder(BatchedForward):
             raise ConfigError(f"normalize=True has no effect on output={output!r}: it is for sentence vectors")
         if split is not None and output != "words":
             raise ConfigError(f"split= has no effect on output={output!r}: it is for word vectors")
-        config: Any = getattr(model, "config", None)
-        lacking = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(config, name)]
-        if lacking:
-            raise ConfigError(f"{type(model).__name__} is no transformers text encoder: its config has no {lacking[0]}")
+        if not special_tokens and output == "words":
+            raise ConfigError(
+                "special_tokens=False has no effect on output='words': no special token is part of a word"
+            )
+        if hasattr(model, "get_base_model"):  # of PEFT, whose adapters are in the model itself
+            model = cast(nn.Module, cast(Any, model).get_base_model())
+        config = _config_of(model)
         self.output: Output = output
         self.layers = resolve_layers(layers, config.num_hidden_layers)
         self.combine: Combine = combine
@@ -145,9 +150,12 @@ class Encoder(BatchedForward):
             segments="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
         )
         self.trainable = False
+        self._mode = False
+        self._is_measured = True
         self._pretrained_tokenizer = tokenizer
         self._checked_finite = self.dtype != torch.float16
         self._fingerprint: tuple[Any, bytes] | None = None
+        self.train(False)
 
     @classmethod
     def from_pretrained(
@@ -177,8 +185,9 @@ class Encoder(BatchedForward):
         device = resolve_device(device)
         resolved = None if dtype == "auto" else torch_dtype(dtype)
         model, tokenizer, folder = load_pretrained(str(name))
-        last = resolve_layers(options.get("layers", -1), model.config.num_hidden_layers)
-        of_folder = options.get("output") == "sentence" and last == (model.config.num_hidden_layers,)
+        config = _config_of(model)
+        last = resolve_layers(options.get("layers", -1), config.num_hidden_layers)
+        of_folder = options.get("output") == "sentence" and last == (config.num_hidden_layers,)
         if folder is not None and of_folder and options.get("pooling") is None:
             if folder.pooling is None:
                 raise EncoderError(
@@ -187,7 +196,7 @@ class Encoder(BatchedForward):
                 )
             options = {"normalize": folder.normalize} | options | {"pooling": folder.pooling}
         if resolved is None:
-            resolved = fastest_dtype(device, model.config.hidden_size)
+            resolved = fastest_dtype(device, config.hidden_size)
         model.requires_grad_(False)
         # Converted here and not by the constructor: it would copy, and these weights have no other owner.
         convert(model, device, resolved)
@@ -197,18 +206,24 @@ class Encoder(BatchedForward):
         """Measure how many tokens of one forward are fastest on this device; once, and not where a number was given.
 
         On a CPU the feed-forward products of one layer are timed, on CUDA whole forwards: a second at most. A loader
-        calls it when it starts, unless it is deterministic.
+        calls it when it starts; one that is deterministic has nothing measured from when it is made.
 
         Returns:
             `max_forward_tokens`, as it is from now on.
         """
-        tried = _TRIED_TOKENS.get(self.device.type)
+        tried = _TRIED_TOKENS.get(self.device.type) if self._is_measured else None
         if self._max_forward_tokens is None and self.device not in self._found_forward_tokens and tried is not None:
             run = self._feed_forward() if self.device.type == "cpu" else self._dummy_forward
-            found = fastest_forward_tokens(tried, run, self.device, FORWARD_TOKENS[self.device.type])
+            with self._lock:
+                found = fastest_forward_tokens(tried, run, self.device, FORWARD_TOKENS[self.device.type])
             self._found_forward_tokens[self.device] = found
             logger.info("forwards of %d tokens are fastest on %s", found, self.device)
         return self.max_forward_tokens
+
+    def keep_forward_tokens(self) -> None:
+        """Take the default of `max_forward_tokens` where no number was given: `calibrate` measures none any more."""
+        self._is_measured = False
+        self._found_forward_tokens.clear()
 
     def _feed_forward(self) -> Callable[[int], object]:
         size = cast(Any, self.model.config).hidden_size
@@ -227,58 +242,71 @@ class Encoder(BatchedForward):
 
     def train(self, mode: bool = True) -> Encoder:
         """Follow the mode where parameters are trained; layers that are frozen stay in eval mode, without dropout."""
+        self._mode = mode
         super().train(False)
         self.training = mode and self.trainable
         if self.training:
-            below = self._trained_parameters()[-1]
-            parts = [self.model] if any(p.requires_grad for p in below) else layer_list(self.model)
-            for part in parts:
-                part.train(any(p.requires_grad for p in part.parameters()))
+            if any(parameter.requires_grad for parameter in self._trained_parameters()[-1]):
+                self.model.train()
+            for layer in layer_list(self.model):
+                layer.train(any(parameter.requires_grad for parameter in layer.parameters()))
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Encoder:
         """As torch does, for all parameters; see `unfreeze`, which leaves out those that nothing uses."""
+        if not requires_grad:
+            note_training(self.parameters())
         super().requires_grad_(requires_grad)
         self.trainable = requires_grad
         self.times_frozen += not requires_grad
-        return self
+        return self.train(self._mode)
 
     times_frozen = 0
     """How often it was frozen: vectors from before the last time may be of other weights."""
 
     def freeze(self) -> Encoder:
         """No parameter is trained any more; vectors may be cached from here on."""
-        self.requires_grad_(False)
         self._fingerprint = None  # the weights may have changed in ways that leave no trace
-        self.train(False)
-        return self
+        return self.requires_grad_(False)
 
     def unfreeze(self, layers: int | None = None, *, parameters: Iterable[nn.Parameter] | None = None) -> Encoder:
         """Let parameters be trained, and only these, until `freeze` is called.
 
         Loaders of this encoder then hand out `TokenBatch`es, those that were encoded ahead too, and a cache is off. Put
-        the encoder into a `BertEmbedding` to get vectors with gradients.
+        the encoder into a `BertEmbedding` to get vectors with gradients. Once `train()` was called, before or after
+        this, what is trained has dropout.
+
+        A DistributedDataParallel averages the parameters that were trained when it was made: make it anew afterwards.
 
         Args:
             layers: how many of the layers that are used, from the top (with a pooler that is used); 0 is none of them.
-                None is all, and the embedding layer.
+                None is all, and what stands outside the layers: the embedding layer, say.
             parameters: these instead, those of an adapter, say.
         Raises:
-            ConfigError: there are not so many layers, or no parameter to train.
+            ConfigError: there are not so many layers, or the parameters are none, or not this encoder's.
         """
         if parameters is None:
             groups = self._trained_parameters()
             if layers is not None and not 0 <= layers < len(groups):
                 raise ConfigError(f"layers={layers}: {len(groups) - 1} layers are used; None is all of them and more")
-            parameters = [p for group in groups[: None if layers is None else layers] for p in group]
-        chosen = list(parameters)
+            chosen = [p for group in groups[: None if layers is None else layers] for p in group]
+        else:
+            chosen = list(parameters)
+            own = {id(parameter) for parameter in self.parameters()}
+            foreign = sum(id(parameter) not in own for parameter in chosen)
+            if layers is not None:
+                raise ConfigError(f"layers={layers} and parameters=: say one of them")
+            if not chosen or foreign:
+                raise ConfigError(
+                    f"parameters= holds {len(chosen)}, {foreign} of which are not this encoder's: choose from "
+                    "encoder.parameters(), which are copies where dtype= or device= asked for another than the model's"
+                )
         self.requires_grad_(False)
         for parameter in chosen:
             parameter.requires_grad_(True)
-        if not chosen and layers != 0:
-            raise ConfigError("parameters= holds none")
         self.trainable = bool(chosen)
-        return self
+        warn_of_half(chosen)
+        return self.train(self._mode)
 
     def split(self, at: int) -> tuple[Encoder, UpperEncoder]:
         """Two halves that together are this encoder: a lower one to stream and cache, an upper one to train.
@@ -328,20 +356,38 @@ class Encoder(BatchedForward):
             alone: Any = {key: parameter for key, parameter in lowers.items() if key not in uppers}
             lower.model = copy.deepcopy(lower.model, alone)
         upper.requires_grad_(True)
+        warn_of_half(upper.parameters())
         return lower, upper
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write model and tokenizer as transformers does; sentence-transformers loads such folders as well.
+        """Write model and tokenizer as transformers does, and as sentence-transformers does how sentences are pooled.
+
+        Sentence vectors are then the same in sentence-transformers, and here; but not where `pooling="pooler"` or
+        `special_tokens=False` was asked for, which its folders cannot say.
 
         Raises:
-            ConfigError: layers above the ones asked for were let go, so the model is not whole.
+            ConfigError: layers above the ones asked for were let go, or adapters are in the model, so that it could not
+                be loaded; or transformers cannot write it.
         """
         if max(self.layers) < self._last_layer:
             raise ConfigError(
                 f"layers={self.layers}: the layers above are not there to be saved; save the model that was handed in"
             )
-        cast(Any, self.model).save_pretrained(folder)
+        if any(hasattr(module, "base_layer") for module in self.model.modules()):
+            raise ConfigError(
+                "adapters of PEFT are in this model: save them by the PeftModel's own save_pretrained(), or save what "
+                "its merge_and_unload() gives"
+            )
+        try:
+            cast(Any, self.model).save_pretrained(folder)
+        except RuntimeError as error:  # albert's groups, each of which is several of the layers
+            raise ConfigError(
+                f"transformers cannot write this {type(self.model).__name__} with layers={self.layers}: {error}; make "
+                "the encoder that is to be saved with layers=-1"
+            ) from error
         self._pretrained_tokenizer.save_pretrained(folder)
+        if self.output == "sentence" and self.layers == (self._last_layer,) and self.special_tokens:
+            save_pooling(folder, self.pooling, self.normalize, cast(Any, self.model).config.hidden_size)
 
     def __repr__(self) -> str:
         """In one line, unlike other modules: `print(encoder.model)` shows the layers."""
@@ -466,6 +512,14 @@ def _resolve_pooling(output: Output, pooling: Any) -> tuple[str, ...]:
     for how in chosen:
         check_choice("pooling", how, WordPooling if output == "words" else SentencePooling)
     return chosen
+
+
+def _config_of(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    lacking = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(config, name)]
+    if lacking:
+        raise ConfigError(f"{type(model).__name__} is no transformers text encoder: its config has no {lacking[0]}")
+    return config
 
 
 def _own_copy(model: nn.Module, device: torch.device | str, dtype: DType) -> nn.Module:

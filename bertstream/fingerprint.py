@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ _REVISION = 1
 
 # What a config says about where it came from and how it is run, not about what is computed.
 _NO_MATTER = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+
+_TIMES_TRAINED = "_bertstream_times_trained"
 
 
 def hash_weights(model: nn.Module, settings: str, config: Mapping[str, Any]) -> bytes:
@@ -36,8 +38,21 @@ def hash_weights(model: nn.Module, settings: str, config: Mapping[str, Any]) -> 
     return digest.digest()
 
 
+def note_training(parameters: Iterable[nn.Parameter]) -> None:
+    """Before parameters are frozen: those that require a gradient may have changed without a trace until now.
+
+    Fused optimizers leave a tensor's version as it is. The count stands on the parameter itself, because another
+    encoder may share it.
+    """
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.__dict__[_TIMES_TRAINED] = parameter.__dict__.get(_TIMES_TRAINED, 0) + 1
+
+
 def weights_state(model: nn.Module) -> list[tuple[object, ...]] | None:
-    """What changes when a tensor is written to in place, moved, converted or exchanged; cheap enough for every batch.
+    """What changes when a tensor is written to in place, moved, converted, exchanged, or frozen by `Encoder.freeze`.
+
+    It is cheap enough for every batch.
 
     Returns:
         None where a parameter requires a gradient: optimizers may change it without a trace.
@@ -45,7 +60,10 @@ def weights_state(model: nn.Module) -> list[tuple[object, ...]] | None:
     tensors = [tensor for _, tensor in _tensors(model)]
     if any(tensor.requires_grad for tensor in tensors):
         return None
-    return [(t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version) for t in tensors]
+    return [
+        (t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version, t.__dict__.get(_TIMES_TRAINED, 0))
+        for t in tensors
+    ]
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

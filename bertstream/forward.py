@@ -79,7 +79,9 @@ class BatchedForward(nn.Module):
         return self._max_forward_tokens or self._found_forward_tokens.get(self.device, default)
 
     def parameter_groups(self, lr: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-        """What an optimizer takes: a group for each layer, the top one first, the embedding layer last.
+        """What an optimizer takes: a group for each layer, the top one first, what stands outside them last.
+
+        That is the embedding layer, and what all layers use; a norm behind the top one (modernbert's) too.
 
         Give it all of them from the start: parameters that are frozen have no gradient, and optimizers leave them
         alone.
@@ -92,7 +94,7 @@ class BatchedForward(nn.Module):
         return [{"params": group, "lr": lr * layer_decay**depth} for depth, group in enumerate(groups)]
 
     def _trained_parameters(self) -> list[list[nn.Parameter]]:
-        """The parameters of each layer that is used, from the top, and of all below them; none twice (albert's are)."""
+        """The parameters of each layer that is used, from the top, and all others; none twice (albert's are)."""
         pooler = getattr(self.model, "pooler", None)
         top = list(pooler.parameters()) if pooler is not None else []
         groups = [list(layer.parameters()) for layer in layer_list(self.model)][::-1]
@@ -148,6 +150,7 @@ class BatchedForward(nn.Module):
             output=self.output,
             word_ids=word_ids,
             present=present,
+            layers=self.layers,
         )
 
     def _vectors(self, batch: TokenBatch, given: Tensor | None = None) -> Embeddings:

@@ -22,6 +22,7 @@ from .codec import Codec, Storage
 from .dataset import Shards, StreamConfig, TextStream
 from .encoder import Encoder
 from .errors import shortened
+from .iteration import Groups, group_tokens
 from .memory import ROW_INDEX_BYTES, TEXT_BYTES
 from .shards import Piece, ReadOptions, is_rows, read_records, shard_size, split_rows
 from .tokenizer import TextTokenizer
@@ -31,9 +32,6 @@ Numbers: TypeAlias = npt.NDArray[Any]
 
 _SAMPLED_BATCHES, _TIMED_S = 256, 3.0
 """Batches drawn from all of the corpus, and the seconds within which as many of them as fit are encoded."""
-
-_GROUP_FORWARDS = 4
-"""Forwards' worth of tokens that are encoded together; a loader takes up to eight, as far as batches are ready."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def inspect_shards(
     options = ReadOptions(text=text, pair=pair, access=reading, rows=shards if is_rows(shards) else None)
     with closing(read_records(_first_piece(shards, stream.shards), options)) as records:
         example = next(records)
-    found = _Found(encoder)
+    found = _Found(encoder, stream.shards)
     total = stream.count_records() if progress else None
     with tqdm(desc="reading", unit=" texts", total=total, disable=not progress) as bar:
         for batch in stream:
@@ -204,7 +202,7 @@ def _edges(least: int, most: int, limit: int) -> list[int]:
 class _Found:
     """What is kept of each batch while all are read."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, shards: Sequence[str]) -> None:
         self.lengths: list[Numbers] = []
         self.rows: list[Numbers] = []
         self.hashes: list[Numbers] = []
@@ -213,7 +211,7 @@ class _Found:
         self.batch_tokens: list[int] = []
         self.sample: list[TokenBatch] = []
         self._encoder = encoder
-        self._numbers: dict[str, int] = {}
+        self._numbers = {shard: number for number, shard in enumerate(shards)}
         self._random = random.Random(0)
 
     def add(self, batch: TokenBatch) -> None:
@@ -252,20 +250,21 @@ def _padding(lengths: Numbers, sizes: Numbers) -> float:
 
 
 def _measured(encoder: Encoder, sample: list[TokenBatch], seconds: float) -> float:
-    """Tokens a second, of batches that are encoded together as a loader does it."""
+    """Tokens a second, of batches that are gathered and encoded together as a loader does it."""
     encoder.calibrate()
     random.Random(0).shuffle(sample)
-    groups: list[list[TokenBatch]] = [[]]
-    for batch in sample:
-        if sum(part.num_tokens for part in groups[-1]) >= _GROUP_FORWARDS * encoder.max_forward_tokens:
-            groups.append([])
-        groups[-1].append(batch)
+    limit = group_tokens(encoder)
+    groups = Groups(iter(sample), weigh=lambda batch: batch.num_tokens, limit=limit, by_the_clock=True)
     encoder.encode(sample[0]).values.cpu()  # the first forward is slower than others
-    started, tokens = time.perf_counter(), 0
+    tokens, took = 0, 0.0
     for group in groups:
-        tokens += encoder.encode(join(group)).tokens.num_tokens
+        started = time.perf_counter()
+        encoded = encoder.encode(join(group)).tokens.num_tokens
         if encoder.device.type == "cuda":
             torch.cuda.synchronize(encoder.device)
-        if time.perf_counter() - started >= seconds:
+        group_s = time.perf_counter() - started
+        groups.encoded(encoded, group_s)
+        tokens, took = tokens + encoded, took + group_s
+        if took >= seconds:
             break
-    return tokens / (time.perf_counter() - started)
+    return tokens / took

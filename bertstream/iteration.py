@@ -9,19 +9,36 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+from torch.utils.data import DataLoader
+
 from .dataset import Skip, TextStream
 from .distributed import Peers
 from .errors import BertstreamError, LoaderClosedError
 from .lanes import cursor_from_json, cursor_to_json
 from .prefetch import Prefetcher
 from .stages import Stages
-from .types import Cursor, TokenBatch
+from .types import Cursor, SupportsEncode, TokenBatch
 
 T = TypeVar("T")
+
+_WORKER_BATCHES = 16
+"""Token batches that each worker process of a stream may have ready. Batches are taken in turns, so a worker that is
+behind for a moment stops the others once those have theirs: with 8, two workers were 1.55 to 1.73 times as fast as one,
+with 16 1.86 times."""
+
+_GROUP_FORWARDS = {"cpu": 8}
+"""Forwards' worth of tokens that are gathered to be encoded together, else one. A CPU's forwards are small, so that
+they stay in its caches; out of many texts each gets some of about one length."""
 
 _GROUP_S = 0.5
 """Seconds that encoding a group should take at most: a loop that is left waits for the group in progress, and behind an
 epoch's last group there is nothing left to encode while its steps run. A quarter, a half and one were equally fast."""
+
+
+def in_workers(stream: TextStream, num_workers: int) -> DataLoader[Any]:
+    """A DataLoader of a stream's token batches, read by so many processes; by whoever iterates it where that is 0."""
+    ahead = _WORKER_BATCHES if num_workers else None
+    return DataLoader(stream, batch_size=None, num_workers=num_workers, prefetch_factor=ahead)
 
 
 @dataclass
@@ -204,6 +221,11 @@ def _marked(batch: TokenBatch, *, repeated: bool) -> TokenBatch:
     if repeated:
         marked.report = marked.cursor = None
     return marked
+
+
+def group_tokens(encoder: SupportsEncode) -> int:
+    """The limit of `Groups` for an encoder: tokens that are encoded together at most."""
+    return encoder.max_forward_tokens * _GROUP_FORWARDS.get(encoder.device.type, 1)
 
 
 class Groups(Generic[T]):

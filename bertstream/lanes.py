@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .errors import ShardError, StateError
+from .errors import ShardError, StateError, shortened
 from .shards import Piece, ReadOptions, read_records
 from .types import Cursor, OpenPiece, ReadReport, Record
 
@@ -241,21 +241,37 @@ def pack_state(
     }
 
 
+def epoch_of(state: Any, owner: str, parts: Sequence[str]) -> int:
+    """The epoch of a state, once it is known for one that can be read.
+
+    Args:
+        state: whatever was loaded.
+        owner: what it should be of, for the message.
+        parts: what it must have beside its version and epoch.
+    Raises:
+        StateError: it is none, or of another version.
+    """
+    for part in ("version", "epoch", *parts):
+        if not isinstance(state, dict) or state.get(part) in (None, [], {}):
+            kind = f"it has no {part!r}" if isinstance(state, dict) else type(state).__name__
+            raise StateError(f"this is no state of {owner}: {kind}", key=part)
+        if part == "version" and state[part] != STATE_VERSION:
+            raise StateError(
+                f"the state is of version {state[part]}, this bertstream reads version {STATE_VERSION}", key="version"
+            )
+    epoch = state["epoch"]
+    if type(epoch) is not int or epoch < 0:
+        raise StateError(f"the state has epoch={shortened(epoch)}, where a number from 0 belongs", key="epoch")
+    return epoch
+
+
 def unpack_state(state: Any, settings: dict[str, Any]) -> tuple[int, list[list[Cursor] | None], dict[str, Any]]:
     """The epoch, the lanes of each rank, and the counts of broken records of a packed state.
 
     Raises:
         StateError: the state is none, of another version, or of a stream with other settings.
     """
-    if not isinstance(state, dict) or "version" not in state:
-        raise StateError(f"this is no state of a stream: {type(state).__name__}", key="version")
-    if state["version"] != STATE_VERSION:
-        raise StateError(
-            f"the state is of version {state['version']}, this bertstream reads version {STATE_VERSION}", key="version"
-        )
-    for part in ("settings", "epoch", "queues", "bad"):
-        if not state.get(part) and state.get(part) != 0:
-            raise StateError(f"this is no state of a stream: it has no {part!r}", key=part)
+    epoch = epoch_of(state, "a stream", ("settings", "queues", "bad"))
     for name, value in settings.items():
         saved = state["settings"].get(name)
         if saved != value:
@@ -264,7 +280,6 @@ def unpack_state(state: Any, settings: dict[str, Any]) -> tuple[int, list[list[C
                 "was, or start an epoch anew without the state",
                 key=name,
             )
-    epoch = state["epoch"]
     queues = [
         None if queue is None else [cursor_from_json(entry, epoch) for entry in queue] for queue in state["queues"]
     ]

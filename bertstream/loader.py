@@ -4,50 +4,34 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
 
-import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
 
 from .cache import CachedEncoder, EmbeddingCache
-from .coalesce import encode_together
-from .cuda import SideStream
 from .dataset import Shards, Skip, StreamConfig, TextStream
 from .distributed import Peers, can_talk, rank_and_world_size
+from .encode_stage import EncodeStage, Ready
 from .encoder import Encoder
-from .errors import BertstreamError, ConfigError, EncoderError, LoaderClosedError, StateError, check_choice
-from .iteration import Entry, Groups, Iteration, Run, Source, agreed, located
-from .lanes import STATE_VERSION, LaneQueue, pack_state
-from .places import Place, as_places, texts_of, with_vectors
+from .errors import ConfigError, LoaderClosedError, StateError, check_choice
+from .iteration import Iteration, Run, Source, agreed, group_tokens, in_workers, located
+from .lanes import STATE_VERSION, LaneQueue, epoch_of, pack_state
+from .places import Place, as_places, with_vectors
 from .plots import plot_step
 from .prefetch import Prefetcher, StepClock
-from .runtime import release_helpers, trim_heap
-from .stages import LOOP, WORK, Stages, Stats, bottleneck
-from .types import Embeddings, Layout, ReadReport, SupportsEncode, TokenBatch
+from .runtime import release_helpers, usable_cores
+from .stages import LOOP, WORK, Stage, Stages, Stats, bottleneck
+from .types import Layout, ReadReport, SupportsEncode, TokenBatch
 
 logger = logging.getLogger(__name__)
-
-_WORKER_BATCHES = 16
-"""Token batches that each worker process of a stream may have ready. Batches are taken in turns, so a worker that is
-behind for a moment stops the others once those have theirs: with 8, two workers were 1.55 to 1.73 times as fast as one,
-with 16 1.86 times."""
 
 _PREFETCH = {"cpu": 8}
 """Forwards' worth of tokens that the encoder runs ahead in its thread, else 2. What encoding takes varies from batch to
 batch more than what a step takes: with 2 on a CPU, a step that sleeps as long as encoding took 1.25 times as long."""
-
-_GROUP_FORWARDS = {"cpu": 8}
-"""Forwards' worth of tokens that are gathered to be encoded together, else one. A CPU's forwards are small, so that
-they stay in its caches; out of many texts each gets some of about one length."""
-
-_TRIM_EVERY_S = 2.0
-"""Between two moments at which the heap's holes are given back, while vectors are made on a CPU."""
 
 
 def wrap(
@@ -182,11 +166,9 @@ def stream(
         keep_text_as=text if into is not None else None,
         reading=reading,
     )
-    ahead = _WORKER_BATCHES if num_workers else None
-    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, prefetch_factor=ahead)
     targets = None if into is None else (into,)
     return EmbeddingLoader(
-        loader,
+        in_workers(dataset, num_workers),
         encoder,
         text=(text,),
         into=targets,
@@ -211,40 +193,9 @@ class _Counts:
     bad_records: int = 0
     bad_shards: int = 0
     left_texts: int = 0
-    repeated_texts: int = 0
-    encode_calls: int = 0
-    encoded_tokens: int = 0
     padded_tokens: int = 0
     room_wait_s: float = 0.0
     peak_ahead_tokens: int = 0
-
-
-@dataclass
-class _Tokenized:
-    """The batch of this number in the epoch, with its texts as tokens; a `Skip` has none."""
-
-    number: int
-    entry: Entry
-    texts: dict[Place | None, TokenBatch]
-
-    @property
-    def weight(self) -> int:
-        """Tokens in all, and at least one, so that groups are bounded whatever comes; a `Skip` adds nothing."""
-        return max(1, sum(batch.num_tokens for batch in self.texts.values())) if self.texts else 0
-
-
-@dataclass
-class _Ready:
-    """A batch whose vectors are queued on the side stream, with the event behind them."""
-
-    entry: Entry
-    embeddings: Mapping[Place | None, Embeddings | TokenBatch]
-    event: torch.cuda.Event | None
-    times_frozen: int
-    tokens: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tokens = sum(_tokens(embeddings).num_tokens for embeddings in self.embeddings.values())
 
 
 class EmbeddingLoader:
@@ -284,13 +235,13 @@ class EmbeddingLoader:
         self._layout = layout
         self._prefetch = prefetch
         self._deterministic = deterministic
-        self._device = encoder.device
-        self._side = SideStream(self._device)
+        if deterministic and isinstance(encoder, Encoder):
+            encoder.keep_forward_tokens()
         self._counts = _Counts()
         self._stages = Stages()
+        self._encoding = EncodeStage(encoder, self._cached, text, self._stages)
         self._own_epoch = 0
         self._closed = False
-        self._said_trainable = False
         self._read_once = False
         self._queues: list[LaneQueue | None] | None = None
         self._peers: Peers | None = None
@@ -319,10 +270,7 @@ class EmbeddingLoader:
         if self._closed:
             raise LoaderClosedError("this EmbeddingLoader was closed: make a new one with wrap or stream")
         self._stop("another iteration of this loader began: two loops at once need two loaders")
-        if self.encoder.device != self._device:  # it was moved
-            self._device = self.encoder.device
-            self._side = SideStream(self._device)
-        if not self._deterministic and isinstance(self.encoder, Encoder):
+        if isinstance(self.encoder, Encoder):
             self.encoder.calibrate()
         run = Run()
         iteration = Iteration(self._iterate(run), run, self._stages)
@@ -410,16 +358,10 @@ class EmbeddingLoader:
                     kept._shutdown_workers()
                 self._source._iterator = None  # type: ignore[attr-defined]
             return
-        if not isinstance(state, dict) or "source" not in state:
-            raise StateError("this is no state of a loader around a DataLoader", key="source")
-        if state.get("version") != STATE_VERSION:
-            found = state.get("version")
-            raise StateError(
-                f"the state is of version {found}, this bertstream reads version {STATE_VERSION}", key="version"
-            )
+        epoch = epoch_of(state, "a loader around a DataLoader", ("source",))
         self._state_of_source()  # says so where there is none
         self._stop(reason)
-        self._own_epoch = state["epoch"]
+        self._own_epoch = epoch
         self._source_state = None
         self._source.load_state_dict(state["source"])  # type: ignore[attr-defined]
 
@@ -458,10 +400,10 @@ class EmbeddingLoader:
         What `EmbeddingCache.stats` says stands here under `cache_` names, of all loaders that share the cache.
         """
         seconds = self._stages.seconds
-        stats = Stats(asdict(self._counts))
+        stats = Stats(asdict(self._counts) | asdict(self._encoding.counts))
         padded = stats.pop("padded_tokens")
         stats["padding_share"] = 1 - stats["tokens"] / padded if padded else 0.0
-        stats |= {f"{stage}_s": seconds[stage] for stage in ("read", "tokenize", "encode", "hand_over", "wait", "step")}
+        stats |= {f"{stage}_s": seconds[stage] for stage in get_args(Stage)}
         stats["lookup_s"] = 0.0
         if self._cached is not None:
             # In the middle of a call its computing is counted already, the call itself is not.
@@ -480,10 +422,11 @@ class EmbeddingLoader:
         return bottleneck(self.stats())
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
-        """Write what each stage did when, for chrome://tracing or ui.perfetto.dev: the last 100,000 spans.
+        """Write what each stage did when, for chrome://tracing or ui.perfetto.dev: the last 20,000 spans.
 
-        Stages are "read", "tokenize", "encode", "hand_over", "wait" and "step", see `stats`. `torch.profiler` shows the
-        first four too, as "bertstream.encode" and so on; those of the worker thread if it is asked for all threads
+        Stages are "read", "tokenize", "encode" (a cache's look-up included), "hand_over", "wait" and "step", see
+        `stats`. `torch.profiler` shows the first four too, as "bertstream.encode" and so on; those of the worker thread
+        if it is asked for all threads
         (`experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)`).
         """
         self._stages.save_trace(path)
@@ -533,17 +476,18 @@ class EmbeddingLoader:
         with self._others_told():
             source = Source(self._start_reading(), state, self._stages)
         ready = self._encoded(source, run)
-        worker: Iterator[_Ready | Skip] = ready
+        worker: Iterator[Ready | Skip] = ready
         try:
             # The first batch is read in this thread: a sampler draws its seed from torch's global generator then, and
             # must draw it at the same point of the user's program whatever is prefetched.
             with self._others_told():
                 source.read_first()
-            clock = StepClock()
+            clock = StepClock(usable_cores())
+            on_cpu = self.encoder.device.type == "cpu"
             while True:
                 if run.worker is None and self._runs_ahead(clock):
                     worker = run.worker = self._ahead(ready)
-                if run.worker is not None and self._device.type == "cpu":
+                if run.worker is not None and on_cpu:
                     release_helpers()
                 item = next(worker, None)
                 if item is None or run.ended_by is not None:
@@ -575,13 +519,13 @@ class EmbeddingLoader:
     def _runs_ahead(self, clock: StepClock) -> bool:
         if self._prefetch is not None:
             return self._prefetch > 0
-        return self._device.type != "cpu" or clock.leaves_room()
+        return self.encoder.device.type != "cpu" or clock.leaves_room()
 
-    def _ahead(self, ready: Iterator[_Ready | Skip]) -> Prefetcher[_Ready | Skip]:
+    def _ahead(self, ready: Iterator[Ready | Skip]) -> Prefetcher[Ready | Skip]:
         return Prefetcher(
             ready,
             weigh=lambda item: 0 if isinstance(item, Skip) else item.tokens,
-            limit=(self._prefetch or _PREFETCH.get(self._device.type, 2)) * self.encoder.max_forward_tokens,
+            limit=(self._prefetch or _PREFETCH.get(self.encoder.device.type, 2)) * self.encoder.max_forward_tokens,
             stage="encode",
         )
 
@@ -661,143 +605,32 @@ class EmbeddingLoader:
             self._read_once = True
         return iterator
 
-    def _encoded(self, source: Source[Any], run: Run) -> Generator[_Ready | Skip, None, None]:
-        """The encode stage: what the worker thread runs, or `next()` itself."""
+    def _encoded(self, source: Source[Any], run: Run) -> Generator[Ready | Skip, None, None]:
+        """What is read, in step with other ranks, through the encode stage."""
         entries = located(source, self._stream)
         if self._peers is not None and self._stream is not None:
             entries = agreed(entries, self._stream, self._peers, run, self._count_left)
-        limit = self.encoder.max_forward_tokens * _GROUP_FORWARDS.get(self._device.type, 1)
+        limit = group_tokens(self.encoder)
         if self._peers is not None or self._prefetch == 0:
             # A batch that others have agreed on must not wait for the next: to agree on that they may have to hand this
             # one out first, and their step waits for ours. And prefetch=0 reads nothing ahead.
             limit = 1
-        groups = Groups(
-            self._tokenized(entries),
-            weigh=lambda item: item.weight,
-            limit=limit,
-            by_the_clock=not self._deterministic,
-        )
-        trimmed = time.perf_counter()
-        for group in groups:
-            started = time.perf_counter()
-            if self._device.type == "cpu" and started - trimmed > _TRIM_EVERY_S:
-                trim_heap()
-                trimmed = started
-            weight = sum(item.weight for item in group)
-            ready = self._encode(group)
-            del group
-            item = next(ready)  # which encodes them all
-            groups.encoded(weight, time.perf_counter() - started)
-            if run.worker is not None:  # all of it waits while the next group is encoded, or nothing would overlap
-                run.worker.make_room(weight)
-            yield item
-            del item  # its memory is the consumer's now, not ours until the next group
-            yield from ready
-
-    def _tokenized(self, entries: Iterator[Entry]) -> Iterator[_Tokenized]:
-        number = 0
-        for entry in entries:
-            if isinstance(entry.item, Skip):
-                yield _Tokenized(number, entry, {})
-                continue
-            with self._stages.run("tokenize", 1), _numbered(number):
-                texts = texts_of(entry.item, self._places, self.encoder.tokenizer)
-            yield _Tokenized(number, entry, texts)
-            number += 1
-
-    def _encode(self, group: list[_Tokenized]) -> Iterator[_Ready | Skip]:
-        """The group's batches with their vectors, by one call of the encoder.
-
-        Where that fails they are encoded one by one, so that the error comes in its place, and is of one batch.
-        """
-        texts = [tokens for item in group for tokens in item.texts.values()]
-        found: deque[Embeddings] | deque[TokenBatch] | None = None
-        times_frozen = self._times_frozen
-        if self._hands_out_tokens:
-            found = deque(texts)
-        elif texts:
-            try:
-                found = deque(self._together(texts))
-            except Exception as error:
-                if len(texts) > 1:
-                    logger.info("%d batches failed together, and are encoded one by one: %r", len(texts), error)
-        event = self._side.mark()
-        items = deque(group)
-        group.clear()
-        while items:
-            item = items.popleft()
-            if not item.texts:
-                yield item.entry.item
-                continue
-            embeddings: dict[Place | None, Embeddings | TokenBatch]
-            if found is None:
-                with _numbered(item.number):
-                    embeddings = {place: self._alone(tokens) for place, tokens in item.texts.items()}
-                event = self._side.mark()
-            else:
-                embeddings = {place: found.popleft() for place in item.texts}
-            ready = _Ready(item.entry, embeddings, event, times_frozen)
-            del item, embeddings
-            yield ready
-            del ready  # its memory is the consumer's now, not ours until the next batch
-
-    def _together(self, texts: list[TokenBatch], *, once: bool = True) -> list[Embeddings]:
-        def encode(batch: TokenBatch) -> Embeddings:
-            found = self.encoder.encode(batch) if self._cached is None else self._cached.encode(batch)
-            self._counts.encode_calls += 1
-            self._counts.encoded_tokens += batch.num_tokens
-            return found
-
-        with self._stages.run("encode", len(texts)), self._side.run():
-            found, repeats = encode_together(encode, texts, once=once and self._cached is None)  # a cache looks itself
-        self._counts.repeated_texts += repeats
-        return found
-
-    def _alone(self, tokens: TokenBatch) -> Embeddings:
-        """The batch as it is, so that an error names its texts by their places."""
-        try:
-            return self._together([tokens], once=False)[0]
-        except BertstreamError:
-            raise
-        except Exception as error:
-            raise EncoderError(f"the encoder failed on {tokens!r}: {type(error).__name__}: {error}") from error
-
-    @property
-    def _hands_out_tokens(self) -> bool:
-        return getattr(self.encoder, "trainable", False)
-
-    @property
-    def _times_frozen(self) -> int:
-        return getattr(self.encoder, "times_frozen", 0)
-
-    def _hand_over(self, item: _Ready) -> None:
-        """Make the vectors safe to use here; those of an encoder that is trained are for the model to compute."""
-        if self._hands_out_tokens:
-            item.embeddings = {place: _bare(_tokens(found)) for place, found in item.embeddings.items()}
-            if not self._said_trainable:
-                self._said_trainable = True
-                logger.info("the encoder is trained: batches are handed out as TokenBatches, and a cache is off")
-            return
-        not_encoded = any(isinstance(found, TokenBatch) for found in item.embeddings.values())
-        if not_encoded or item.times_frozen != self._times_frozen:  # it was trained meanwhile, and frozen again
-            item.embeddings = {place: self._alone(_tokens(found)) for place, found in item.embeddings.items()}
-            item.event = self._side.mark()
-        parts = [(e.values, e.cu_seqlens, e.present) for e in item.embeddings.values() if isinstance(e, Embeddings)]
-        self._side.hand_over(item.event, [tensor for part in parts for tensor in part if tensor is not None])
+        return self._encoding.run(entries, run, limit=limit, by_the_clock=not self._deterministic)
 
     def _count_left(self, texts: int) -> None:
         self._counts.left_texts += texts
 
-    def _handed_over(self, item: _Ready) -> Any:
-        self._hand_over(item)
+    def _handed_over(self, item: Ready) -> Any:
+        self._encoding.hand_over(item)
         self._source_state = item.entry.source_state
+        # One may be empty: behind a `set_epoch` in the loop there are no queues; and where a user's collate_fn
+        # made something else of a stream's batch there are no cursors.
         for queue, cursor in zip(self._queues or (), item.entry.cursors, strict=False):
             if queue is not None and cursor is not None:
                 queue.hand_out(cursor)
         counts = self._counts
         counts.batches += 1
-        for embeddings in item.embeddings.values():
-            tokens = _tokens(embeddings)
+        for tokens in item.batches:
             counts.texts += len(tokens)
             counts.tokens += tokens.num_tokens
             counts.padded_tokens += len(tokens) * int(tokens.lengths.max(initial=0))
@@ -805,24 +638,6 @@ class EmbeddingLoader:
             counts.cut_words += int(tokens.cut_words.sum())
             counts.cut_tokens += int(tokens.cut_tokens.sum())
         return with_vectors(item.entry.item, item.embeddings, text=self._places, into=self._into, layout=self._layout)
-
-
-@contextmanager
-def _numbered(batch: int) -> Iterator[None]:
-    """Errors of the encoder from inside say which batch of the epoch it was."""
-    try:
-        yield
-    except EncoderError as error:
-        raise EncoderError(f"batch {batch}: {error}", records=error.records) from error
-
-
-def _tokens(embeddings: Embeddings | TokenBatch) -> TokenBatch:
-    return embeddings if isinstance(embeddings, TokenBatch) else embeddings.tokens
-
-
-def _bare(tokens: TokenBatch) -> TokenBatch:
-    """The tokens without what a stream's batch carries beside them."""
-    return replace(tokens, fields={}, cursor=None, report=None)
 
 
 def _report(batch: Any) -> ReadReport | None:

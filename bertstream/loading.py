@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -18,6 +20,8 @@ from .distributed import local_rank
 from .errors import ConfigError, EncoderError
 from .pooling import SentencePooling
 
+logger = logging.getLogger(__name__)
+
 DType: TypeAlias = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -28,7 +32,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
     is no CUDA.
 
     Raises:
-        ConfigError: no device of that name, or CUDA was asked for and there is none.
+        ConfigError: no device of that name, or not so many CUDA devices.
     """
     available = torch.cuda.is_available()
     if str(device) == "auto":
@@ -44,7 +48,12 @@ def resolve_device(device: torch.device | str) -> torch.device:
         return resolved
     if not available:
         raise ConfigError(f"device={str(device)!r}, but torch sees no CUDA device")
-    return resolved if resolved.index is not None else torch.device("cuda", torch.cuda.current_device())
+    if resolved.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    count = torch.cuda.device_count()
+    if resolved.index >= count:
+        raise ConfigError(f"device={str(device)!r}, but torch sees {count} CUDA devices, counted from cuda:0")
+    return resolved
 
 
 def fastest_dtype(device: torch.device, hidden_size: int) -> torch.dtype:
@@ -70,6 +79,18 @@ def fastest_dtype(device: torch.device, hidden_size: int) -> torch.dtype:
                 times.append(time.perf_counter() - started)
         rate[dtype] = 1 / min(times)
     return torch.bfloat16 if rate[torch.bfloat16] >= 1.5 * rate[torch.float32] else torch.float32
+
+
+def warn_of_half(trained: Iterable[nn.Parameter]) -> None:
+    """Say so where parameters of half precision are to be trained: small steps are lost when weights are rounded."""
+    half = {parameter.dtype for parameter in trained} & {torch.bfloat16, torch.float16}
+    for dtype in half:
+        logger.warning(
+            "parameters are trained in %s, where a step that is small beside the weight is rounded away: AdamW at 2e-5 "
+            "left 7 of 8 bfloat16 weights as they were. Make the encoder with dtype='float32' and train it under "
+            "torch.autocast",
+            str(dtype).removeprefix("torch."),
+        )
 
 
 def fastest_forward_tokens(
@@ -194,6 +215,7 @@ _POOLING_MODES: dict[str, SentencePooling | None] = {
     "weightedmean": "weighted_mean",
     "lasttoken": None,
 }
+_POOLING_FLAGS = ("cls_token", "max_tokens", "mean_tokens", "weightedmean_tokens")
 
 
 def _folder_pooling(source: str) -> FolderPooling | None:
@@ -214,6 +236,39 @@ def _folder_pooling(source: str) -> FolderPooling | None:
     if set(kinds) - {"Transformer", "Pooling", "Normalize"}:
         pooling = None
     return FolderPooling(pooling, "Normalize" in kinds, kinds)
+
+
+def save_pooling(folder: str | os.PathLike[str], pooling: Sequence[str], normalize: bool, hidden_size: int) -> None:
+    """Say in a saved model's folder how sentences are pooled, in the form that `load_pretrained` follows.
+
+    It is the form that sentence-transformers wrote before version 6, and that every version reads. Nothing is written
+    where it has no word for what is pooled.
+
+    Args:
+        folder: holds the model.
+        pooling: what is concatenated; written in sentence-transformers' order only.
+        normalize: whether vectors are scaled to length 1.
+        hidden_size: of the model.
+    """
+    flags = {flag: mode in pooling for flag, mode in _POOLING_MODES.items() if flag in _POOLING_FLAGS}
+    written = [_POOLING_MODES[flag] for flag, chosen in flags.items() if chosen]
+    if written != list(pooling):
+        return
+    modules = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
+    listed = [
+        {
+            "idx": number,
+            "name": str(number),
+            "path": f"{number}_{kind}" if number else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for number, kind in enumerate(modules)
+    ]
+    for module in listed[1:]:
+        (Path(folder) / str(module["path"])).mkdir(exist_ok=True)
+    pooled = {"word_embedding_dimension": hidden_size} | {f"pooling_mode_{flag}": on for flag, on in flags.items()}
+    (Path(folder) / "1_Pooling" / "config.json").write_text(json.dumps(pooled, indent=2), encoding="utf-8")
+    (Path(folder) / "modules.json").write_text(json.dumps(listed, indent=2), encoding="utf-8")
 
 
 def _read_json(source: str, file: str) -> Any:

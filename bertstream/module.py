@@ -6,8 +6,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from .distributed import can_talk
 from .encoder import Encoder
 from .errors import ConfigError, check_choice
 from .types import Embeddings, Layout, Text, TokenBatch
@@ -38,6 +40,7 @@ class BertEmbedding(nn.Module):
             check_choice("layout", layout, Layout)
         self.encoder = encoder
         self.layout = layout
+        self._said = False
 
     @property
     def embedding_dim(self) -> int:
@@ -48,17 +51,29 @@ class BertEmbedding(nn.Module):
         """Embed strings, lists of words, pairs, or a `TokenBatch`; `Embeddings` pass as they are.
 
         Returns:
-            `Embeddings`, or what `layout` says. Packed as in a loader, and in the caller's autocast; with gradients and
-            dropout where the encoder is trainable.
+            `Embeddings`, or what `layout` says. Packed as in a loader; where the encoder was unfrozen, with gradients,
+            in the caller's autocast, and with dropout in train mode.
         Raises:
             EncoderError: as `Encoder.encode`.
         """
+        self._warn_of_gradients_that_do_not_flow()
         if isinstance(texts, Embeddings):
             found = texts
         else:
             batch = texts if isinstance(texts, TokenBatch) else self.encoder.tokenizer.batch(texts)
             found = self.encoder.embed(batch) if self.encoder.trainable else self.encoder.encode(batch)
         return found if self.layout is None else found.as_layout(self.layout)
+
+    def _warn_of_gradients_that_do_not_flow(self) -> None:
+        """Once: `requires_grad_` of a module around this one reaches the parameters, and not the encoder."""
+        if self._said or self.encoder.trainable or not torch.is_grad_enabled():
+            return
+        if any(parameter.requires_grad for parameter in self.encoder.parameters()):
+            self._said = True
+            logger.warning(
+                "parameters of the encoder require gradients, but it is frozen, so none flow: call encoder.unfreeze() "
+                "to train it, or encoder.freeze() to say that it is not trained"
+            )
 
 
 class UnfreezeSchedule:
@@ -69,15 +84,20 @@ class UnfreezeSchedule:
             schedule.set(epoch)  # frozen in epoch 0, trained from epoch 1 on
             ...
 
+    A DistributedDataParallel averages the parameters that were trained when it was made, and no others: make it anew
+    after each call of `set` that changes something.
+
     Args:
         encoder: is frozen until `start`.
         start: the epoch, or step, whatever `set` counts, at which the first layers are unfrozen.
         every: after so many more epochs, or steps, one more layer is unfrozen; None unfreezes all at `start`.
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: an argument is out of range.
     """
 
     def __init__(self, encoder: Encoder, start: int = 1, every: int | None = None) -> None:
+        if not isinstance(encoder, Encoder):
+            raise ConfigError(f"encoder is a {type(encoder).__name__}: pass a bertstream.Encoder")
         if start < 0:
             raise ConfigError(f"start={start}: write a number of at least 0")
         if every is not None and every < 1:
@@ -86,6 +106,7 @@ class UnfreezeSchedule:
         self._start = start
         self._every = every
         self._now: int | None = -1  # layers that are trained; None for everything
+        self._said = False
         self._layers = len(encoder.parameter_groups(0.0)) - 1
 
     def set(self, number: int) -> None:
@@ -100,8 +121,12 @@ class UnfreezeSchedule:
         if layers == 0:
             self._encoder.freeze()
         else:
-            mode = self._encoder.training
             self._encoder.unfreeze(layers)
-            self._encoder.train(mode)
         said = "everything" if layers is None else f"{layers} of {self._layers} layers"
         logger.info("from %d on %s of the encoder is trained", number, said)
+        if layers != 0 and can_talk() and not self._said:
+            self._said = True
+            logger.warning(
+                "a DistributedDataParallel that was made before parameters were unfrozen does not average them over "
+                "ranks: make it anew after each set() that changes something"
+            )

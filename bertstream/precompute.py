@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .cache import EmbeddingCache
 from .dataset import StreamConfig, TextStream
 from .errors import ConfigError
+from .iteration import in_workers
 from .types import SupportsCache
 
 
@@ -56,7 +56,7 @@ def warm(
     done = {"texts": 0, "computed": 0}
     total = dataset.count_records() if progress else None
     with tqdm(unit=" texts", total=total, disable=not progress, desc="filling the cache") as bar:
-        for batch in DataLoader(dataset, batch_size=None, num_workers=num_workers):
+        for batch in in_workers(dataset, num_workers):
             done["texts"] += len(batch)
             done["computed"] += cached.fill(batch)
             bar.update(len(batch))

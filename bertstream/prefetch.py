@@ -246,10 +246,14 @@ class Behind(Generic[T]):
 
 
 class StepClock:
-    """Whether a consumer's step leaves the processor idle, so that work in a thread would hide behind it."""
+    """Whether a consumer's step leaves the processor idle, so that work in a thread would hide behind it.
 
-    def __init__(self) -> None:
-        self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    Args:
+        cores: of the processor.
+    """
+
+    def __init__(self, cores: int) -> None:
+        self._cores = cores
         self._started = time.perf_counter()
         self._step_s = self._idle_core_s = 0.0
         self._step: tuple[float, float] | None = None

@@ -1,12 +1,19 @@
-"""What the C libraries under torch do to long runs on a CPU, and how to avoid it: OpenMP's helpers, glibc's heap."""
+"""What runs under us: how many cores, OpenMP's helper threads and what they cost, glibc's heap, Python's collector."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
+import os
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on, where the system says so; else how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def release_helpers() -> None:
@@ -31,6 +38,26 @@ def trim_heap() -> None:
     if trim is not None:
         trim(0)
 
+
+def collect_rarely() -> None:
+    """For a worker process, once: garbage collections that pass over what it began with, and fewer of them.
+
+    A stream's windows are many small objects that stay for a while. So collections are frequent, find nothing, and each
+    of the thorough ones goes through all that was imported: a worker took 1.2 times as long.
+    """
+    global _collects_rarely
+    if _collects_rarely == os.getpid():
+        return
+    _collects_rarely = os.getpid()
+    gc.freeze()
+    often, *others = gc.get_threshold()
+    if often:  # else somebody has turned collections off
+        gc.set_threshold(max(often, _COLLECT_AFTER), *others)
+
+
+_collects_rarely = 0  # the process that does
+_COLLECT_AFTER = 10_000
+"""Objects that are made before the youngest are looked through; Python's own number is 700 (2,000 since 3.13)."""
 
 _SOFT = 1
 """omp_pause_soft: settings such as the number of threads stay."""

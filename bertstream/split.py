@@ -68,10 +68,11 @@ class UpperEncoder(BatchedForward):
             )
         size = cast(Any, self.model.config).hidden_size
         right = (vectors.tokens.num_tokens, size)
-        if vectors.output != "tokens" or vectors.values.shape != right:
+        if vectors.output != "tokens" or vectors.values.shape != right or vectors.layers != (self.at,):
             raise EncoderError(
-                f"the upper half takes one row a token as encoder.split(at={self.at}) gives them, {list(right)}; these "
-                f"are {vectors.output} vectors {list(vectors.values.shape)}: use the lower half of the same split"
+                f"the upper half takes one row a token as encoder.split(at={self.at}) gives them, {list(right)} of "
+                f"layer {self.at}; these are {vectors.output} vectors {list(vectors.values.shape)} of layers "
+                f"{vectors.layers}: use the lower half of the same split"
             )
         self._check_marks(vectors.tokens)
         return self._vectors(vectors.tokens, vectors.values.to(self.device, self.dtype))

@@ -297,6 +297,7 @@ class Embeddings:
             cut; None where no text is a list of words.
         present: [N] bool, device of `values`: False for a word without a vector, because it was cut or no token stands
             for it (a blank, say); its row is zeros. None for tokens and sentences, which all have one.
+        layers: which layers of the model the rows were made of, counted from 0; empty where that is not known.
     """
 
     values: Tensor
@@ -306,6 +307,7 @@ class Embeddings:
     output: Output
     word_ids: Int32Array | None = None
     present: Tensor | None = None
+    layers: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)

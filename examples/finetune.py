@@ -42,10 +42,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    encoder = bertstream.Encoder.from_pretrained(args.model, output="sentence", pooling="mean", normalize=False)
+    # In half precision small steps would be rounded away; on a GPU train it under torch.autocast.
+    encoder = bertstream.Encoder.from_pretrained(args.model, output="sentence", normalize=False, dtype="float32")
     labelled = bertstream.TextStream(args.train, encoder, text=args.text, fields=[args.label])
     classes = sorted(set(itertools.chain.from_iterable(batch.fields[args.label] for batch in labelled)))
-
     settings = {"text": args.text, "fields": {args.label: classes.index}, "cache": bertstream.EmbeddingCache("1GiB")}
     train = bertstream.stream(args.train, encoder, **settings, shuffle=True, seed=args.seed)
     test = bertstream.stream(args.test, encoder, **settings)

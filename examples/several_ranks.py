@@ -37,11 +37,13 @@ def train(rank, ranks, meeting_point, epochs):
         str(DATA / "senses-train.jsonl"), encoder, text="words", batch_size=16, shuffle=True,
         fields={"word": words.index}, reading=lanes,
     )  # fmt: skip
-    encoder.unfreeze(layers=2)  # batches come as tokens now, and the model embeds them
-    model = nn.parallel.DistributedDataParallel(Classifier(encoder, len(words)))
-    groups = [{"params": model.module.head.parameters(), "lr": 1e-2}, *encoder.parameter_groups(1e-4)]
+    classifier = Classifier(encoder, len(words))
+    groups = [{"params": classifier.head.parameters(), "lr": 1e-2}, *encoder.parameter_groups(1e-4)]
     optimizer = torch.optim.AdamW(groups)
+    unfreezing = bertstream.UnfreezeSchedule(encoder, start=1, every=1)
     for epoch in range(epochs):
+        unfreezing.set(epoch)  # from epoch 1 on batches come as tokens, and the model embeds them
+        model = nn.parallel.DistributedDataParallel(classifier)  # averages what is trained from here on
         steps = 0
         for batch in loader:  # every rank has as many: one that is through repeats its last
             loss = nn.functional.cross_entropy(model(batch["words"]), batch["word"])
@@ -52,7 +54,7 @@ def train(rank, ranks, meeting_point, epochs):
             optimizer.step()
             steps += 1
         print(f"rank {rank}, epoch {epoch}: {steps} steps, {loader.stats()['texts']} texts so far", flush=True)
-    weights = sum(float(p.detach().double().sum()) for p in model.parameters())
+    weights = sum(float(p.detach().double().sum()) for p in classifier.parameters())
     print(f"rank {rank}: weights add up to {weights:.9f}", flush=True)
     dist.destroy_process_group()
 
@@ -60,7 +62,7 @@ def train(rank, ranks, meeting_point, epochs):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(train, (args.ranks, f"{folder}/meet", args.epochs), args.ranks)

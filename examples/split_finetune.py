@@ -33,7 +33,8 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    encoder = bertstream.Encoder.from_pretrained(args.model, output="sentence", pooling="mean", normalize=False)
+    # In half precision small steps would be rounded away; on a GPU train it under torch.autocast.
+    encoder = bertstream.Encoder.from_pretrained(args.model, output="sentence", normalize=False, dtype="float32")
     lower, upper = encoder.split(at=args.at)
     labelled = bertstream.TextStream(args.train, lower, text=args.text, fields=[args.label])
     classes = sorted(set(itertools.chain.from_iterable(batch.fields[args.label] for batch in labelled)))

@@ -27,6 +27,7 @@ LAYERS = (
     ("split",),
     ("dataset", "collate", "encoder", "cache"),
     ("iteration",),
+    ("encode_stage",),
     ("loader", "precompute", "module"),
     ("export", "inspection", "doctor"),
     ("cli", "integrations", "testing"),

@@ -69,6 +69,34 @@ def one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[
     return torch.cat(rows, 2).transpose(1, 2)
 
 
+def plain_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int, max_k: int,
+    *, scale: float | None, window_size: tuple[int, int],
+) -> torch.Tensor:  # fmt: skip
+    """[N, heads, d]: what torch's documentation says of the kernel, which needs CUDA."""
+    assert cu_q is cu_k and max_q == max_k == int(cu_q.diff().max())
+    out = []
+    left, right = (side if side >= 0 else max_q for side in window_size)
+    for start, end in pairwise(cu_q.tolist()):
+        steps = torch.arange(end - start)
+        seen = (steps >= steps[:, None] - left) & (steps <= steps[:, None] + right)
+        rows = (x[start:end].transpose(0, 1) for x in (q, k, v))
+        out.append(F.scaled_dot_product_attention(*rows, attn_mask=seen, scale=scale).transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+def test_the_flash_kernel_is_called_for_the_same(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
+    lengths = [7, 5, 5, 1]
+    q, k, v = qkv(sum(lengths))
+    right = one_by_one(q, k, v, lengths, window)
+    found = attention._varlen(q, k, v, None, packing_of(lengths), window)
+    torch.testing.assert_close(found[None], right)
+    scaled = attention._varlen(q, k, v, 2.0, packing_of(lengths), window)[None]
+    assert torch.allclose(scaled, right) == (window == 1), "a token that sees itself alone has one weight"
+
+
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), window=st.none() | st.integers(1, 9))
 def test_each_text_attends_to_itself_alone(lengths: list[int], window: int | None) -> None:
     q, k, v = qkv(sum(lengths))

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import bertstream
-from bertstream import EmbeddingCache, Encoder, cli
+from bertstream import EmbeddingCache, Encoder, cli, loading
 from bertstream.testing import write_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -137,6 +137,20 @@ def test_doctor_knows_models_and_fails_for_those_that_it_cannot_load(call: Call)
     assert status == 1 and "no model" in json.loads(out)["models"]["no-such-model"]["error"]
 
 
+def test_a_model_that_is_no_text_encoder_is_told_beside_the_others(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = transformers.ViTModel(transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    others = {"images": images, "linear": torch.nn.Linear(1, 1)}
+    load = loading.load_pretrained
+    monkeypatch.setattr(
+        "bertstream.encoder.load_pretrained", lambda name: (others[name], None, None) if name in others else load(name)
+    )
+    status, out, _ = call("doctor", "--model", *others, "all-MiniLM-L6-v2", "--dtype", "float32", "--json")
+    models = json.loads(out)["models"]
+    assert status == 1 and "Linear is no transformers text encoder" in models["linear"]["error"]
+    assert "ViTModel is no transformers text encoder" in models["images"]["error"]
+    assert models["all-MiniLM-L6-v2"]["runs"] == "packed"
+
+
 MISTAKES: list[tuple[tuple[Any, ...], int, str]] = [
     (("inspect", "none.jsonl", *MODEL), 1, "there is no such shard"),
     (("inspect", "*.nothing", *MODEL), 2, "no file matches"),
@@ -150,6 +164,10 @@ MISTAKES: list[tuple[tuple[Any, ...], int, str]] = [
     (("embed", "SHARD", "--out", "SHARD/x", *MODEL), 1, "Not a directory"),
     (("warm", "SHARD", "--cache", "SHARD", *MODEL), 1, "cannot be opened"),
     (("cache", "OUT"), 1, "is no cache"),
+    (("doctor", "--dtype", "float32"), 2, "dtype='float32', device='auto': they are for models, name one (--model)"),
+    (("doctor", "--device", "cpu"), 2, "name one (--model)"),
+    (("doctor", "--model", "no-such-model", "--dtype", "int8"), 2, "dtype='int8'"),
+    (("doctor", *MODEL, "--device", "gpu"), 2, "device='gpu'"),
 ]
 
 

@@ -80,6 +80,15 @@ def test_auto_is_the_current_device_or_local_ranks(
     assert resolve_device("cuda") == torch.device("cuda", current)
 
 
+def test_a_device_behind_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    for device in ("cuda:2", torch.device("cuda", 2)):
+        with pytest.raises(ConfigError, match="device='cuda:2', but torch sees 2 CUDA devices, counted from cuda:0"):
+            resolve_device(device)
+
+
 # --- on a device ------------------------------------------------------------------------------------------------------
 
 
@@ -114,17 +123,19 @@ def test_packed_float32_vectors_equal_plain_transformers(
 
 
 @cuda
-@pytest.mark.parametrize("scaling", [None, 0.05])
-def test_the_flash_kernel_equals_attention_text_by_text(scaling: float | None) -> None:
+@pytest.mark.parametrize(("scaling", "window"), [(None, None), (0.05, None), (None, 1), (None, 33), (0.05, 400)])
+def test_the_flash_kernel_equals_attention_text_by_text(scaling: float | None, window: int | None) -> None:
     lengths = [1, 5, 5, 64, 300]
     q, k, v = (torch.randn(1, 4, sum(lengths), 32, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     packing = Packing(np.array(lengths, np.int32), torch.from_numpy(cumulate(np.array(lengths))).cuda())
-    out, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=scaling, packing=packing)
+    out, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=scaling, packing=packing, sliding_window=window)
     start = 0
     for length in lengths:
         part = slice(start, start + length)
+        steps = torch.arange(length, device="cuda")
+        seen = (steps[:, None] - steps).abs() < (window or length)
         right = nn.functional.scaled_dot_product_attention(
-            *(x[:, :, part].float() for x in (q, k, v)), scale=scaling
+            *(x[:, :, part].float() for x in (q, k, v)), attn_mask=seen, scale=scaling
         ).transpose(1, 2)
         torch.testing.assert_close(out[:, part].float(), right, atol=2e-2, rtol=2e-2)
         start += length

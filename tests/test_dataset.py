@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 from collections.abc import Iterator
@@ -199,6 +200,15 @@ def test_lanes_share_shards_evenly_by_size(tmp_path: Path, minilm: Encoder) -> N
     assert len(set().union(*lanes)) == 31
     # The one large shard is a third of all; the other lanes share the rest.
     assert sizes[2] < 1.25 * sizes[0]
+
+
+def test_workers_collect_garbage_rarely_and_the_users_process_as_before(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", some_texts(8, 0))
+    before = gc.get_threshold(), gc.get_freeze_count()
+    fields = {"id": lambda value: gc.get_freeze_count()}
+    loader = DataLoader(TextStream(path, FakeEncoder(), fields=fields), batch_size=None, num_workers=1)
+    (batch,) = loader
+    assert min(batch.fields["id"]) > 10_000 and before == (gc.get_threshold(), gc.get_freeze_count())
 
 
 def test_the_epoch_reaches_workers_that_are_kept(shards: list[str], minilm: Encoder) -> None:

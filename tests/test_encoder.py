@@ -294,6 +294,20 @@ def test_the_number_of_tokens_of_a_forward_is_the_default_unless_another_is_clea
     assert Encoder(tiny_bert(), tokenizer, max_forward_tokens=77).calibrate() == 77, "a user's number wins"
 
 
+def test_beside_a_loader_that_is_deterministic_nothing_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    monkeypatch.setattr("bertstream.encoder.fastest_forward_tokens", lambda *arguments: 4096)
+    encoder = Encoder(tiny_bert(), tokenizer)
+    data = [["a bank"]]
+    measured = bertstream.wrap(data, encoder)
+    list(measured)
+    assert encoder.max_forward_tokens == 4096
+    bertstream.wrap(data, encoder, deterministic=True)
+    list(measured)
+    assert encoder.max_forward_tokens == 2048
+
+
 def test_both_ways_to_measure_a_forward_run(minilm: Encoder) -> None:
     minilm._feed_forward()(1024)
     assert minilm._dummy_forward(256)[0].shape == (256, 384)
@@ -453,7 +467,8 @@ def test_a_single_layer_needs_no_tuple(minilm_folder: str) -> None:
 
 
 def test_what_has_no_effect_is_refused(minilm_folder: str) -> None:
-    for options in ({"normalize": True}, {"split": str.split}, {"stride": 4}):
+    of_words: dict[str, Any] = {"output": "words", "special_tokens": False}
+    for options in ({"normalize": True}, {"split": str.split}, {"stride": 4}, of_words):
         with pytest.raises(ConfigError, match="has no effect"):
             Encoder.from_pretrained(minilm_folder, **options)
 

@@ -16,6 +16,8 @@ import pytest
 
 from bertstream import ShardError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -178,11 +180,12 @@ def test_frameworks_take_the_loader(framework: str, run: Run) -> None:
     assert match and float(match[1]) >= 0.85
 
 
-def test_ranks_train_one_model() -> None:
-    script = [sys.executable, str(ROOT / "examples" / "several_ranks.py"), "--epochs", "1"]
+def test_ranks_train_one_model_also_after_an_epoch_in_which_it_was_frozen() -> None:
+    script = [sys.executable, str(ROOT / "examples" / "several_ranks.py"), "--epochs", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(script, capture_output=True, text=True, timeout=100, env=environment)
     assert done.returncode == 0, done.stderr
     assert len(set(re.findall(r"weights add up to (\d+\.\d{9})", done.stdout))) == 1
-    steps = dict(re.findall(r"rank (\d), epoch 0: (\d+) steps", done.stdout))
+    steps = dict(re.findall(r"rank (\d), epoch 1: (\d+) steps", done.stdout))
     assert len(steps) == 2 and steps["0"] == steps["1"]
+    assert done.stderr.count("make it anew") == 2, "once a rank"

@@ -191,6 +191,7 @@ def test_what_a_killed_run_wrote_behind_its_progress_is_written_again(
         assert not list(folder.glob("*.unfinished"))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_and_ends_as_an_undisturbed_one(
     minilm: Encoder, sentences: list[str], tmp_path: Path
 ) -> None:

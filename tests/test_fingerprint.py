@@ -103,6 +103,19 @@ def test_training_without_a_trace_changes_it(tokenizer: Any) -> None:
     assert state is None and encoder.fingerprint() not in (None, first)
 
 
+def test_training_without_a_trace_changes_that_of_every_encoder_that_shares_the_weights(tokenizer: Any) -> None:
+    model = tiny_bert().requires_grad_(False)
+    trained, other = Encoder(model, tokenizer), Encoder(model, tokenizer)
+    first = other.fingerprint()
+    trained.unfreeze(1)
+    optimizer = torch.optim.AdamW(trained.parameter_groups(0.1), fused=True)
+    for parameter in trained.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    trained.freeze()
+    assert other.fingerprint() == trained.fingerprint() != first
+
+
 def test_weights_are_read_once(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = Encoder(tiny_bert(), tokenizer)
     first = encoder.fingerprint()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import bertstream
-from bertstream import ConfigError, EmbeddingCache, Encoder, ShardError, StreamConfig
+from bertstream import ConfigError, EmbeddingCache, Embeddings, Encoder, ShardError, StreamConfig, TokenBatch
 from bertstream.inspection import Spread, inspect_shards
 from bertstream.testing import write_shards
 
@@ -32,6 +33,7 @@ def padding(lengths: list[int], sizes: list[int]) -> float:
 
 @settings(max_examples=25)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=80), st.integers(1, 9), st.integers(1, 3))
+@example(words=[0, 1, 0], batch_size=2, shards=3)  # the first batch holds the first and the third
 def test_lengths_batches_and_padding_are_those_of_the_texts(
     minilm: Encoder, tmp_path_factory: pytest.TempPathFactory, words: list[int], batch_size: int, shards: int
 ) -> None:
@@ -92,6 +94,27 @@ def test_the_time_that_it_tells_is_about_what_encoding_takes(
             pass
         took = loader.stats()["encode_s"]
     assert took / 4 < found.encode_s < took * 4  # this machine is busy with other things
+
+
+def test_a_slow_encoder_is_timed_in_groups_that_a_loader_would_make_and_no_longer_than_it_was_to_be(
+    minilm: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, groups = SimpleNamespace(now=0.0), []
+    clock.perf_counter = lambda: clock.now
+    encode = minilm.encode
+
+    def slow(batch: TokenBatch) -> Embeddings:
+        clock.now += batch.num_tokens / 100
+        groups.append(batch.num_tokens)
+        return encode(batch)
+
+    monkeypatch.setattr("bertstream.inspection.time", clock)
+    monkeypatch.setattr(minilm, "encode", slow)
+    shards = write_shards(tmp_path, ["bank " * 8] * 200)  # 10 tokens each
+    found = inspect_shards(shards, minilm, batch_size=1, progress=False, timed_s=3)
+    assert found.tokens_per_s == pytest.approx(100)
+    assert groups[:4] == [10, 10, 20, 40] and max(groups) == 50  # the first one warms up
+    assert 300 <= sum(groups[1:]) <= 350
 
 
 def test_fields_are_shown_by_the_first_record_and_broken_ones_are_counted(minilm: Encoder, tmp_path: Path) -> None:

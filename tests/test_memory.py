@@ -197,3 +197,19 @@ print((resident() - before) / limit, tier.num_bytes / limit, tier.evictions > 8 
     taken, counted, turned_over = done.stdout.split()
     assert turned_over == "True" and 0.95 < float(counted) <= 1
     assert 0.9 < float(taken) < 1.1
+
+
+def test_on_the_host_a_large_bound_takes_nothing_until_it_is_used(device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("elsewhere all of it is taken at once")
+    code = """
+import resource, torch
+from bertstream.memory import MemoryTier
+torch.use_deterministic_algorithms(True)  # torch.empty fills what it gives
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tier = MemoryTier(4 << 30, 1536)
+tier.put([b"a" * 24], [1], torch.ones((1, 1536), dtype=torch.uint8))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) < 50_000  # KiB

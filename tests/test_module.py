@@ -128,6 +128,65 @@ def test_a_frozen_encoder_is_repeatable_inside_a_training_model_and_dropout_is_o
     assert embed(["a bank"]).values.equal(embed(["a bank"]).values) and not embed(["a bank"]).values.requires_grad
 
 
+def test_the_mode_that_was_asked_for_last_holds_where_it_is_trained_later(minilm_folder: str) -> None:
+    encoder = encoder_of(make("Bert"), minilm_folder)
+    dropouts = [m for m in encoder.model.modules() if isinstance(m, nn.Dropout)]
+    assert not encoder.training and not encoder.unfreeze().training and not any(m.training for m in dropouts)
+    encoder.freeze()
+    model = nn.ModuleDict({"embed": BertEmbedding(encoder)}).train()
+    schedule = UnfreezeSchedule(encoder, start=2)
+    schedule.set(1)
+    assert not encoder.training and not any(m.training for m in dropouts)
+    schedule.set(2)  # a step in the middle of an epoch, whose train() is long past
+    assert encoder.training and all(m.training for m in dropouts)
+    encoder.freeze()
+    assert not any(m.training for m in dropouts)
+    assert encoder.unfreeze(1).training
+    model.eval()
+    assert not encoder.freeze().unfreeze().training
+
+
+def test_an_embedding_that_is_trained_alone_brings_no_dropout_into_the_layers(minilm_folder: str) -> None:
+    encoder = encoder_of(make("Bert"), minilm_folder).train()
+    embeddings, layers = encoder.model.embeddings, encoder.model.encoder.layer  # type: ignore[union-attr]
+    encoder.unfreeze(parameters=[embeddings.word_embeddings.weight])  # type: ignore[union-attr,list-item]
+    assert embeddings.dropout.training  # type: ignore[union-attr]
+    assert not any(m.training for layer in layers for m in layer.modules())  # type: ignore[union-attr]
+
+
+def test_parameters_that_cannot_be_trained_are_refused_before_anything_is_frozen(minilm_folder: str) -> None:
+    model = make("Bert")
+    encoder = encoder_of(model, minilm_folder).unfreeze(1)
+    copied = encoder_of(model, minilm_folder, dtype="bfloat16")
+    (parameter, *_) = encoder.parameter_groups(0.1)[0]["params"]
+    foreign = [parameter, *copied.parameters()]
+    for options in ({"parameters": []}, {"parameters": foreign}, {"layers": 1, "parameters": [parameter]}):
+        with pytest.raises(ConfigError, match="parameters="):
+            encoder.unfreeze(**options)  # type: ignore[arg-type]
+        assert encoder.trainable and parameter.requires_grad
+    assert [p for p in encoder.unfreeze(parameters=[parameter]).parameters() if p.requires_grad] == [parameter]
+
+
+def test_training_in_half_precision_is_warned_of(minilm_folder: str, caplog: pytest.LogCaptureFixture) -> None:
+    encoder_of(make("Bert"), minilm_folder).unfreeze().split(1)
+    assert "rounded away" not in caplog.text
+    half = encoder_of(make("Bert"), minilm_folder, dtype="bfloat16")
+    half.unfreeze(1)
+    half.split(1)
+    assert caplog.text.count("parameters are trained in bfloat16") == 2
+
+
+def test_gradients_that_a_module_around_it_asked_for_in_vain_are_warned_of_once(
+    minilm_folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    embed = BertEmbedding(encoder_of(make("Bert"), minilm_folder).freeze())
+    embed(["a bank"])
+    assert not caplog.text
+    nn.Sequential(embed).requires_grad_(True)
+    assert not embed(["a bank"]).values.requires_grad and not embed(["a bank"]).values.requires_grad
+    assert caplog.text.count("call encoder.unfreeze()") == 1
+
+
 def test_unfreezing_is_from_the_top_and_of_what_is_used(minilm_folder: str) -> None:
     encoder = Encoder.from_pretrained(minilm_folder, dtype="float32")
     layers = encoder.model.encoder.layer  # type: ignore[union-attr]
@@ -139,7 +198,7 @@ def test_unfreezing_is_from_the_top_and_of_what_is_used(minilm_folder: str) -> N
     assert still == {"pooler.dense.weight", "pooler.dense.bias"}, "which nothing uses"
     assert Encoder.from_pretrained(minilm_folder, layers=2).unfreeze(1).trainable
     assert not encoder.unfreeze(0).trainable
-    for options in ({"layers": 7}, {"layers": -1}, {"parameters": []}):
+    for options in ({"layers": 7}, {"layers": -1}):
         with pytest.raises(ConfigError):
             encoder.unfreeze(**options)
 
@@ -176,6 +235,8 @@ def test_a_schedule_unfreezes_all_at_once_or_layer_by_layer(minilm_folder: str) 
     for options in ({"start": -1}, {"every": 0}):
         with pytest.raises(ConfigError):
             UnfreezeSchedule(encoder, **options)
+    with pytest.raises(ConfigError, match=r"pass a bertstream\.Encoder"):
+        UnfreezeSchedule(BertEmbedding(encoder))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("layout", [None, "padded"])
@@ -224,6 +285,48 @@ def test_trained_and_frozen_again_between_two_batches_no_vector_made_before_is_h
                 for parameter in encoder.parameters():
                     parameter.mul_(1.05)
             encoder.freeze()
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_losses_of_one_that_was_not(minilm_folder: str) -> None:
+    data = [{"text": " ".join(WORDS[: 1 + n % 9]), "label": n % 2} for n in range(24)]
+    cuts: list[tuple[int, int]] = [(0, 1), (1, 0), (1, 4), (2, 2)]  # in a frozen epoch and in trained ones
+
+    def run(stop: tuple[int, int] | None, saved: dict[str, Any] | None = None) -> tuple[list[float], dict[str, Any]]:
+        torch.manual_seed(0)
+        encoder = encoder_of(make("Bert"), minilm_folder, output="sentence")
+        model = nn.ModuleDict({"embed": BertEmbedding(encoder), "head": nn.Linear(encoder.embedding_dim, 2)}).eval()
+        optimizer = torch.optim.AdamW([{"params": model["head"].parameters()}, *encoder.parameter_groups(1e-3)])
+        schedule = UnfreezeSchedule(encoder, start=1, every=1)
+        cache = EmbeddingCache("16MiB")
+        options: Any = {"batch_size": 4, "shuffle": True, "cache": cache, "deterministic": True}
+        loader = bertstream.stream(data, encoder, **options)
+        first = 0
+        if saved is not None:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            loader.load_state_dict(saved["loader"])
+            first = saved["epoch"]
+        losses = []
+        for epoch in range(first, 3):
+            schedule.set(epoch)
+            for number, batch in enumerate(loader):
+                scores = model["head"](model["embed"](batch["text"]).vectors)
+                loss = nn.functional.cross_entropy(scores, batch["label"])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+                if stop == (epoch, number):
+                    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                    return losses, copy.deepcopy(saved | {"loader": loader.state_dict(), "epoch": epoch})
+        return losses, {}
+
+    whole, _ = run(None)
+    assert len(whole) == 18
+    for cut in cuts:
+        before, saved = run(cut)
+        after, _ = run(None, saved)
+        assert before + after == pytest.approx(whole, abs=1e-6)
 
 
 def test_a_stream_hands_out_its_batches_as_tokens_with_their_fields(minilm_folder: str, tmp_path: Path) -> None:
@@ -289,11 +392,39 @@ def test_what_was_trained_is_saved_for_transformers_and_sentence_transformers(
         Encoder.from_pretrained(minilm_folder, layers=2).save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("pooling", ["cls", "max", "weighted_mean", ("cls", "mean")])
+def test_how_sentences_are_pooled_is_saved_with_the_model(
+    minilm_folder: str, tmp_path: Path, pooling: Any, normalize: bool
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    options: Any = {"output": "sentence", "dtype": "float32"}
+    encoder = Encoder.from_pretrained(minilm_folder, pooling=pooling, normalize=normalize, **options)
+    encoder.save_pretrained(tmp_path)
+    right = encoder(["The bank of the river.", "a bass"]).values
+    again = Encoder.from_pretrained(tmp_path, **options)
+    assert again.pooling == encoder.pooling and again(["The bank of the river.", "a bass"]).values.equal(right)
+    theirs = SentenceTransformer(str(tmp_path), device="cpu").encode(["The bank of the river.", "a bass"])
+    assert np.allclose(theirs, right, atol=1e-5)
+
+
+def test_a_model_that_cannot_be_saved_whole_is_refused_with_the_way_out(minilm_folder: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(make("Bert"), LoraConfig(target_modules=["query"])).base_model.model
+    with pytest.raises(ConfigError, match="merge_and_unload"):
+        encoder_of(adapted, minilm_folder).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="layers=-1"):  # its one group is three layers here
+        encoder_of(make("Albert"), minilm_folder, layers=(1, -1)).save_pretrained(tmp_path)
+    Encoder(make("Albert"), AutoTokenizer.from_pretrained(minilm_folder)).save_pretrained(tmp_path)
+
+
 def test_the_adapters_of_peft_are_trained_alone(minilm_folder: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(AutoModel.from_pretrained(minilm_folder), LoraConfig(target_modules=["query", "value"]))
-    encoder = Encoder(adapted.base_model.model, AutoTokenizer.from_pretrained(minilm_folder))
+    encoder = Encoder(adapted, AutoTokenizer.from_pretrained(minilm_folder))
     encoder.unfreeze(parameters=[p for p in encoder.parameters() if p.requires_grad])
     before = encoder.encode(encoder.tokenizer.batch(["a bank"])).values
     optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], 1e-2)
@@ -302,8 +433,10 @@ def test_the_adapters_of_peft_are_trained_alone(minilm_folder: str) -> None:
         optimizer.step()
     trained = {name.split(".")[-3] for name, p in encoder.model.named_parameters() if p.grad is not None}
     assert trained == {"lora_A", "lora_B"}
-    assert not torch.allclose(encoder.encode(encoder.tokenizer.batch(["a bank"])).values, before)
-    assert encoder.batching.way == "packed"
+    after = encoder.encode(encoder.tokenizer.batch(["a bank"])).values
+    assert encoder.batching.way == "packed" and not torch.allclose(after, before)
+    ids = torch.from_numpy(encoder.tokenizer.batch(["a bank"]).input_ids.astype(np.int64))[None]
+    assert torch.allclose(adapted.eval()(input_ids=ids).last_hidden_state[0], after, atol=1e-5), "the user's own too"
 
 
 def test_what_is_no_encoder_is_refused() -> None:

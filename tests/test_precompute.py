@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import bertstream
 from bertstream import ConfigError, EmbeddingCache, Encoder, TokenBatch
@@ -37,6 +39,23 @@ def test_after_it_an_epoch_computes_nothing(
             for a, b in zip(found, right, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
         assert cache.stats()["disk_hits"] == 40 and cache.stats()["misses"] == 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_its_workers_read_as_far_ahead_as_a_streams(
+    minilm: Encoder, shard: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    read: list[tuple[int, int | None]] = []
+
+    def not_started(loader: DataLoader[TokenBatch]) -> Iterator[TokenBatch]:
+        read.append((loader.num_workers, loader.prefetch_factor))
+        return iter(())
+
+    monkeypatch.setattr(DataLoader, "__iter__", not_started)
+    with bertstream.stream(shard, minilm, num_workers=num_workers) as loader:
+        list(loader)
+    bertstream.warm(shard, minilm, EmbeddingCache("1MiB"), num_workers=num_workers, progress=False)
+    assert read == [(num_workers, 16 if num_workers else None)] * 2
 
 
 def test_what_was_computed_before_a_stop_is_not_computed_again(

@@ -500,7 +500,6 @@ class Machine:
         self.wall_s = self.cpu_s = 50.0
         told = SimpleNamespace(perf_counter=lambda: self.wall_s, process_time=lambda: self.cpu_s)
         monkeypatch.setattr(prefetch, "time", told)
-        monkeypatch.setattr(prefetch.os, "sched_getaffinity", lambda pid: range(4), raising=False)
 
     def spend(self, seconds: float, busy_cores: float) -> None:
         self.wall_s += seconds
@@ -529,7 +528,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def test_a_step_that_leaves_cores_idle_for_a_good_part_of_the_time_is_seen(
     machine: Machine, encoding_s: float, step_s: float, busy_cores: float, leaves_room: bool
 ) -> None:
-    clock = StepClock()
+    clock = StepClock(cores=4)
     for _ in range(5):
         machine.spend(encoding_s, 2.0)  # what lies between two steps is not the step's, idle or not
         clock.begin()
@@ -540,7 +539,7 @@ def test_a_step_that_leaves_cores_idle_for_a_good_part_of_the_time_is_seen(
 
 def test_a_loop_that_hardly_waits_needs_no_thread(machine: Machine) -> None:
     """From a cache, say: an epoch of a small model's steps, which use a core, is slower beside a thread."""
-    clock = StepClock()
+    clock = StepClock(cores=4)
     for encoding_s, leaves_room in ((0.05, False), (0.5, True)):
         for _ in range(5):
             machine.spend(encoding_s, 2.0)
@@ -551,7 +550,7 @@ def test_a_loop_that_hardly_waits_needs_no_thread(machine: Machine) -> None:
 
 
 def test_nothing_is_judged_before_there_was_some_time(machine: Machine) -> None:
-    clock = StepClock()
+    clock = StepClock(cores=4)
     for _ in range(9):
         machine.spend(0.002, 2.0)
         clock.begin()
@@ -566,7 +565,7 @@ def test_nothing_is_judged_before_there_was_some_time(machine: Machine) -> None:
 
 def test_processor_time_beyond_all_cores_counts_for_no_idle_one(machine: Machine) -> None:
     """Clocks are coarse: a step may seem to have used more than there is, which must not eat another's idle time."""
-    clock = StepClock()
+    clock = StepClock(cores=4)
     for busy_cores in (9.0, 0.0, 0.0):
         machine.spend(0.3, 2.0)
         clock.begin()

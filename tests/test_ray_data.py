@@ -73,6 +73,7 @@ ray.shutdown()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_cluster_gives_the_vectors_of_one_process_though_an_actor_dies_and_the_example_trains_from_it(
     minilm_folder: str, sentences: list[str], tmp_path: Path
@@ -150,6 +151,19 @@ def test_an_empty_batch_stays_empty(minilm_folder: str) -> None:
     for output in ("words", "sentence"):
         embed = Embed(minilm_folder, output=output, dtype="float32", device="cpu")
         assert len(embed({"text": np.array([], str)})["vectors"]) == 0
+
+
+def test_what_numpy_cannot_hold_is_refused_before_a_model_is_loaded(minilm_folder: str) -> None:
+    with pytest.raises(ConfigError, match="output_dtype=torch.bfloat16: .* take torch.float32 or torch.float16"):
+        Embed("no-such-model", output_dtype=torch.bfloat16)
+    embed = Embed(minilm_folder, output_dtype=torch.float16, device="cpu")
+    assert embed({"text": np.array(["The bank."])})["vectors"][0].dtype == np.float16
+
+
+@pytest.mark.parametrize("empty", [[], column()], ids=["list", "array"])
+def test_a_column_without_rows_has_no_width_to_pad_to(empty: Any) -> None:
+    with pytest.raises(ConfigError, match="no row"):
+        padded(empty)
 
 
 def test_mistakes_are_named(minilm_folder: str) -> None:

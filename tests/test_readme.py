@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_every_block_of_the_readme_runs_as_it_stands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The Python blocks are one program, whose folder the commands of the shell blocks share, in the README's order."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")

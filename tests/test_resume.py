@@ -23,6 +23,8 @@ import bertstream
 from bertstream import EmbeddingLoader, ShardError, StateError, StreamConfig, TextStream
 from bertstream.testing import FakeEncoder, write_shards
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 COUNT = 400
 TEXTS = [f"{'word ' * (i * 7 % 13)}{i}" for i in range(COUNT)]

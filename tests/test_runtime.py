@@ -14,7 +14,17 @@ import torch
 from conftest import ROOT
 
 from bertstream import runtime
-from bertstream.runtime import release_helpers, trim_heap
+from bertstream.runtime import release_helpers, trim_heap, usable_cores
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5}, raising=False)
+    assert usable_cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == 8
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert usable_cores() == 1
 
 
 def compute() -> float:
@@ -77,6 +87,27 @@ def test_trimming_gives_back_the_holes_between_blocks_in_use() -> None:
     trim_heap()
     assert with_holes - resident_bytes() > 0.7 * 1e5 * (2_000 - len(kept)) - (whole - with_holes)
     assert all(float(block.sum()) == 25_000 for block in kept)
+
+
+COLLECTING = """
+import gc
+from bertstream.runtime import collect_rarely
+gc.set_threshold({before})
+collect_rarely()
+frozen = gc.get_freeze_count()
+younger = [[] for _ in range(100)]
+collect_rarely()
+assert 10_000 < frozen == gc.get_freeze_count(), "once"
+print(gc.get_threshold()[0])
+"""
+
+
+@pytest.mark.parametrize(("before", "after"), [(700, 10_000), (50_000, 50_000), (0, 0)])
+def test_collections_pass_over_what_was_there_and_are_no_more_frequent(before: int, after: int) -> None:
+    program = COLLECTING.format(before=before)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], check=True, env=environment, capture_output=True, text=True)
+    assert int(done.stdout) == after
 
 
 def test_where_there_are_no_such_libraries_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,7 +267,8 @@ def test_what_cannot_be_split_or_continued_is_refused(minilm: Encoder, minilm_fo
     with pytest.raises(ConfigError, match="layer 1 of layers=.* is below"):
         encoder.split(2)
     lower, upper = encoder_of(make("Bert"), minilm_folder, output="words").split(1)
-    for wrong in (minilm(["a bank"]), encoder_of(make("Bert"), minilm_folder, output="sentence")(["a bank"])):
+    others = (minilm, *(encoder_of(make("Bert"), minilm_folder, **options) for options in ({"output": "sentence"}, {})))
+    for wrong in (other(["a bank"]) for other in others):
         with pytest.raises(EncoderError, match="use the lower half of the same split"):
             upper(wrong)
     with pytest.raises(EncoderError, match="leave layout= out"):

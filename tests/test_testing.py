@@ -37,6 +37,7 @@ def test_fake_vectors_say_which_token_they_are_of() -> None:
         FakeEncoder(hidden_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [20, 400])
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
 def test_a_stream_resumes_exactly(shards: list[str], window: int, workers: int) -> None:
@@ -135,3 +136,25 @@ def test_a_state_of_another_kind_is_refused(shards: list[str]) -> None:
     for broken in (state, stream.state_dict() | {"queues": []}):
         with pytest.raises(StateError, match="no state of a stream"):
             stream.load_state_dict(broken)
+    with pytest.raises(StateError, match="epoch='3', where a number from 0 belongs"):
+        stream.load_state_dict(stream.state_dict() | {"epoch": "3"})
+    assert len(list(stream)) == len(list(bertstream.stream(shards, FakeEncoder())))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [({"source": None}, "source"), ({"version": 0}, "version")]
+    + [({"epoch": epoch}, "epoch") for epoch in (None, "1", 1.0, -1, True)],
+    ids=str,
+)
+def test_a_state_of_a_wrapped_loader_that_is_refused_changes_nothing(change: dict[str, Any], key: str) -> None:
+    loader = bertstream.wrap(StatefulDataLoader(TEXTS[:24], 8), FakeEncoder())
+    loader.set_epoch(2)
+    batches = iter(loader)
+    next(batches)
+    state = loader.state_dict()
+    broken = {name: value for name, value in (state | change).items() if value is not None}
+    with pytest.raises(StateError) as caught:
+        loader.load_state_dict(broken)
+    assert caught.value.key == key and loader.epoch == 2
+    assert len(list(batches)) == 2

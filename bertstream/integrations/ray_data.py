@@ -60,9 +60,9 @@ class Embed:
         into: the column for the vectors: [H] for each row of sentence output, else [L, H].
         cache: arguments of an `EmbeddingCache` that each actor makes, such as {"memory": "2GiB", "disk": "/tmp/cache"};
             actors of one machine may share the folder. None for none.
-        options: of `Encoder.from_pretrained`.
+        options: of `Encoder.from_pretrained`; an `output_dtype` that numpy has, as Ray's columns are numpy's.
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: an argument is out of range, or `output_dtype` is bfloat16.
         EncoderError: the model cannot be had.
     """
 
@@ -76,6 +76,8 @@ class Embed:
         cache: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        if options.get("output_dtype") == torch.bfloat16:
+            raise ConfigError("output_dtype=torch.bfloat16: numpy has none, take torch.float32 or torch.float16")
         self.encoder = Encoder.from_pretrained(model, **options)
         self._text = text
         self._pair = pair
@@ -114,7 +116,11 @@ def padded(column: Sequence[npt.NDArray[Any]] | npt.NDArray[Any]) -> tuple[Tenso
         column: [L, H] for each of B rows.
     Returns:
         [B, T, H], filled up with zeros, and the mask [B, T] bool, True where a row has a vector.
+    Raises:
+        ConfigError: the column has no row, so that H is not known.
     """
+    if not len(column):
+        raise ConfigError("the column has no row, and so no H: pass over batches of length 0")
     rows = [torch.from_numpy(np.array(row)) for row in column]
     lengths = torch.tensor([len(row) for row in rows])
     values = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -1,0 +1,245 @@
+"""The encode stage of a loader: batches go to the encoder in groups, and come out one by one with their vectors."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .cache import CachedEncoder
+from .coalesce import encode_together
+from .cuda import SideStream
+from .dataset import Skip
+from .errors import BertstreamError, EncoderError
+from .iteration import Entry, Groups, Run
+from .places import Place, texts_of
+from .runtime import trim_heap
+from .stages import Stages
+from .types import Embeddings, SupportsEncode, TokenBatch
+
+logger = logging.getLogger(__name__)
+
+_TRIM_EVERY_S = 2.0
+"""Between two moments at which the heap's holes are given back, while vectors are made on a CPU."""
+
+
+@dataclass
+class EncodeCounts:
+    """What went to the encoder, over the stage's life; a text that is repeated in a call does not."""
+
+    repeated_texts: int = 0
+    encode_calls: int = 0
+    encoded_tokens: int = 0
+
+
+@dataclass
+class Ready:
+    """A batch whose vectors are queued on the side stream, with the event behind them.
+
+    Attributes:
+        entry: what was read.
+        embeddings: by the place of the texts; tokens where the encoder is trained.
+        tokens: in all of them.
+    """
+
+    entry: Entry
+    embeddings: Mapping[Place | None, Embeddings | TokenBatch]
+    event: torch.cuda.Event | None
+    times_frozen: int
+    tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = sum(batch.num_tokens for batch in self.batches)
+
+    @property
+    def batches(self) -> list[TokenBatch]:
+        """The tokens behind the vectors, place by place."""
+        return [_tokens(embeddings) for embeddings in self.embeddings.values()]
+
+
+@dataclass
+class _Tokenized:
+    """The batch of this number in the epoch, with its texts as tokens; a `Skip` has none."""
+
+    number: int
+    entry: Entry
+    texts: dict[Place | None, TokenBatch]
+
+    @property
+    def weight(self) -> int:
+        """Tokens in all, and at least one, so that groups are bounded whatever comes; a `Skip` adds nothing."""
+        return max(1, sum(batch.num_tokens for batch in self.texts.values())) if self.texts else 0
+
+
+class EncodeStage:
+    """What turns the batches of each epoch into batches with vectors, in a thread of its own or not.
+
+    Args:
+        encoder: what makes the vectors.
+        cached: the same behind a cache, or None.
+        places: where the texts are in a batch, None where a batch is bare texts.
+        stages: the clocks of "tokenize" and "encode".
+    """
+
+    def __init__(
+        self,
+        encoder: SupportsEncode,
+        cached: CachedEncoder | None,
+        places: tuple[Place, ...] | None,
+        stages: Stages,
+    ) -> None:
+        self.counts = EncodeCounts()
+        self._encoder = encoder
+        self._cached = cached
+        self._places = places
+        self._stages = stages
+        self._device = encoder.device
+        self._side = SideStream(self._device)
+        self._said_trainable = False
+
+    def run(
+        self, entries: Iterator[Entry], run: Run, *, limit: int, by_the_clock: bool
+    ) -> Generator[Ready | Skip, None, None]:
+        """One epoch: what the worker thread runs, or `next()` itself.
+
+        Args:
+            entries: what is read.
+            run: its worker, once there is one, is told how much one group weighs.
+            limit, by_the_clock: of `Groups`.
+        """
+        if self._encoder.device != self._device:  # it was moved
+            self._device = self._encoder.device
+            self._side = SideStream(self._device)
+        groups = Groups(
+            self._tokenized(entries), weigh=lambda item: item.weight, limit=limit, by_the_clock=by_the_clock
+        )
+        trimmed = time.perf_counter()
+        for group in groups:
+            started = time.perf_counter()
+            if self._device.type == "cpu" and started - trimmed > _TRIM_EVERY_S:
+                trim_heap()
+                trimmed = started
+            weight = sum(item.weight for item in group)
+            ready = self._encode(group)
+            del group
+            item = next(ready)  # which encodes them all
+            groups.encoded(weight, time.perf_counter() - started)
+            if run.worker is not None:  # all of it waits while the next group is encoded, or nothing would overlap
+                run.worker.make_room(weight)
+            yield item
+            del item  # its memory is the consumer's now, not ours until the next group
+            yield from ready
+
+    def hand_over(self, item: Ready) -> None:
+        """Make the vectors safe to use here; those of an encoder that is trained are for the model to compute."""
+        if self._hands_out_tokens:
+            item.embeddings = {place: _bare(_tokens(found)) for place, found in item.embeddings.items()}
+            if not self._said_trainable:
+                self._said_trainable = True
+                logger.info("the encoder is trained: batches are handed out as TokenBatches, and a cache is off")
+            return
+        not_encoded = any(isinstance(found, TokenBatch) for found in item.embeddings.values())
+        if not_encoded or item.times_frozen != self._times_frozen:  # it was trained meanwhile, and frozen again
+            item.embeddings = {place: self._alone(_tokens(found)) for place, found in item.embeddings.items()}
+            item.event = self._side.mark()
+        parts = [(e.values, e.cu_seqlens, e.present) for e in item.embeddings.values() if isinstance(e, Embeddings)]
+        self._side.hand_over(item.event, [tensor for part in parts for tensor in part if tensor is not None])
+
+    def _tokenized(self, entries: Iterator[Entry]) -> Iterator[_Tokenized]:
+        number = 0
+        for entry in entries:
+            if isinstance(entry.item, Skip):
+                yield _Tokenized(number, entry, {})
+                continue
+            with self._stages.run("tokenize", 1), _numbered(number):
+                texts = texts_of(entry.item, self._places, self._encoder.tokenizer)
+            yield _Tokenized(number, entry, texts)
+            number += 1
+
+    def _encode(self, group: list[_Tokenized]) -> Iterator[Ready | Skip]:
+        """The group's batches with their vectors, by one call of the encoder.
+
+        Where that fails they are encoded one by one, so that the error comes in its place, and is of one batch.
+        """
+        texts = [tokens for item in group for tokens in item.texts.values()]
+        found: deque[Embeddings] | deque[TokenBatch] | None = None
+        times_frozen = self._times_frozen
+        if self._hands_out_tokens:
+            found = deque(texts)
+        elif texts:
+            try:
+                found = deque(self._together(texts))
+            except Exception as error:
+                if len(texts) > 1:
+                    logger.info("%d batches failed together, and are encoded one by one: %r", len(texts), error)
+        event = self._side.mark()
+        items = deque(group)
+        group.clear()
+        while items:
+            item = items.popleft()
+            if not item.texts:
+                yield item.entry.item
+                continue
+            embeddings: dict[Place | None, Embeddings | TokenBatch]
+            if found is None:
+                with _numbered(item.number):
+                    embeddings = {place: self._alone(tokens) for place, tokens in item.texts.items()}
+                event = self._side.mark()
+            else:
+                embeddings = {place: found.popleft() for place in item.texts}
+            ready = Ready(item.entry, embeddings, event, times_frozen)
+            del item, embeddings
+            yield ready
+            del ready  # its memory is the consumer's now, not ours until the next batch
+
+    def _together(self, texts: list[TokenBatch], *, once: bool = True) -> list[Embeddings]:
+        def encode(batch: TokenBatch) -> Embeddings:
+            found = self._encoder.encode(batch) if self._cached is None else self._cached.encode(batch)
+            self.counts.encode_calls += 1
+            self.counts.encoded_tokens += batch.num_tokens
+            return found
+
+        with self._stages.run("encode", len(texts)), self._side.run():
+            found, repeats = encode_together(encode, texts, once=once and self._cached is None)  # a cache looks itself
+        self.counts.repeated_texts += repeats
+        return found
+
+    def _alone(self, tokens: TokenBatch) -> Embeddings:
+        """The batch as it is, so that an error names its texts by their places."""
+        try:
+            return self._together([tokens], once=False)[0]
+        except BertstreamError:
+            raise
+        except Exception as error:
+            raise EncoderError(f"the encoder failed on {tokens!r}: {type(error).__name__}: {error}") from error
+
+    @property
+    def _hands_out_tokens(self) -> bool:
+        return getattr(self._encoder, "trainable", False)
+
+    @property
+    def _times_frozen(self) -> int:
+        return getattr(self._encoder, "times_frozen", 0)
+
+
+@contextmanager
+def _numbered(batch: int) -> Iterator[None]:
+    """Errors of the encoder from inside say which batch of the epoch it was."""
+    try:
+        yield
+    except EncoderError as error:
+        raise EncoderError(f"batch {batch}: {error}", records=error.records) from error
+
+
+def _tokens(embeddings: Embeddings | TokenBatch) -> TokenBatch:
+    return embeddings if isinstance(embeddings, TokenBatch) else embeddings.tokens
+
+
+def _bare(tokens: TokenBatch) -> TokenBatch:
+    """The tokens without what a stream's batch carries beside them."""
+    return replace(tokens, fields={}, cursor=None, report=None)
