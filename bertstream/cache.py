@@ -110,6 +110,7 @@ class EmbeddingCache:
             raise ConfigError("read_only=True is for disk=, and none is named")
         if self.disk_bytes < LEAST_BYTES:
             raise ConfigError(f"disk_limit={disk_limit!r}: write at least {LEAST_BYTES >> 20} MiB")
+        self._closed = False
         self._start()
 
     def _start(self) -> None:
@@ -120,8 +121,7 @@ class EmbeddingCache:
         self._disk = None
         self._clock = _Clock()
         self._said_off = False
-        self._closed = False
-        if self.disk is not None:
+        if self.disk is not None and not self._closed:
             self._disk = DiskTier(self.disk, limit_bytes=self.disk_bytes, read_only=self.read_only)
 
     def __repr__(self) -> str:
@@ -236,8 +236,8 @@ class EmbeddingCache:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process gets a cache of the same settings, empty in memory, over the same folder."""
-        own = ("memory_bytes", "disk", "disk_bytes", "dtype", "device", "read_only")
+        """Another process gets a cache of the same settings, empty in memory, over the same folder, unless closed."""
+        own = ("memory_bytes", "disk", "disk_bytes", "dtype", "device", "read_only", "_closed")
         return {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import pickle
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -495,6 +497,17 @@ def test_a_cache_that_is_pickled_has_its_settings_and_nothing_else(tmp_path: Pat
         assert repr(again) == repr(cache) and again.stats()["memory_texts"] == 0
         assert again.stats()["disk_texts"] == 1
     assert pickle.loads(pickle.dumps(EmbeddingCache("1MiB", device="meta"))).device == torch.device("meta")
+
+
+def test_a_cache_that_is_closed_stays_closed_in_other_processes(tmp_path: Path) -> None:
+    cache = EmbeddingCache("1MiB", tmp_path / "cache", "16MiB")
+    cache.close()
+    shutil.rmtree(tmp_path / "cache")
+    forked = copy.copy(cache)
+    forked._pid = 0  # as a forked child finds it
+    for elsewhere in (pickle.loads(pickle.dumps(cache)), forked):
+        elsewhere.of(FakeEncoder()).encode(batch_of([1]))
+        assert elsewhere.stats()["memory_texts"] == 0 and not (tmp_path / "cache").exists()
 
 
 # --- tools, arguments -------------------------------------------------------------------------------------------------
