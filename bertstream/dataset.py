@@ -477,7 +477,8 @@ class TextStream(IterableDataset[TokenBatch]):
         for number, chosen in enumerate(batches, 1):
             if number <= window.start.batch:
                 continue
-            records, texts = ([column[i] for i in chosen] for column in (window.records, window.texts))
+            places = chosen.tolist()
+            records, texts = ([column[i] for i in places] for column in (window.records, window.texts))
             batch = make_batch(records, texts, keep_text_as=self._keep_text_as)
             batch.cursor = window.end if number == len(batches) else replace(window.start, batch=number)
             yield batch

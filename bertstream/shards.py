@@ -329,7 +329,7 @@ def read_records(
                     break
                 if index >= wanted.start:
                     try:
-                        text, fields = _take(raw.parse(), options)
+                        text, fields = _take(raw.parse(raw.source), options)
                     except _RecordError as broken:
                         error = _at_record(broken, piece.path, index)
                         if on_bad is None:
@@ -422,7 +422,8 @@ def _expand(pattern: str, access: Access) -> Iterator[str]:
 
 
 class _RawRecord(NamedTuple):
-    parse: Callable[[], dict[str, Any]]
+    parse: Callable[[Any], dict[str, Any]]
+    source: Any  # what `parse` makes the fields of: a `partial` for each record would cost more
     key: str | None = None
     offset: int = 0  # byte at which it begins, where reading can begin anew
     records: int = 1  # a Parquet file's row groups before the first record that is wanted are leapt over as one
@@ -457,7 +458,7 @@ def _read_txt(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[
         message = f"{piece.path}: the only field of a .txt shard is 'text', not {options.text!r}: write text='text'"
         raise ShardError(message, path=piece.path, field=options.text)
     for offset, line in _lines(stream, piece.offset):
-        yield _RawRecord(partial(_parse_line, line), offset=offset)
+        yield _RawRecord(_parse_line, line, None, offset)
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
@@ -467,7 +468,7 @@ def _parse_line(line: bytes) -> dict[str, Any]:
 def _read_jsonl(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[_RawRecord]:
     for offset, line in _lines(stream, piece.offset):
         if line not in _BLANK_LINES:
-            yield _RawRecord(partial(_parse_object, line), offset=offset)
+            yield _RawRecord(_parse_object, line, None, offset)
 
 
 def _parse_object(line: bytes) -> dict[str, Any]:
@@ -485,6 +486,7 @@ def _read_csv(stream: BinaryIO, piece: Piece, options: ReadOptions, *, delimiter
             raise ShardError(message, path=piece.path, field=name)
     if piece.offset:
         stream.seek(piece.offset)
+    parse = partial(_parse_row, columns)
     while True:
         row: list[str] | csv.Error
         try:
@@ -494,7 +496,7 @@ def _read_csv(stream: BinaryIO, piece: Piece, options: ReadOptions, *, delimiter
         except csv.Error as error:  # the parser starts anew on the next line, so the count goes on
             row = error
         if row:
-            yield _RawRecord(partial(_parse_row, columns, row))
+            yield _RawRecord(parse, row)
 
 
 def _csv_rows(stream: BinaryIO, path: str, delimiter: str) -> tuple[list[str], Iterator[list[str]]]:
@@ -532,16 +534,17 @@ def _read_tar(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[
         stream.seek(piece.offset)
     tar = TarReader(stream, piece.offset)
     # Payloads are read by the parser, so those of skipped records are passed over.
+    parse = partial(_parse_members, tar, options)
     for key, members in itertools.groupby(tar.members(), lambda member: member.key):
         first = next(members)
         # A global header speaks for all members that follow, so reading cannot begin behind it.
         offset = 0 if tar.pax_headers else first.info.offset
         all_members = itertools.chain([first], members)  # noqa: B031 - one iterator, in two steps
-        yield _RawRecord(partial(_parse_members, tar, all_members, options), key, offset)
+        yield _RawRecord(parse, all_members, key, offset)
     tar.check_nothing_follows()
 
 
-def _parse_members(tar: TarReader, members: Iterable[TarMember], options: ReadOptions) -> dict[str, Any]:
+def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMember]) -> dict[str, Any]:
     wanted = None if options.fields is None else {*options.texts, "json", "jsn", *options.fields}
     fields: dict[str, Any] = {}
     objects: list[dict[str, Any]] = []
@@ -599,15 +602,15 @@ def _read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Itera
             raise ShardError(message, path=piece.path, field=name)
     group = bisect_right(file.first_rows, piece.start, hi=len(file.sizes)) - 1 if file.sizes else 0
     if group:
-        yield _RawRecord(dict, records=file.first_rows[group])
+        yield _RawRecord(dict, (), records=file.first_rows[group])
     for row in file.rows(group, wanted):
-        yield _RawRecord(partial(_parse_row_values, row))
+        yield _RawRecord(_parse_row_values, row)
 
 
 def _read_rows(rows: Any, piece: Piece) -> Iterator[_RawRecord]:
     if hasattr(rows, "__len__"):
         if piece.start:
-            yield _RawRecord(dict, records=piece.start)
+            yield _RawRecord(dict, (), records=piece.start)
         run = range(piece.start, len(rows) if piece.stop is None else piece.stop)
         # Hugging Face's own iterator reads many rows at a time.
         source: Iterable[Any] = rows.select(run) if hasattr(rows, "select") else (rows[i] for i in run)
@@ -617,7 +620,7 @@ def _read_rows(rows: Any, piece: Piece) -> Iterator[_RawRecord]:
         batches = rows.shard(num_shards=count, index=number).iter(_ROWS_AT_ONCE)
         source = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
     for row in source:
-        yield _RawRecord(partial(dict, row))  # a copy: the rows may be the user's own
+        yield _RawRecord(dict, row)  # a copy: the rows may be the user's own
 
 
 def _parse_row_values(row: dict[str, Any]) -> dict[str, Any]:
