@@ -230,7 +230,7 @@ def test_what_would_help_a_loop_with_a_cache_is_no_cache() -> None:
 def test_a_loop_that_hardly_waits_has_its_step_for_a_bottleneck() -> None:
     found = sentence(wait=0.1, step=9.9, encode=9.0)
     assert found == "The training step is the bottleneck: the loop waits for batches 1% of its time."
-    assert sentence(wait=0.6, step=9.4, encode=9.0).startswith("Encoding")
+    assert "takes 94% of the time" in sentence(wait=0.6, step=9.4, encode=9.0)
 
 
 def test_a_loader_says_what_it_waits_for() -> None:
