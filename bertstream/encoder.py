@@ -118,8 +118,7 @@ class Encoder(BatchedForward):
             raise ConfigError(
                 "special_tokens=False has no effect on output='words': no special token is part of a word"
             )
-        if hasattr(model, "get_base_model"):  # of PEFT, whose adapters are in the model itself
-            model = cast(nn.Module, cast(Any, model).get_base_model())
+        model = _without_peft(model)
         config = _config_of(model)
         self.output: Output = output
         self.layers = resolve_layers(layers, config.num_hidden_layers)
@@ -517,6 +516,18 @@ def _resolve_pooling(output: Output, pooling: Any) -> tuple[str, ...]:
     for how in chosen:
         check_choice("pooling", how, WordPooling if output == "words" else SentencePooling)
     return chosen
+
+
+def _without_peft(model: Any) -> nn.Module:
+    """The model that a PeftModel is around, with the adapters that are in its layers."""
+    if not hasattr(model, "get_base_model"):
+        return cast(nn.Module, model)
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        raise ConfigError(
+            f"{model.peft_type} puts tokens before each text in the PeftModel's own forward, which does not run here: "
+            "choose adapters that are in the layers, such as LoRA"
+        )
+    return cast(nn.Module, model.get_base_model())
 
 
 def _config_of(model: nn.Module) -> Any:

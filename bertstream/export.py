@@ -262,7 +262,7 @@ class _Folder:
 
     def _refuse_others(self) -> None:
         """A folder that this does not go on with holds nothing but what other ranks of this run have written."""
-        own = rf"\.lock{self._rank}"
+        own = rf"\.lock{self._rank}|\.{re.escape(self._progress.name)}\.unfinished"  # of a kill in the first moment
         if self._rank:
             own += rf"|(\.lock|\.?_progress|\.?part)-\d+{re.escape(self._rank[4:])}.*"
         others = sorted(path.name for path in self.path.iterdir() if not re.fullmatch(own, path.name))

@@ -300,6 +300,14 @@ def test_a_folder_of_parquet_is_a_dataset_and_its_files_are_about_as_large_as_wa
     assert sorted(sizes)[-1] < 1.25 * 20_000 + 8_000, "with keys and shards"
 
 
+def test_a_run_that_was_killed_while_it_made_its_folder_is_begun_anew(
+    tokenizer: Any, shards: list[str], tmp_path: Path
+) -> None:
+    for name in (".lock", "._progress.json.unfinished"):
+        (tmp_path / name).touch()
+    assert bertstream.embed(shards, tiny(tokenizer), tmp_path, progress=False)["texts"] == 90
+
+
 def test_a_folder_of_somebody_else_is_left_alone(tokenizer: Any, shards: list[str], tmp_path: Path) -> None:
     other = tmp_path / "part-000000.parquet"
     other.write_text("precious")

@@ -439,6 +439,14 @@ def test_the_adapters_of_peft_are_trained_alone(minilm_folder: str) -> None:
     assert torch.allclose(adapted.eval()(input_ids=ids).last_hidden_state[0], after, atol=1e-5), "the user's own too"
 
 
+def test_adapters_that_are_not_in_the_model_are_refused(minilm_folder: str) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    config = PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2)
+    with pytest.raises(ConfigError, match="PROMPT_TUNING.*such as LoRA"):
+        encoder_of(get_peft_model(make("Bert"), config), minilm_folder)
+
+
 def test_what_is_no_encoder_is_refused() -> None:
     with pytest.raises(ConfigError, match="pass a bertstream.Encoder"):
         BertEmbedding(nn.Linear(2, 2))  # type: ignore[arg-type]
