@@ -30,7 +30,7 @@ _TRIM_EVERY_S = 2.0
 
 @dataclass
 class EncodeCounts:
-    """What went to the encoder, over the stage's life: not what a cache holds, nor a text's repeats within a call."""
+    """What went to the encoder, over the stage's life, where there is no cache; not a text's repeats within a call."""
 
     repeated_texts: int = 0
     encode_calls: int = 0
@@ -199,10 +199,8 @@ class EncodeStage:
 
     def _together(self, texts: list[TokenBatch], *, once: bool = True) -> list[Embeddings]:
         def encode(batch: TokenBatch) -> Embeddings:
-            if (cached := self._cached) is not None:
-                found = cached.encode(batch)
-                self.counts.encode_calls, self.counts.encoded_tokens = cached.encode_calls, cached.encoded_tokens
-                return found
+            if self._cached is not None:
+                return self._cached.encode(batch)  # which counts for itself
             found = self._encoder.encode(batch)
             self.counts.encode_calls += 1
             self.counts.encoded_tokens += batch.num_tokens

@@ -149,8 +149,6 @@ class Encoder(BatchedForward):
             segments="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
         )
         self.trainable = False
-        self._mode = False
-        self._is_measured = True
         self._pretrained_tokenizer = tokenizer
         self._checked_finite = self.dtype != torch.float16
         self._fingerprint: tuple[Any, bytes] | None = None
@@ -226,8 +224,8 @@ class Encoder(BatchedForward):
 
     def _feed_forward(self) -> Callable[[int], object]:
         size = cast(Any, self.model.config).hidden_size
-        up = torch.zeros(4 * size, size, dtype=self.dtype)
-        rows = torch.zeros(max(_TRIED_TOKENS["cpu"]), size, dtype=self.dtype)
+        up = torch.zeros(4 * size, size, dtype=self.dtype, device="cpu")
+        rows = torch.zeros(max(_TRIED_TOKENS["cpu"]), size, dtype=self.dtype, device="cpu")
         return lambda tokens: F.linear(F.gelu(F.linear(rows[:tokens], up)), up.T)
 
     def _dummy_forward(self, tokens: int) -> object:
@@ -254,12 +252,14 @@ class Encoder(BatchedForward):
     def requires_grad_(self, requires_grad: bool = True) -> Encoder:
         """As torch does, for all parameters; see `unfreeze`, which leaves out those that nothing uses."""
         if not requires_grad:
-            note_training(self.parameters())
+            super().train(False)  # before another thread encodes again
         super().requires_grad_(requires_grad)
         self.trainable = requires_grad
         self.times_frozen += not requires_grad
         return self.train(self._mode)
 
+    _mode = _said_half = False
+    _is_measured = True
     times_frozen = 0
     """How often it was frozen: vectors from before the last time may be of other weights."""
 
@@ -298,13 +298,15 @@ class Encoder(BatchedForward):
             if not chosen or foreign:
                 raise ConfigError(
                     f"parameters= holds {len(chosen)}, {foreign} of which are not this encoder's: choose from "
-                    "encoder.parameters(), which are copies where dtype= or device= asked for another than the model's"
+                    "encoder.parameters(). They lack the layers above layers=, and are copies where dtype= or device= "
+                    "asked for another than the model's"
                 )
         self.requires_grad_(False)
+        note_training(chosen)
         for parameter in chosen:
             parameter.requires_grad_(True)
         self.trainable = bool(chosen)
-        warn_of_half(chosen)
+        self._said_half = self._said_half or warn_of_half(chosen)
         return self.train(self._mode)
 
     def split(self, at: int) -> tuple[Encoder, UpperEncoder]:
@@ -341,6 +343,7 @@ class Encoder(BatchedForward):
             max_forward_tokens=self._max_forward_tokens,
         )
         lower.tokenizer = self.tokenizer
+        lower._is_measured = self._is_measured
         lower._every_window = True
         upper = UpperEncoder(_own_copy(self.model, "auto", "auto"), at, self)
         uppers = {id(parameter) for parameter in upper.parameters()}
@@ -362,8 +365,9 @@ class Encoder(BatchedForward):
         """Write model and tokenizer as transformers does, and as sentence-transformers does how sentences are pooled.
 
         Sentence vectors are then the same in sentence-transformers, and here where `output="sentence"` is asked for
-        again; but not where `pooling="pooler"` or `special_tokens=False` was, which its folders cannot say. Of an
-        encoder that was split, this is the one to save.
+        again. But not of texts that are cut or come in windows; nor where its folders have no word for what is pooled:
+        `pooling="pooler"`, several in another order than cls, max, mean, weighted_mean, or `special_tokens=False`. Of
+        an encoder that was split, this is the one to save.
 
         Raises:
             ConfigError: layers above the ones asked for were let go, or adapters are in the model, so that it could not
@@ -386,8 +390,9 @@ class Encoder(BatchedForward):
                 "the encoder that is to be saved with layers=-1"
             ) from error
         self._pretrained_tokenizer.save_pretrained(folder)
-        if self.output == "sentence" and self.layers == (self._last_layer,) and self.special_tokens:
-            save_pooling(folder, self.pooling, self.normalize, cast(Any, self.model).config.hidden_size)
+        known = self.output == "sentence" and self.layers == (self._last_layer,) and self.special_tokens
+        pooling = self.pooling if known else ()
+        save_pooling(folder, pooling, self.normalize, cast(Any, self.model).config.hidden_size)
 
     def __repr__(self) -> str:
         """In one line, unlike other modules: `print(encoder.model)` shows the layers."""

@@ -253,7 +253,9 @@ class _Folder:
         for name, value in self._settings.items():
             if saved[name] != value:
                 there, here = (saved["made_by"], self._encoder) if name == "encoder" else (saved[name], value)
-                seen = f"{name} {there}, and this is {here}" if there != here else f"other weights of {here}"
+                seen = (
+                    f"{name} {there}, and this is {here}" if there != here else f"other weights or settings of {here}"
+                )
                 raise StateError(
                     f"{self.path} was begun with {seen}: name another folder, or the model and options that it was "
                     "begun with",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,10 @@ def hash_weights(model: nn.Module, settings: str, config: Mapping[str, Any]) -> 
     kept = {name: value for name, value in config.items() if name not in _NO_MATTER}
     about = (_REVISION, type(model).__name__, settings, json.dumps(kept, sort_keys=True, default=repr))
     digest.update(repr(about).encode())
-    for name, tensor in sorted(_tensors(model), key=lambda named: named[0]):
+    tensors = _tensors(model)
+    if adapters := _adapters(model, tensors):
+        digest.update(repr(adapters).encode())
+    for name, tensor in sorted(tensors, key=lambda named: named[0]):
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
         content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest.update(content)
@@ -39,30 +42,42 @@ def hash_weights(model: nn.Module, settings: str, config: Mapping[str, Any]) -> 
 
 
 def note_training(parameters: Iterable[nn.Parameter]) -> None:
-    """Before parameters are frozen: those that require a gradient may have changed without a trace until now.
+    """Of parameters that will be trained, or were until now: they may change without a trace.
 
     Fused optimizers leave a tensor's version as it is. The count stands on the parameter itself, because another
     encoder may share it.
     """
     for parameter in parameters:
-        if parameter.requires_grad:
-            parameter.__dict__[_TIMES_TRAINED] = parameter.__dict__.get(_TIMES_TRAINED, 0) + 1
+        parameter.__dict__[_TIMES_TRAINED] = parameter.__dict__.get(_TIMES_TRAINED, 0) + 1
 
 
 def weights_state(model: nn.Module) -> list[tuple[object, ...]] | None:
-    """What changes when a tensor is written to in place, moved, converted, exchanged, or frozen by `Encoder.freeze`.
+    """What changes when a tensor is written to in place, moved, converted or exchanged, or was noted as trained.
 
     It is cheap enough for every batch.
 
     Returns:
         None where a parameter requires a gradient: optimizers may change it without a trace.
     """
-    tensors = [tensor for _, tensor in _tensors(model)]
-    if any(tensor.requires_grad for tensor in tensors):
+    tensors = _tensors(model)
+    if any(tensor.requires_grad for _, tensor in tensors):
         return None
-    return [
+    state: list[tuple[object, ...]] = [
         (t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version, t.__dict__.get(_TIMES_TRAINED, 0))
-        for t in tensors
+        for _, t in tensors
+    ]
+    return [*state, *_adapters(model, tensors)]
+
+
+def _adapters(model: nn.Module, tensors: Sequence[tuple[str, Tensor]]) -> list[tuple[object, ...]]:
+    """What is no tensor in the layers that PEFT has adapted: which adapters are on, how strong, and merged or not."""
+    if not any(".base_layer." in name for name, _ in tensors):  # as nearly always: modules are many
+        return []
+    names = ("active_adapters", "scaling", "merged_adapters", "disable_adapters")
+    return [
+        (path, *(repr(getattr(module, name, None)) for name in names))
+        for path, module in model.named_modules()
+        if hasattr(module, "base_layer")
     ]
 
 

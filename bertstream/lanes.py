@@ -252,7 +252,7 @@ def epoch_of(state: Any, owner: str, parts: Sequence[str]) -> int:
         StateError: it is none, or of another version.
     """
     for part in ("version", "epoch", *parts):
-        if not isinstance(state, dict) or state.get(part) in (None, [], {}):
+        if not isinstance(state, dict) or part not in state:
             kind = f"it has no {part!r}" if isinstance(state, dict) else type(state).__name__
             raise StateError(f"this is no state of {owner}: {kind}", key=part)
         if part == "version" and state[part] != STATE_VERSION:
@@ -271,7 +271,11 @@ def unpack_state(state: Any, settings: dict[str, Any]) -> tuple[int, list[list[C
     Raises:
         StateError: the state is none, of another version, or of a stream with other settings.
     """
-    epoch = epoch_of(state, "a stream", ("settings", "queues", "bad"))
+    parts = ("settings", "queues", "bad")
+    epoch = epoch_of(state, "a stream", parts)
+    for part in parts:
+        if not state[part]:
+            raise StateError(f"this is no state of a stream: its {part!r} is empty", key=part)
     for name, value in settings.items():
         saved = state["settings"].get(name)
         if saved != value:

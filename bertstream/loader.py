@@ -402,6 +402,8 @@ class EmbeddingLoader:
         """
         seconds = self._stages.seconds
         stats = Stats(asdict(self._counts) | asdict(self._encoding.counts))
+        if self._cached is not None:
+            stats |= {name: getattr(self._cached, name) for name in ("encode_calls", "encoded_tokens")}
         padded = stats.pop("padded_tokens")
         stats["padding_share"] = 1 - stats["tokens"] / padded if padded else 0.0
         stats |= {f"{stage}_s": seconds[stage] for stage in get_args(Stage)}

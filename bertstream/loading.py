@@ -70,8 +70,8 @@ def fastest_dtype(device: torch.device, hidden_size: int) -> torch.dtype:
         return torch.float32
     rate = {}
     for dtype in (torch.float32, torch.bfloat16):
-        rows = torch.ones(512, hidden_size, dtype=dtype)
-        linear = nn.Linear(hidden_size, 4 * hidden_size, dtype=dtype)
+        rows = torch.ones(512, hidden_size, dtype=dtype, device=device)
+        linear = nn.Linear(hidden_size, 4 * hidden_size, dtype=dtype, device=device)
         times = []
         with torch.inference_mode(False), torch.no_grad():
             for _ in range(7):
@@ -82,8 +82,12 @@ def fastest_dtype(device: torch.device, hidden_size: int) -> torch.dtype:
     return torch.bfloat16 if rate[torch.bfloat16] >= 1.5 * rate[torch.float32] else torch.float32
 
 
-def warn_of_half(trained: Iterable[nn.Parameter]) -> None:
-    """Say so where parameters of half precision are to be trained: small steps are lost when weights are rounded."""
+def warn_of_half(trained: Iterable[nn.Parameter]) -> bool:
+    """Say so where parameters of half precision are to be trained: small steps are lost when weights are rounded.
+
+    Returns:
+        Whether there are some.
+    """
     half = {parameter.dtype for parameter in trained} & {torch.bfloat16, torch.float16}
     for dtype in half:
         logger.warning(
@@ -92,6 +96,7 @@ def warn_of_half(trained: Iterable[nn.Parameter]) -> None:
             "torch.autocast",
             str(dtype).removeprefix("torch."),
         )
+    return bool(half)
 
 
 def fastest_forward_tokens(
@@ -244,18 +249,21 @@ def _folder_pooling(source: str) -> FolderPooling | None:
 def save_pooling(folder: str | os.PathLike[str], pooling: Sequence[str], normalize: bool, hidden_size: int) -> None:
     """Say in a saved model's folder how sentences are pooled, in the form that `load_pretrained` follows.
 
-    It is the form that sentence-transformers wrote before version 6, and that every version reads. Nothing is written
-    where it has no word for what is pooled.
+    It is the form that sentence-transformers wrote before version 6, and that every version reads. Where that has no
+    word for what is pooled, nothing is written, and nothing of a model that was there before is left.
 
     Args:
         folder: holds the model.
-        pooling: what is concatenated; written in sentence-transformers' order only.
+        pooling: what is concatenated; written in sentence-transformers' order only. Empty for none.
         normalize: whether vectors are scaled to length 1.
         hidden_size: of the model.
     """
     flags = {flag: mode in pooling for flag, mode in _POOLING_MODES.items() if flag in _POOLING_FLAGS}
     written = [_POOLING_MODES[flag] for flag, chosen in flags.items() if chosen]
-    if written != list(pooling):
+    if not pooling or written != list(pooling):
+        (Path(folder) / "modules.json").unlink(missing_ok=True)
+        if pooling:
+            logger.warning("%s does not say how sentences are pooled: it has no word for %s", folder, list(pooling))
         return
     modules = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
     listed = [

@@ -126,7 +126,7 @@ class MemoryTier:
             # Of a bare storage, because `torch.empty` fills what it gives where torch is told to be deterministic. Not
             # of numpy, which asks for huge pages: to find some for 75 MB took from 16 to 160 ms, small ones 21.
             memory = torch.UntypedStorage(shape[0] * self.row_bytes)
-            return torch.empty(0, dtype=word).set_(memory, 0, shape, (shape[1], 1))
+            return torch.empty(0, dtype=word, device="cpu").set_(memory, 0, shape, (shape[1], 1))
 
     def _clear(self) -> None:
         self._texts: OrderedDict[bytes, bytes] = OrderedDict()  # the rows of each text, as bytes of an int32 array

@@ -32,6 +32,8 @@ class BertEmbedding(nn.Module):
         ConfigError: an argument is out of range.
     """
 
+    _said = False
+
     def __init__(self, encoder: Encoder, layout: Layout | None = None) -> None:
         super().__init__()
         if not isinstance(encoder, Encoder):
@@ -40,7 +42,6 @@ class BertEmbedding(nn.Module):
             check_choice("layout", layout, Layout)
         self.encoder = encoder
         self.layout = layout
-        self._said = False
 
     @property
     def embedding_dim(self) -> int:
@@ -56,10 +57,10 @@ class BertEmbedding(nn.Module):
         Raises:
             EncoderError: as `Encoder.encode`.
         """
-        self._warn_of_gradients_that_do_not_flow()
         if isinstance(texts, Embeddings):
             found = texts
         else:
+            self._warn_of_gradients_that_do_not_flow()
             batch = texts if isinstance(texts, TokenBatch) else self.encoder.tokenizer.batch(texts)
             found = self.encoder.embed(batch) if self.encoder.trainable else self.encoder.encode(batch)
         return found if self.layout is None else found.as_layout(self.layout)

@@ -68,7 +68,7 @@ class UpperEncoder(BatchedForward):
             )
         size = cast(Any, self.model.config).hidden_size
         right = (vectors.tokens.num_tokens, size)
-        if vectors.output != "tokens" or vectors.values.shape != right or vectors.layers != (self.at,):
+        if vectors.output != "tokens" or vectors.values.shape != right or vectors.layers not in ((), (self.at,)):
             raise EncoderError(
                 f"the upper half takes one row a token as encoder.split(at={self.at}) gives them, {list(right)} of "
                 f"layer {self.at}; these are {vectors.output} vectors {list(vectors.values.shape)} of layers "

@@ -287,7 +287,7 @@ def test_what_differs_between_two_encoders_is_shown(tokenizer: Any, shards: list
         bertstream.embed(shards, tiny(tokenizer, output="sentence"), tmp_path, progress=False)
     other = tiny(tokenizer)
     next(other.parameters()).data.add_(1)
-    with pytest.raises(StateError, match="other weights of Encoder"):
+    with pytest.raises(StateError, match="other weights or settings of Encoder"):
         bertstream.embed(shards, other, tmp_path, progress=False)
 
 

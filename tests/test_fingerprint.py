@@ -116,6 +116,52 @@ def test_training_without_a_trace_changes_that_of_every_encoder_that_shares_the_
     assert other.fingerprint() == trained.fingerprint() != first
 
 
+def test_a_half_that_was_trained_and_frozen_by_itself_changes_that_of_the_whole(tokenizer: Any) -> None:
+    encoder = Encoder(tiny_bert(), tokenizer)
+    _, upper = encoder.split(1)
+    keys = []
+    for _ in range(2):
+        upper.requires_grad_(True)
+        optimizer = torch.optim.AdamW(upper.parameters(), 0.1, fused=True)
+        for parameter in upper.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        upper.requires_grad_(False)
+        keys.append(encoder.fingerprint())
+    assert None not in keys and keys[0] != keys[1]
+
+
+def test_freezing_from_outside_changes_it_too(tokenizer: Any) -> None:
+    encoder = Encoder(tiny_bert(), tokenizer).freeze()
+    first = encoder.fingerprint()
+    optimizer = torch.optim.AdamW(encoder.unfreeze().parameters(), 0.1, fused=True)
+    for parameter in encoder.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    nn.ModuleList([encoder]).requires_grad_(False)
+    assert encoder.fingerprint() not in (None, first)
+
+
+def test_adapters_that_are_on_or_off_or_stronger_change_it(tokenizer: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"], init_lora_weights=False), "en")
+    adapted.add_adapter("de", LoraConfig(target_modules=["query"], init_lora_weights=False))
+    keys = set()
+    for name in ("en", "de"):
+        adapted.set_adapter(name)
+        encoder = Encoder(adapted, tokenizer).freeze()
+        keys.add(encoder.fingerprint())
+    layers = [module for module in encoder.modules() if hasattr(module, "base_layer")]
+    for module in layers:
+        module.set_scale("de", 9.0)  # type: ignore[operator]
+    keys.add(encoder.fingerprint())
+    for module in layers:
+        module.enable_adapters(False)  # type: ignore[operator]
+    keys.add(encoder.fingerprint())
+    assert len(keys) == 4 and None not in keys
+
+
 def test_weights_are_read_once(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = Encoder(tiny_bert(), tokenizer)
     first = encoder.fingerprint()

@@ -172,6 +172,7 @@ def test_training_in_half_precision_is_warned_of(minilm_folder: str, caplog: pyt
     assert "rounded away" not in caplog.text
     half = encoder_of(make("Bert"), minilm_folder, dtype="bfloat16")
     half.unfreeze(1)
+    half.unfreeze(2)  # is not said again
     half.split(1)
     assert caplog.text.count("parameters are trained in bfloat16") == 2
 
@@ -407,6 +408,16 @@ def test_how_sentences_are_pooled_is_saved_with_the_model(
     assert again.pooling == encoder.pooling and again(["The bank of the river.", "a bass"]).values.equal(right)
     theirs = SentenceTransformer(str(tmp_path), device="cpu").encode(["The bank of the river.", "a bass"])
     assert np.allclose(theirs, right, atol=1e-5)
+
+
+def test_what_a_folder_has_no_word_for_leaves_no_other_word_there(
+    minilm_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: Any = {"output": "sentence", "dtype": "float32"}
+    Encoder.from_pretrained(minilm_folder, pooling="cls", **options).save_pretrained(tmp_path)
+    assert Encoder.from_pretrained(tmp_path, **options).pooling == ("cls",)
+    Encoder.from_pretrained(minilm_folder, pooling=("mean", "cls"), **options).save_pretrained(tmp_path)
+    assert Encoder.from_pretrained(tmp_path, **options).pooling == ("mean",) and "no word for" in caplog.text
 
 
 def test_a_model_that_cannot_be_saved_whole_is_refused_with_the_way_out(minilm_folder: str, tmp_path: Path) -> None:

@@ -271,6 +271,9 @@ def test_what_cannot_be_split_or_continued_is_refused(minilm: Encoder, minilm_fo
     for wrong in (other(["a bank"]) for other in others):
         with pytest.raises(EncoderError, match="use the lower half of the same split"):
             upper(wrong)
+    old = lower(["a bank"])
+    old.layers = ()  # of a pickle, say, from before they were noted
+    assert upper(old).values.equal(upper(lower(["a bank"])).values)
     with pytest.raises(EncoderError, match="leave layout= out"):
         upper(lower(["a bank"]).padded())
     untold = bertstream.TokenBatch.from_padded(torch.tensor([[101, 1037, 102]]), torch.ones(1, 3))
