@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from .fingerprint import note_training
 from .layers import kept_inputs, layer_list
 from .pooling import Combine, SentencePooling, WordPooling, combine_layers, pool_runs
 from .types import BoolArray, Embeddings, Int32Array, Output, TokenBatch, cumulate, rows_of, steps
-
-if TYPE_CHECKING:
-    from typing_extensions import Self  # typing's own since Python 3.11
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +55,7 @@ class BatchedForward(nn.Module):
         super().__init__()
         self._lock = threading.Lock()
 
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
+    def requires_grad_(self, requires_grad: bool = True) -> BatchedForward:
         """As torch does, for all parameters; caches of encoders that share them know that they may change."""
         note_training(p for p in self.parameters() if requires_grad or p.requires_grad)
         return super().requires_grad_(requires_grad)
