@@ -1,4 +1,4 @@
-"""Which process of how many this is, and what the processes tell one another about each step.
+"""Which process of how many this is, and what the processes tell one another as an epoch goes on.
 
 The only reader of the environment variables that say which rank this is.
 """
@@ -44,7 +44,7 @@ def local_rank() -> int | None:
 
 
 class Peers:
-    """Messages between the ranks of one loader, one a step, ahead of the training loop.
+    """Messages between the ranks of one loader, ahead of the training loop.
 
     They go through the store of `torch.distributed`, not through a collective: whoever waits can be told to stop, a
     rank that does not answer is known by name, and nothing is left half done on a group. Every rank makes its loaders
@@ -68,12 +68,13 @@ class Peers:
         self._step = 0
 
     def exchange(
-        self, message: Any, is_over: Callable[[], bool], waits_since: Callable[[], float | None]
+        self, message: Any, batch: int, is_over: Callable[[], bool], waits_since: Callable[[], float | None]
     ) -> list[Any] | None:
-        """Tell all ranks something, and hear what each of them says at the same step.
+        """Tell all ranks something, and hear what each of them says in the same exchange, counted from `begin`.
 
         Args:
             message: anything that JSON holds.
+            batch: the number of the next batch, for errors.
             is_over: asked while waiting; True gives up.
             waits_since: since when, by `time.monotonic()`, the training loop has waited; None while it is busy, and
                 then the others may be so too, and the time does not count.
@@ -83,15 +84,15 @@ class Peers:
             BertstreamError: a rank left, or did not answer in time, and the message names it; or the store is gone.
         """
         try:
-            return self._exchanged(message, is_over, waits_since)
+            return self._exchanged(message, batch, is_over, waits_since)
         except RuntimeError as error:  # what torch's stores raise
             raise BertstreamError(
-                f"the store of torch.distributed cannot be reached at batch {self._step}: the rank that holds it, 0 as "
+                f"the store of torch.distributed cannot be reached at batch {batch}: the rank that holds it, 0 as "
                 f"a rule, has ended. torch said: {error}"
             ) from error
 
     def _exchanged(
-        self, message: Any, is_over: Callable[[], bool], waits_since: Callable[[], float | None]
+        self, message: Any, batch: int, is_over: Callable[[], bool], waits_since: Callable[[], float | None]
     ) -> list[Any] | None:
         self._store.set(self._key(self._step, self.rank), json.dumps(message))
         keys = [self._key(self._step, rank) for rank in range(self.world_size)]
@@ -104,11 +105,11 @@ class Peers:
                 # Looked at once more: it may have answered in between, and then left.
                 if self._store.check([self._key("left", rank)]) and not self._store.check([keys[rank]]):
                     said = self._store.get(self._key("left", rank)).decode()
-                    raise BertstreamError(f"rank {rank} left the epoch at batch {self._step}: {said}")
+                    raise BertstreamError(f"rank {rank} left the epoch at batch {batch}: {said}")
             since = waits_since()
             if late and since is not None and time.monotonic() - max(started, since) > self._timeout_s:
                 raise BertstreamError(
-                    f"rank {', '.join(map(str, late))} gave no sign at batch {self._step} for {self._timeout_s:g} s: "
+                    f"rank {', '.join(map(str, late))} gave no sign at batch {batch} for {self._timeout_s:g} s: "
                     "it died, hangs, or iterates its loaders in another order than this rank"
                 )
             time.sleep(pause)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -62,20 +62,6 @@ class Ready:
         return [_tokens(embeddings) for embeddings in self.embeddings.values()]
 
 
-@dataclass
-class _Tokenized:
-    """The batch of this number in the epoch, with its texts as tokens; a `Skip` has none."""
-
-    number: int
-    entry: Entry
-    texts: dict[Place | None, TokenBatch]
-
-    @property
-    def weight(self) -> int:
-        """Tokens in all, and at least one, so that groups are bounded whatever comes; a `Skip` adds nothing."""
-        return max(1, sum(batch.num_tokens for batch in self.texts.values())) if self.texts else 0
-
-
 class EncodeStage:
     """What turns the batches of each epoch into batches with vectors, in a thread of its own or not.
 
@@ -103,7 +89,13 @@ class EncodeStage:
         self._said_trainable = False
 
     def run(
-        self, entries: Iterator[Entry], run: Run, *, limit: int, by_the_clock: bool
+        self,
+        entries: Iterator[Entry],
+        run: Run,
+        *,
+        limit: int,
+        by_the_clock: bool,
+        in_step: Callable[[Groups[Entry]], Iterator[list[Entry]]] = iter,
     ) -> Generator[Ready | Skip, None, None]:
         """One epoch: what the worker thread runs, or `next()` itself.
 
@@ -111,20 +103,21 @@ class EncodeStage:
             entries: what is read.
             run: its worker, once there is one, is told how much one group weighs.
             limit, by_the_clock: of `Groups`.
+            in_step: from the groups to those that are encoded, where other ranks have a say.
         """
         if self._encoder.device != self._device:  # it was moved
             self._device = self._encoder.device
             self._side = SideStream(self._device)
         groups = Groups(
-            self._tokenized(entries), weigh=lambda item: item.weight, limit=limit, by_the_clock=by_the_clock
+            self._tokenized(entries), weigh=lambda entry: entry.weight, limit=limit, by_the_clock=by_the_clock
         )
         trimmed = time.perf_counter()
-        for group in groups:
+        for group in in_step(groups):
             started = time.perf_counter()
             if self._device.type == "cpu" and started - trimmed > _TRIM_EVERY_S:
                 trim_heap()
                 trimmed = started
-            weight = sum(item.weight for item in group)
+            weight = sum(entry.weight for entry in group)
             ready = self._encode(group)
             del group
             item = next(ready)  # which encodes them all
@@ -150,23 +143,22 @@ class EncodeStage:
         parts = [(e.values, e.cu_seqlens, e.present) for e in item.embeddings.values() if isinstance(e, Embeddings)]
         self._side.hand_over(item.event, [tensor for part in parts for tensor in part if tensor is not None])
 
-    def _tokenized(self, entries: Iterator[Entry]) -> Iterator[_Tokenized]:
+    def _tokenized(self, entries: Iterator[Entry]) -> Iterator[Entry]:
         number = 0
         for entry in entries:
-            if isinstance(entry.item, Skip):
-                yield _Tokenized(number, entry, {})
-                continue
-            with self._stages.run("tokenize", 1), _numbered(number):
-                texts = texts_of(entry.item, self._places, self._encoder.tokenizer)
-            yield _Tokenized(number, entry, texts)
-            number += 1
+            if not isinstance(entry.item, Skip):
+                with self._stages.run("tokenize", 1), _numbered(number):
+                    entry.texts = texts_of(entry.item, self._places, self._encoder.tokenizer)
+                entry.number = number
+                number += 1
+            yield entry
 
-    def _encode(self, group: list[_Tokenized]) -> Iterator[Ready | Skip]:
+    def _encode(self, group: list[Entry]) -> Iterator[Ready | Skip]:
         """The group's batches with their vectors, by one call of the encoder.
 
         Where that fails they are encoded one by one, so that the error comes in its place, and is of one batch.
         """
-        texts = [tokens for item in group for tokens in item.texts.values()]
+        texts = [tokens for entry in group for tokens in entry.texts.values()]
         found: deque[Embeddings] | deque[TokenBatch] | None = None
         times_frozen = self._times_frozen
         if self._hands_out_tokens:
@@ -178,22 +170,22 @@ class EncodeStage:
                 if len(texts) > 1:
                     logger.info("%d batches failed together, and are encoded one by one: %r", len(texts), error)
         event = self._side.mark()
-        items = deque(group)
+        entries = deque(group)
         group.clear()
-        while items:
-            item = items.popleft()
-            if not item.texts:
-                yield item.entry.item
+        while entries:
+            entry = entries.popleft()
+            if not entry.texts:
+                yield entry.item
                 continue
             embeddings: dict[Place | None, Embeddings | TokenBatch]
             if found is None:
-                with _numbered(item.number):
-                    embeddings = {place: self._alone(tokens) for place, tokens in item.texts.items()}
+                with _numbered(entry.number):
+                    embeddings = {place: self._alone(tokens) for place, tokens in entry.texts.items()}
                 event = self._side.mark()
             else:
-                embeddings = {place: found.popleft() for place in item.texts}
-            ready = Ready(item.entry, embeddings, event, times_frozen)
-            del item, embeddings
+                embeddings = {place: found.popleft() for place in entry.texts}
+            ready = Ready(entry, embeddings, event, times_frozen)
+            del entry, embeddings
             yield ready
             del ready  # its memory is the consumer's now, not ours until the next batch
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader
@@ -15,6 +16,7 @@ from .dataset import Skip, TextStream
 from .distributed import Peers
 from .errors import BertstreamError, LoaderClosedError
 from .lanes import cursor_from_json, cursor_to_json
+from .places import Place
 from .prefetch import Prefetcher
 from .stages import Stages
 from .types import Cursor, SupportsEncode, TokenBatch
@@ -143,11 +145,20 @@ class Entry:
         item: a batch, or the `Skip` of a lane that has just ended.
         cursors: by rank, the place of the batch that each hands out in this step.
         source_state: where the wrapped DataLoader stood.
+        number: of the batch in the epoch.
+        texts: the batch's, as tokens; a `Skip` has none.
     """
 
     item: Any
     cursors: Sequence[Cursor | None] = ()
     source_state: Any = None
+    number: int = 0
+    texts: Mapping[Place | None, TokenBatch] = field(default_factory=dict)
+
+    @property
+    def weight(self) -> int:
+        """Tokens in all, and at least one, so that groups are bounded whatever comes; a `Skip` adds nothing."""
+        return max(1, sum(batch.num_tokens for batch in self.texts.values())) if self.texts else 0
 
 
 def located(source: Source[Any], stream: TextStream | None) -> Iterator[Entry]:
@@ -164,12 +175,16 @@ def located(source: Source[Any], stream: TextStream | None) -> Iterator[Entry]:
 
 
 def agreed(
-    entries: Iterator[Entry], stream: TextStream, peers: Peers, run: Run, count_left: Callable[[int], None]
-) -> Iterator[Entry]:
-    """As they come, a batch on every rank or on none.
+    groups: Groups[Entry], stream: TextStream, peers: Peers, run: Run, count_left: Callable[[int], None]
+) -> Iterator[list[Entry]]:
+    """The groups, each with as many batches on every rank.
+
+    A rank offers what it has gathered, and all take as many batches as the smallest offer has; the others' come again
+    in their next group. So no batch that was agreed on waits for a rank to read on: that one's loop may wait for the
+    step that this batch is for.
 
     Args:
-        entries: this rank's, of `located`.
+        groups: this rank's, of what `located` gives.
         stream: what they are read from; `uneven` says what happens where a rank has no more.
         peers: the other ranks.
         run: whether the iteration is over is asked while waiting for them.
@@ -177,35 +192,53 @@ def agreed(
     """
     pad, epoch = stream.uneven == "pad", stream.epoch
     last: TokenBatch | None = None
+    agreed_on = 0
     reason = "it stopped iterating"
+    gathered = iter(groups)
     try:
         while True:
-            batch: TokenBatch | None = None
-            for entry in entries:
-                if isinstance(entry.item, TokenBatch):
-                    batch = last = entry.item
-                    break
-                yield entry
-            place = None if batch is None or batch.cursor is None else cursor_to_json(batch.cursor)
-            places = peers.exchange(place, lambda: run.is_over, lambda: run.waits_since)
-            if places is None:
+            group = next(gathered, [])
+            batches = [entry for entry in group if isinstance(entry.item, TokenBatch)]
+            if group and not batches:
+                yield group
+                continue
+            offer = [None if e.item.cursor is None else cursor_to_json(e.item.cursor) for e in batches]
+            offers: list[list[Any]] | None = peers.exchange(
+                offer, agreed_on, lambda: run.is_over, lambda: run.waits_since
+            )
+            if offers is None:
                 return
-            if all(place is None for place in places):
+            if not any(offers):
                 reason = ""
                 return
-            if not pad and None in places:
+            if not pad and not all(offers):
                 reason = ""
-                count_left(0 if batch is None else len(batch))
-                for entry in entries:
+                groups.put_back(group)
+                for left in gathered:
                     if run.is_over:
                         return
-                    count_left(len(entry.item) if isinstance(entry.item, TokenBatch) else 0)
+                    count_left(sum(len(entry.item) for entry in left if isinstance(entry.item, TokenBatch)))
                 return
-            if last is None:  # it went on from a place behind its last batch, or no lane is its own
-                last = stream.any_batch()
-                assert last is not None  # another rank has one
-            cursors = [None if place is None else cursor_from_json(place, epoch) for place in places]
-            yield Entry(_marked(last, repeated=batch is None) if pad else last, cursors)
+            count = min(len(offered) for offered in offers if offered)
+            is_through = not batches
+            if is_through:
+                if last is None:  # it went on from a place behind its last batch, or no lane is its own
+                    last = stream.any_batch()
+                    assert last is not None  # another rank has one
+                group = batches = [Entry(last) for _ in range(count)]
+            elif len(batches) > count:
+                end = next(place for place, entry in enumerate(group) if entry is batches[count])
+                groups.put_back(group[end:])
+                del group[end:], batches[count:]
+            for step, entry in enumerate(batches):
+                places = [offered[step] if offered else None for offered in offers]
+                entry.cursors = [None if place is None else cursor_from_json(place, epoch) for place in places]
+                last = entry.item
+                if pad:
+                    entry.item = _marked(last, repeated=is_through)
+                    entry.texts = {None: entry.item}
+            agreed_on += count
+            yield group
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else reason
         raise
@@ -250,37 +283,46 @@ class Groups(Generic[T]):
         self._by_the_clock = by_the_clock
         self._budget = 1
         self._encode_s = 0.0
+        self._waiting: deque[T] = deque()
 
     def __iter__(self) -> Iterator[list[T]]:
         """Groups; an error of the items comes behind the group that was gathered before it."""
-        group: list[T] = []
-        weight, started = 0, time.perf_counter()
-        while True:
-            try:
-                item = next(self._items)
-            except Exception as raised:
-                error = raised
-                break
-            own = self._weigh(item)
-            if group and weight + own > self._budget:
-                yield group
-                group, weight, started = [], 0, time.perf_counter()
-            group.append(item)
-            weight += own
-            is_late = self._by_the_clock and time.perf_counter() - started > self._encode_s
-            if weight >= self._budget or is_late:
-                yield group
-                group, weight, started = [], 0, time.perf_counter()
+        error: Exception | None = None
         try:
-            if group:
-                yield group
+            while error is None or self._waiting:
+                group: list[T] = []
+                weight, started = 0, time.perf_counter()
+                while True:
+                    if not self._waiting and error is None:
+                        try:
+                            self._waiting.append(next(self._items))
+                        except Exception as raised:
+                            error = raised
+                    if not self._waiting:
+                        break
+                    own = self._weigh(self._waiting[0])
+                    if group and weight + own > self._budget:
+                        break
+                    group.append(self._waiting.popleft())
+                    weight += own
+                    is_late = self._by_the_clock and time.perf_counter() - started > self._encode_s
+                    if weight >= self._budget or is_late:
+                        break
+                if group:
+                    yield group
             if not isinstance(error, StopIteration):
                 raise error
         finally:
             del error  # its traceback holds this frame: a circle would keep all that its frames hold alive
 
+    def put_back(self, items: Iterable[T]) -> None:
+        """Items of the last group that come first in the next."""
+        self._waiting.extendleft(reversed(list(items)))
+
     def encoded(self, weight: int, seconds: float) -> None:
         """Say how long a group took to be encoded."""
+        if not weight:
+            return
         self._encode_s = seconds
         # By the budget, which batches of unequal weight never fill, but not far beyond what was ever seen.
         grown = min(self._limit, max(2 * weight, min(2 * self._budget, 4 * weight)))

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, get_args
 
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
@@ -18,7 +19,7 @@ from .distributed import Peers, can_talk, rank_and_world_size
 from .encode_stage import EncodeStage, Ready
 from .encoder import Encoder
 from .errors import ConfigError, LoaderClosedError, StateError, check_choice
-from .iteration import Iteration, Run, Source, agreed, group_tokens, in_workers, located
+from .iteration import Entry, Groups, Iteration, Run, Source, agreed, group_tokens, in_workers, located
 from .lanes import STATE_VERSION, LaneQueue, epoch_of, pack_state
 from .places import Place, as_places, with_vectors
 from .plots import plot_step
@@ -610,15 +611,16 @@ class EmbeddingLoader:
 
     def _encoded(self, source: Source[Any], run: Run) -> Generator[Ready | Skip, None, None]:
         """What is read, in step with other ranks, through the encode stage."""
-        entries = located(source, self._stream)
+        in_step: Callable[[Groups[Entry]], Iterator[list[Entry]]] = iter
         if self._peers is not None and self._stream is not None:
-            entries = agreed(entries, self._stream, self._peers, run, self._count_left)
-        limit = group_tokens(self.encoder)
-        if self._peers is not None or self._prefetch == 0:
-            # A batch that others have agreed on must not wait for the next: to agree on that they may have to hand this
-            # one out first, and their step waits for ours. And prefetch=0 reads nothing ahead.
-            limit = 1
-        return self._encoding.run(entries, run, limit=limit, by_the_clock=not self._deterministic)
+            in_step = partial(agreed, stream=self._stream, peers=self._peers, run=run, count_left=self._count_left)
+        return self._encoding.run(
+            located(source, self._stream),
+            run,
+            limit=1 if self._prefetch == 0 else group_tokens(self.encoder),  # prefetch=0 reads nothing ahead
+            by_the_clock=not self._deterministic,
+            in_step=in_step,
+        )
 
     def _count_left(self, texts: int) -> None:
         self._counts.left_texts += texts

@@ -1,22 +1,28 @@
-"""What an epoch reads is timed, gathered to be encoded together, and arrives in order whatever fails."""
+"""What an epoch reads is timed, gathered to be encoded together in step with other ranks, and arrives in order."""
 
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bertstream import iteration
+from bertstream import TokenBatch, iteration
+from bertstream.dataset import Skip
 from bertstream.errors import ShardError
-from bertstream.iteration import Groups, Source, located
+from bertstream.iteration import Entry, Groups, Run, Source, agreed, located
 from bertstream.stages import Stages
+from bertstream.testing import FakeEncoder
+from bertstream.types import Cursor
 
 Item = tuple[int, int]
 """A number and a weight."""
@@ -185,6 +191,115 @@ def test_an_error_that_was_handled_keeps_nothing_alive() -> None:
         assert error is not None and error() is None
     finally:
         gc.enable()
+
+
+@given(WEIGHTS, st.data())
+def test_what_is_put_back_comes_first_in_the_next_group(weights: list[int], data: st.DataObject) -> None:
+    items = list(enumerate(weights))
+    groups = Groups(iter(items), weigh=lambda item: item[1], limit=40, by_the_clock=False)
+    kept: list[Item] = []
+    for group in groups:
+        here = data.draw(st.integers(1, len(group)))
+        kept += group[:here]
+        groups.put_back(group[here:])
+        groups.encoded(sum(weight for _, weight in group[:here]), 0.0)
+    assert kept == items
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """Ranks that are threads of this process."""
+
+    def __init__(self, world_size: int) -> None:
+        self._offers: list[Any] = [None] * world_size
+        self._barrier = threading.Barrier(world_size, timeout=20)
+
+    def seat(self, rank: int) -> Any:
+        def exchange(offer: Any, batch: int, is_over: Any, waits_since: Any) -> list[Any]:
+            self._offers[rank] = offer
+            self._barrier.wait()
+            offers = [*self._offers]
+            self._barrier.wait()
+            return offers
+
+        return SimpleNamespace(exchange=exchange, leave=lambda reason: self._barrier.abort())
+
+
+def own_entry(rank: int, number: int, words: int | None) -> Entry:
+    """A batch of one text of so many words; the end of a lane where it has none."""
+    if words is None:
+        return Entry(Skip(number))
+    batch = TokenBatch.from_texts(FakeEncoder().tokenizer(["word " * words]))
+    batch = replace(batch, cursor=Cursor(0, rank, batch=number))
+    return Entry(batch, texts={None: batch})
+
+
+def in_step(ranks: list[tuple[list[int | None], int]], uneven: str) -> tuple[list[list[list[Entry]]], list[int]]:
+    """By rank, the groups that it encodes and how many texts it leaves; each has its entries and its limit."""
+    table, left = Table(len(ranks)), [0] * len(ranks)
+
+    def run(rank: int) -> list[list[Entry]]:
+        entries, limit = ranks[rank]
+        own = (own_entry(rank, number, words) for number, words in enumerate(entries))
+        groups = Groups(own, weigh=lambda entry: entry.weight, limit=limit, by_the_clock=False)
+        stream: Any = SimpleNamespace(uneven=uneven, epoch=0, any_batch=lambda: own_entry(rank, -1, 1).item)
+
+        def count_left(texts: int) -> None:
+            left[rank] += texts
+
+        found = []
+        for group in agreed(groups, stream, table.seat(rank), Run(), count_left):
+            found.append([*group])
+            groups.encoded(sum(entry.weight for entry in group), 0.0)
+        return found
+
+    with ThreadPoolExecutor(len(ranks)) as threads:
+        return list(threads.map(run, range(len(ranks)))), left
+
+
+def batches_of(entries: Iterable[Entry]) -> list[Entry]:
+    return [entry for entry in entries if isinstance(entry.item, TokenBatch)]
+
+
+RANK = st.tuples(st.lists(st.integers(0, 9) | st.none(), max_size=12), st.integers(1, 60))
+
+
+@given(st.lists(RANK, min_size=2, max_size=3), st.sampled_from(["pad", "stop"]))
+@settings(deadline=None, max_examples=50)
+def test_ranks_hand_out_equally_many_batches_and_each_its_own_once(
+    ranks: list[tuple[list[int | None], int]], uneven: str
+) -> None:
+    found, left = in_step(ranks, uneven)
+    numbers = [[number for number, words in enumerate(entries) if words is not None] for entries, _ in ranks]
+    steps = (max if uneven == "pad" else min)(map(len, numbers))
+    cursors = [
+        [Cursor(0, rank, batch=own[step]) if step < len(own) else None for rank, own in enumerate(numbers)]
+        for step in range(steps)
+    ]
+    sizes = [[len(batches_of(group)) for group in groups if batches_of(group)] for groups in found]
+    assert sizes == [sizes[0]] * len(ranks), "a rank encodes more together than another has agreed to"
+    for rank, groups in enumerate(found):
+        entries = [entry for group in groups for entry in group]
+        assert [entry.cursors for entry in batches_of(entries)] == cursors
+        repeated = [bool(entry.item.fields.get("__repeated__")) for entry in batches_of(entries)]
+        assert repeated == [step >= len(numbers[rank]) for step in range(steps)]
+        own = [
+            entry.item.lane if isinstance(entry.item, Skip) else entry.item.cursor.batch
+            for entry in entries
+            if isinstance(entry.item, Skip) or not entry.item.fields.get("__repeated__")
+        ]
+        here = len(ranks[rank][0]) if uneven == "pad" else len(own)
+        assert own == list(range(here))
+        assert left[rank] == (0 if uneven == "pad" else len(numbers[rank]) - steps)
+
+
+def test_ranks_whose_batches_differ_gather_nearly_as_many_as_one_alone() -> None:
+    """What one has more than another waits for its next group, and is not a group by itself."""
+    found, _ = in_step([([3] * 200, 40), ([2, 4] * 100, 40)], "stop")
+    assert [len(group) for group in found[0]] == [len(group) for group in found[1]]
+    assert len(found[0]) <= 20 and sum(map(len, found[0])) == 200
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------

@@ -489,40 +489,43 @@ def test_a_failing_text_fails_alone_with_its_own_place(prefetch: int) -> None:
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_ranks_that_agree_on_each_batch_gather_none(
+def test_what_ranks_agreed_on_is_encoded_before_more_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prefetch: int, deterministic: bool
 ) -> None:
     """A rank that waited for others to read on, with a batch in hand, would wait for ranks that wait for its step."""
-    calls: list[TokenBatch] = []
+    encoded: list[int] = []
+    agreed: list[int] = []
 
     class Told:
         """Another rank, which has no more than we."""
 
-        def __init__(self, timeout_s: float) -> None:
-            self.step = 0
+        def __init__(self, timeout_s: float) -> None: ...
 
-        def begin(self) -> None:
-            pass
+        def begin(self) -> None: ...
 
-        def exchange(self, place: Any, is_over: Any, waits_since: Any) -> list[Any]:
-            assert len(calls) == self.step, "asked before all that was agreed on was encoded"
-            self.step += 1
-            return [place, None]
+        def exchange(self, places: list[Any], batch: int, is_over: Any, waits_since: Any) -> list[Any]:
+            assert sum(encoded) == sum(agreed) == batch, "asked before all that was agreed on was encoded"
+            agreed.append(min(5, len(places)))
+            return [places, places[:5]]
 
-        def leave(self, reason: str) -> None:
-            pass
+        def leave(self, reason: str) -> None: ...
 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(loading, "can_talk", lambda: True)
     monkeypatch.setattr(loading, "Peers", Told)
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": "word " * (i % 7)}) + "\n" for i in range(200)))
+    path.write_text("".join(json.dumps({"text": "word " * i}) + "\n" for i in range(60)))
     loader = bertstream.stream(
-        path, FakeEncoder(calls.append), batch_size=2, prefetch=prefetch, deterministic=deterministic,
-        reading=StreamConfig(lanes=4, window=16),
+        path, FakeEncoder(lambda batch: encoded.append(len(batch))), batch_size=1, prefetch=prefetch,
+        deterministic=deterministic, reading=StreamConfig(lanes=4, window=16),
     )  # fmt: skip
-    assert len(list(loader)) == len(calls) >= 40
+    batches = list(loader)
+    assert len(batches) == sum(agreed) >= 25 and agreed[-1] == 0
+    if prefetch == 0:
+        assert set(agreed[:-1]) == {1}, "something was read ahead"
+    elif deterministic:
+        assert max(agreed) == 5 and len(agreed) < len(batches) / 2
 
 
 # --- one iteration at a time ------------------------------------------------------------------------------------------
