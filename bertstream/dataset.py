@@ -199,6 +199,7 @@ class TextStream(IterableDataset[TokenBatch]):
         shards = [(re.split(r"[/\\]", piece.path)[-1], piece.start, piece.stop, size) for piece, size in self._pieces]
         parts = {"tokenizer": getattr(self._tokenizer, "identity", None), "shards": shards}
         digests = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in parts.items()}
+        digests["shards"] = f"{len({piece.path for piece, _ in self._pieces})} by the digest {digests['shards']}"
         return {
             "lanes": self.num_lanes,
             "open_shards": self.open_shards,

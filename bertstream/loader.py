@@ -72,7 +72,7 @@ def wrap(
         cache: where vectors are kept, so that none is computed twice; what several loaders share.
         deterministic: whether which texts share a forward may depend on nothing but the data. Without it several
             batches that are ready at once are encoded together, more or fewer by the clock, and two runs may differ in
-            the last bits.
+            the last bits. The encoder's `max_forward_tokens` is not measured from then on, for other loaders neither.
         allow_replicated: accept that every rank reads all of the data (not checked where the dataset is an
             IterableDataset, which shares out its data itself).
     Raises:

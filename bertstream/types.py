@@ -431,7 +431,9 @@ class Embeddings:
         wrong = np.flatnonzero(counts != self.tokens.num_words)
         if len(wrong):
             i = int(wrong[0])
-            raise ConfigError(f"text {i} has {self.tokens.num_words[i]} words but {counts[i]} tags")
+            fields = self.tokens.fields
+            stood = f" (record {fields['__index__'][i]} of {fields['__shard__'][i]})" if "__shard__" in fields else ""
+            raise ConfigError(f"text {i}{stood} has {self.tokens.num_words[i]} words but {counts[i]} tags")
         # An empty list has no dtype to say: as float32 it would turn the other texts' integers into floats.
         flat = torch.cat([row for row in rows_of_tags if len(row)] or [torch.zeros(0, dtype=torch.int64)])
         whole = not flat.is_floating_point() and float(pad).is_integer()

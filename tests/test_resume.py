@@ -232,6 +232,8 @@ def test_a_state_of_another_stream_is_refused_with_the_difference(
     with pytest.raises(StateError, match=key) as caught:
         bertstream.stream(shards, FakeEncoder(), **same | options).load_state_dict(state)
     assert caught.value.key in (key, "shards")
+    with pytest.raises(StateError, match=rf"shards='{len(shards)} by the digest \w+', this stream has shards='1 by"):
+        bertstream.stream(shards[:1], FakeEncoder(), **same).load_state_dict(state)
     for broken in ({}, [], {**state, "version": 99}):
         with pytest.raises(StateError) as caught:
             bertstream.stream(shards, FakeEncoder(), **same).load_state_dict(broken)

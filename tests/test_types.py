@@ -320,6 +320,13 @@ def test_align_refuses_what_it_cannot_lay_out_and_names_the_text(tags: Any, mess
         two_texts().align(tags)
 
 
+def test_align_names_the_record_of_a_text_that_a_stream_read() -> None:
+    embeddings = two_texts()
+    embeddings.tokens.fields.update(__shard__=["a.jsonl", "b.jsonl"], __index__=np.array([7, 8]))
+    with pytest.raises(ConfigError, match=r"^text 1 \(record 8 of b.jsonl\) has 0 words but 1 tags"):
+        embeddings.align([[1, 2], [3]])
+
+
 def test_align_refuses_plain_strings() -> None:
     with pytest.raises(ConfigError, match="plain strings"):
         tokens_of([2]).align([[1, 2]])
