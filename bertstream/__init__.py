@@ -46,3 +46,8 @@ __all__ = [
     "warm",
     "wrap",
 ]
+
+
+def __dir__() -> list[str]:
+    """What a prompt offers behind `bertstream.`: not the modules, whose public names are all here."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -81,7 +81,7 @@ class TokenCollate:
 
     def _text(self, record: Any, place: Place) -> Any:
         text = get_place(record, place)
-        return text if self._pair is None else (text, get_place(record, self._pair))
+        return text if self._pair is None else (text, get_place(record, self._pair, "pair"))
 
     def _tokenize(self, texts: Sequence[Any], place: Place | None) -> TokenBatch:
         try:

@@ -201,13 +201,13 @@ class TextStream(IterableDataset[TokenBatch]):
         digests = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in parts.items()}
         digests["shards"] = f"{len({piece.path for piece, _ in self._pieces})} by the digest {digests['shards']}"
         return {
+            "shuffle": self._shuffle,  # first what others follow from
+            "seed": self._seed,
             "lanes": self.num_lanes,
             "open_shards": self.open_shards,
             "window": self._reading.window,
             "batch_size": self._batch_size,
             "max_tokens": self._max_tokens,
-            "shuffle": self._shuffle,
-            "seed": self._seed,
             "text": list(self._options.texts),
             "passes_over_bad_records": self._reading.max_bad_records > 0,
             **digests,

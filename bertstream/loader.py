@@ -78,6 +78,8 @@ def wrap(
     Raises:
         ConfigError: an argument is out of range, or several ranks would each read all of the data.
     """
+    if hasattr(loader, "encode"):
+        raise ConfigError("an encoder stands where the loader belongs: write wrap(loader, encoder)")
     if not isinstance(loader, Iterable):
         raise ConfigError(f"loader is a {type(loader).__name__}: pass an iterable of batches")
     places, targets = as_places(text), as_places(into)
@@ -229,6 +231,8 @@ class EmbeddingLoader:
             text = (self._stream.text,)
         self.encoder = encoder
         self._cache = cache
+        if cache is not None and not hasattr(cache, "of"):
+            raise ConfigError(f"cache={cache!r} is a {type(cache).__name__}: pass a bertstream.EmbeddingCache")
         self._cached: CachedEncoder | None = None if cache is None else cache.of(encoder)
         self._source = source
         self._places = text

@@ -31,8 +31,12 @@ def as_places(text: Place | Sequence[Place] | None) -> tuple[Place, ...] | None:
     return places
 
 
-def get_place(holder: Any, place: Place) -> Any:
-    """What stands at a key of a mapping, a position of a sequence, or an attribute of anything else."""
+def get_place(holder: Any, place: Place, option: str = "text") -> Any:
+    """What stands at a key of a mapping, a position of a sequence, or an attribute of anything else.
+
+    Raises:
+        ConfigError: nothing does; `option` is the argument that named the place.
+    """
     try:
         if isinstance(holder, Mapping):
             return holder[place]
@@ -42,7 +46,11 @@ def get_place(holder: Any, place: Place) -> Any:
             return getattr(holder, place)
     except (KeyError, IndexError, AttributeError):
         pass
-    raise ConfigError(f"text={place!r} names nothing in {describe(holder)}")
+    positions = isinstance(place, str) and isinstance(holder, Sequence) and not isinstance(holder, str)
+    way_out = (
+        f": a place in it is a number, {option}=0 the first" if positions and not hasattr(holder, "_fields") else ""
+    )
+    raise ConfigError(f"{option}={place!r} names nothing in {describe(holder)}{way_out}")
 
 
 def put_places(holder: Any, values: Mapping[Any, Any]) -> Any:
@@ -145,6 +153,8 @@ def _tokenized(texts: Any, place: Place | None, batch: Any, tokenizer: SupportsT
     if not isinstance(texts, Sequence) or isinstance(texts, str):
         kind = type(texts).__name__
         raise ConfigError(f"{where} is a {kind}: a batch of texts is a list of strings or of lists of words")
+    if place is None and any(isinstance(entry, (Tensor, np.ndarray)) for entry in texts):
+        raise ConfigError(f"the batch is {describe(batch)}, one for each field: say where the texts are, with text=0")
     if any(isinstance(entry, tuple) for entry in texts):
         raise ConfigError(
             f"{where} holds tuples: torch's default collate turns lists of words inside out, so that the first "

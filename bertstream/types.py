@@ -433,7 +433,10 @@ class Embeddings:
             i = int(wrong[0])
             fields = self.tokens.fields
             stood = f" (record {fields['__index__'][i]} of {fields['__shard__'][i]})" if "__shard__" in fields else ""
-            raise ConfigError(f"text {i}{stood} has {self.tokens.num_words[i]} words but {counts[i]} tags")
+            padded = (counts >= self.tokens.num_words).all() and len(set(counts.tolist())) == 1 < len(counts)
+            way_out = ": padded tags? Give those of each text alone" if padded else ""
+            words = self.tokens.num_words[i]
+            raise ConfigError(f"text {i} of the batch{stood} has {words} words but {counts[i]} tags{way_out}")
         # An empty list has no dtype to say: as float32 it would turn the other texts' integers into floats.
         flat = torch.cat([row for row in rows_of_tags if len(row)] or [torch.zeros(0, dtype=torch.int64)])
         whole = not flat.is_floating_point() and float(pad).is_integer()

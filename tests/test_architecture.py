@@ -129,6 +129,7 @@ def test_importing_bertstream_is_light() -> None:
 def test_the_public_names_are_these() -> None:
     assert list(bertstream.__all__) == PUBLIC_NAMES
     assert [name for name in PUBLIC_NAMES if not hasattr(bertstream, name)] == []
+    assert [name for name in dir(bertstream) if not name.startswith("__")] == sorted(PUBLIC_NAMES)
 
 
 @every_file

@@ -331,6 +331,11 @@ def test_a_place_that_is_not_there_is_refused_with_those_that_are(
         TokenCollate(encoder, text=text)([record, record])
 
 
+def test_a_second_text_that_is_not_there_is_named_as_the_pair(encoder: Any) -> None:
+    with pytest.raises(ConfigError, match="^pair='said' names nothing in a dict"):
+        TokenCollate(encoder, text="sentence", pair="said")([{"sentence": "a"}])
+
+
 @pytest.mark.parametrize(
     ("odd", "seen"),
     [

@@ -27,7 +27,15 @@ from conftest import running
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    default_collate,
+)
 
 import bertstream
 from bertstream import (
@@ -871,6 +879,7 @@ def test_word_lists_that_default_collate_turned_inside_out_are_refused_with_the_
         ({"sentence": ["a"]}, "text", r"text='text' names nothing in a dict with the keys \['sentence'\]"),
         ({"sentence": ["a"]}, None, r"name its text, text= one of \['sentence'\]"),
         ((["a"], 1), 5, "text=5 names nothing in a tuple of length 2"),
+        (default_collate([("a", 0), ("b", 1)]), None, "the batch is a list of length 2, one .* with text=0"),
         ({"text": "a single record"}, "text", "text='text' is a str"),
         ({"text": torch.zeros(2)}, "text", "text='text' is a tensor: padded ids need their attention_mask"),
         ({"text": None}, "text", "text='text' is a NoneType"),
@@ -889,6 +898,8 @@ def test_a_batch_without_the_text_says_what_it_has(batch: Any, text: Any, seen: 
         ({"text": ()}, r"text=\(\)"),
         ({"text": ("a", "b"), "into": "c"}, "into='c'"),
         ({"loader": 5}, "loader is a int"),
+        ({"loader": FakeEncoder(), "encoder": batches(1)}, r"write wrap\(loader, encoder\)"),
+        ({"cache": "1GiB"}, "cache='1GiB' is a str: pass a bertstream.EmbeddingCache"),
         ({"encoder": object()}, "encoder is a object without encode"),
     ],
 )

@@ -83,7 +83,11 @@ def test_what_names_no_place_is_refused_with_its_value(text: Any) -> None:
         (FrozenSample("a", 1), 0, r"text=0 names nothing in a FrozenSample with the fields"),
         (("a", 1), 2, "text=2 names nothing in a tuple of length 2"),
         (["a", 1], -3, "text=-3 names nothing in a list of length 2"),
-        (("a", 1), "said", "text='said' names nothing in a tuple of length 2"),
+        (
+            ("a", 1),
+            "said",
+            "text='said' names nothing in a tuple of length 2: a place in it is a number, text=0 the first",
+        ),
         (("a", 1), "count", "text='count' names nothing in a tuple of length 2"),
         ("a bare string", 0, "text=0 names nothing in a str"),
         ("a bare string", "said", "text='said' names nothing in a str"),

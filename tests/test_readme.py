@@ -34,7 +34,7 @@ def test_every_block_of_the_readme_runs_as_it_stands(monkeypatch: pytest.MonkeyP
     assert names["x"] is not None and names["y"] is not None
     assert names["cache"].stats()["misses"] == 0  # the last one, which the command line had filled
     assert names["cache"].stats()["disk_hits"] > 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "examples", "vectors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "examples", "state.json", "vectors"]
 
 
 def test_every_file_that_the_readme_links_to_exists() -> None:

@@ -219,7 +219,7 @@ def test_a_state_that_lacks_other_ranks_lanes_is_refused(shards: list[str], monk
     [
         ({"seed": 1}, "seed"),
         ({"batch_size": 4}, "batch_size"),
-        ({"shuffle": False}, "open_shards"),
+        ({"shuffle": False}, "shuffle"),
         ({"reading": StreamConfig(lanes=4, window=7)}, "window"),
         ({"reading": StreamConfig(lanes=3)}, "lanes"),
     ],

@@ -305,8 +305,9 @@ def test_a_pad_that_is_no_whole_number_is_not_rounded() -> None:
     ("tags", "message"),
     [
         ([[1, 2]], "1 rows of tags for 2 texts"),
-        ([[1, 2], [3]], "text 1 has 0 words but 1 tags"),
-        ([[1], []], "text 0 has 2 words but 1 tags"),
+        ([[1, 2], [3]], "text 1 of the batch has 0 words but 1 tags"),
+        ([[1], []], "text 0 of the batch has 2 words but 1 tags"),
+        ([[1, 2, -100], [-100] * 3], "text 0 of the batch has 2 words but 3 tags: padded tags"),
         ([["B", "O"], []], r"tags of text 0 are \['B', 'O'\]: give a list of numbers, one a word"),
         ([[1, 2], None], "tags of text 1 are None"),
         ([5, 6], "tags of text 0 are 5"),
@@ -323,7 +324,7 @@ def test_align_refuses_what_it_cannot_lay_out_and_names_the_text(tags: Any, mess
 def test_align_names_the_record_of_a_text_that_a_stream_read() -> None:
     embeddings = two_texts()
     embeddings.tokens.fields.update(__shard__=["a.jsonl", "b.jsonl"], __index__=np.array([7, 8]))
-    with pytest.raises(ConfigError, match=r"^text 1 \(record 8 of b.jsonl\) has 0 words but 1 tags"):
+    with pytest.raises(ConfigError, match=r"^text 1 of the batch \(record 8 of b.jsonl\) has 0 words but 1 tags"):
         embeddings.align([[1, 2], [3]])
 
 
