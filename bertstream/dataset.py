@@ -173,8 +173,9 @@ class TextStream(IterableDataset[TokenBatch]):
         self.rank, self.world_size = rank_and_world_size()
         if self.world_size > self.num_lanes:
             raise ConfigError(
-                f"{self.world_size} ranks cannot share {self.num_lanes} lanes: set StreamConfig(lanes=) to at least "
-                f"{self.world_size}, and give as many shards where they are compressed or remote"
+                f"{self.world_size} ranks cannot share {self.num_lanes} lane{'s' * (self.num_lanes > 1)}: write "
+                f"reading=StreamConfig(lanes={self.world_size}) or more, and give as many shards where they are "
+                "compressed or remote"
             )
         # Shared memory, because a plain attribute does not reach workers that are kept between epochs.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()

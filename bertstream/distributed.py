@@ -105,7 +105,9 @@ class Peers:
                 # Looked at once more: it may have answered in between, and then left.
                 if self._store.check([self._key("left", rank)]) and not self._store.check([keys[rank]]):
                     said = self._store.get(self._key("left", rank)).decode()
-                    raise BertstreamError(f"rank {rank} left the epoch at batch {batch}: {said}")
+                    raise BertstreamError(
+                        f"rank {rank} left the epoch: {said} (batch {batch} was to be agreed on, ahead of the loop)"
+                    )
             since = waits_since()
             if late and since is not None and time.monotonic() - max(started, since) > self._timeout_s:
                 raise BertstreamError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import time
 from collections import deque
@@ -14,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from .dataset import Skip, TextStream
 from .distributed import Peers
-from .errors import BertstreamError, LoaderClosedError
-from .lanes import cursor_from_json, cursor_to_json
+from .errors import BertstreamError, ConfigError, LoaderClosedError
+from .lanes import LaneQueue, cursor_from_json, cursor_to_json
 from .places import Place
 from .prefetch import Prefetcher
 from .stages import Stages
@@ -175,7 +176,12 @@ def located(source: Source[Any], stream: TextStream | None) -> Iterator[Entry]:
 
 
 def agreed(
-    groups: Groups[Entry], stream: TextStream, peers: Peers, run: Run, count_left: Callable[[int], None]
+    groups: Groups[Entry],
+    stream: TextStream,
+    peers: Peers,
+    run: Run,
+    about: Mapping[str, Any],
+    count_left: Callable[[int], None],
 ) -> Iterator[list[Entry]]:
     """The groups, each with as many batches on every rank.
 
@@ -188,14 +194,25 @@ def agreed(
         stream: what they are read from; `uneven` says what happens where a rank has no more.
         peers: the other ranks.
         run: whether the iteration is over is asked while waiting for them.
+        about: what must be the same on every rank.
         count_left: told the texts of each batch that is not handed out because another rank is through.
+    Raises:
+        ConfigError: it is not.
     """
     pad, epoch = stream.uneven == "pad", stream.epoch
     last: TokenBatch | None = None
     agreed_on = 0
     reason = "it stopped iterating"
     gathered = iter(groups)
+
+    def exchange(message: Any) -> list[Any] | None:
+        return peers.exchange(message, agreed_on, lambda: run.is_over, lambda: run.waits_since)
+
     try:
+        everybody = exchange(dict(about))
+        if everybody is None:
+            return
+        _refuse_differences(about, everybody)
         while True:
             group = next(gathered, [])
             batches = [entry for entry in group if isinstance(entry.item, TokenBatch)]
@@ -203,9 +220,7 @@ def agreed(
                 yield group
                 continue
             offer = [None if e.item.cursor is None else cursor_to_json(e.item.cursor) for e in batches]
-            offers: list[list[Any]] | None = peers.exchange(
-                offer, agreed_on, lambda: run.is_over, lambda: run.waits_since
-            )
+            offers: list[list[Any]] | None = exchange(offer)
             if offers is None:
                 return
             if not any(offers):
@@ -246,6 +261,25 @@ def agreed(
         if reason:
             with suppress(Exception):  # the store may be gone with the rank that held it
                 peers.leave(reason)
+
+
+def same_on_every_rank(stream: TextStream, queues: Sequence[LaneQueue | None] | None) -> dict[str, Any]:
+    """What the ranks of a stream must have in common, or some records would come twice and others never."""
+    about = stream.settings | {"epoch": stream.epoch, "uneven": stream.uneven}
+    if queues is None or None in queues:
+        return about
+    places = [[cursor_to_json(cursor) for cursor in queue.cursors] for queue in queues if queue is not None]
+    return about | {"place": hashlib.sha256(repr(places).encode()).hexdigest()[:16]}
+
+
+def _refuse_differences(own: Mapping[str, Any], everybody: Sequence[Mapping[str, Any]]) -> None:
+    for rank, theirs in enumerate(everybody):
+        for name in own:
+            if name in theirs and theirs[name] != own[name]:
+                raise ConfigError(
+                    f"rank {rank} streams with {name}={theirs[name]!r}, this rank with {name}={own[name]!r}: give them "
+                    "the same shards, settings and state, and they deal the records among themselves"
+                )
 
 
 def _marked(batch: TokenBatch, *, repeated: bool) -> TokenBatch:

@@ -19,7 +19,18 @@ from .distributed import Peers, can_talk, rank_and_world_size
 from .encode_stage import EncodeStage, Ready
 from .encoder import Encoder
 from .errors import ConfigError, LoaderClosedError, StateError, check_choice
-from .iteration import Entry, Groups, Iteration, Run, Source, agreed, group_tokens, in_workers, located
+from .iteration import (
+    Entry,
+    Groups,
+    Iteration,
+    Run,
+    Source,
+    agreed,
+    group_tokens,
+    in_workers,
+    located,
+    same_on_every_rank,
+)
 from .lanes import STATE_VERSION, LaneQueue, epoch_of, pack_state
 from .places import Place, as_places, with_vectors
 from .plots import plot_step
@@ -250,14 +261,7 @@ class EmbeddingLoader:
         self._read_once = False
         self._queues: list[LaneQueue | None] | None = None
         self._peers: Peers | None = None
-        if self._stream is not None and self._stream.uneven != "leave" and can_talk():
-            self._peers = Peers(self._stream.rank_timeout_s)
-        rank, world_size = rank_and_world_size()
-        if self._stream is not None and (rank, world_size) != (self._stream.rank, self._stream.world_size):
-            raise ConfigError(
-                f"the TextStream was made as rank {self._stream.rank} of {self._stream.world_size}, this is rank "
-                f"{rank} of {world_size}: make it after torch.distributed is initialised"
-            )
+        self._join_ranks()
         self._source_state: Any = None
         self._running: weakref.ref[Iteration] | None = None
 
@@ -270,11 +274,12 @@ class EmbeddingLoader:
 
         Raises:
             LoaderClosedError: the loader was closed.
-            ConfigError: the wrapped iterable can be read only once, and was.
+            ConfigError: the wrapped iterable can be read only once, and was; or the stream is of another rank.
         """
         if self._closed:
             raise LoaderClosedError("this EmbeddingLoader was closed: make a new one with wrap or stream")
         self._stop("another iteration of this loader began: two loops at once need two loaders")
+        self._join_ranks()
         if isinstance(self.encoder, Encoder):
             self.encoder.calibrate()
         run = Run()
@@ -548,6 +553,19 @@ class EmbeddingLoader:
                     self._peers.leave(f"{type(error).__name__}: {error}")
             raise
 
+    def _join_ranks(self) -> None:
+        """Know the other ranks of a stream once they can be talked to: torch.distributed may be initialised late."""
+        if self._stream is None:
+            return
+        rank, world_size = rank_and_world_size()
+        if (rank, world_size) != (self._stream.rank, self._stream.world_size):
+            raise ConfigError(
+                f"the TextStream was made as rank {self._stream.rank} of {self._stream.world_size}, this is rank "
+                f"{rank} of {world_size}: make it after torch.distributed is initialised"
+            )
+        if self._peers is None and self._stream.uneven != "leave" and can_talk():
+            self._peers = Peers(self._stream.rank_timeout_s)
+
     def _count_bad(self, report: ReadReport | None) -> None:
         if self._stream is None or report is None:
             return
@@ -617,7 +635,10 @@ class EmbeddingLoader:
         """What is read, in step with other ranks, through the encode stage."""
         in_step: Callable[[Groups[Entry]], Iterator[list[Entry]]] = iter
         if self._peers is not None and self._stream is not None:
-            in_step = partial(agreed, stream=self._stream, peers=self._peers, run=run, count_left=self._count_left)
+            about = same_on_every_rank(self._stream, self._queues)
+            in_step = partial(
+                agreed, stream=self._stream, peers=self._peers, run=run, about=about, count_left=self._count_left
+            )
         return self._encoding.run(
             located(source, self._stream),
             run,

@@ -308,7 +308,7 @@ def test_bad_reading_options_are_refused_with_the_value_seen() -> None:
 def test_more_ranks_than_lanes_are_refused(shards: list[str], minilm: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match=r"4 ranks cannot share 3 lanes.*StreamConfig\(lanes=\)"):
+    with pytest.raises(ConfigError, match=r"4 ranks cannot share 3 lanes.*StreamConfig\(lanes=4\)"):
         TextStream(shards, minilm, reading=StreamConfig(lanes=3))
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from bertstream import TokenBatch, iteration
 from bertstream.dataset import Skip
-from bertstream.errors import ShardError
+from bertstream.errors import ConfigError, ShardError
 from bertstream.iteration import Entry, Groups, Run, Source, agreed, located
 from bertstream.stages import Stages
 from bertstream.testing import FakeEncoder
@@ -224,7 +224,7 @@ class Table:
             self._barrier.wait()
             return offers
 
-        return SimpleNamespace(exchange=exchange, leave=lambda reason: self._barrier.abort())
+        return SimpleNamespace(exchange=exchange, leave=lambda reason: None)
 
 
 def own_entry(rank: int, number: int, words: int | None) -> Entry:
@@ -236,7 +236,9 @@ def own_entry(rank: int, number: int, words: int | None) -> Entry:
     return Entry(batch, texts={None: batch})
 
 
-def in_step(ranks: list[tuple[list[int | None], int]], uneven: str) -> tuple[list[list[list[Entry]]], list[int]]:
+def in_step(
+    ranks: list[tuple[list[int | None], int]], uneven: str, *about: dict[str, Any]
+) -> tuple[list[list[list[Entry]]], list[int]]:
     """By rank, the groups that it encodes and how many texts it leaves; each has its entries and its limit."""
     table, left = Table(len(ranks)), [0] * len(ranks)
 
@@ -250,7 +252,8 @@ def in_step(ranks: list[tuple[list[int | None], int]], uneven: str) -> tuple[lis
             left[rank] += texts
 
         found = []
-        for group in agreed(groups, stream, table.seat(rank), Run(), count_left):
+        own_about = about[rank] if about else {}
+        for group in agreed(groups, stream, table.seat(rank), Run(), own_about, count_left):
             found.append([*group])
             groups.encoded(sum(entry.weight for entry in group), 0.0)
         return found
@@ -293,6 +296,14 @@ def test_ranks_hand_out_equally_many_batches_and_each_its_own_once(
         here = len(ranks[rank][0]) if uneven == "pad" else len(own)
         assert own == list(range(here))
         assert left[rank] == (0 if uneven == "pad" else len(numbers[rank]) - steps)
+
+
+@pytest.mark.parametrize("name", ["seed", "shards", "place"])
+def test_ranks_that_would_not_share_the_records_out_are_told_so(name: str) -> None:
+    about = {"seed": 0, "shards": "3 by the digest ab", "place": "cd"}
+    with pytest.raises(ConfigError, match=rf"^rank 1 streams with {name}='other', this rank with {name}="):
+        in_step([([1], 9)] * 2, "pad", about, about | {name: "other"})
+    assert in_step([([1], 9)] * 2, "pad", about, {"seed": 0, "shards": about["shards"]})[1] == [0, 0]
 
 
 def test_ranks_whose_batches_differ_gather_nearly_as_many_as_one_alone() -> None:

@@ -511,7 +511,9 @@ def test_what_ranks_agreed_on_is_encoded_before_more_is_read(
 
         def begin(self) -> None: ...
 
-        def exchange(self, places: list[Any], batch: int, is_over: Any, waits_since: Any) -> list[Any]:
+        def exchange(self, places: Any, batch: int, is_over: Any, waits_since: Any) -> list[Any]:
+            if isinstance(places, dict):  # what must be the same
+                return [places, places]
             assert sum(encoded) == sum(agreed) == batch, "asked before all that was agreed on was encoded"
             agreed.append(min(5, len(places)))
             return [places, places[:5]]

@@ -52,13 +52,25 @@ import bertstream
 from bertstream.testing import FakeEncoder
 
 options = json.loads(sys.argv[1])
-if options["world_size"] > 1:
-    init = f"file://{options['store']}"
-    dist.init_process_group("gloo", init_method=init, rank=options["rank"], world_size=options["world_size"])
+
+
+def talk():
+    if options["world_size"] > 1:
+        init = f"file://{options['store']}"
+        dist.init_process_group("gloo", init_method=init, rank=options["rank"], world_size=options["world_size"])
+
+
+if options.get("talks_late"):
+    os.environ.update(RANK=str(options["rank"]), WORLD_SIZE=str(options["world_size"]))
+else:
+    talk()
 reading = bertstream.StreamConfig(**{"lanes": 7, "window": 40} | options.get("reading", {}))
 loader = bertstream.stream(
-    options["shards"], FakeEncoder(), batch_size=8, shuffle=True, num_workers=options["workers"], reading=reading
+    options["shards"], FakeEncoder(), batch_size=8, shuffle=True, seed=options.get("seed", 0),
+    num_workers=options["workers"], reading=reading,
 )
+if options.get("talks_late"):
+    talk()
 if options.get("state"):
     loader.load_state_dict(options["state"])
 for number, batch in enumerate(loader):
@@ -182,6 +194,23 @@ for batch in loader:
 print(json.dumps([steps, seen, loader.stats()["left_texts"]]))
 dist.destroy_process_group()
 """
+
+
+def test_ranks_with_other_settings_each_are_refused(shards: list[str], tmp_path: Path) -> None:
+    """Or some records would come twice and others never."""
+    found = run(tmp_path, 2, [{"seed": 0}, {"seed": 1}], shards=shards, workers=0)
+    for rank, (lines, errors, status) in enumerate(found):
+        assert (lines, status) == ([], 1)
+        assert f"ConfigError: rank {1 - rank} streams with seed={1 - rank}, this rank with seed={rank}" in errors
+
+
+def test_ranks_that_meet_after_the_loader_was_made_end_together(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path / "large", TEXTS, shards=1) + write_shards(tmp_path / "small", TEXTS[:20], shards=1)
+    reading = {"open_shards": 1, "lanes": 2}
+    late = run(tmp_path, 2, shards=paths, workers=0, reading=reading, talks_late=True)
+    assert [status for _, _, status in late] == [0, 0], late
+    assert late[0][0] == run(tmp_path, 2, shards=paths, workers=0, reading=reading)[0][0]
+    assert len(late[0][0]) == len(late[1][0])
 
 
 @pytest.mark.parametrize("way", ["kill", "raise", "stop"])
