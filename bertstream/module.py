@@ -11,7 +11,7 @@ from torch import nn
 
 from .distributed import can_talk
 from .encoder import Encoder
-from .errors import ConfigError, check_choice
+from .errors import ConfigError, EncoderError, check_choice
 from .types import Embeddings, Layout, Text, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -55,15 +55,26 @@ class BertEmbedding(nn.Module):
             `Embeddings`, or what `layout` says. Packed as in a loader; where the encoder was unfrozen, with gradients,
             in the caller's autocast, and with dropout in train mode.
         Raises:
-            EncoderError: as `Encoder.encode`.
+            EncoderError: as `Encoder.encode`; or these are the `Embeddings` of another encoder.
         """
         if isinstance(texts, Embeddings):
             found = texts
+            self._check_own(found)
         else:
             self._warn_of_gradients_that_do_not_flow()
             batch = texts if isinstance(texts, TokenBatch) else self.encoder.tokenizer.batch(texts)
             found = self.encoder.embed(batch) if self.encoder.trainable else self.encoder.encode(batch)
         return found if self.layout is None else found.as_layout(self.layout)
+
+    def _check_own(self, found: Embeddings) -> None:
+        own = self.encoder
+        right = own.output, own.layers, own.row_shape
+        seen = found.output, found.layers or own.layers, tuple(found.values.shape[1:])
+        if seen != right:
+            raise EncoderError(
+                f"these are Embeddings of another encoder: (output, layers, shape of a row) are {seen}, of this one "
+                f"{right}; give the loader and the BertEmbedding the same"
+            )
 
     def _warn_of_gradients_that_do_not_flow(self) -> None:
         """Once: `requires_grad_` of a module around this one reaches the parameters, and not the encoder."""

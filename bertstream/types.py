@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -159,6 +159,14 @@ class TokenBatch:
     fields: dict[str, Any] = field(default_factory=dict)
     cursor: Cursor | None = None
     report: ReadReport | None = None
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """What a loop meets that asks for vectors where the encoder is trained, and the model is to compute them."""
+        way_out = ""
+        if hasattr(Embeddings, name):
+            way_out = ": these are tokens, not vectors; a loader hands them out while its encoder is trained, for "
+            way_out += "bertstream.BertEmbedding(encoder) to embed inside the model"
+        raise AttributeError(f"a TokenBatch has no attribute {name!r}{way_out}")
 
     @classmethod
     def from_texts(cls, texts: Sequence[TokenizedText]) -> TokenBatch:

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 import bertstream
-from bertstream import BertEmbedding, ConfigError, EmbeddingCache, Embeddings, Encoder, TokenBatch, UnfreezeSchedule
+from bertstream import (
+    BertEmbedding,
+    ConfigError,
+    EmbeddingCache,
+    Embeddings,
+    Encoder,
+    EncoderError,
+    TokenBatch,
+    UnfreezeSchedule,
+)
 
 TEXTS: list[Any] = [
     ["a", "bank"],
@@ -99,6 +108,12 @@ def test_it_takes_whatever_a_loader_hands_out_and_gives_the_loaders_rows(minilm:
         assert isinstance(embed(given), Embeddings)
     assert embed(texts).values.equal(from_loader.values) and not embed(texts).values.requires_grad
     assert embed.embedding_dim == minilm.embedding_dim
+
+
+def test_vectors_of_another_encoder_are_refused(minilm: Encoder, minilm_folder: str) -> None:
+    words = Encoder.from_pretrained(minilm_folder, output="words")
+    with pytest.raises(EncoderError, match=r"another encoder.* are \('words', \(6,\), \(384,\)\), of this one"):
+        BertEmbedding(minilm)(words([["a", "bank"]]))
 
 
 def test_with_a_layout_it_stands_in_a_sequential(minilm_folder: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 from collections.abc import Callable, Sequence
@@ -326,6 +327,15 @@ def test_align_names_the_record_of_a_text_that_a_stream_read() -> None:
     embeddings.tokens.fields.update(__shard__=["a.jsonl", "b.jsonl"], __index__=np.array([7, 8]))
     with pytest.raises(ConfigError, match=r"^text 1 of the batch \(record 8 of b.jsonl\) has 0 words but 1 tags"):
         embeddings.align([[1, 2], [3]])
+
+
+def test_tokens_that_are_asked_for_vectors_say_who_makes_them() -> None:
+    batch = two_texts().tokens
+    with pytest.raises(AttributeError, match=r"no attribute 'padded': .*BertEmbedding"):
+        batch.padded()
+    with pytest.raises(AttributeError, match="no attribute 'other'$"):
+        batch.other  # noqa: B018
+    assert copy.deepcopy(batch).num_tokens == pickle.loads(pickle.dumps(batch)).num_tokens == batch.num_tokens
 
 
 def test_align_refuses_plain_strings() -> None:
