@@ -57,7 +57,7 @@ class StreamConfig(Access):
         uneven: what ranks whose shards give unequal numbers of batches do, so that none waits for good in a collective
             of the training step. "pad": those that are through repeat their last batch, marked by `__repeated__`, until
             all are. "stop": all end where the first does; `left_texts` counts what was left. "leave": each ends as it
-            ends. It takes effect where `torch.distributed` is initialised before the loader is made.
+            ends. It takes effect where `torch.distributed` is initialised.
         rank_timeout_s: seconds after which a rank that gave no sign is given up by the others, with an error.
         allow_pipe: whether `pipe:command` may be read, which runs the command in a shell.
         storage_options: handed to fsspec for URLs.
