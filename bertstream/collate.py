@@ -13,7 +13,7 @@ from torch.utils.data import get_worker_info
 
 from .bucket import stack_column
 from .errors import BertstreamError, ConfigError, EncoderError
-from .places import Place, as_places, as_tensors, describe, get_place, put_places
+from .places import Place, as_places, as_tensors, check_pair, describe, get_place, put_places
 from .types import SupportsEncode, TokenBatch
 
 
@@ -39,8 +39,7 @@ class TokenCollate:
         self._tokenizer = encoder.tokenizer
         self._places = as_places(text)
         self._pair = pair
-        if pair is not None and (self._places is None or len(self._places) > 1):
-            raise ConfigError(f"pair={pair!r} for text={text!r}: name the one place of the first text")
+        check_pair(pair, self._places)
 
     def __repr__(self) -> str:
         text = self._places[0] if self._places is not None and len(self._places) == 1 else self._places

@@ -69,6 +69,7 @@ class EncodeStage:
         encoder: what makes the vectors.
         cached: the same behind a cache, or None.
         places: where the texts are in a batch, None where a batch is bare texts.
+        pair: where the second texts of pairs are.
         stages: the clocks of "tokenize" and "encode".
     """
 
@@ -78,11 +79,14 @@ class EncodeStage:
         cached: CachedEncoder | None,
         places: tuple[Place, ...] | None,
         stages: Stages,
+        *,
+        pair: Place | None = None,
     ) -> None:
         self.counts = EncodeCounts()
         self._encoder = encoder
         self._cached = cached
         self._places = places
+        self._pair = pair
         self._stages = stages
         self._device = encoder.device
         self._side = SideStream(self._device)
@@ -148,7 +152,7 @@ class EncodeStage:
         for entry in entries:
             if not isinstance(entry.item, Skip):
                 with self._stages.run("tokenize", 1), _numbered(number):
-                    entry.texts = texts_of(entry.item, self._places, self._encoder.tokenizer)
+                    entry.texts = texts_of(entry.item, self._places, self._encoder.tokenizer, self._pair)
                 entry.number = number
                 number += 1
             yield entry

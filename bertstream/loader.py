@@ -32,7 +32,7 @@ from .iteration import (
     same_on_every_rank,
 )
 from .lanes import STATE_VERSION, LaneQueue, epoch_of, pack_state
-from .places import Place, as_places, with_vectors
+from .places import Place, as_places, check_pair, with_vectors
 from .plots import plot_step
 from .prefetch import Prefetcher, StepClock
 from .runtime import release_helpers, usable_cores
@@ -51,6 +51,7 @@ def wrap(
     encoder: SupportsEncode,
     *,
     text: Place | Sequence[Place] | None = None,
+    pair: Place | None = None,
     into: Place | Sequence[Place] | None = None,
     layout: Layout | None = None,
     prefetch: int | None = None,
@@ -69,6 +70,7 @@ def wrap(
             `attention_mask` (and `token_type_ids`, for pairs) beside them.
         encoder: what turns them into vectors.
         text: the key, position or attribute of the texts, or several; None where a batch is the bare texts.
+        pair: the place of the second texts, where those at `text` and these are pairs; they stay in the batch.
         into: where the vectors go instead (a new key of a dict), one for each of `text`; the texts then stay.
         layout: None hands out `Embeddings`; "padded", "nested", "packed_sequence" or "flat" hand out plain tensors. In
             a dict the padded mask stands under the key with `_mask` behind it; elsewhere the place holds
@@ -94,6 +96,9 @@ def wrap(
     if not isinstance(loader, Iterable):
         raise ConfigError(f"loader is a {type(loader).__name__}: pass an iterable of batches")
     places, targets = as_places(text), as_places(into)
+    check_pair(pair, places)
+    if pair is not None and _text_stream(loader) is not None:
+        raise ConfigError(f"pair={pair!r} has no effect on a TextStream, which tokenizes: name it there")
     if targets is not None and places is None and _text_stream(loader) is None:
         raise ConfigError(f"into={into!r} has no effect where a batch is bare texts: name their place with text=")
     if targets is not None and len(targets) != len(places or (None,)):
@@ -104,6 +109,7 @@ def wrap(
         loader,
         encoder,
         text=places,
+        pair=pair,
         into=targets,
         layout=layout,
         prefetch=prefetch,
@@ -228,6 +234,7 @@ class EmbeddingLoader:
         text: tuple[Place, ...] | None,
         into: tuple[Place, ...] | None,
         layout: Layout | None,
+        pair: Place | None = None,
         prefetch: int | None = None,
         cache: EmbeddingCache | None = None,
         deterministic: bool = False,
@@ -255,7 +262,7 @@ class EmbeddingLoader:
             encoder.keep_forward_tokens()
         self._counts = _Counts()
         self._stages = Stages()
-        self._encoding = EncodeStage(encoder, self._cached, text, self._stages)
+        self._encoding = EncodeStage(encoder, self._cached, text, self._stages, pair=pair)
         self._own_epoch = 0
         self._closed = False
         self._read_once = False

@@ -31,6 +31,13 @@ def as_places(text: Place | Sequence[Place] | None) -> tuple[Place, ...] | None:
     return places
 
 
+def check_pair(pair: Place | None, places: tuple[Place, ...] | None) -> None:
+    """Refuse the place of a second text where it is not clear which one is the first."""
+    if pair is not None and (places is None or len(places) > 1 or pair in places):
+        text = places[0] if places is not None and len(places) == 1 else places
+        raise ConfigError(f"pair={pair!r} for text={text!r}: name the one place of the first text")
+
+
 def get_place(holder: Any, place: Place, option: str = "text") -> Any:
     """What stands at a key of a mapping, a position of a sequence, or an attribute of anything else.
 
@@ -77,10 +84,15 @@ def as_tensors(column: Any) -> Any:
 
 
 def texts_of(
-    batch: Any, places: tuple[Place, ...] | None, tokenizer: SupportsTokenize
+    batch: Any, places: tuple[Place, ...] | None, tokenizer: SupportsTokenize, pair: Place | None = None
 ) -> dict[Place | None, TokenBatch]:
     """The texts at these places of somebody's batch, as tokens; at None where the batch is the texts.
 
+    Args:
+        batch: a `TokenBatch`, or anything that holds texts or tokens.
+        places: where.
+        tokenizer: what texts go through.
+        pair: where the second texts stand, which make pairs with those at the one place.
     Raises:
         ConfigError: a place names nothing, or what stands there is no batch of texts.
         EncoderError: a text cannot be tokenized.
@@ -90,6 +102,9 @@ def texts_of(
     out = {}
     for place in places or (None,):
         texts = batch if place is None else get_place(batch, place)
+        if pair is not None:
+            out[place] = TokenBatch.from_texts(tokenizer(_paired(texts, get_place(batch, pair, "pair"), place, pair)))
+            continue
         out[place] = texts if isinstance(texts, TokenBatch) else _tokenized(texts, place, batch, tokenizer)
     return out
 
@@ -142,6 +157,16 @@ def describe(holder: Any) -> str:
     return kind
 
 
+def _paired(first: Any, second: Any, place: Place | None, pair: Place) -> list[tuple[Any, Any]]:
+    for where, texts in ((f"text={place!r}", first), (f"pair={pair!r}", second)):
+        if isinstance(texts, TokenBatch):
+            raise ConfigError(f"{where} is tokenized already: name the second text where it was, TokenCollate(pair=)")
+        _check_texts(texts, where)
+    if len(first) != len(second):
+        raise ConfigError(f"text={place!r} holds {len(first)} texts, pair={pair!r} {len(second)}")
+    return list(zip(first, second, strict=True))
+
+
 def _tokenized(texts: Any, place: Place | None, batch: Any, tokenizer: SupportsTokenize) -> TokenBatch:
     where = "the batch" if place is None else f"text={place!r}"
     if isinstance(texts, Tensor) and not (isinstance(batch, Mapping) and "attention_mask" in batch):
@@ -150,18 +175,22 @@ def _tokenized(texts: Any, place: Place | None, batch: Any, tokenizer: SupportsT
         return TokenBatch.from_padded(texts, batch["attention_mask"], batch.get("token_type_ids"))
     if isinstance(texts, Mapping) and place is None:
         raise ConfigError(f"a batch is a {type(texts).__name__}: name its text, text= one of {list(texts)}")
+    _check_texts(texts, where)
+    return TokenBatch.from_texts(tokenizer(texts))
+
+
+def _check_texts(texts: Any, where: str) -> None:
     if not isinstance(texts, Sequence) or isinstance(texts, str):
         kind = type(texts).__name__
         raise ConfigError(f"{where} is a {kind}: a batch of texts is a list of strings or of lists of words")
-    if place is None and any(isinstance(entry, (Tensor, np.ndarray)) for entry in texts):
-        raise ConfigError(f"the batch is {describe(batch)}, one for each field: say where the texts are, with text=0")
+    if any(isinstance(entry, (Tensor, np.ndarray)) for entry in texts):
+        raise ConfigError(f"{where} is {describe(texts)}, one for each field: say where the texts are, with text=0")
     if any(isinstance(entry, tuple) for entry in texts):
         raise ConfigError(
             f"{where} holds tuples: torch's default collate turns lists of words inside out, so that the first "
             "words of all texts stand together. Give the DataLoader "
             "collate_fn=bertstream.TokenCollate(encoder, text=...), which also takes pairs of texts as tuples"
         )
-    return TokenBatch.from_texts(tokenizer(texts))
 
 
 def _as_tensor(value: Any) -> Any:

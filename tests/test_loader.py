@@ -900,6 +900,8 @@ def test_a_batch_without_the_text_says_what_it_has(batch: Any, text: Any, seen: 
         ({"text": ()}, r"text=\(\)"),
         ({"text": ("a", "b"), "into": "c"}, "into='c'"),
         ({"loader": 5}, "loader is a int"),
+        ({"pair": "text"}, "pair='text' for text='text': name the one place"),
+        ({"text": None, "pair": "b"}, "pair='b' for text=None: name the one place"),
         ({"loader": FakeEncoder(), "encoder": batches(1)}, r"write wrap\(loader, encoder\)"),
         ({"cache": "1GiB"}, "cache='1GiB' is a str: pass a bertstream.EmbeddingCache"),
         ({"encoder": object()}, "encoder is a object without encode"),
@@ -917,6 +919,21 @@ def test_a_bad_argument_of_wrap_is_refused_with_the_value_seen(options: dict[str
 def test_a_bad_argument_of_stream_is_refused_before_any_file_is_opened(options: dict[str, Any], seen: str) -> None:
     with pytest.raises(ConfigError, match=seen):
         bertstream.stream("does/not/exist.tar", FakeEncoder(), **options)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seen"),
+    [
+        ({"a": ["x"]}, "pair='b' names nothing in a dict"),
+        ({"a": ["x", "y"], "b": ["z"]}, "text='a' holds 2 texts, pair='b' 1"),
+        ({"a": ["x"], "b": "z"}, "pair='b' is a str"),
+        ({"a": [("the", "of")], "b": [("bank", "the")]}, "text='a' holds tuples"),
+        ({"a": TokenBatch.from_texts(FakeEncoder().tokenizer(["x"])), "b": ["z"]}, "text='a' is tokenized already"),
+    ],
+)
+def test_pairs_that_are_none_are_refused(batch: Any, seen: str) -> None:
+    with pytest.raises(ConfigError, match=seen):
+        list(bertstream.wrap([batch], FakeEncoder(), text="a", pair="b"))
 
 
 def test_into_needs_dicts_and_negative_epochs_are_refused() -> None:
@@ -1013,5 +1030,9 @@ def test_a_pair_may_come_from_two_fields(tmp_path: Path, minilm: Encoder) -> Non
     for bad in ("premise", ""):
         with pytest.raises(ConfigError, match="pair names the field"):
             bertstream.stream(path, minilm, text="premise", pair=bad)
+    (whole,) = bertstream.wrap(DataLoader(rows, 2), minilm, text="premise", pair="hypothesis")  # type: ignore[arg-type]
+    assert whole["premise"].values.equal(right.values) and whole["hypothesis"] == ["its hypothesis", "two"]
+    (whole,) = bertstream.wrap(DataLoader(pairs, 2), minilm, text=0, pair=1)  # type: ignore[arg-type]
+    assert whole[0].values.equal(right.values)
     with pytest.raises(ConfigError, match="pair='hypothesis'"):
         TokenCollate(minilm, pair="hypothesis")
