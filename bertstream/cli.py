@@ -9,9 +9,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 import transformers
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _failed(options, str(error), 2)
     except ShardError as error:
-        named = error.field is not None and error.field == getattr(options, "text", None)
+        named = error.field is not None and error.field == getattr(options, "text", None) and "no such" in str(error)
         return _failed(options, f"{error}{' (--text names the field of the text)' if named else ''}", 1)
     except (BertstreamError, OSError) as error:
         return _failed(options, str(error), 1)
@@ -155,13 +155,20 @@ def _embed(options: argparse.Namespace) -> _Found:
     line = (
         f"{found['texts']:,} texts, {found['tokens']:,} tokens: {found['rows']:,} vectors of {encoder.embedding_dim} "
     )
-    line += f"in {found['parts']:,} files in {options.out}"
+    line += f"in {found['parts']:,} file{'s' * (found['parts'] != 1)} in {options.out}"
     if found["texts_before"]:
         line += f"; {found['texts_before']:,} texts were there already"
-    for name, said in (("cut_texts", "texts were cut off"), ("bad_records", "broken records were passed over")):
-        if found[name]:
-            line += f"; {found[name]:,} {said}"
-    return found, [line], 0
+    if found["cut_texts"]:
+        line += f"; texts cut off: {found['cut_texts']:,}"
+    return found, [line + _passed_over(found)], 0
+
+
+def _passed_over(found: Mapping[str, int]) -> str:
+    return "".join(
+        f"; {said}: {found[name]:,}"
+        for name, said in (("bad_records", "broken records passed over"), ("bad_shards", "broken shards given up"))
+        if found[name]
+    )
 
 
 def _warm(options: argparse.Namespace) -> _Found:
@@ -180,7 +187,7 @@ def _warm(options: argparse.Namespace) -> _Found:
             )
         )
         found |= {"fingerprint": cache.fingerprint(encoder), **cache.stats()}
-    lines = [f"{found['texts']:,} texts, {found['computed']:,} of them computed now"]
+    lines = [f"{found['texts']:,} texts, {found['computed']:,} of them computed now{_passed_over(found)}"]
     lines.append(f"{options.cache}: {_size(found['disk_bytes'])}, {found['disk_texts']:,} texts in all")
     if found["disk_evictions"] or found["disk_dropped_writes"]:
         lines.append(f"{found['disk_evictions'] + found['disk_dropped_writes']:,} found no room: raise --limit")
@@ -283,8 +290,16 @@ def _time(seconds: float) -> str:
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything here does."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program; the verbs' parsers are of this class too."""
+        self.exit(2, f"{self.prog}: {message} (--help says what it takes)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="bertstream",
         description="Text shards in, BERT embeddings out.",
         epilog=_EXIT_CODES,

@@ -403,8 +403,9 @@ class Encoder(BatchedForward):
         )
 
     def forward(self, texts: Sequence[Text] | TokenBatch) -> Embeddings:
-        """Encode at once: texts (strings, lists of words, or pairs) or a `TokenBatch`."""
-        return self.encode(texts if isinstance(texts, TokenBatch) else self.tokenizer.batch(texts))
+        """Encode texts (strings, lists of words, or pairs) or a `TokenBatch` at once, with gradients once unfrozen."""
+        batch = texts if isinstance(texts, TokenBatch) else self.tokenizer.batch(texts)
+        return self.embed(batch) if self.trainable else self.encode(batch)
 
     def encode(self, batch: TokenBatch) -> Embeddings:
         """Encode a batch, longest texts together, in as many forwards as `max_forward_tokens` asks for.

@@ -70,7 +70,7 @@ def embed(
         progress: whether a bar is shown. Its total is known for Parquet, and for files on disk that are not packed.
     Returns:
         What the folder holds, of this rank: `parts`, `texts`, `tokens`, `rows`, `cut_texts` that truncation cut,
-        `bad_records` that were passed over; and `texts_before`, those of earlier runs.
+        `bad_records` and `bad_shards` that were passed over; and `texts_before`, those of earlier runs.
     Raises:
         ConfigError: an argument is out of range, a parameter of the encoder requires a gradient, or the folder holds
             something else or is being written to by another process.
@@ -124,7 +124,8 @@ def _fill(folder: _Folder, loader: EmbeddingLoader, text: str, largest: int, *, 
 
     def write(*, done: bool = False) -> None:
         counts = {name: folder.counts[name] + gathered.counts[name] for name in gathered.counts}
-        counts["bad_records"] = before["bad_records"] + int(loader.stats()["bad_records"])
+        for name in ("bad_records", "bad_shards"):
+            counts[name] = before[name] + int(loader.stats()[name])
         folder.write(gathered.part() if gathered.counts["texts"] else None, counts, loader.state_dict(), done=done)
 
     # A rate over the whole run: a window's batches are sorted by length, so that the latest few say little.
@@ -196,14 +197,18 @@ class _Folder:
         self._rank = f"-{rank:03d}-of-{world_size:03d}" if world_size > 1 else ""
         self._settings = {"version": _VERSION, "ranks": world_size, **settings}
         self._ending = ending
-        self.counts = dict.fromkeys(("parts", "texts", "tokens", "rows", "cut_texts", "bad_records"), 0)
+        names = ("parts", "texts", "tokens", "rows", "cut_texts", "bad_records", "bad_shards")
+        self.counts = dict.fromkeys(names, 0)
         self.state: dict[str, Any] = {}
         self.done = False
 
     @contextmanager
     def opened(self, state: dict[str, Any]) -> Iterator[_Folder]:
         """Read how far it is, or begin it with this state; other processes are kept out meanwhile."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"no folder can be made at {self.path}: {error}") from error
         with open(self.path / f".lock{self._rank}", "ab") as lock:
             with suppress(ImportError):
                 import fcntl
@@ -218,7 +223,8 @@ class _Folder:
                 self._refuse_others()
             elif (saved := self._saved())["done"] or saved["counts"]["parts"]:
                 self._refuse_differences(saved)
-                self.counts, self.state, self.done = saved["counts"], saved["state"], saved["done"]
+                self.state, self.done = saved["state"], saved["done"]
+                self.counts |= saved["counts"]
             self._tidy()
             if not self.state:  # nothing was finished before: whatever was begun here, it costs nothing to begin anew
                 self.write(None, self.counts, state, done=False)

@@ -62,8 +62,7 @@ class BertEmbedding(nn.Module):
             self._check_own(found)
         else:
             self._warn_of_gradients_that_do_not_flow()
-            batch = texts if isinstance(texts, TokenBatch) else self.encoder.tokenizer.batch(texts)
-            found = self.encoder.embed(batch) if self.encoder.trainable else self.encoder.encode(batch)
+            found = self.encoder(texts)
         return found if self.layout is None else found.as_layout(self.layout)
 
     def _check_own(self, found: Embeddings) -> None:

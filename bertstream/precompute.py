@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from .cache import EmbeddingCache
-from .dataset import StreamConfig, TextStream
-from .errors import ConfigError
+from .dataset import Skip, StreamConfig, TextStream
+from .errors import BertstreamError, ConfigError
 from .iteration import in_workers
 from .types import SupportsCache
 
@@ -38,7 +38,8 @@ def warm(
             before.
         progress: whether a bar is shown; its total is known for Parquet, and for files on disk that are not packed.
     Returns:
-        `texts` read and `computed` ones; a text that comes several times is computed once.
+        `texts` read and `computed` ones (a text that comes several times is computed once); `bad_records` and
+        `bad_shards` that were passed over.
     Raises:
         ConfigError: an argument is out of range, the cache is read-only, or a parameter of the encoder requires a
             gradient.
@@ -53,13 +54,21 @@ def warm(
     dataset = TextStream(
         shards, encoder, text=text, pair=pair, max_tokens=encoder.max_forward_tokens, fields=(), reading=reading
     )
+    dataset.worker_items = True  # what was passed over is counted here, over all workers
     done = {"texts": 0, "computed": 0}
     total = dataset.count_records() if progress else None
     with tqdm(unit=" texts", total=total, disable=not progress, desc="filling the cache") as bar:
         for batch in in_workers(dataset, num_workers):
+            if isinstance(batch, BertstreamError):
+                raise batch
+            if batch.report is not None:
+                dataset.bad_records.add(batch.report)
+            if isinstance(batch, Skip):
+                continue
             done["texts"] += len(batch)
             done["computed"] += cached.fill(batch)
             bar.update(len(batch))
             bar.set_postfix(computed=done["computed"], refresh=False)
     cache.flush()
-    return done
+    dataset.bad_records.check_some_were_good()
+    return done | {"bad_records": dataset.bad_records.records, "bad_shards": len(dataset.bad_records.given_up)}

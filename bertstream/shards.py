@@ -547,9 +547,11 @@ def _read_tar(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[
 def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMember]) -> dict[str, Any]:
     wanted = None if options.fields is None else {*options.texts, "json", "jsn", *options.fields}
     fields: dict[str, Any] = {}
+    others: list[str] = []
     objects: list[dict[str, Any]] = []
     for member in members:
         if wanted is not None and member.field not in wanted:
+            others.append(member.field)
             continue
         value = _decode(member.field, tar.payload(member))
         if member.field in ("json", "jsn") and isinstance(value, dict):
@@ -563,6 +565,7 @@ def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMe
             if name in fields:
                 raise _RecordError("it is a member, and a key of the json member too: rename one", name)
         fields |= keys
+    _check_names(options, fields, others)
     for name in options.texts:
         if isinstance(fields.get(name), bytes):
             fields[name] = _utf8(fields[name], name)
@@ -728,9 +731,7 @@ def _obeys_rfc_4180(
 
 def _take(values: dict[str, Any], options: ReadOptions) -> tuple[Text, dict[str, Any]]:
     """Part a record's text from its other fields, and take those that are wanted."""
-    for name in options.names:
-        if name not in values:
-            raise _RecordError(f"the record has no such field; it has {_shown(sorted(values))}", name)
+    _check_names(options, values)
     text: Text = _checked_text(values.pop(options.text), options.text)
     if options.pair is not None:
         second = _checked_text(values.pop(options.pair), options.pair)
@@ -749,6 +750,13 @@ def _take(values: dict[str, Any], options: ReadOptions) -> tuple[Text, dict[str,
             message = f"the function given for it raised {named(error)} on {_shown(values[name])}"
             raise _RecordError(message, name) from error
     return text, fields
+
+
+def _check_names(options: ReadOptions, values: Mapping[str, Any], others: Sequence[str] = ()) -> None:
+    """Refuse a record without a field that is wanted; `others` were left unread."""
+    for name in options.names:
+        if name not in values:
+            raise _RecordError(f"the record has no such field; it has {_shown(sorted([*values, *others]))}", name)
 
 
 def _checked_text(text: Any, name: str) -> str | list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -83,7 +84,7 @@ def test_inspect_tells_what_the_library_finds(call: Call, shard: str, tmp_path: 
 def test_embed_writes_and_goes_on(call: Call, shard: str, tmp_path: Path, minilm: Encoder) -> None:
     command = ("embed", shard, "--out", tmp_path / "out", *MODEL, "--output", "sentence", "--format", "safetensors")
     status, out, err = call(*command)
-    assert (status, err) == (0, "") and "40 vectors of 384 in 1 files" in out
+    assert (status, err) == (0, "") and "40 vectors of 384 in 1 file in" in out
     status, out, _ = call(*command, "--json")
     assert status == 0 and json.loads(out)["texts_before"] == 40
     assert (tmp_path / "out" / "part-000000.safetensors").exists()
@@ -95,10 +96,17 @@ def test_what_was_cut_or_passed_over_is_said(call: Call, tmp_path: Path) -> None
     (path,) = write_shards(tmp_path, ["word " * 30, "word"])
     with open(path, "a") as file:
         file.write("no json\n")
-    options = ("--overflow", "truncate", "--max-length", 16, "--max-bad-records", 1)
-    status, out, err = call("embed", path, "--out", tmp_path / "out", *MODEL, *options)
-    assert status == 0 and "1 texts were cut off" in out and "1 broken records were passed over" in out
-    assert "no json" in err or "record 2" in err  # named in the log
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(b'{"text": "word"}\n' * 20_000)[:-40])
+    options = ("--overflow", "truncate", "--max-length", 16, "--max-bad-records", 2)
+    command = ("embed", path, cut, "--out", tmp_path / "out", *MODEL, "--layers", 0, *options)
+    status, out, err = call(*command)
+    assert status == 0 and "; texts cut off: 1; broken records passed over: 1; broken shards given up: 1\n" in out
+    assert "record 2" in err and "gave up a shard" in err  # named in the log
+    again = json.loads(call(*command, "--json")[1])
+    assert (again["cut_texts"], again["bad_records"], again["bad_shards"]) == (1, 1, 1)
+    status, out, _ = call("warm", path, cut, "--cache", tmp_path / "cache", *MODEL, "--layers", 0, *options)
+    assert status == 0 and "; broken records passed over: 1; broken shards given up: 1\n" in out
 
 
 def test_a_cache_is_filled_shown_checked_and_forgotten(call: Call, shard: str, tmp_path: Path, minilm: Encoder) -> None:
@@ -161,7 +169,7 @@ MISTAKES: list[tuple[tuple[Any, ...], int, str]] = [
     (("embed", "SHARD", "--out", "OUT", *MODEL, "--pooling", "mean"), 2, "token output is not pooled"),
     (("embed", "SHARD", "--out", "OUT", *MODEL, "--max-length", 4), 1, "overflow='truncate'"),
     (("embed", "SHARD", "--out", "OUT", *MODEL, "--part-size", "big"), 2, "part_bytes='big'"),
-    (("embed", "SHARD", "--out", "SHARD/x", *MODEL), 1, "Not a directory"),
+    (("embed", "SHARD", "--out", "SHARD/x", *MODEL), 2, "no folder can be made at"),
     (("warm", "SHARD", "--cache", "SHARD", *MODEL), 1, "cannot be opened"),
     (("cache", "OUT"), 1, "is no cache"),
     (("doctor", "--dtype", "float32"), 2, "dtype='float32', device='auto': they are for models, name one (--model)"),
@@ -184,7 +192,8 @@ def test_a_mistake_is_one_line_with_the_way_out(
 @pytest.mark.parametrize("arguments", [(), ("bench",), ("embed", "x"), ("inspect", "x", *MODEL, "--layers", "last")])
 def test_what_argparse_refuses_exits_with_2(call: Call, arguments: tuple[Any, ...]) -> None:
     status, out, err = call(*arguments)
-    assert (status, out) == (2, "") and "usage:" in err
+    assert (status, out) == (2, "") and err.startswith("bertstream") and err.endswith("(--help says what it takes)\n")
+    assert err.count("\n") == 1
 
 
 def test_ctrl_c_is_no_traceback(call: Call, shard: str, monkeypatch: pytest.MonkeyPatch) -> None:

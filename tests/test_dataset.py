@@ -305,6 +305,15 @@ def test_bad_reading_options_are_refused_with_the_value_seen() -> None:
     assert replace(StreamConfig(), window=5).window == 5
 
 
+def test_shards_that_are_named_twice_are_read_twice_and_said(
+    shards: list[str], minilm: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    TextStream(shards, minilm)
+    assert not caplog.records
+    TextStream([*shards, shards[1]], minilm)
+    assert f"1 shards are named more than once and are read as often: {shards[1]}" in caplog.text
+
+
 def test_more_ranks_than_lanes_are_refused(shards: list[str], minilm: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")

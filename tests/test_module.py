@@ -110,6 +110,13 @@ def test_it_takes_whatever_a_loader_hands_out_and_gives_the_loaders_rows(minilm:
     assert embed.embedding_dim == minilm.embedding_dim
 
 
+def test_an_encoder_that_is_called_has_gradients_once_it_is_unfrozen(minilm_folder: str) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", output="sentence")
+    assert not encoder(["a bank"]).vectors.requires_grad
+    assert encoder.unfreeze(1)(["a bank"]).vectors.requires_grad
+    assert not encoder.freeze()(["a bank"]).vectors.requires_grad
+
+
 def test_vectors_of_another_encoder_are_refused(minilm: Encoder, minilm_folder: str) -> None:
     words = Encoder.from_pretrained(minilm_folder, output="words")
     with pytest.raises(EncoderError, match=r"another encoder.* are \('words', \(6,\), \(384,\)\), of this one"):

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import bertstream
-from bertstream import ConfigError, EmbeddingCache, Encoder, TokenBatch
+from bertstream import ConfigError, EmbeddingCache, Encoder, ShardError, StreamConfig, TokenBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,7 +30,7 @@ def test_after_it_an_epoch_computes_nothing(
 ) -> None:
     with EmbeddingCache("1MiB", tmp_path / "cache", "64MiB") as cache:
         done = bertstream.warm(shard, minilm, cache, num_workers=num_workers, progress=False)
-        assert done == {"texts": 50, "computed": 40}
+        assert done == {"texts": 50, "computed": 40, "bad_records": 0, "bad_shards": 0}
     with EmbeddingCache("16MiB", tmp_path / "cache", "64MiB") as cache:
         right = [batch["text"].values for batch in bertstream.stream(shard, minilm, batch_size=7)]
         monkeypatch.setattr(minilm, "encode", lambda batch: pytest.fail("computed"))
@@ -75,7 +75,8 @@ def test_what_was_computed_before_a_stop_is_not_computed_again(
         bertstream.warm(shard, minilm, cache, progress=False)
     monkeypatch.setattr(minilm, "encode", encode)
     with EmbeddingCache(0, tmp_path / "cache", "64MiB") as cache:
-        assert bertstream.warm(shard, minilm, cache, progress=False) == {"texts": 50, "computed": 40 - calls[0]}
+        done = bertstream.warm(shard, minilm, cache, progress=False)
+        assert (done["texts"], done["computed"]) == (50, 40 - calls[0])
         assert bertstream.warm(shard, minilm, cache, progress=False) == {"texts": 50, "computed": 0}
 
 
@@ -95,6 +96,22 @@ def test_memory_alone_can_be_filled_and_the_bar_says_how_far_it_is(
     cache = EmbeddingCache("16MiB")
     assert bertstream.warm(shard, minilm, cache)["computed"] == cache.stats()["memory_texts"] == 40
     assert "| 50/50 " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_is_broken_is_counted_over_all_workers(minilm: Encoder, tmp_path: Path, num_workers: int) -> None:
+    paths = [tmp_path / f"{name}.jsonl" for name in "abcd"]
+    for path in paths:
+        path.write_text('{"text": "good"}\nno json\n{"text": "good"}\n', encoding="utf-8")
+
+    def fill(most: int) -> dict[str, int]:
+        reading = StreamConfig(max_bad_records=most, lanes=4)
+        cache = EmbeddingCache("1MiB")
+        return bertstream.warm(paths, minilm, cache, num_workers=num_workers, reading=reading, progress=False)
+
+    assert fill(4) == {"texts": 8, "computed": 1, "bad_records": 4, "bad_shards": 0}
+    with pytest.raises(ShardError, match="4 broken records .* more than max_bad_records=3"):
+        fill(3)
 
 
 def test_a_cache_that_cannot_be_filled_is_refused(minilm: Encoder, shard: Path, tmp_path: Path) -> None:
@@ -118,7 +135,8 @@ def test_pairs_are_found_again_and_the_bar_knows_the_end(
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"question": "Who?", "answer": "The bank."}\n' * 2, encoding="utf-8")
     with EmbeddingCache("1MiB") as cache:
-        assert bertstream.warm(path, minilm, cache, text="question", pair="answer") == {"texts": 2, "computed": 1}
+        done = bertstream.warm(path, minilm, cache, text="question", pair="answer")
+        assert (done["texts"], done["computed"]) == (2, 1)
         assert "2/2" in capsys.readouterr().err
         list(bertstream.stream(path, minilm, text="question", pair="answer", cache=cache))
         assert cache.stats()["misses"] == 0

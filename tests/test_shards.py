@@ -434,6 +434,13 @@ def test_memory_stays_flat_over_many_members(tmp_path: Path) -> None:
         ("a.csv", b'text,b\na,1\n"b,2\nc,3\n', LINES, None, "cannot be parsed"),
         ("a.csv", b"text,b\na,1\nb\rc,2\n", LINES, None, "cannot be parsed"),
         ("a.tar", tar_bytes([("0.txt", b"a"), ("1.cls", b"1")]), TAR, "txt", r"no such field; it has \['cls'\]"),
+        (
+            "a.tar",  # also where only the text is read
+            tar_bytes([("0.txt", b"a"), ("1.cls", b"1"), ("1.text", b"b")]),
+            ReadOptions(text="txt", fields=()),
+            "txt",
+            r"no such field; it has \['cls', 'text'\]",
+        ),
         ("a.tar", tar_bytes([("0.txt", b"a"), ("1.txt", b"b"), ("1.TXT", b"c")]), TAR, "txt", "two members"),
         (
             "a.tar",
