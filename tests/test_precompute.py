@@ -77,7 +77,7 @@ def test_what_was_computed_before_a_stop_is_not_computed_again(
     with EmbeddingCache(0, tmp_path / "cache", "64MiB") as cache:
         done = bertstream.warm(shard, minilm, cache, progress=False)
         assert (done["texts"], done["computed"]) == (50, 40 - calls[0])
-        assert bertstream.warm(shard, minilm, cache, progress=False) == {"texts": 50, "computed": 0}
+        assert bertstream.warm(shard, minilm, cache, progress=False)["computed"] == 0
 
 
 def test_nothing_is_dropped_however_slow_the_disk(
