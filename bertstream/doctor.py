@@ -67,7 +67,7 @@ def _version(name: str) -> str | None:
 def _cpu() -> dict[str, Any]:
     return {
         "device": "cpu",
-        "name": torch.backends.cpu.get_cpu_capability(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "auto_dtype": _name(fastest_dtype(torch.device("cpu"), 768)),
