@@ -346,7 +346,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_workers(verb)
     _add_encoder(verb)
 
-    verb = add("cache", _cache, "how much a cache holds, by the fingerprints of encoders; check it, or forget some of it")
+    verb = add(
+        "cache", _cache, "how much a cache holds, by the fingerprints of encoders; check it, or forget some of it"
+    )
     verb.add_argument("folder", metavar="FOLDER")
     verb.add_argument("--verify", action="store_true", help="check every entry, and delete those that are damaged")
     verb.add_argument(

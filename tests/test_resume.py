@@ -68,6 +68,7 @@ reading = bertstream.StreamConfig(**{"lanes": 7, "window": 40} | options.get("re
 loader = bertstream.stream(
     options["shards"], FakeEncoder(), batch_size=8, shuffle=True, seed=options.get("seed", 0),
     num_workers=options["workers"], reading=reading,
+    deterministic=not options["workers"],  # so that groups grow, which by the clock they hardly do with this encoder
 )
 if options.get("talks_late"):
     talk()
