@@ -253,7 +253,10 @@ def agreed(
                     entry.item = _marked(last, repeated=is_through)
                     entry.texts = {None: entry.item}
             agreed_on += count
-            yield group
+            if is_through:  # the others' batches may be light and this one heavy: together they could be any size
+                yield from ([entry] for entry in group)
+            else:
+                yield group
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else reason
         raise
