@@ -59,7 +59,8 @@ class StreamConfig(Access):
             of the training step. "pad": those that are through repeat their last batch, marked by `__repeated__`, until
             all are. "stop": all end where the first does; `left_texts` counts what was left. "leave": each ends as it
             ends. It takes effect where `torch.distributed` is initialised.
-        rank_timeout_s: seconds after which a rank that gave no sign is given up by the others, with an error.
+        rank_timeout_s: seconds after which a rank that gave no sign is given up by the others, with an error. It gives
+            one when it has read what is encoded together next.
         allow_pipe: whether `pipe:command` may be read, which runs the command in a shell.
         storage_options: handed to fsspec for URLs.
         shard_cache: a folder into which each remote shard is downloaded once, and read from there; None reads remotely.

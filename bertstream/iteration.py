@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from .stages import Stages
 from .types import Cursor, SupportsEncode, TokenBatch
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 _WORKER_BATCHES = 16
 """Token batches that each worker process of a stream may have ready. Batches are taken in turns, so a worker that is
@@ -229,10 +232,7 @@ def agreed(
             if not pad and not all(offers):
                 reason = ""
                 groups.put_back(group)
-                for left in gathered:
-                    if run.is_over:
-                        return
-                    count_left(sum(len(entry.item) for entry in left if isinstance(entry.item, TokenBatch)))
+                _count_rest(gathered, stream, run, count_left)
                 return
             count = min(len(offered) for offered in offers if offered)
             is_through = not batches
@@ -264,6 +264,23 @@ def agreed(
         if reason:
             with suppress(Exception):  # the store may be gone with the rank that held it
                 peers.leave(reason)
+
+
+def _count_rest(
+    gathered: Iterator[list[Entry]], stream: TextStream, run: Run, count_left: Callable[[int], None]
+) -> None:
+    """Count what nobody gets, without keeping the others, who are in the next epoch, from going on."""
+    until = time.monotonic() + stream.rank_timeout_s / 4
+    try:
+        for group in gathered:
+            if run.is_over:
+                return
+            count_left(sum(len(entry.item) for entry in group if isinstance(entry.item, TokenBatch)))
+            if time.monotonic() > until:
+                logger.warning("the rest of the epoch, which no rank gets, takes long to read: left_texts is too low")
+                return
+    except BertstreamError as error:
+        logger.warning("the rest of the epoch, which no rank gets, is broken, and left_texts too low: %s", error)
 
 
 def same_on_every_rank(stream: TextStream, queues: Sequence[LaneQueue | None] | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -224,11 +224,15 @@ class Table:
             self._barrier.wait()
             return offers
 
-        return SimpleNamespace(exchange=exchange, leave=lambda reason: None)
+        return SimpleNamespace(
+            exchange=exchange, leave=lambda reason: self._barrier.abort() if "not JSON" in reason else None
+        )
 
 
-def own_entry(rank: int, number: int, words: int | None) -> Entry:
+def own_entry(rank: int, number: int, words: int | ShardError | None) -> Entry:
     """A batch of one text of so many words; the end of a lane where it has none."""
+    if isinstance(words, ShardError):
+        raise words
     if words is None:
         return Entry(Skip(number))
     batch = TokenBatch.from_texts(FakeEncoder().tokenizer(["word " * words]))
@@ -237,7 +241,7 @@ def own_entry(rank: int, number: int, words: int | None) -> Entry:
 
 
 def in_step(
-    ranks: list[tuple[list[int | None], int]], uneven: str, *about: dict[str, Any]
+    ranks: Sequence[tuple[Sequence[int | ShardError | None], int]], uneven: str, *about: dict[str, Any]
 ) -> tuple[list[list[list[Entry]]], list[int]]:
     """By rank, the groups that it encodes and how many texts it leaves; each has its entries and its limit."""
     table, left = Table(len(ranks)), [0] * len(ranks)
@@ -246,7 +250,9 @@ def in_step(
         entries, limit = ranks[rank]
         own = (own_entry(rank, number, words) for number, words in enumerate(entries))
         groups = Groups(own, weigh=lambda entry: entry.weight, limit=limit, by_the_clock=False)
-        stream: Any = SimpleNamespace(uneven=uneven, epoch=0, any_batch=lambda: own_entry(rank, -1, 1).item)
+        stream: Any = SimpleNamespace(
+            uneven=uneven, epoch=0, rank_timeout_s=20, any_batch=lambda: own_entry(rank, -1, 1).item
+        )
 
         def count_left(texts: int) -> None:
             left[rank] += texts
@@ -303,6 +309,16 @@ def test_ranks_hand_out_equally_many_batches_and_each_its_own_once(
         here = len(ranks[rank][0]) if uneven == "pad" else len(handed_out)
         assert handed_out == list(range(here))
         assert left[rank] == (0 if uneven == "pad" else len(numbers[rank]) - steps)
+
+
+def test_what_no_rank_gets_may_be_broken(caplog: pytest.LogCaptureFixture) -> None:
+    """The others are through with the epoch, and would wait for this rank in the next one."""
+    error = ShardError("not JSON", path="a.jsonl", index=3)
+    found, left = in_step([([1] * 3, 1), ([1, 1, 1, 1, 1, error, 1], 1)], "stop")
+    assert [sum(map(len, groups)) for groups in found] == [3, 3] and left == [0, 2]
+    assert "is broken, and left_texts too low" in caplog.text
+    with pytest.raises(ShardError):
+        in_step([([1, 1, error, 1], 1), ([1] * 9, 1)], "stop")
 
 
 @pytest.mark.parametrize("name", ["seed", "shards", "place"])
