@@ -587,7 +587,8 @@ class EmbeddingLoader:
     def _lane_ended(self, skip: Skip) -> None:
         assert self._stream is not None and skip.lane is not None
         own = None if self._queues is None else self._queues[self._stream.rank]
-        if own is not None:
+        # Other ranks do not hear of it, and all have the same state: the lane goes with the next batch behind it.
+        if own is not None and self._peers is None:
             own.drop(skip.lane)
 
     def _end_epoch(self) -> None:
@@ -665,6 +666,8 @@ class EmbeddingLoader:
         for queue, cursor in zip(self._queues or (), item.entry.cursors, strict=False):
             if queue is not None and cursor is not None:
                 queue.hand_out(cursor)
+            elif queue is not None:  # that rank is through
+                queue.end()
         counts = self._counts
         counts.batches += 1
         for tokens in item.batches:

@@ -79,6 +79,8 @@ for number, batch in enumerate(loader):
         print(json.dumps(batch["id"].tolist()))
     else:
         print("[]")
+    if options.get("states"):
+        print(json.dumps(loader.state_dict()))
     if number + 1 == options.get("stop"):
         print(json.dumps(loader.state_dict()))
         break
@@ -139,10 +141,20 @@ def test_a_state_taken_while_a_rank_was_padded_goes_on(tmp_path: Path, world_siz
     paths = write_shards(tmp_path / "large", TEXTS, shards=1) + write_shards(tmp_path / "small", TEXTS[:20], shards=1)
     reading = {"open_shards": 1, "lanes": 3}
     first = run(tmp_path, 2, shards=paths, workers=0, stop=20, reading=reading)
-    rest = run(tmp_path, world_size, shards=paths, workers=0, state=first[1][0][-1], reading=reading)
+    states = [lines[-1] for lines, _, _ in first]
+    assert states[0]["queues"] == states[1]["queues"]
+    each = [{"state": states[rank % 2]} for rank in range(world_size)]  # each its own, where there are as many
+    rest = run(tmp_path, world_size, each, shards=paths, workers=0, reading=reading)
     assert all(status == 0 for _, _, status in rest), rest
     counts = [sum(map(len, batches)) for lines in (first, rest) for batches in [line[0] for line in lines]]
     assert sum(counts) - sum(len(lines[0][-1]) for lines in first) == len(TEXTS) + 20
+
+
+def test_all_ranks_have_the_same_state_at_every_step(shards: list[str], tmp_path: Path) -> None:
+    """Also while lanes end on one of them, of which the others do not hear."""
+    ranks = run(tmp_path, 2, shards=shards, workers=0, states=True, reading={"lanes": 5})
+    states = [[line["queues"] for line in lines if isinstance(line, dict)] for lines, _, _ in ranks]
+    assert len(states[0]) > 20 and states[0] == states[1]
 
 
 def test_a_rank_that_fails_at_its_first_record_is_named_at_once(tmp_path: Path) -> None:
