@@ -49,5 +49,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """What a prompt offers behind `bertstream.`: not the modules, whose public names are all here."""
+    """What a prompt offers behind `bertstream.`: not the modules that it is made of."""
     return [*__all__, *(name for name in globals() if name.startswith("__"))]

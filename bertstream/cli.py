@@ -63,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _failed(options, str(error), 2)
     except ShardError as error:
-        named = error.field is not None and error.field == getattr(options, "text", None) and "no such" in str(error)
+        named = (
+            error.field is not None and error.field == getattr(options, "text", None) and "has no such " in str(error)
+        )
         return _failed(options, f"{error}{' (--text names the field of the text)' if named else ''}", 1)
     except (BertstreamError, OSError) as error:
         return _failed(options, str(error), 1)

@@ -172,7 +172,9 @@ class TextStream(IterableDataset[TokenBatch]):
         self.uneven, self.rank_timeout_s = reading.uneven, reading.rank_timeout_s
         self.shards = [type(rows).__name__] if rows is not None else expand_shards(shards, reading)
         if repeated := [path for path, times in Counter(self.shards).items() if times > 1]:
-            logger.warning("%d shards are named more than once and are read as often: %s", len(repeated), repeated[0])
+            logger.warning(
+                "%d shards are named more than once and are read as many times: %s", len(repeated), repeated[0]
+            )
         self._pieces, self.num_lanes, self.open_shards = self._share_out()
         self.rank, self.world_size = rank_and_world_size()
         if self.world_size > self.num_lanes:

@@ -99,7 +99,7 @@ class EncodeStage:
         *,
         limit: int,
         by_the_clock: bool,
-        in_step: Callable[[Groups[Entry]], Iterator[list[Entry]]] = iter,
+        in_step: Callable[[Groups[Entry]], Generator[list[Entry], None, None]] = iter,
     ) -> Generator[Ready | Skip, None, None]:
         """One epoch: what the worker thread runs, or `next()` itself.
 
@@ -113,24 +113,31 @@ class EncodeStage:
             self._device = self._encoder.device
             self._side = SideStream(self._device)
         groups = Groups(
-            self._tokenized(entries), weigh=lambda entry: entry.weight, limit=limit, by_the_clock=by_the_clock
+            self._tokenized(entries, run), weigh=lambda entry: entry.weight, limit=limit, by_the_clock=by_the_clock
         )
         trimmed = time.perf_counter()
-        for group in in_step(groups):
-            started = time.perf_counter()
-            if self._device.type == "cpu" and started - trimmed > _TRIM_EVERY_S:
-                trim_heap()
-                trimmed = started
-            weight = sum(entry.weight for entry in group)
-            ready = self._encode(group)
-            del group
-            item = next(ready)  # which encodes them all
-            groups.encoded(weight, time.perf_counter() - started)
-            if run.worker is not None:  # all of it waits while the next group is encoded, or nothing would overlap
-                run.worker.make_room(weight)
-            yield item
-            del item  # its memory is the consumer's now, not ours until the next group
-            yield from ready
+        steps = in_step(groups)
+        try:
+            for group in steps:
+                if run.is_over:
+                    return
+                started = time.perf_counter()
+                if self._device.type == "cpu" and started - trimmed > _TRIM_EVERY_S:
+                    trim_heap()
+                    trimmed = started
+                weight = sum(entry.weight for entry in group)
+                ready = self._encode(group)
+                del group
+                item = next(ready)  # which encodes them all
+                groups.encoded(weight, time.perf_counter() - started)
+                if run.worker is not None:  # all of it waits while the next group is encoded, or nothing would overlap
+                    run.worker.make_room(weight)
+                yield item
+                del item  # its memory is the consumer's now, not ours until the next group
+                yield from ready
+        except Exception as error:
+            steps.throw(error)  # there other ranks are told of it
+            raise
 
     def hand_over(self, item: Ready) -> None:
         """Make the vectors safe to use here; those of an encoder that is trained are for the model to compute."""
@@ -147,9 +154,11 @@ class EncodeStage:
         parts = [(e.values, e.cu_seqlens, e.present) for e in item.embeddings.values() if isinstance(e, Embeddings)]
         self._side.hand_over(item.event, [tensor for part in parts for tensor in part if tensor is not None])
 
-    def _tokenized(self, entries: Iterator[Entry]) -> Iterator[Entry]:
+    def _tokenized(self, entries: Iterator[Entry], run: Run) -> Iterator[Entry]:
         number = 0
         for entry in entries:
+            if run.is_over:  # whoever ended it waits for us, and not for all that a group takes
+                return
             if not isinstance(entry.item, Skip):
                 with self._stages.run("tokenize", 1), _numbered(number):
                     entry.texts = texts_of(entry.item, self._places, self._encoder.tokenizer, self._pair)

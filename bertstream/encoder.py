@@ -403,7 +403,7 @@ class Encoder(BatchedForward):
         )
 
     def forward(self, texts: Sequence[Text] | TokenBatch) -> Embeddings:
-        """Encode texts (strings, lists of words, or pairs) or a `TokenBatch` at once, with gradients once unfrozen."""
+        """Encode texts (strings, lists of words, or pairs) or a `TokenBatch` at once; once unfrozen, as `embed`."""
         batch = texts if isinstance(texts, TokenBatch) else self.tokenizer.batch(texts)
         return self.embed(batch) if self.trainable else self.encode(batch)
 

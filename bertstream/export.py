@@ -207,7 +207,7 @@ class _Folder:
         """Read how far it is, or begin it with this state; other processes are kept out meanwhile."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (FileExistsError, NotADirectoryError) as error:
             raise ConfigError(f"no folder can be made at {self.path}: {error}") from error
         with open(self.path / f".lock{self._rank}", "ab") as lock:
             with suppress(ImportError):

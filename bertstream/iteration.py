@@ -7,7 +7,7 @@ import inspect
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
@@ -185,7 +185,7 @@ def agreed(
     run: Run,
     about: Mapping[str, Any],
     count_left: Callable[[int], None],
-) -> Iterator[list[Entry]]:
+) -> Generator[list[Entry], None, None]:
     """The groups, each with as many batches on every rank.
 
     A rank offers what it has gathered, and all take as many batches as the smallest offer has; the others' come again
@@ -218,6 +218,8 @@ def agreed(
         _refuse_differences(about, everybody)
         while True:
             group = next(gathered, [])
+            if run.is_over:
+                return
             batches = [entry for entry in group if isinstance(entry.item, TokenBatch)]
             if group and not batches:
                 yield group
@@ -226,10 +228,7 @@ def agreed(
             offers: list[list[Any]] | None = exchange(offer)
             if offers is None:
                 return
-            if not any(offers):
-                reason = ""
-                return
-            if not pad and not all(offers):
+            if not (any(offers) if pad else all(offers)):
                 reason = ""
                 groups.put_back(group)
                 _count_rest(gathered, stream, run, count_left)
@@ -248,15 +247,15 @@ def agreed(
             for step, entry in enumerate(batches):
                 places = [offered[step] if offered else None for offered in offers]
                 entry.cursors = [None if place is None else cursor_from_json(place, epoch) for place in places]
+                entry.number = agreed_on + step
                 last = entry.item
                 if pad:
                     entry.item = _marked(last, repeated=is_through)
                     entry.texts = {None: entry.item}
             agreed_on += count
-            if is_through:  # the others' batches may be light and this one heavy: together they could be any size
-                yield from ([entry] for entry in group)
-            else:
-                yield group
+            del batches, entry, offer, offers  # their memory is the consumer's from now on
+            # The others' batches may be light and one that is repeated heavy: together they could be of any size.
+            yield from [[entry] for entry in group] if is_through else [group]
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else reason
         raise
@@ -275,11 +274,11 @@ def _count_rest(
         for group in gathered:
             if run.is_over:
                 return
-            count_left(sum(len(entry.item) for entry in group if isinstance(entry.item, TokenBatch)))
             if time.monotonic() > until:
                 logger.warning("the rest of the epoch, which no rank gets, takes long to read: left_texts is too low")
                 return
-    except BertstreamError as error:
+            count_left(sum(len(entry.item) for entry in group if isinstance(entry.item, TokenBatch)))
+    except Exception as error:
         logger.warning("the rest of the epoch, which no rank gets, is broken, and left_texts too low: %s", error)
 
 
@@ -289,7 +288,7 @@ def same_on_every_rank(stream: TextStream, queues: Sequence[LaneQueue | None] | 
     if queues is None or None in queues:
         return about
     places = [[cursor_to_json(cursor) for cursor in queue.cursors] for queue in queues if queue is not None]
-    return about | {"place": hashlib.sha256(repr(places).encode()).hexdigest()[:16]}
+    return about | {"state": hashlib.sha256(repr(places).encode()).hexdigest()[:16]}
 
 
 def _refuse_differences(own: Mapping[str, Any], everybody: Sequence[Mapping[str, Any]]) -> None:
@@ -339,7 +338,7 @@ class Groups(Generic[T]):
         self._encode_s = 0.0
         self._waiting: deque[T] = deque()
 
-    def __iter__(self) -> Iterator[list[T]]:
+    def __iter__(self) -> Generator[list[T], None, None]:
         """Groups; an error of the items comes behind the group that was gathered before it."""
         error: Exception | None = None
         try:
@@ -369,9 +368,9 @@ class Groups(Generic[T]):
         finally:
             del error  # its traceback holds this frame: a circle would keep all that its frames hold alive
 
-    def put_back(self, items: Iterable[T]) -> None:
+    def put_back(self, items: Sequence[T]) -> None:
         """Items of the last group that come first in the next."""
-        self._waiting.extendleft(reversed(list(items)))
+        self._waiting.extendleft(reversed(items))
 
     def encoded(self, weight: int, seconds: float) -> None:
         """Say how long a group took to be encoded."""

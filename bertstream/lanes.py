@@ -303,7 +303,7 @@ def deal(queues: Sequence[list[Cursor] | None], rank: int, world_size: int) -> l
         missing = [other for other, queue in enumerate(queues) if queue is None]
         raise StateError(
             f"the state was saved by one of {len(queues)} ranks and lacks the lanes of ranks {missing}: save each "
-            "rank's, load it on as many ranks, or let torch.distributed be initialised before the loader is made",
+            "rank's, load it on as many ranks, or let torch.distributed be initialised before the loader is iterated",
             key="queues",
         )
     longest = max(map(len, known))

@@ -85,7 +85,8 @@ def wrap(
         cache: where vectors are kept, so that none is computed twice; what several loaders share.
         deterministic: whether which texts share a forward may depend on nothing but the data. Without it several
             batches that are ready at once are encoded together, more or fewer by the clock, and two runs may differ in
-            the last bits. The encoder's `max_forward_tokens` is not measured from then on, for other loaders neither.
+            the last bits. The encoder's `max_forward_tokens` is not measured from then on, nor for other loaders of
+            it.
         allow_replicated: accept that every rank reads all of the data (not checked where the dataset is an
             IterableDataset, which shares out its data itself).
     Raises:
@@ -641,7 +642,7 @@ class EmbeddingLoader:
 
     def _encoded(self, source: Source[Any], run: Run) -> Generator[Ready | Skip, None, None]:
         """What is read, in step with other ranks, through the encode stage."""
-        in_step: Callable[[Groups[Entry]], Iterator[list[Entry]]] = iter
+        in_step: Callable[[Groups[Entry]], Generator[list[Entry], None, None]] = iter
         if self._peers is not None and self._stream is not None:
             about = same_on_every_rank(self._stream, self._queues)
             in_step = partial(
@@ -666,7 +667,7 @@ class EmbeddingLoader:
         for queue, cursor in zip(self._queues or (), item.entry.cursors, strict=False):
             if queue is not None and cursor is not None:
                 queue.hand_out(cursor)
-            elif queue is not None:  # that rank is through
+            elif queue is not None and self._peers is not None:  # that rank is through
                 queue.end()
         counts = self._counts
         counts.batches += 1

@@ -49,13 +49,13 @@ class BertEmbedding(nn.Module):
         return self.encoder.embedding_dim
 
     def forward(self, texts: Sequence[Text] | TokenBatch | Embeddings) -> Any:
-        """Embed strings, lists of words, pairs, or a `TokenBatch`; `Embeddings` pass as they are.
+        """Embed strings, lists of words, pairs, or a `TokenBatch`; `Embeddings` of this encoder pass as they are.
 
         Returns:
             `Embeddings`, or what `layout` says. Packed as in a loader; where the encoder was unfrozen, with gradients,
             in the caller's autocast, and with dropout in train mode.
         Raises:
-            EncoderError: as `Encoder.encode`; or these are the `Embeddings` of another encoder.
+            EncoderError: as `Encoder.encode`; or the `Embeddings` are of another output, other layers or size.
         """
         if isinstance(texts, Embeddings):
             found = texts

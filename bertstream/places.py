@@ -33,8 +33,10 @@ def as_places(text: Place | Sequence[Place] | None) -> tuple[Place, ...] | None:
 
 def check_pair(pair: Place | None, places: tuple[Place, ...] | None) -> None:
     """Refuse the place of a second text where it is not clear which one is the first."""
-    if pair is not None and (places is None or len(places) > 1 or pair in places):
-        text = places[0] if places is not None and len(places) == 1 else places
+    if pair is not None and places == (pair,):
+        raise ConfigError(f"pair={pair!r} is the place of the first text too: name the second's")
+    if pair is not None and (places is None or len(places) > 1):
+        text = None if places is None else places
         raise ConfigError(f"pair={pair!r} for text={text!r}: name the one place of the first text")
 
 
@@ -98,6 +100,8 @@ def texts_of(
         EncoderError: a text cannot be tokenized.
     """
     if isinstance(batch, TokenBatch):
+        if pair is not None:
+            raise ConfigError(f"pair={pair!r}: the batches are tokenized already, give it to what tokenizes them")
         return {None: batch}
     out = {}
     for place in places or (None,):
@@ -160,7 +164,7 @@ def describe(holder: Any) -> str:
 def _paired(first: Any, second: Any, place: Place | None, pair: Place) -> list[tuple[Any, Any]]:
     for where, texts in ((f"text={place!r}", first), (f"pair={pair!r}", second)):
         if isinstance(texts, TokenBatch):
-            raise ConfigError(f"{where} is tokenized already: name the second text where it was, TokenCollate(pair=)")
+            raise ConfigError(f"{where} is tokenized already: give pair= to TokenCollate instead")
         _check_texts(texts, where)
     if len(first) != len(second):
         raise ConfigError(f"text={place!r} holds {len(first)} texts, pair={pair!r} {len(second)}")
@@ -175,6 +179,9 @@ def _tokenized(texts: Any, place: Place | None, batch: Any, tokenizer: SupportsT
         return TokenBatch.from_padded(texts, batch["attention_mask"], batch.get("token_type_ids"))
     if isinstance(texts, Mapping) and place is None:
         raise ConfigError(f"a batch is a {type(texts).__name__}: name its text, text= one of {list(texts)}")
+    bare = place is None and isinstance(texts, (list, tuple))
+    if bare and any(isinstance(entry, (Tensor, np.ndarray)) for entry in texts):
+        raise ConfigError(f"the batch is {describe(batch)}, one for each field: say where the texts are, with text=0")
     _check_texts(texts, where)
     return TokenBatch.from_texts(tokenizer(texts))
 
@@ -183,8 +190,6 @@ def _check_texts(texts: Any, where: str) -> None:
     if not isinstance(texts, Sequence) or isinstance(texts, str):
         kind = type(texts).__name__
         raise ConfigError(f"{where} is a {kind}: a batch of texts is a list of strings or of lists of words")
-    if any(isinstance(entry, (Tensor, np.ndarray)) for entry in texts):
-        raise ConfigError(f"{where} is {describe(texts)}, one for each field: say where the texts are, with text=0")
     if any(isinstance(entry, tuple) for entry in texts):
         raise ConfigError(
             f"{where} holds tuples: torch's default collate turns lists of words inside out, so that the first "

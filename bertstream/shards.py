@@ -565,7 +565,8 @@ def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMe
             if name in fields:
                 raise _RecordError("it is a member, and a key of the json member too: rename one", name)
         fields |= keys
-    _check_names(options, fields, others)
+    if others:
+        _check_names(options, fields, others)
     for name in options.texts:
         if isinstance(fields.get(name), bytes):
             fields[name] = _utf8(fields[name], name)

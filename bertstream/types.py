@@ -162,10 +162,12 @@ class TokenBatch:
 
     def __getattr__(self, name: str) -> NoReturn:
         """What a loop meets that asks for vectors where the encoder is trained, and the model is to compute them."""
-        way_out = ""
-        if hasattr(Embeddings, name):
-            way_out = ": these are tokens, not vectors; a loader hands them out while its encoder is trained, for "
-            way_out += "bertstream.BertEmbedding(encoder) to embed inside the model"
+        way_out = (
+            ": these are tokens, not vectors; a loader hands them out while its encoder is trained, for "
+            "bertstream.BertEmbedding(encoder) to embed inside the model"
+            if name in Embeddings.__dataclass_fields__ or hasattr(Embeddings, name)
+            else ""
+        )
         raise AttributeError(f"a TokenBatch has no attribute {name!r}{way_out}")
 
     @classmethod

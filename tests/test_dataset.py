@@ -311,7 +311,7 @@ def test_shards_that_are_named_twice_are_read_twice_and_said(
     TextStream(shards, minilm)
     assert not caplog.records
     TextStream([*shards, shards[1]], minilm)
-    assert f"1 shards are named more than once and are read as often: {shards[1]}" in caplog.text
+    assert f"1 shards are named more than once and are read as many times: {shards[1]}" in caplog.text
 
 
 def test_more_ranks_than_lanes_are_refused(shards: list[str], minilm: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -321,9 +321,33 @@ def test_what_no_rank_gets_may_be_broken(caplog: pytest.LogCaptureFixture) -> No
         in_step([([1, 1, error, 1], 1), ([1] * 9, 1)], "stop")
 
 
-@pytest.mark.parametrize("name", ["seed", "shards", "place"])
+def test_batches_that_were_handed_over_are_let_go() -> None:
+    alive: list[weakref.ref[Entry]] = []
+
+    def entries() -> Iterator[Entry]:
+        for number in range(30):
+            entry = own_entry(0, number, 1)
+            alive.append(weakref.ref(entry))
+            yield entry
+            del entry
+
+    groups = Groups(entries(), weigh=lambda entry: entry.weight, limit=8, by_the_clock=False)
+    stream: Any = SimpleNamespace(uneven="pad", epoch=0)
+    peers: Any = Table(1).seat(0)
+    gc.disable()
+    try:
+        for group in agreed(groups, stream, peers, Run(), {}, lambda texts: None):
+            weight = len(group)
+            group.clear()
+            groups.encoded(weight, 0.0)
+            assert sum(ref() is not None for ref in alive) <= 1, "the one that did not fit"
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", ["seed", "shards", "state"])
 def test_ranks_that_would_not_share_the_records_out_are_told_so(name: str) -> None:
-    about = {"seed": 0, "shards": "3 by the digest ab", "place": "cd"}
+    about = {"seed": 0, "shards": "3 by the digest ab", "state": "cd"}
     with pytest.raises(ConfigError, match=rf"^rank 1 streams with {name}='other', this rank with {name}="):
         in_step([([1], 9)] * 2, "pad", about, about | {name: "other"})
     assert in_step([([1], 9)] * 2, "pad", about, {"seed": 0, "shards": about["shards"]})[1] == [0, 0]

@@ -551,6 +551,21 @@ def test_a_new_iteration_ends_the_one_before_it(prefetch: int) -> None:
         next(first)
 
 
+def test_leaving_a_loop_does_not_wait_for_all_that_is_to_be_encoded_together() -> None:
+    def slow() -> Iterator[Any]:
+        for batch in batches(200):
+            time.sleep(0.02)
+            yield batch
+
+    loader = bertstream.wrap(slow(), FakeEncoder(), text="text", prefetch=2, deterministic=True)
+    for number, _ in enumerate(loader):
+        if number == 40:  # the next group is of 64 batches
+            break
+    started = time.monotonic()
+    loader.close()
+    assert time.monotonic() - started < 0.5
+
+
 def test_a_finished_iteration_stays_finished_when_the_next_begins() -> None:
     loader = bertstream.wrap(batches(2), FakeEncoder(), text="text")
     first = iter(loader)
@@ -900,7 +915,8 @@ def test_a_batch_without_the_text_says_what_it_has(batch: Any, text: Any, seen: 
         ({"text": ()}, r"text=\(\)"),
         ({"text": ("a", "b"), "into": "c"}, "into='c'"),
         ({"loader": 5}, "loader is a int"),
-        ({"pair": "text"}, "pair='text' for text='text': name the one place"),
+        ({"pair": "text"}, "pair='text' is the place of the first text too"),
+        ({"text": ("a", "b"), "pair": "c"}, r"pair='c' for text=\('a', 'b'\): name the one place"),
         ({"text": None, "pair": "b"}, "pair='b' for text=None: name the one place"),
         ({"loader": FakeEncoder(), "encoder": batches(1)}, r"write wrap\(loader, encoder\)"),
         ({"cache": "1GiB"}, "cache='1GiB' is a str: pass a bertstream.EmbeddingCache"),

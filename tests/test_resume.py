@@ -54,6 +54,14 @@ from bertstream.testing import FakeEncoder
 options = json.loads(sys.argv[1])
 
 
+class Failing(FakeEncoder):
+    def encode(self, batch):
+        options["calls"] = options.get("calls", 0) + 1
+        if options["calls"] >= options.get("encode", 1e9):
+            raise bertstream.EncoderError("an odd text")
+        return super().encode(batch)
+
+
 def talk():
     if options["world_size"] > 1:
         init = f"file://{options['store']}"
@@ -66,7 +74,7 @@ else:
     talk()
 reading = bertstream.StreamConfig(**{"lanes": 7, "window": 40} | options.get("reading", {}))
 loader = bertstream.stream(
-    options["shards"], FakeEncoder(), batch_size=8, shuffle=True, seed=options.get("seed", 0),
+    options["shards"], Failing(), batch_size=8, shuffle=True, seed=options.get("seed", 0),
     num_workers=options["workers"], reading=reading,
     deterministic=not options["workers"],  # so that groups grow, which by the clock they hardly do with this encoder
 )
@@ -226,16 +234,16 @@ def test_ranks_that_meet_after_the_loader_was_made_end_together(tmp_path: Path) 
     assert len(late[0][0]) == len(late[1][0])
 
 
-@pytest.mark.parametrize("way", ["kill", "raise", "stop"])
+@pytest.mark.parametrize("way", ["kill", "raise", "stop", "encode"])
 def test_a_rank_that_goes_away_makes_the_others_fail_by_name(shards: list[str], tmp_path: Path, way: str) -> None:
     started = time.monotonic()
     (_, errors, status), (_, _, other) = run(
         tmp_path, 2, [{}, {way: 4}], shards=shards, workers=0, reading={"rank_timeout_s": 5}
     )
     assert status == 1 and "bertstream.errors.BertstreamError: rank 1 " in errors
-    assert other == {"kill": -signal.SIGKILL, "raise": 1, "stop": 0}[way]
+    assert other == {"kill": -signal.SIGKILL, "raise": 1, "stop": 0, "encode": 1}[way]
     if way != "kill":
-        assert "left the epoch" in errors
+        assert f"left the epoch: {'EncoderError' if way == 'encode' else 'it stopped iterating'}" in errors
     assert time.monotonic() - started < 60
 
 

@@ -333,6 +333,8 @@ def test_tokens_that_are_asked_for_vectors_say_who_makes_them() -> None:
     batch = two_texts().tokens
     with pytest.raises(AttributeError, match=r"no attribute 'padded': .*BertEmbedding"):
         batch.padded()
+    with pytest.raises(AttributeError, match=r"no attribute 'values': .*BertEmbedding"):
+        batch.values  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'other'$"):
         batch.other  # noqa: B018
     assert copy.deepcopy(batch).num_tokens == pickle.loads(pickle.dumps(batch)).num_tokens == batch.num_tokens
