@@ -332,7 +332,7 @@ def test_batches_that_were_handed_over_are_let_go() -> None:
             del entry
 
     groups = Groups(entries(), weigh=lambda entry: entry.weight, limit=8, by_the_clock=False)
-    stream: Any = SimpleNamespace(uneven="pad", epoch=0)
+    stream: Any = SimpleNamespace(uneven="pad", epoch=0, rank_timeout_s=20)
     peers: Any = Table(1).seat(0)
     gc.disable()
     try:
