@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import BatchingSupport, Packing, register
+from .attention import BatchingSupport, Packing, is_plain_mode, register
 from .cuda import to_device
 from .errors import EncoderError
 from .fingerprint import note_training
+from .graphs import GraphedForward
 from .layers import kept_inputs, layer_list
 from .pooling import Combine, SentencePooling, WordPooling, combine_layers, pool_runs
 from .types import BoolArray, Embeddings, Int32Array, Output, TokenBatch, cumulate, rows_of, steps
@@ -49,6 +51,8 @@ class BatchedForward(nn.Module):
     _last_layer: int
     _max_forward_tokens: int | None
     _found_forward_tokens: dict[torch.device, int]
+    cuda_graphs = False
+    _graphs: GraphedForward | None = None
     _every_window = False  # the lower half of an encoder gives the vectors of all windows' tokens
 
     def __init__(self) -> None:
@@ -245,6 +249,7 @@ class BatchedForward(nn.Module):
     def _lower_budget(self, tokens: int) -> None:
         """After a forward of so many tokens found no memory: later ones are of half as many."""
         self._max_forward_tokens = max(1, tokens // 2)
+        self._graphs = None  # with the memory that they hold
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning(
@@ -275,10 +280,21 @@ class BatchedForward(nn.Module):
         inputs = {"input_ids": batch.input_ids[rows], "position_ids": positions}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids[rows]
-        tensors = {name: self._to_device(ids.astype(np.int64))[None] for name, ids in inputs.items()}
-        packing = Packing(lengths, self._to_device(cumulate(lengths)))
+        inputs = {name: ids.astype(np.int64) for name, ids in inputs.items()}
+        if self.cuda_graphs and given is None and (found := self._replayed(inputs, lengths)) is not None:
+            return found
+        tensors = {name: self._to_device(ids)[None] for name, ids in inputs.items()}
+        packing = Packing(lengths, self._to_device(cumulate(lengths)), int(lengths.max()))
         given = None if given is None else given[None]
         return [layer[0] for layer in self._run(given, **tensors, packing=packing)]
+
+    def _replayed(self, inputs: dict[str, Any], lengths: Int32Array) -> list[Tensor] | None:
+        """A packed forward by a CUDA graph; None where there is none for it, or in other modes than `plain_mode`."""
+        if self.device.type != "cuda" or not is_plain_mode(self.device):
+            return None
+        if self._graphs is None or self._graphs.model is not self.model:
+            self._graphs = GraphedForward(self.model, partial(self._run, None))
+        return self._graphs.run(inputs, lengths, self.max_forward_tokens)
 
     def _padded_forward(
         self, batch: TokenBatch, rows: Any, lengths: Int32Array, given: Tensor | None = None
@@ -333,7 +349,7 @@ class BatchedForward(nn.Module):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_graphs")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         register()  # the process that unpickles it may not have made one itself

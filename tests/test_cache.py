@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from fake_cuda import CUDA, fake_cuda
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertConfig, BertModel
@@ -622,6 +623,20 @@ def test_a_batch_without_texts_has_no_rows(tokenizer: Any) -> None:
     for texts in ([], [TokenizedText(np.zeros(0, np.int32))]):
         found = cached.encode(TokenBatch.from_texts(texts))
         assert found.values.shape == (0, 16) and len(found) == len(texts)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "int8"])
+def test_rows_kept_on_a_device_never_leave_it_and_the_host_never_waits(
+    minilm_folder: str, sentences: list[str], monkeypatch: pytest.MonkeyPatch, dtype: Any
+) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="bfloat16", device="cpu")
+    some, more = encoder.tokenizer.batch(sentences[:8]), encoder.tokenizer.batch(sentences[4:12])
+    monkeypatch.setattr(encoder, "fingerprint", lambda: b"weights")  # which have no content here
+    with fake_cuda(encoder, monkeypatch), EmbeddingCache("64MiB", dtype=dtype, device=CUDA) as cache:
+        cached = cache.of(encoder)
+        for batch in (some, some, more):
+            assert cached.encode(batch).values.device == CUDA
+        assert cache.stats()["misses"] == 12 and cache.stats()["memory_hits"] == 12
 
 
 @pytest.mark.cuda

@@ -127,7 +127,7 @@ def test_packed_float32_vectors_equal_plain_transformers(
 def test_the_flash_kernel_equals_attention_text_by_text(scaling: float | None, window: int | None) -> None:
     lengths = [1, 5, 5, 64, 300]
     q, k, v = (torch.randn(1, 4, sum(lengths), 32, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    packing = Packing(np.array(lengths, np.int32), torch.from_numpy(cumulate(np.array(lengths))).cuda())
+    packing = Packing(np.array(lengths, np.int32), torch.from_numpy(cumulate(np.array(lengths))).cuda(), max(lengths))
     out, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=scaling, packing=packing, sliding_window=window)
     start = 0
     for length in lengths:
@@ -412,6 +412,160 @@ def test_an_encoder_moves_between_devices(on_cuda: Encoder) -> None:
     moved = copy.deepcopy(on_cuda).to("cpu")
     assert moved.device.type == "cpu" and moved(["a"]).values.device.type == "cpu"
     assert fastest_dtype(on_cuda.device, 384) == torch.bfloat16
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def replaying(minilm_folder: str) -> Encoder:
+    """MiniLM as `on_cuda` has it, by graphs."""
+    if torch.__version__ < "2.13":
+        pytest.skip("graphs want torch 2.13")
+    return Encoder.from_pretrained(minilm_folder, cuda_graphs=True)
+
+
+def graphs_of(encoder: Encoder) -> int:
+    assert encoder._graphs is not None and not encoder._graphs.given_up
+    return encoder._graphs.captured
+
+
+def assert_close(found: Tensor, right: Tensor) -> None:
+    assert float((found - right).norm() / right.norm()) <= 0.02
+
+
+@cuda
+def test_replayed_vectors_equal_those_of_forwards(on_cuda: Encoder, replaying: Encoder, sentences: list[str]) -> None:
+    batches = [["", *sentences[i : i + 24]] for i in range(0, 240, 24)] + [[max(sentences, key=len)], ["a"]]
+    for _ in range(2):
+        for texts in batches:
+            poison(on_cuda.device)
+            found = replaying(texts)
+            assert_close(found.values, on_cuda(texts).values)
+            assert found.cu_seqlens.tolist() == on_cuda(texts).cu_seqlens.tolist()
+    assert 1 < graphs_of(replaying) <= len(batches)
+
+
+@cuda
+def test_replaying_never_waits_for_the_device(replaying: Encoder, sentences: list[str]) -> None:
+    batch = replaying.tokenizer.batch(sentences[:64])
+    right = replaying.encode(batch).values
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = replaying.encode(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.values, right) and graphs_of(replaying) == 1
+
+
+@cuda
+def test_forwards_are_captured_beside_a_training_step_of_another_thread(
+    on_cuda: Encoder, replaying: Encoder, sentences: list[str]
+) -> None:
+    """The step takes memory, pins some and waits for the device, which would break a capture in default mode, and draws
+    random numbers, which raised in torch before 2.13."""
+    layer = nn.Sequential(nn.Dropout(0.1), nn.Linear(384, 384)).cuda()
+    optimizer = torch.optim.AdamW(layer.parameters())
+    batches = [sorted(sentences, key=len)[i : i + 8] for i in range(0, 320, 16)]
+    right = [on_cuda(texts).values for texts in batches]
+    losses = []
+    for batch, expected in zip(bertstream.wrap(batches, replaying, prefetch=3), right, strict=True):
+        assert_close(batch.values, expected)
+        for size in range(1, 40):
+            torch.empty(size << 18, device="cuda")
+        loss = layer(batch.values).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        torch.ones(4096).pin_memory()
+    assert losses[-1] < losses[0] and graphs_of(replaying) > 1
+
+
+@cuda
+def test_loops_on_two_streams_that_sleep_share_one_encoders_graphs(
+    on_cuda: Encoder, replaying: Encoder, sentences: list[str]
+) -> None:
+    """What one replays into is not read by the other, nor overwritten before it was read."""
+    batches = [replaying.tokenizer.batch(sentences[i : i + 8]) for i in range(0, 80, 8)]
+    right = [on_cuda.encode(batch).values for batch in batches]
+    for batch in batches:
+        replaying.encode(batch)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    found = []
+    for number, batch in enumerate(batches * 4):
+        with torch.cuda.stream(streams[number % 2]):
+            if number % 3 == 0:
+                torch.cuda._sleep(5_000_000)
+            found.append(replaying.encode(batch).values)
+    torch.cuda.synchronize()
+    for values, expected in zip(found, right * 4, strict=True):
+        assert_close(values, expected)
+
+
+@cuda
+def test_a_capture_that_fails_leaves_the_stream_and_the_encoder_as_they_were(
+    on_cuda: Encoder, replaying: Encoder, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replaying._run
+
+    def waiting(given: Tensor | None, **inputs: Any) -> list[Tensor]:
+        found = run(given, **inputs)
+        found[0].sum().item()  # which no capture allows
+        return found
+
+    monkeypatch.setattr(replaying, "_run", waiting)
+    before = torch.cuda.current_stream()
+    assert_close(replaying(sentences[:8]).values, on_cuda(sentences[:8]).values)
+    assert torch.cuda.current_stream() == before
+    assert replaying._graphs is not None and replaying._graphs.given_up
+    assert_close(replaying(sentences[8:40]).values, on_cuda(sentences[8:40]).values)
+    assert float(torch.rand(8, device="cuda").sum()) > 0, "random numbers are drawn as before"
+
+
+@cuda
+def test_a_model_that_was_trained_or_moved_meanwhile_is_captured_anew(
+    on_cuda: Encoder, replaying: Encoder, sentences: list[str]
+) -> None:
+    texts = sentences[:16]
+    replaying(texts)
+    replaying.to("cpu")
+    assert replaying(texts).values.device.type == "cpu"
+    poison(on_cuda.device)  # where the weights were
+    replaying.to("cuda")
+    assert_close(replaying(texts).values, on_cuda(texts).values)
+    replaying.unfreeze()
+    with torch.no_grad():
+        for parameter in replaying.parameters():
+            parameter.zero_()
+    replaying.freeze()
+    assert not torch.allclose(replaying(texts).values, on_cuda(texts).values, atol=0.1)
+
+
+@cuda
+def test_in_float32_there_are_no_graphs_and_the_vectors_are_right(
+    minilm_folder: str, sentences: list[str], plain_minilm: Callable[[Text], Tensor]
+) -> None:
+    if torch.__version__ < "2.13":
+        pytest.skip("graphs want torch 2.13")
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", cuda_graphs=True)
+    right = plain_minilm(sentences[0])
+    assert float((encoder(sentences[:1])[0].cpu() - right).norm() / right.norm()) <= 1e-5
+    assert encoder._graphs is not None and "the flash kernel takes no heads" in encoder._graphs.given_up
+
+
+@cuda
+def test_memory_in_use_is_flat_over_many_replays(replaying: Encoder, sentences: list[str]) -> None:
+    batches = [replaying.tokenizer.batch(sentences[i : i + 16]) for i in range(0, 160, 16)]
+    used = []
+    for _ in range(20):
+        for batch in batches:
+            replaying.encode(batch)
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_reserved())
+    assert used[-1] <= used[2]
 
 
 @pytest.fixture(autouse=True)

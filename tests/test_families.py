@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fake_cuda import CUDA, fake_cuda
 from torch import Tensor, nn
 
 from bertstream import ConfigError, Encoder, EncoderError
@@ -218,6 +219,25 @@ def test_half_precision_stays_close(family: tuple[str, nn.Module], minilm_folder
         cosine = nn.functional.cosine_similarity(found.flatten(), right.flatten(), dim=0)
         assert cosine >= 0.999
     assert all(parameter.dtype == torch.float32 for parameter in family[1].parameters())
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("output", ["tokens", "words", "sentence"])
+@pytest.mark.parametrize(("dtype", "graphs"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_on_a_device_all_is_there_and_the_host_never_waits(
+    name: str, minilm_folder: str, monkeypatch: pytest.MonkeyPatch, output: Any, dtype: Any, graphs: bool
+) -> None:
+    options = {"output": output, "dtype": dtype, "layers": (1, -1)}
+    encoder = encoder_of((name, make(name)), minilm_folder, **options)
+    encoder.cuda_graphs = graphs
+    texts: list[Text] = [WORDS, [], ["one"], WORDS]
+    batch, right = encoder.tokenizer.batch(texts), encoder(texts).values
+    with fake_cuda(encoder, monkeypatch):
+        for _ in range(2):
+            found = encoder.encode(batch)
+            assert found.values.device == found.cu_seqlens.device == CUDA and found.lengths.device.type == "cpu"
+            assert found.values.shape == right.shape and found.values.dtype == right.dtype
+        assert not graphs or (encoder._graphs is not None and encoder._graphs.captured == 1)
 
 
 def test_the_users_model_is_never_changed(family: tuple[str, nn.Module], minilm_folder: str) -> None:

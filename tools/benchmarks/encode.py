@@ -26,6 +26,9 @@ BATCH = 32
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--without", nargs="+", default=[], help="contenders that stay at home, by their beginnings")
+    command.add_argument(
+        "--also", nargs="+", choices=["graphs", "compiled"], default=[], help="the encoder in other ways, too"
+    )
 
 
 def encode(arguments: argparse.Namespace) -> dict[str, object]:
@@ -98,6 +101,10 @@ def line_up(arguments: argparse.Namespace, shard: Path) -> tuple[dict[str, Calla
         makers[f"sentence_transformers_{dtype}"] = partial(SentenceTransformers, folder, dtype, device)
     for dtype in arguments.dtypes:
         makers[f"bertstream_{dtype}"] = lambda dtype=dtype: own[dtype]
+        if "graphs" in arguments.also:
+            makers[f"bertstream_graphs_{dtype}"] = partial(Own, model, dtype, device, cuda_graphs=True)
+        if "compiled" in arguments.also:
+            makers[f"bertstream_compiled_{dtype}"] = partial(Own, model, dtype, device, compiled=True)
         makers[f"stream_{dtype}"] = partial(Stream, shard, model, dtype, device)
     contenders, absent = {}, {}
     for name, make in makers.items():
@@ -105,7 +112,7 @@ def line_up(arguments: argparse.Namespace, shard: Path) -> tuple[dict[str, Calla
             continue
         try:
             contenders[name] = make()
-        except ImportError as error:
+        except (ImportError, bertstream.ConfigError) as error:
             absent[name] = str(error)
     return contenders, absent
 
@@ -188,10 +195,14 @@ class Flair:
 class Own:
     """All texts in one call of the encoder."""
 
-    def __init__(self, name: str, dtype: str, device: str) -> None:
+    def __init__(
+        self, name: str, dtype: str, device: str, *, cuda_graphs: bool = False, compiled: bool = False
+    ) -> None:
         self.encoder = bertstream.Encoder.from_pretrained(
-            name, dtype=dtype, device=device, overflow="truncate", max_length=512
+            name, dtype=dtype, device=device, overflow="truncate", max_length=512, cuda_graphs=cuda_graphs
         )
+        if compiled:
+            self.encoder.model.compile(dynamic=True)
         self.encoder.calibrate()
 
     def __call__(self, texts: list[str]) -> list[Tensor]:

@@ -21,6 +21,7 @@ from .common import finish, ratio, read_all, take_turns, texts_of
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=int, default=32)
+    command.add_argument("--cuda-graphs", action="store_true", help="the encoder's forwards are replayed")
     command.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))
 
 
@@ -28,7 +29,11 @@ def epoch(arguments: argparse.Namespace) -> dict[str, object]:
     """Seconds of an epoch: the loader alone, the steps over vectors in memory, the steps over the loader."""
     texts = texts_of(arguments)
     encoder = bertstream.Encoder.from_pretrained(
-        arguments.model, dtype=arguments.dtypes[0], device=arguments.device, overflow="truncate"
+        arguments.model,
+        dtype=arguments.dtypes[0],
+        device=arguments.device,
+        overflow="truncate",
+        cuda_graphs=arguments.cuda_graphs,
     )
     with tempfile.TemporaryDirectory() as folder:
         shard = Path(folder) / "corpus.jsonl"

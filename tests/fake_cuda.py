@@ -1,0 +1,118 @@
+"""A CUDA device without one: tensors that have a device, a shape and a dtype, and no content.
+
+It shows what a CPU hides: an operation over tensors of two devices, and a value that the host asks for, which on a
+real device would make it wait. What is computed it does not show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import EllipsisType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention.varlen import varlen_attn
+from torch.overrides import TorchFunctionMode
+
+from bertstream import cache, graphs, memory
+from bertstream.cuda import InTurn
+from bertstream.forward import BatchedForward
+
+CUDA = torch.device("cuda", 0)
+
+
+class Recorded:
+    """Stands for `GraphPool`: the work is done when it is replayed, not when it is captured."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def capture(self, work: Callable[[], object]) -> Callable[[], object]:
+        """The work itself, which then runs over the same memory."""
+        return work
+
+
+@contextmanager
+def fake_cuda(encoder: BatchedForward, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside this context the encoder is on the device, which has the flash kernel; its weights are lost."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _checked(varlen_attn))
+    monkeypatch.setattr(graphs, "GraphPool", Recorded)
+    for module in (graphs, memory):
+        monkeypatch.setattr(module, "InTurn", lambda device: InTurn(torch.device("cpu")))
+    monkeypatch.setattr(cache, "resolve_device", torch.device)
+    monkeypatch.setattr(graphs, "weights_state", lambda model: 1)
+    monkeypatch.setattr(graphs, "worst_error", lambda found, right: 0.0)
+    mode = FakeTensorMode()
+    with mode, _Device(mode):
+        for module in encoder.model.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    module._parameters[name] = torch.nn.Parameter(_empty_like(weight), requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = _empty_like(buffer)
+        yield
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
+
+
+class _Device(TorchFunctionMode):
+    """What a build of torch without CUDA refuses: to pin memory, to copy to a device, to index what is there."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.to and not isinstance(args[0], FakeTensor):
+            args = (self.mode.from_tensor(args[0]), *args[1:])
+        if func in (torch.Tensor.to, torch.Tensor.cpu) and args[0].is_cuda:
+            to = "cpu" if func is torch.Tensor.cpu else (kwargs or {}).get("device", [*args, None][1])
+            assert not str(to).startswith("cpu"), "the host waits for the device here"
+        if func is torch.Tensor.__getitem__ and isinstance(args[0], FakeTensor):
+            return _item(args[0], args[1] if isinstance(args[1], tuple) else (args[1],))
+        return _UNGUARDED.get(func, func)(*args, **(kwargs or {}))
+
+
+def _checked(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The flash kernel's stand-in does not look where the offsets are."""
+
+    def checked(*args: Any, **kwargs: Any) -> Tensor:
+        assert all(tensor.device == CUDA for tensor in args[:5])
+        return attend(*args, **kwargs)
+
+    return checked
+
+
+# The methods look for CUDA themselves, the operations behind them do not.
+_UNGUARDED = {torch.Tensor.copy_: torch.ops.aten.copy_.default, torch.Tensor.fill_: torch.ops.aten.fill_.Scalar}
+
+
+def _item(tensor: Tensor, index: tuple[Any, ...]) -> Tensor:
+    """`tensor[index]`, by operations that need no device."""
+    dim = 0
+    for place, one in enumerate(index, 1):
+        if one is None:
+            tensor, dim = tensor.unsqueeze(dim), dim + 1
+        elif isinstance(one, int):
+            tensor = tensor.select(dim, one)
+        elif isinstance(one, slice):
+            if one != slice(None):
+                tensor = torch.ops.aten.slice.Tensor(tensor, dim, one.start, one.stop, one.step or 1)
+            dim += 1
+        elif isinstance(one, EllipsisType):
+            dim = tensor.ndim - sum(following is not None for following in index[place:])
+        else:
+            tensor, dim = torch.ops.aten.index.Tensor(tensor, [None] * dim + [one]), dim + 1
+    return tensor
