@@ -16,7 +16,8 @@ from .coalesce import encode_together
 from .cuda import SideStream
 from .dataset import Skip
 from .errors import BertstreamError, EncoderError
-from .iteration import Entry, Groups, Run
+from .groups import Groups
+from .iteration import Entry, Run
 from .places import Place, texts_of
 from .runtime import trim_heap
 from .stages import Stages

@@ -22,7 +22,7 @@ from .codec import Codec, Storage
 from .dataset import Shards, StreamConfig, TextStream
 from .encoder import Encoder
 from .errors import shortened
-from .iteration import Groups, group_tokens
+from .groups import Groups, group_tokens
 from .memory import ROW_INDEX_BYTES, TEXT_BYTES
 from .shards import Piece, ReadOptions, is_rows, read_records, shard_size, split_rows
 from .tokenizer import TextTokenizer

@@ -19,22 +19,13 @@ from .distributed import Peers, can_talk, rank_and_world_size
 from .encode_stage import EncodeStage, Ready
 from .encoder import Encoder
 from .errors import ConfigError, LoaderClosedError, StateError, check_choice
-from .iteration import (
-    Entry,
-    Groups,
-    Iteration,
-    Run,
-    Source,
-    agreed,
-    group_tokens,
-    in_workers,
-    located,
-    same_on_every_rank,
-)
+from .groups import Groups, group_tokens
+from .iteration import Entry, Iteration, Run, Source, in_workers, located
 from .lanes import STATE_VERSION, LaneQueue, epoch_of, pack_state
 from .places import Place, as_places, check_pair, with_vectors
 from .plots import plot_step
 from .prefetch import Prefetcher, StepClock
+from .ranks import agreed, same_on_every_rank
 from .runtime import release_helpers, usable_cores
 from .stages import LOOP, WORK, Stage, Stages, Stats, bottleneck
 from .types import Layout, ReadReport, SupportsEncode, TokenBatch
