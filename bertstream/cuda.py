@@ -95,7 +95,7 @@ class GraphPool:
     def capture(self, work: Callable[[], object]) -> Callable[[], object]:
         """What queues the work's kernels on the current stream, each time over the memory that the work used.
 
-        Nothing is computed here. The device is waited for once.
+        Nothing is computed here. The device is waited for once, and until the end no thread may wait for all of it.
 
         Raises:
             RuntimeError: the work waits for the device, or does something else that cannot be captured.

@@ -76,9 +76,9 @@ class Encoder(BatchedForward):
             a better number.
         cuda_graphs: whether packed forwards on CUDA are captured, and replayed where tokens, texts and the longest
             text round up to the same sizes. It costs padding of an eighth at most, the memory of a forward, and a
-            capture for each of up to 64 shapes; it saves the launches, and the GIL beside a training loop. Forwards in
-            float32, and those of a model that is trained, run without. No effect on a CPU. It wants torch 2.13: before,
-            a capture in one thread made another's random numbers (a dropout's, say) raise.
+            capture for each of up to 64 shapes, in your thread, by `next(loader)`; it saves the launches, and the GIL
+            beside a training loop. Forwards in float32, and those of a model that is trained, run without. No effect on
+            a CPU. It wants torch 2.13: before, a capture that failed left random numbers (a dropout's, say) raising.
     Attributes:
         tokenizer: the `TextTokenizer`, light enough for worker processes.
         batching: what the self-test at load found: whether texts run packed, padded or grouped by length, and why.
@@ -122,8 +122,8 @@ class Encoder(BatchedForward):
             raise ConfigError(f"split= has no effect on output={output!r}: it is for word vectors")
         if cuda_graphs and torch.__version__ < "2.13":
             raise ConfigError(
-                f"cuda_graphs=True wants torch 2.13 or later, this is {torch.__version__}: in it, a capture in one "
-                "thread makes the random numbers of another raise, a dropout's in your training step, say"
+                f"cuda_graphs=True wants torch 2.13 or later, this is {torch.__version__}: in it, a capture that fails "
+                "leaves random numbers raising, a dropout's in your training step, say"
             )
         if not special_tokens and output == "words":
             raise ConfigError(
@@ -225,6 +225,7 @@ class Encoder(BatchedForward):
             run = self._feed_forward() if self.device.type == "cpu" else self._dummy_forward
             with self._lock:
                 found = fastest_forward_tokens(tried, run, self.device, FORWARD_TOKENS[self.device.type])
+                self._graphs = None  # of forwards that do not come again
             self._found_forward_tokens[self.device] = found
             logger.info("forwards of %d tokens are fastest on %s", found, self.device)
         return self.max_forward_tokens
@@ -418,7 +419,9 @@ class Encoder(BatchedForward):
     def forward(self, texts: Sequence[Text] | TokenBatch) -> Embeddings:
         """Encode texts (strings, lists of words, or pairs) or a `TokenBatch` at once; once unfrozen, as `embed`."""
         batch = texts if isinstance(texts, TokenBatch) else self.tokenizer.batch(texts)
-        return self.embed(batch) if self.trainable else self.encode(batch)
+        found = self.embed(batch) if self.trainable else self.encode(batch)
+        self.capture_graph()
+        return found
 
     def encode(self, batch: TokenBatch) -> Embeddings:
         """Encode a batch, longest texts together, in as many forwards as `max_forward_tokens` asks for.

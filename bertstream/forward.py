@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import BatchingSupport, Packing, is_plain_mode, register
+from .attention import BatchingSupport, Packing, is_plain_mode, plain_mode, register
 from .cuda import to_device
 from .errors import EncoderError
 from .fingerprint import note_training
@@ -62,6 +62,7 @@ class BatchedForward(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> BatchedForward:
         """As torch does, for all parameters; caches of encoders that share them know that they may change."""
         note_training(p for p in self.parameters() if requires_grad or p.requires_grad)
+        self._graphs = None  # with the memory that they hold
         return super().requires_grad_(requires_grad)
 
     @property
@@ -292,9 +293,21 @@ class BatchedForward(nn.Module):
         """A packed forward by a CUDA graph; None where there is none for it, or in other modes than `plain_mode`."""
         if self.device.type != "cuda" or not is_plain_mode(self.device):
             return None
-        if self._graphs is None or self._graphs.model is not self.model:
-            self._graphs = GraphedForward(self.model, partial(self._run, None))
-        return self._graphs.run(inputs, lengths, self.max_forward_tokens)
+        graphs = self._graphs
+        if graphs is None or graphs.model is not self.model:
+            self._graphs = graphs = GraphedForward(self.model)
+        return graphs.run(inputs, lengths, self.max_forward_tokens)
+
+    def capture_graph(self) -> None:
+        """Capture a CUDA graph for a forward that ran without one, if there was any; see `cuda_graphs`.
+
+        `next(loader)` and `encoder(texts)` call it. Whoever calls `encode` alone calls it from a thread beside which no
+        other waits for the whole device (`torch.cuda.synchronize()`): CUDA allows neither of the two then.
+        """
+        graphs = self._graphs
+        if graphs is not None and graphs.wanted:
+            with self._lock, plain_mode(self.device):
+                graphs.capture(partial(self._run, None))
 
     def _padded_forward(
         self, batch: TokenBatch, rows: Any, lengths: Int32Array, given: Tensor | None = None
@@ -347,6 +360,10 @@ class BatchedForward(nn.Module):
                     f"text {texts[0]} has tokens that belong to no word",
                     records=texts.tolist(),
                 )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BatchedForward:
+        self._graphs = None  # over weights where they were
+        return cast(BatchedForward, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_graphs")}

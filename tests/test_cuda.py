@@ -368,10 +368,10 @@ def test_where_the_devices_memory_runs_out_forwards_become_smaller(
     right = encoder(texts).values
     forward = encoder._packed_forward
 
-    def bounded(batch: bertstream.TokenBatch, rows: Any, lengths: Any) -> list[Tensor]:
+    def bounded(batch: bertstream.TokenBatch, rows: Any, lengths: Any, given: Any) -> list[Tensor]:
         if len(rows) > 500:
             torch.empty(1 << 45, dtype=torch.uint8, device=encoder.device)  # a real OutOfMemoryError
-        return forward(batch, rows, lengths)
+        return forward(batch, rows, lengths, given)
 
     monkeypatch.setattr(encoder, "_packed_forward", bounded)
     found = encoder(texts).values
@@ -420,9 +420,9 @@ def test_an_encoder_moves_between_devices(on_cuda: Encoder) -> None:
 @pytest.fixture
 def replaying(minilm_folder: str) -> Encoder:
     """MiniLM as `on_cuda` has it, by graphs."""
-    if torch.__version__ < "2.13":
-        pytest.skip("graphs want torch 2.13")
-    return Encoder.from_pretrained(minilm_folder, cuda_graphs=True)
+    encoder = Encoder.from_pretrained(minilm_folder)
+    encoder.cuda_graphs = True  # with torch before 2.13 too, which is refused for captures that fail
+    return encoder
 
 
 def graphs_of(encoder: Encoder) -> int:
@@ -449,6 +449,7 @@ def test_replayed_vectors_equal_those_of_forwards(on_cuda: Encoder, replaying: E
 @cuda
 def test_replaying_never_waits_for_the_device(replaying: Encoder, sentences: list[str]) -> None:
     batch = replaying.tokenizer.batch(sentences[:64])
+    replaying(batch)
     right = replaying.encode(batch).values
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -460,11 +461,10 @@ def test_replaying_never_waits_for_the_device(replaying: Encoder, sentences: lis
 
 
 @cuda
-def test_forwards_are_captured_beside_a_training_step_of_another_thread(
+def test_forwards_are_captured_between_training_steps_while_a_thread_encodes(
     on_cuda: Encoder, replaying: Encoder, sentences: list[str]
 ) -> None:
-    """The step takes memory, pins some and waits for the device, which would break a capture in default mode, and draws
-    random numbers, which raised in torch before 2.13."""
+    """The step waits for the device, which no capture allows, and draws random numbers; the thread takes memory."""
     layer = nn.Sequential(nn.Dropout(0.1), nn.Linear(384, 384)).cuda()
     optimizer = torch.optim.AdamW(layer.parameters())
     batches = [sorted(sentences, key=len)[i : i + 8] for i in range(0, 320, 16)]
@@ -479,7 +479,7 @@ def test_forwards_are_captured_beside_a_training_step_of_another_thread(
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        torch.ones(4096).pin_memory()
+        torch.cuda.synchronize()
     assert losses[-1] < losses[0] and graphs_of(replaying) > 1
 
 
@@ -491,7 +491,7 @@ def test_loops_on_two_streams_that_sleep_share_one_encoders_graphs(
     batches = [replaying.tokenizer.batch(sentences[i : i + 8]) for i in range(0, 80, 8)]
     right = [on_cuda.encode(batch).values for batch in batches]
     for batch in batches:
-        replaying.encode(batch)
+        replaying(batch)
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     found = []
@@ -506,6 +506,7 @@ def test_loops_on_two_streams_that_sleep_share_one_encoders_graphs(
 
 
 @cuda
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="it leaves random numbers raising")
 def test_a_capture_that_fails_leaves_the_stream_and_the_encoder_as_they_were(
     on_cuda: Encoder, replaying: Encoder, sentences: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -535,24 +536,27 @@ def test_a_model_that_was_trained_or_moved_meanwhile_is_captured_anew(
     assert replaying(texts).values.device.type == "cpu"
     poison(on_cuda.device)  # where the weights were
     replaying.to("cuda")
-    assert_close(replaying(texts).values, on_cuda(texts).values)
+    for _ in range(2):
+        assert_close(replaying(texts).values, on_cuda(texts).values)
     replaying.unfreeze()
     with torch.no_grad():
-        for parameter in replaying.parameters():
-            parameter.zero_()
+        replaying.model.encoder.layer[-1].output.LayerNorm.weight.mul_(2)
+        replaying.model.encoder.layer[-1].output.LayerNorm.bias.mul_(2)
     replaying.freeze()
-    assert not torch.allclose(replaying(texts).values, on_cuda(texts).values, atol=0.1)
+    for _ in range(2):
+        assert_close(replaying(texts).values, 2 * on_cuda(texts).values)
+    assert graphs_of(replaying) == 1
 
 
 @cuda
 def test_in_float32_there_are_no_graphs_and_the_vectors_are_right(
     minilm_folder: str, sentences: list[str], plain_minilm: Callable[[Text], Tensor]
 ) -> None:
-    if torch.__version__ < "2.13":
-        pytest.skip("graphs want torch 2.13")
-    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", cuda_graphs=True)
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32")
+    encoder.cuda_graphs = True
     right = plain_minilm(sentences[0])
-    assert float((encoder(sentences[:1])[0].cpu() - right).norm() / right.norm()) <= 1e-5
+    for _ in range(2):
+        assert float((encoder(sentences[:1])[0].cpu() - right).norm() / right.norm()) <= 1e-5
     assert encoder._graphs is not None and "the flash kernel takes no heads" in encoder._graphs.given_up
 
 
@@ -562,7 +566,7 @@ def test_memory_in_use_is_flat_over_many_replays(replaying: Encoder, sentences: 
     used = []
     for _ in range(20):
         for batch in batches:
-            replaying.encode(batch)
+            replaying(batch)
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_reserved())
     assert used[-1] <= used[2]

@@ -112,7 +112,7 @@ def line_up(arguments: argparse.Namespace, shard: Path) -> tuple[dict[str, Calla
             continue
         try:
             contenders[name] = make()
-        except (ImportError, bertstream.ConfigError) as error:
+        except ImportError as error:
             absent[name] = str(error)
     return contenders, absent
 
@@ -199,8 +199,9 @@ class Own:
         self, name: str, dtype: str, device: str, *, cuda_graphs: bool = False, compiled: bool = False
     ) -> None:
         self.encoder = bertstream.Encoder.from_pretrained(
-            name, dtype=dtype, device=device, overflow="truncate", max_length=512, cuda_graphs=cuda_graphs
+            name, dtype=dtype, device=device, overflow="truncate", max_length=512
         )
+        self.encoder.cuda_graphs = cuda_graphs  # with torch before 2.13 too, which `Encoder` refuses
         if compiled:
             self.encoder.model.compile(dynamic=True)
         self.encoder.calibrate()

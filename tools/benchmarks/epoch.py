@@ -29,12 +29,9 @@ def epoch(arguments: argparse.Namespace) -> dict[str, object]:
     """Seconds of an epoch: the loader alone, the steps over vectors in memory, the steps over the loader."""
     texts = texts_of(arguments)
     encoder = bertstream.Encoder.from_pretrained(
-        arguments.model,
-        dtype=arguments.dtypes[0],
-        device=arguments.device,
-        overflow="truncate",
-        cuda_graphs=arguments.cuda_graphs,
+        arguments.model, dtype=arguments.dtypes[0], device=arguments.device, overflow="truncate"
     )
+    encoder.cuda_graphs = arguments.cuda_graphs  # with torch before 2.13 too, which `Encoder` refuses
     with tempfile.TemporaryDirectory() as folder:
         shard = Path(folder) / "corpus.jsonl"
         shard.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
