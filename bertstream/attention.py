@@ -38,23 +38,24 @@ class Packing:
     """Where the texts of one packed row begin and end.
 
     Attributes:
-        lengths: [B] int32 on the host, tokens of each text; equal lengths stand side by side. None where they are on
-            the device alone, as in a CUDA graph.
+        lengths: [B] int32 on the host, tokens of each text; equal lengths stand side by side.
         cu_seqlens: [B + 1] int32 on the device.
-        max_length: tokens of the longest text, or more.
     """
 
-    lengths: Int32Array | None
+    lengths: Int32Array
     cu_seqlens: Tensor
-    max_length: int
 
     @cached_property
     def groups(self) -> list[tuple[int, int]]:
         """Runs of equal lengths as (texts, length): attention over one run is one dense call without a mask."""
-        assert self.lengths is not None
         starts = np.flatnonzero(np.diff(self.lengths, prepend=-1))
         counts = np.diff(starts, append=len(self.lengths))
         return list(zip(counts.tolist(), self.lengths[starts].tolist(), strict=True))
+
+    @cached_property
+    def max_length(self) -> int:
+        """Tokens of the longest text."""
+        return int(self.lengths.max())
 
 
 def packed_attention(
@@ -92,13 +93,8 @@ def packed_attention(
         )
     if key.shape[1] != query.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    if not dropout and _flash_fits(query):
+    if query.is_cuda and query.dtype != torch.float32 and not dropout and _flash_fits(query):
         return _varlen(query, key, value, scaling, packing, sliding_window)[None], None
-    if packing.lengths is None:
-        raise EncoderError(
-            "the lengths of the texts are on the device alone, and the flash kernel takes no heads of "
-            f"{query.shape[-1]} {query.dtype} on {query.device}"
-        )
     out: list[Tensor] = []
     start = 0
     for texts, length in packing.groups:
@@ -145,9 +141,7 @@ def _with_neighbours(x: Tensor, start: int, texts: int, length: int, more: int) 
 
 def _flash_fits(query: Tensor) -> bool:
     head = query.shape[-1]
-    if not query.is_cuda or query.dtype == torch.float32 or head > 256 or head % 8:
-        return False
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return head <= 256 and head % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _varlen(
@@ -237,11 +231,6 @@ def plain_mode(device: torch.device) -> Iterator[None]:
         yield
 
 
-def is_plain_mode(device: torch.device) -> bool:
-    """Whether the caller is in what `plain_mode` makes."""
-    return not (torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device.type))
-
-
 def _first_position(model: nn.Module) -> int:
     """RoBERTa's family counts positions from behind its padding id."""
     for path, module in model.named_modules():
@@ -298,8 +287,7 @@ def _try_packed(
     return False, f"packed differs from one by one (relative L2 error {worst:.1e} > {tolerance:.0e})"
 
 
-def worst_error(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """The largest relative L2 error; infinite where anything is not finite."""
+def _worst_error(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, right, strict=True)]
     return max(errors) if all(map(math.isfinite, errors)) else math.inf  # max() passes over a NaN
 
@@ -308,9 +296,9 @@ def _packed_error(model: nn.Module, ids: list[Tensor], alone: list[Tensor], firs
     device = ids[0].device
     lengths = np.array([row.shape[1] for row in ids], np.int32)
     positions = torch.cat([torch.arange(row.shape[1], device=device) for row in ids])[None] + first_position
-    packing = Packing(lengths, torch.from_numpy(cumulate(lengths)).to(device), int(lengths.max()))
+    packing = Packing(lengths, torch.from_numpy(cumulate(lengths)).to(device))
     out = model(input_ids=torch.cat(ids, 1), position_ids=positions, packing=packing).last_hidden_state[0]
-    return worst_error(out.split(lengths.tolist()), alone)
+    return _worst_error(out.split(lengths.tolist()), alone)
 
 
 def _padded_error(model: nn.Module, ids: list[Tensor], alone: list[Tensor]) -> float:
@@ -319,7 +307,7 @@ def _padded_error(model: nn.Module, ids: list[Tensor], alone: list[Tensor]) -> f
     padded = pad_sequence(rows, batch_first=True, padding_value=pad)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     out = model(input_ids=padded, attention_mask=mask).last_hidden_state
-    return worst_error([found[: len(row)] for found, row in zip(out, rows, strict=True)], alone)
+    return _worst_error([found[: len(row)] for found, row in zip(out, rows, strict=True)], alone)
 
 
 def _noise(model: nn.Module, ids: list[Tensor], alone: list[Tensor], native: str, other: str) -> float:
@@ -331,5 +319,5 @@ def _noise(model: nn.Module, ids: list[Tensor], alone: list[Tensor], native: str
         return 1e-3
     finally:
         model.set_attn_implementation(native)  # type: ignore[operator]
-    noise = worst_error(found, alone)
+    noise = _worst_error(found, alone)
     return noise if math.isfinite(noise) else 1e-3

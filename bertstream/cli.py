@@ -255,7 +255,6 @@ def _encoder(options: argparse.Namespace) -> Encoder:
         "stride",
         "max_length",
         "max_forward_tokens",
-        "cuda_graphs",
     )
     chosen = {name: getattr(options, name) for name in names}
     chosen["pooling"] = options.pooling[0] if options.pooling and len(options.pooling) == 1 else options.pooling
@@ -427,7 +426,6 @@ def _add_encoder(verb: argparse.ArgumentParser) -> None:
         "--max-length", type=int, metavar="N", help="tokens of a text or window (default: what the model takes)"
     )
     group.add_argument("--max-forward-tokens", type=int, metavar="N", help="tokens of one forward (default: measured)")
-    group.add_argument("--cuda-graphs", action="store_true", help="replay forwards on CUDA (torch 2.13)")
     group.add_argument("--dtype", default="auto", help="of the forward (default: %(default)s)")
     group.add_argument("--device", default="auto", help="(default: %(default)s)")
     group.add_argument(

@@ -1,9 +1,8 @@
-"""Copies to a device, the side stream of the encoder, and CUDA graphs; on the CPU the same calls do nothing special."""
+"""Copies to a device, and the side stream on which the encoder runs; on the CPU the same calls do nothing special."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -65,7 +64,7 @@ class InTurn:
         self._last: torch.cuda.Event | None = None
 
     @contextmanager
-    def use(self, *shared: Tensor) -> Iterator[None]:
+    def use(self, shared: Tensor) -> Iterator[None]:
         """Work in this context is queued on the current stream, in its turn; for one thread at a time."""
         if self._device.type != "cuda":
             yield
@@ -76,42 +75,5 @@ class InTurn:
         try:
             yield
         finally:
-            for tensor in shared:
-                tensor.record_stream(stream)  # freed, it is not handed out again before this work is done
+            shared.record_stream(stream)  # freed, it is not handed out again before this work is done
             self._last = stream.record_event()
-
-
-class GraphPool:
-    """Captures work as CUDA graphs that share their memory: they are replayed one behind the other.
-
-    Args:
-        device: a CUDA device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def capture(self, work: Callable[[], object]) -> Callable[[], object]:
-        """What queues the work's kernels on the current stream, each time over the memory that the work used.
-
-        Nothing is computed here. The device is waited for once, and until the end no thread may wait for all of it.
-
-        Raises:
-            RuntimeError: the work waits for the device, or does something else that cannot be captured.
-        """
-        graph = torch.cuda.CUDAGraph()
-        # In the default mode any call to CUDA of another thread would break the capture: a training step, say. The
-        # current stream is entered again because torch does not leave its capture stream where a capture fails.
-        with (
-            _CAPTURING,
-            torch.cuda.device(self._stream.device),
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            work()
-        return graph.replay
-
-
-_CAPTURING = threading.Lock()
-"""torch allows one capture at a time in a process."""

@@ -16,7 +16,6 @@ from .coalesce import encode_together
 from .cuda import SideStream
 from .dataset import Skip
 from .errors import BertstreamError, EncoderError
-from .forward import BatchedForward
 from .groups import Groups
 from .iteration import Entry, Run
 from .places import Place, texts_of
@@ -143,8 +142,6 @@ class EncodeStage:
 
     def hand_over(self, item: Ready) -> None:
         """Make the vectors safe to use here; those of an encoder that is trained are for the model to compute."""
-        if isinstance(self._encoder, BatchedForward):
-            self._encoder.capture_graph()  # in the thread of the loop, which cannot wait for the device meanwhile
         if self._hands_out_tokens:
             item.embeddings = {place: _bare(_tokens(found)) for place, found in item.embeddings.items()}
             if not self._said_trainable:

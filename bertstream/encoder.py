@@ -74,11 +74,6 @@ class Encoder(BatchedForward):
             does not pack.
         max_forward_tokens: tokens of one forward; None is 2,048 on the CPU and 16,384 on CUDA, until `calibrate` finds
             a better number.
-        cuda_graphs: whether packed forwards on CUDA are captured, and replayed where tokens, texts and the longest
-            text round up to the same sizes. It costs padding of an eighth at most, the memory of a forward, and a
-            capture for each of up to 64 shapes, in your thread, by `next(loader)`; it saves the launches, and the GIL
-            beside a training loop. Forwards in float32, and those of a model that is trained, run without. No effect on
-            a CPU. It wants torch 2.13: before, a capture that failed left random numbers (a dropout's, say) raising.
     Attributes:
         tokenizer: the `TextTokenizer`, light enough for worker processes.
         batching: what the self-test at load found: whether texts run packed, padded or grouped by length, and why.
@@ -109,7 +104,6 @@ class Encoder(BatchedForward):
         max_length: int | None = None,
         packed: bool | None = None,
         max_forward_tokens: int | None = None,
-        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         self.pooling = _resolve_pooling(output, pooling)
@@ -120,11 +114,6 @@ class Encoder(BatchedForward):
             raise ConfigError(f"normalize=True has no effect on output={output!r}: it is for sentence vectors")
         if split is not None and output != "words":
             raise ConfigError(f"split= has no effect on output={output!r}: it is for word vectors")
-        if cuda_graphs and torch.__version__ < "2.13":
-            raise ConfigError(
-                f"cuda_graphs=True wants torch 2.13 or later, this is {torch.__version__}: in it, a capture that fails "
-                "leaves random numbers raising, a dropout's in your training step, say"
-            )
         if not special_tokens and output == "words":
             raise ConfigError(
                 "special_tokens=False has no effect on output='words': no special token is part of a word"
@@ -138,7 +127,6 @@ class Encoder(BatchedForward):
         self.normalize = normalize
         self.output_dtype = output_dtype
         self._last_layer: int = config.num_hidden_layers
-        self.cuda_graphs = cuda_graphs
         self._max_forward_tokens = max_forward_tokens
         self._found_forward_tokens: dict[torch.device, int] = {}
         self._check_pooler(model)
@@ -225,7 +213,6 @@ class Encoder(BatchedForward):
             run = self._feed_forward() if self.device.type == "cpu" else self._dummy_forward
             with self._lock:
                 found = fastest_forward_tokens(tried, run, self.device, FORWARD_TOKENS[self.device.type])
-                self._graphs = None  # of forwards that do not come again
             self._found_forward_tokens[self.device] = found
             logger.info("forwards of %d tokens are fastest on %s", found, self.device)
         return self.max_forward_tokens
@@ -354,7 +341,6 @@ class Encoder(BatchedForward):
             output_dtype=self.dtype,
             packed=None if self.batching.way == "packed" else False,
             max_forward_tokens=self._max_forward_tokens,
-            cuda_graphs=self.cuda_graphs,
         )
         lower.tokenizer = self.tokenizer
         lower._is_measured = self._is_measured
@@ -419,9 +405,7 @@ class Encoder(BatchedForward):
     def forward(self, texts: Sequence[Text] | TokenBatch) -> Embeddings:
         """Encode texts (strings, lists of words, or pairs) or a `TokenBatch` at once; once unfrozen, as `embed`."""
         batch = texts if isinstance(texts, TokenBatch) else self.tokenizer.batch(texts)
-        found = self.embed(batch) if self.trainable else self.encode(batch)
-        self.capture_graph()
-        return found
+        return self.embed(batch) if self.trainable else self.encode(batch)
 
     def encode(self, batch: TokenBatch) -> Embeddings:
         """Encode a batch, longest texts together, in as many forwards as `max_forward_tokens` asks for.

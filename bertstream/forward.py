@@ -6,7 +6,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -14,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import BatchingSupport, Packing, is_plain_mode, plain_mode, register
+from .attention import BatchingSupport, Packing, register
 from .cuda import to_device
 from .errors import EncoderError
 from .fingerprint import note_training
-from .graphs import GraphedForward
 from .layers import kept_inputs, layer_list
 from .pooling import Combine, SentencePooling, WordPooling, combine_layers, pool_runs
 from .types import BoolArray, Embeddings, Int32Array, Output, TokenBatch, cumulate, rows_of, steps
@@ -51,8 +49,6 @@ class BatchedForward(nn.Module):
     _last_layer: int
     _max_forward_tokens: int | None
     _found_forward_tokens: dict[torch.device, int]
-    cuda_graphs = False
-    _graphs: GraphedForward | None = None
     _every_window = False  # the lower half of an encoder gives the vectors of all windows' tokens
 
     def __init__(self) -> None:
@@ -62,7 +58,6 @@ class BatchedForward(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> BatchedForward:
         """As torch does, for all parameters; caches of encoders that share them know that they may change."""
         note_training(p for p in self.parameters() if requires_grad or p.requires_grad)
-        self._graphs = None  # with the memory that they hold
         return super().requires_grad_(requires_grad)
 
     @property
@@ -233,11 +228,13 @@ class BatchedForward(nn.Module):
             texts = waiting.popleft()
             places = rows_of(texts, cu_seqlens)
             index = self._to_device(places)
+            parts = None
             try:
                 parts = forward(batch, places, lengths[texts], None if given is None else given.index_select(0, index))
             except torch.OutOfMemoryError:
                 if len(texts) == 1:
                     raise
+            if parts is None:  # here, where the error no longer holds what the forward has computed
                 self._lower_budget(len(places))
                 waiting.extendleft(np.array_split(texts, 2)[::-1])
                 continue
@@ -250,7 +247,6 @@ class BatchedForward(nn.Module):
     def _lower_budget(self, tokens: int) -> None:
         """After a forward of so many tokens found no memory: later ones are of half as many."""
         self._max_forward_tokens = max(1, tokens // 2)
-        self._graphs = None  # with the memory that they hold
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning(
@@ -281,33 +277,10 @@ class BatchedForward(nn.Module):
         inputs = {"input_ids": batch.input_ids[rows], "position_ids": positions}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids[rows]
-        inputs = {name: ids.astype(np.int64) for name, ids in inputs.items()}
-        if self.cuda_graphs and given is None and (found := self._replayed(inputs, lengths)) is not None:
-            return found
-        tensors = {name: self._to_device(ids)[None] for name, ids in inputs.items()}
-        packing = Packing(lengths, self._to_device(cumulate(lengths)), int(lengths.max()))
+        tensors = {name: self._to_device(ids.astype(np.int64))[None] for name, ids in inputs.items()}
+        packing = Packing(lengths, self._to_device(cumulate(lengths)))
         given = None if given is None else given[None]
         return [layer[0] for layer in self._run(given, **tensors, packing=packing)]
-
-    def _replayed(self, inputs: dict[str, Any], lengths: Int32Array) -> list[Tensor] | None:
-        """A packed forward by a CUDA graph; None where there is none for it, or in other modes than `plain_mode`."""
-        if self.device.type != "cuda" or not is_plain_mode(self.device):
-            return None
-        graphs = self._graphs
-        if graphs is None or graphs.model is not self.model:
-            self._graphs = graphs = GraphedForward(self.model)
-        return graphs.run(inputs, lengths, self.max_forward_tokens)
-
-    def capture_graph(self) -> None:
-        """Capture a CUDA graph for a forward that ran without one, if there was any; see `cuda_graphs`.
-
-        `next(loader)` and `encoder(texts)` call it. Whoever calls `encode` alone calls it from a thread beside which no
-        other waits for the whole device (`torch.cuda.synchronize()`): CUDA allows neither of the two then.
-        """
-        graphs = self._graphs
-        if graphs is not None and graphs.wanted:
-            with self._lock, plain_mode(self.device):
-                graphs.capture(partial(self._run, None))
 
     def _padded_forward(
         self, batch: TokenBatch, rows: Any, lengths: Int32Array, given: Tensor | None = None
@@ -361,12 +334,8 @@ class BatchedForward(nn.Module):
                     records=texts.tolist(),
                 )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> BatchedForward:
-        self._graphs = None  # over weights where they were
-        return cast(BatchedForward, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
-
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_graphs")}
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         register()  # the process that unpickles it may not have made one itself

@@ -18,22 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 from torch.overrides import TorchFunctionMode
 
-from bertstream import cache, graphs, memory
+from bertstream import cache, memory
 from bertstream.cuda import InTurn
 from bertstream.forward import BatchedForward
 
 CUDA = torch.device("cuda", 0)
-
-
-class Recorded:
-    """Stands for `GraphPool`: the work is done when it is replayed, not when it is captured."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def capture(self, work: Callable[[], object]) -> Callable[[], object]:
-        """The work itself, which then runs over the same memory."""
-        return work
 
 
 @contextmanager
@@ -41,12 +30,8 @@ def fake_cuda(encoder: BatchedForward, monkeypatch: pytest.MonkeyPatch) -> Itera
     """Inside this context the encoder is on the device, which has the flash kernel; its weights are lost."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _checked(varlen_attn))
-    monkeypatch.setattr(graphs, "GraphPool", Recorded)
-    for module in (graphs, memory):
-        monkeypatch.setattr(module, "InTurn", lambda device: InTurn(torch.device("cpu")))
+    monkeypatch.setattr(memory, "InTurn", lambda device: InTurn(torch.device("cpu")))
     monkeypatch.setattr(cache, "resolve_device", torch.device)
-    monkeypatch.setattr(graphs, "weights_state", lambda model: 1)
-    monkeypatch.setattr(graphs, "worst_error", lambda found, right: 0.0)
     mode = FakeTensorMode()
     with mode, _Device(mode):
         for module in encoder.model.modules():

@@ -50,7 +50,7 @@ def tiny(model: type[nn.Module], config: type[Any], **options: Any) -> nn.Module
 
 
 def packing_of(lengths: list[int]) -> Packing:
-    return Packing(np.array(lengths, np.int32), torch.from_numpy(cumulate(np.array(lengths))), max(lengths, default=0))
+    return Packing(np.array(lengths, np.int32), torch.from_numpy(cumulate(np.array(lengths))))
 
 
 def qkv(tokens: int) -> list[torch.Tensor]:

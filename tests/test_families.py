@@ -223,22 +223,17 @@ def test_half_precision_stays_close(family: tuple[str, nn.Module], minilm_folder
 
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("output", ["tokens", "words", "sentence"])
-@pytest.mark.parametrize(("dtype", "graphs"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_on_a_device_all_is_there_and_the_host_never_waits(
-    name: str, minilm_folder: str, monkeypatch: pytest.MonkeyPatch, output: Any, dtype: Any, graphs: bool
+    name: str, minilm_folder: str, monkeypatch: pytest.MonkeyPatch, output: Any, dtype: Any
 ) -> None:
-    options = {"output": output, "dtype": dtype, "layers": (1, -1)}
-    encoder = encoder_of((name, make(name)), minilm_folder, **options)
-    encoder.cuda_graphs = graphs
+    encoder = encoder_of((name, make(name)), minilm_folder, output=output, dtype=dtype, layers=(1, -1))
     texts: list[Text] = [WORDS, [], ["one"], WORDS]
     batch, right = encoder.tokenizer.batch(texts), encoder(texts).values
     with fake_cuda(encoder, monkeypatch):
-        for _ in range(2):
-            found = encoder.encode(batch)
-            encoder.capture_graph()
-            assert found.values.device == found.cu_seqlens.device == CUDA and found.lengths.device.type == "cpu"
-            assert found.values.shape == right.shape and found.values.dtype == right.dtype
-        assert not graphs or (encoder._graphs is not None and encoder._graphs.captured == 1)
+        found = encoder.encode(batch)
+        assert found.values.device == found.cu_seqlens.device == CUDA and found.lengths.device.type == "cpu"
+        assert found.values.shape == right.shape and found.values.dtype == right.dtype
 
 
 def test_the_users_model_is_never_changed(family: tuple[str, nn.Module], minilm_folder: str) -> None:

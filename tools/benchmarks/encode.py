@@ -26,9 +26,7 @@ BATCH = 32
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--without", nargs="+", default=[], help="contenders that stay at home, by their beginnings")
-    command.add_argument(
-        "--also", nargs="+", choices=["graphs", "compiled"], default=[], help="the encoder in other ways, too"
-    )
+    command.add_argument("--compiled", action="store_true", help="the encoder's model by torch.compile, too")
 
 
 def encode(arguments: argparse.Namespace) -> dict[str, object]:
@@ -101,9 +99,7 @@ def line_up(arguments: argparse.Namespace, shard: Path) -> tuple[dict[str, Calla
         makers[f"sentence_transformers_{dtype}"] = partial(SentenceTransformers, folder, dtype, device)
     for dtype in arguments.dtypes:
         makers[f"bertstream_{dtype}"] = lambda dtype=dtype: own[dtype]
-        if "graphs" in arguments.also:
-            makers[f"bertstream_graphs_{dtype}"] = partial(Own, model, dtype, device, cuda_graphs=True)
-        if "compiled" in arguments.also:
+        if arguments.compiled:
             makers[f"bertstream_compiled_{dtype}"] = partial(Own, model, dtype, device, compiled=True)
         makers[f"stream_{dtype}"] = partial(Stream, shard, model, dtype, device)
     contenders, absent = {}, {}
@@ -195,13 +191,10 @@ class Flair:
 class Own:
     """All texts in one call of the encoder."""
 
-    def __init__(
-        self, name: str, dtype: str, device: str, *, cuda_graphs: bool = False, compiled: bool = False
-    ) -> None:
+    def __init__(self, name: str, dtype: str, device: str, *, compiled: bool = False) -> None:
         self.encoder = bertstream.Encoder.from_pretrained(
             name, dtype=dtype, device=device, overflow="truncate", max_length=512
         )
-        self.encoder.cuda_graphs = cuda_graphs  # with torch before 2.13 too, which `Encoder` refuses
         if compiled:
             self.encoder.model.compile(dynamic=True)
         self.encoder.calibrate()

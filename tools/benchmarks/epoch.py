@@ -21,7 +21,6 @@ from .common import finish, ratio, read_all, take_turns, texts_of
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=int, default=32)
-    command.add_argument("--cuda-graphs", action="store_true", help="the encoder's forwards are replayed")
     command.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))
 
 
@@ -31,7 +30,6 @@ def epoch(arguments: argparse.Namespace) -> dict[str, object]:
     encoder = bertstream.Encoder.from_pretrained(
         arguments.model, dtype=arguments.dtypes[0], device=arguments.device, overflow="truncate"
     )
-    encoder.cuda_graphs = arguments.cuda_graphs  # with torch before 2.13 too, which `Encoder` refuses
     with tempfile.TemporaryDirectory() as folder:
         shard = Path(folder) / "corpus.jsonl"
         shard.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
