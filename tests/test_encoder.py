@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,29 @@ def test_a_forward_that_finds_no_memory_is_split_and_later_ones_are_smaller(
     monkeypatch.setattr(encoder.model, "forward", lambda **named: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(torch.OutOfMemoryError):
         encoder([longest])  # a single text cannot be split
+
+
+def test_what_a_forward_without_memory_had_computed_is_let_go_before_the_cache_is_emptied(
+    tokenizer: Any, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Encoder(tiny_bert(), tokenizer, max_forward_tokens=4096)
+    run, computed, alive = encoder.model.forward, [], []
+
+    def forward(input_ids: Tensor, **named: Any) -> Any:
+        hidden = run(input_ids=input_ids, **named)
+        if input_ids.numel() > 300:
+            computed.append(weakref.ref(hidden.last_hidden_state))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden
+
+    def lower(tokens: int) -> None:
+        alive.append(computed[-1]() is not None)
+        encoder._max_forward_tokens = tokens // 2
+
+    monkeypatch.setattr(encoder.model, "forward", forward)
+    monkeypatch.setattr(encoder, "_lower_budget", lower)
+    encoder(sentences[:100])
+    assert alive and not any(alive)
 
 
 def test_a_model_saved_in_half_precision_still_runs_in_the_dtype_asked_for(minilm_folder: str, tmp_path: Path) -> None:
