@@ -202,7 +202,7 @@ def test_options_pickle_and_hide_passwords() -> None:
     ("arguments", "message"),
     [
         ({"text": ""}, "text names the field"),
-        ({"text": ["a"]}, "text names the field"),
+        ({"text": ["a"]}, r"text names the field.*of several fields come from a DataLoader, by wrap"),
         ({"fields": "label"}, r"fields=\['label'\]"),
         ({"fields": [1]}, "names of fields"),
         ({"fields": {"label": "int"}}, "names to functions"),
