@@ -119,8 +119,8 @@ class ReadOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text:
             raise ConfigError(
-                f"text names the field that holds the text, a str; got {self.text!r}. Shards are read for one text (or two "
-                "as one, by pair=); vectors of several fields come from a DataLoader, by wrap(loader, encoder, text=(...))"
+                f"text names the field that holds the text, a str; got {self.text!r}. Shards are read for one text, or "
+                "two as one by pair=; vectors of several fields come from a DataLoader, by wrap(..., text=(...))"
             )
         if self.pair is not None and (not isinstance(self.pair, str) or self.pair in ("", self.text)):
             raise ConfigError(f"pair names the field that holds the second text, another str; got {self.pair!r}")
