@@ -6,9 +6,15 @@ import ctypes
 import gc
 import os
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
 
 
 def usable_cores() -> int:
@@ -26,6 +32,20 @@ def release_helpers() -> None:
     """
     for library in _openmp():
         library.omp_pause_resource_all(_SOFT)
+
+
+def on_one_core(run: Callable[[], Result]) -> Result:
+    """What `run` gives, called in a thread of its own whose torch operations have no helper threads."""
+
+    def begin() -> None:
+        torch.get_num_threads()  # a thread's number is set when it is first asked for, so that comes first
+        torch.set_num_threads(1)
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(1, initializer=begin) as thread:
+        thread.submit(int).result()
+        torch.set_num_threads(threads)  # for others that begin from now on; that thread keeps its 1
+        return thread.submit(run).result()
 
 
 def trim_heap() -> None:

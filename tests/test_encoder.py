@@ -264,15 +264,34 @@ def test_damaged_weights_of_a_package_are_refused(
         Encoder.from_pretrained("all-MiniLM-L6-v2")
 
 
-def test_the_measured_dtype_is_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
+@pytest.mark.parametrize(("float32_ticks", "chosen"), [(1, torch.float32), (1.4, torch.float32), (1.6, torch.bfloat16)])
+def test_the_measured_dtype_is_the_one_that_is_clearly_faster(
+    float32_ticks: float, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, linear, now = torch.device("cpu"), torch.nn.functional.linear, 0.0
+
+    def timed(rows: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        now += float32_ticks if rows.dtype == torch.float32 else 1.0
+        return linear(rows, *weights)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", timed)
+    monkeypatch.setattr(loading.time, "thread_time", lambda: now)
+    monkeypatch.setattr(loading.sys, "platform", "linux")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert loading.fastest_dtype(cpu, 64) == chosen
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert loading.fastest_dtype(cpu, 64) == torch.float32
+
+
+def test_measuring_changes_nothing_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not its random numbers, not its threads; and that the machine has other work to do is not counted."""
+    monkeypatch.setattr(loading.sys, "platform", "linux")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    clock = iter(range(1000))
-    # Every product takes one tick of this clock, so bfloat16 is no faster and must not be chosen.
-    monkeypatch.setattr(loading.time, "perf_counter", lambda: next(clock))
-    assert loading.fastest_dtype(cpu, 64) == torch.float32
+    monkeypatch.setattr(loading.time, "perf_counter", None)
+    random, threads = torch.get_rng_state(), torch.get_num_threads()
+    loading.fastest_dtype(torch.device("cpu"), 64)
+    assert torch.equal(torch.get_rng_state(), random) and torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(("seconds_a_token", "chosen"), [({1024: 2, 2048: 3, 4096: 4}, 1024), ({4096: 0.99}, 2048)])

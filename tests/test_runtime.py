@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from conftest import ROOT
 
 from bertstream import runtime
-from bertstream.runtime import release_helpers, trim_heap, usable_cores
+from bertstream.runtime import on_one_core, release_helpers, trim_heap, usable_cores
 
 
 def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +38,21 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_what_runs_on_one_core_leaves_all_other_threads_theirs() -> None:
+    def threads_of_a_new_one() -> int:
+        with ThreadPoolExecutor(1) as other:
+            return other.submit(torch.get_num_threads).result()
+
+    def run() -> tuple[float, int, int]:
+        return compute(), torch.get_num_threads(), threads_of_a_new_one()
+
+    assert on_one_core(run) == (pytest.approx(compute()), 1, 2)
+    assert torch.get_num_threads() == threads_of_a_new_one() == 2
+    with pytest.raises(ZeroDivisionError):
+        on_one_core(lambda: 1 // 0)
 
 
 PROGRAM = """
