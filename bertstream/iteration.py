@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from torch.utils.data import DataLoader
 
 from .dataset import Skip, TextStream
-from .errors import BertstreamError, LoaderClosedError
+from .errors import LoaderClosedError
 from .places import Place
 from .prefetch import Prefetcher
 from .stages import Stages
@@ -153,8 +153,6 @@ class Entry:
 def located(source: Source[Any], stream: TextStream | None) -> Iterator[Entry]:
     """Batches, and `Skip`s of lanes that have just ended, each with the places behind them."""
     for item in source:
-        if isinstance(item, BertstreamError):
-            raise item
         cursors: list[Cursor | None] = []
         if stream is not None and isinstance(item, TokenBatch):
             cursors = [None] * stream.world_size

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import BertstreamError, ConfigError
 from .types import Embeddings, Layout, SupportsTokenize, TokenBatch
 
 Place: TypeAlias = str | int
@@ -90,6 +90,8 @@ def texts_of(
 ) -> dict[Place | None, TokenBatch]:
     """The texts at these places of somebody's batch, as tokens; at None where the batch is the texts.
 
+    Where they were tokenized in a worker process, an error may stand there in their place: it is raised here.
+
     Args:
         batch: a `TokenBatch`, or anything that holds texts or tokens.
         places: where.
@@ -98,7 +100,10 @@ def texts_of(
     Raises:
         ConfigError: a place names nothing, or what stands there is no batch of texts.
         EncoderError: a text cannot be tokenized.
+        BertstreamError: what a worker process found.
     """
+    if isinstance(batch, BertstreamError):
+        raise batch
     if isinstance(batch, TokenBatch):
         if pair is not None:
             raise ConfigError(f"pair={pair!r}: the batches are tokenized already, give it to what tokenizes them")
@@ -106,6 +111,8 @@ def texts_of(
     out = {}
     for place in places or (None,):
         texts = batch if place is None else get_place(batch, place)
+        if isinstance(texts, BertstreamError):  # of a `TokenCollate` within a collate_fn of the user's
+            raise texts
         if pair is not None:
             out[place] = TokenBatch.from_texts(tokenizer(_paired(texts, get_place(batch, pair, "pair"), place, pair)))
             continue
@@ -192,9 +199,10 @@ def _check_texts(texts: Any, where: str) -> None:
         raise ConfigError(f"{where} is a {kind}: a batch of texts is a list of strings or of lists of words")
     if any(isinstance(entry, tuple) for entry in texts):
         raise ConfigError(
-            f"{where} holds tuples: torch's default collate turns lists of words inside out, so that the first "
-            "words of all texts stand together. Give the DataLoader "
-            "collate_fn=bertstream.TokenCollate(encoder, text=...), which also takes pairs of texts as tuples"
+            f"{where} holds tuples: torch's default collate turns lists inside out, so that the first words of all "
+            "texts stand together. Give the DataLoader collate_fn=bertstream.TokenCollate(encoder, text=...), which "
+            "also takes pairs of texts as tuples; or, for several texts a row, one of your own that lays them behind "
+            "one another"
         )
 
 

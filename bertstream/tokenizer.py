@@ -321,7 +321,7 @@ def _parts(text: Any, place: int) -> list[Any]:
     well_formed = all(isinstance(string, str) for string in strings) and len(set(lists)) == 1
     if not well_formed or (isinstance(text, tuple) and len(parts) != 2):
         raise EncoderError(
-            f"text {place} is {shortened(text)}, a {type(text).__name__}: a text is a string, a list of words, or a "
+            f"text {place} is {shortened(text)} ({type(text).__name__}): a text is a string, a list of words, or a "
             "tuple of two of either",
             records=(place,),
         )

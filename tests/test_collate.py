@@ -273,7 +273,7 @@ def test_a_ragged_column_leaves_a_worker_as_one_memory(encoder: Any, tags: Any) 
 @pytest.mark.parametrize(
     ("text", "bad", "message"),
     [
-        ("said", None, "field 'said': text 1 is None, a NoneType"),
+        ("said", None, "field 'said': text 1 is None (NoneType)"),
         ("said", "bank " * 30, "field 'said': text 1 has 32 tokens, the model takes 16: 'bank bank "),
     ],
 )

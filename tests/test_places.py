@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import BatchEncoding
 
 from bertstream import Embeddings, TokenBatch
-from bertstream.errors import ConfigError, EncoderError
+from bertstream.errors import ConfigError, EncoderError, ShardError
 from bertstream.places import Place, as_places, as_tensors, get_place, put_places, texts_of, with_vectors
 from bertstream.testing import FakeEncoder, FakeTokenizer
 from bertstream.types import Text
@@ -195,6 +195,16 @@ def test_an_error_of_the_tokenizer_arrives_as_it_is() -> None:
 
     with pytest.raises(EncoderError) as caught:
         texts_of(["a"], None, fail)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    "batch_of", [lambda error: error, lambda error: {"said": error}, lambda error: {"said": ["a"], "heard": error}]
+)
+def test_an_error_that_a_worker_process_sent_in_place_of_texts_is_raised(batch_of: Any) -> None:
+    error = ShardError("broken", path="a.jsonl", index=3)
+    with pytest.raises(ShardError) as caught:
+        texts_of(batch_of(error), ("said", "heard"), FakeTokenizer())
     assert caught.value is error
 
 

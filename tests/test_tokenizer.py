@@ -328,7 +328,7 @@ def test_a_text_that_is_too_long_is_named_and_shown_in_short(auto: Any, text: Te
 def test_what_is_no_text_is_refused_with_its_place_and_value(auto: Any, text: Any, kind: str) -> None:
     with pytest.raises(EncoderError) as caught:
         TextTokenizer(auto, max_length=16)(["fine", text])
-    assert str(caught.value).startswith(f"text 1 is {text!r}, a {kind}: a text is a string, a list of words, or")
+    assert str(caught.value).startswith(f"text 1 is {text!r} ({kind}): a text is a string, a list of words, or")
     assert caught.value.records == (1,)
 
 
