@@ -65,8 +65,9 @@ class EmbeddingCache:
 
     Hand it to `wrap`, `stream` or `warm`; several loaders and encoders whose rows have one size may share it. Batches
     are the same with and without it, up to the last bits, in which a row depends on the batch it was encoded in. It
-    holds nothing stale: another encoder, other weights or other settings make other keys, and while a parameter of the
-    encoder requires a gradient the cache is off.
+    holds nothing stale: another encoder, other weights or other settings make other keys (for weights that are written
+    to through `.data`, once `encoder.freeze()` was called), and while a parameter of the encoder requires a gradient
+    the cache is off.
 
     Args:
         memory: bytes in memory, index included: a number, or a string such as "2GiB" or "500MB"; 0 for none.
@@ -353,7 +354,7 @@ class CachedEncoder:
                 except EncoderError:
                     # Its places are those of the texts that were missing; the whole batch has the same fault.
                     return self._encoded(batch)
-            values = to_device(self._codec.unpack(rows), self.device)
+            values = self._codec.unpack(to_device(rows, self.device))  # on the way they are smaller
             return self._encoder.assemble(values, batch)
 
     def _encoded(self, batch: TokenBatch) -> Embeddings:

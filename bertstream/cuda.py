@@ -29,6 +29,11 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def follow(self) -> None:
+        """What is queued from now on waits for all that the calling thread's current stream has been given."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
     def run(self) -> AbstractContextManager[object]:
         """Work inside this context is queued on the side stream."""
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
@@ -53,27 +58,28 @@ class SideStream:
 
 
 class InTurn:
-    """Work on memory that several streams share: each piece waits, on the device, for the one queued before it.
+    """Work on memory that several streams share: each piece waits, on the device, for the one queued before it."""
 
-    Args:
-        device: where the memory is; on any device but CUDA this does nothing.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._last: torch.cuda.Event | None = None
 
     @contextmanager
-    def use(self, shared: Tensor) -> Iterator[None]:
-        """Work in this context is queued on the current stream, in its turn; for one thread at a time."""
-        if self._device.type != "cuda":
+    def use(self, device: torch.device, *shared: Tensor) -> Iterator[None]:
+        """Work in this context is queued on the current stream, in its turn; for one thread at a time.
+
+        Args:
+            device: where the memory is; on any device but CUDA this does nothing.
+            shared: memory that may be freed while work on it is queued.
+        """
+        if device.type != "cuda":
             yield
             return
-        stream = torch.cuda.current_stream(self._device)
+        stream = torch.cuda.current_stream(device)
         if self._last is not None:
             stream.wait_event(self._last)
         try:
             yield
         finally:
-            shared.record_stream(stream)  # freed, it is not handed out again before this work is done
+            for tensor in shared:
+                tensor.record_stream(stream)  # freed, it is not handed out again before this work is done
             self._last = stream.record_event()

@@ -93,6 +93,13 @@ class EncodeStage:
         self._side = SideStream(self._device)
         self._said_trainable = False
 
+    def begin(self) -> None:
+        """To be called by the thread that iterates, before `run`: what it did to the weights comes first."""
+        if self._encoder.device != self._device:  # it was moved
+            self._device = self._encoder.device
+            self._side = SideStream(self._device)
+        self._side.follow()
+
     def run(
         self,
         entries: Iterator[Entry],
@@ -110,9 +117,6 @@ class EncodeStage:
             limit, by_the_clock: of `Groups`.
             in_step: from the groups to those that are encoded, where other ranks have a say.
         """
-        if self._encoder.device != self._device:  # it was moved
-            self._device = self._encoder.device
-            self._side = SideStream(self._device)
         groups = Groups(
             self._tokenized(entries, run), weigh=lambda entry: entry.weight, limit=limit, by_the_clock=by_the_clock
         )
@@ -137,8 +141,7 @@ class EncodeStage:
                 del item  # its memory is the consumer's now, not ours until the next group
                 yield from ready
         except Exception as error:
-            steps.throw(error)  # there other ranks are told of it
-            raise
+            steps.throw(error)  # there other ranks are told of it, and it is raised again
 
     def hand_over(self, item: Ready) -> None:
         """Make the vectors safe to use here; those of an encoder that is trained are for the model to compute."""

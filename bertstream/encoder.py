@@ -202,16 +202,17 @@ class Encoder(BatchedForward):
     def calibrate(self) -> int:
         """Measure how many tokens of one forward are fastest on this device; once, and not where a number was given.
 
-        On a CPU the feed-forward products of one layer are timed, on CUDA whole forwards: a second at most. A loader
-        calls it when it starts; one that is deterministic has nothing measured from when it is made.
+        On a CPU the feed-forward products of one layer are timed, on CUDA whole forwards: for a second, and as long as
+        the slowest of them takes. A loader calls it when it starts, unless the encoder is trained; one that is
+        deterministic has nothing measured from when it is made.
 
         Returns:
             `max_forward_tokens`, as it is from now on.
         """
-        tried = _TRIED_TOKENS.get(self.device.type) if self._is_measured else None
+        tried = _TRIED_TOKENS.get(self.device.type) if self._is_measured and not self.trainable else None
         if self._max_forward_tokens is None and self.device not in self._found_forward_tokens and tried is not None:
             run = self._feed_forward() if self.device.type == "cpu" else self._dummy_forward
-            with self._lock:
+            with self._weights():
                 found = fastest_forward_tokens(tried, run, self.device, FORWARD_TOKENS[self.device.type])
             self._found_forward_tokens[self.device] = found
             logger.info("forwards of %d tokens are fastest on %s", found, self.device)
@@ -253,9 +254,10 @@ class Encoder(BatchedForward):
         """As torch does, for all parameters; see `unfreeze`, which leaves out those that nothing uses."""
         if not requires_grad:
             super().train(False)  # before another thread encodes again
-        super().requires_grad_(requires_grad)
-        self.trainable = requires_grad
-        self.times_frozen += not requires_grad
+        with self._weights():  # what encodes from here on finds what optimizers have queued
+            super().requires_grad_(requires_grad)
+            self.trainable = requires_grad
+            self.times_frozen += not requires_grad
         return self.train(self._mode)
 
     _mode = _said_half = False
@@ -303,9 +305,10 @@ class Encoder(BatchedForward):
                 )
         self.requires_grad_(False)
         note_training(chosen)
-        for parameter in chosen:
-            parameter.requires_grad_(True)
-        self.trainable = bool(chosen)
+        with self._weights():  # what optimizers queue from here on waits for all that was encoded
+            for parameter in chosen:
+                parameter.requires_grad_(True)
+            self.trainable = bool(chosen)
         self._said_half = self._said_half or warn_of_half(chosen)
         return self.train(self._mode)
 
@@ -444,7 +447,8 @@ class Encoder(BatchedForward):
         """What stands for everything that changes the vectors of given tokens: weights, config and settings.
 
         The weights are read once, and again when they may be others: after any of them required a gradient, was
-        written to in place, moved or converted.
+        written to in place, moved or converted, and after `freeze`. What writes through `.data` (the averages of an
+        EMA, say) leaves no trace: call `freeze` behind it.
 
         Returns:
             16 bytes, the same in every process; None while a parameter requires a gradient, because optimizers change
@@ -459,7 +463,8 @@ class Encoder(BatchedForward):
             config: Any = self.model.config
             settings = (self.output, self.layers, self.combine, self.pooling, self.special_tokens, self.normalize)
             about = (settings, self.output_dtype, *(["every window"] if self._every_window else []))
-            known = state, hash_weights(self.model, repr(about), config.to_dict())
+            with self._weights():
+                known = state, hash_weights(self.model, repr(about), config.to_dict())
             self._fingerprint = known
         return known[1]
 

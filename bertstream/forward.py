@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import BatchingSupport, Packing, register
-from .cuda import to_device
+from .cuda import InTurn, to_device
 from .errors import EncoderError
 from .fingerprint import note_training
 from .layers import kept_inputs, layer_list
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of one forward. On a few CPU cores more no longer fits the activations into the cache; a GPU is bound by
 kernel launches below 5-10 k tokens."""
+
+_LEAST_FORWARD_TOKENS = 256
+"""To which a shortage of memory may bring the tokens of a forward."""
 
 
 class BatchedForward(nn.Module):
@@ -54,11 +58,21 @@ class BatchedForward(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
+        self._weights_in_turn = InTurn()
 
     def requires_grad_(self, requires_grad: bool = True) -> BatchedForward:
         """As torch does, for all parameters; caches of encoders that share them know that they may change."""
         note_training(p for p in self.parameters() if requires_grad or p.requires_grad)
         return super().requires_grad_(requires_grad)
+
+    @contextmanager
+    def _weights(self) -> Iterator[None]:
+        """Reading the weights, or a moment between two optimizers: one thread at a time, and in turn on the device.
+
+        A loader's encoder reads them on a stream of its own, an optimizer writes to them on the training loop's.
+        """
+        with self._lock, self._weights_in_turn.use(self.device):
+            yield
 
     @property
     def embedding_dim(self) -> int:
@@ -161,7 +175,7 @@ class BatchedForward(nn.Module):
 
     def _vectors(self, batch: TokenBatch, given: Tensor | None = None) -> Embeddings:
         """A batch's vectors in the caller's modes; an upper half makes them from given rows [N, H], one a token."""
-        with self._lock:
+        with self._weights():
             layers = self._token_vectors(batch, given)
             if self.output == "words":
                 values = self._words(layers, batch)
@@ -199,17 +213,21 @@ class BatchedForward(nn.Module):
         for how in self.pooling:
             if how in ("cls", "pooler"):  # the first token, which is a special one, whether those count or not
                 first = pool_runs(values, self._to_device(batch.cu_seqlens), "first")
-                parts.append(self._pooler(first) if how == "pooler" else first)
+                parts.append(self._pooler(first, batch.lengths) if how == "pooler" else first)
             else:
                 parts.append(pool_runs(rows, self._to_device(offsets), cast(SentencePooling, how)))
         vectors = parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts], -1)
         return F.normalize(vectors.float(), dim=-1) if self.normalize else vectors
 
-    def _pooler(self, first: Tensor) -> Tensor:
+    def _pooler(self, first: Tensor, lengths: Int32Array) -> Tensor:
         model: Any = self.model
         if hasattr(model, "pooler_activation"):  # albert keeps the two apart
-            return cast(Tensor, model.pooler_activation(model.pooler(first)))
-        return cast(Tensor, model.pooler(first[:, None]))
+            pooled: Tensor = model.pooler_activation(model.pooler(first))
+        else:
+            pooled = model.pooler(first[:, None])
+        if lengths.all():
+            return pooled
+        return pooled.masked_fill(self._to_device(lengths == 0)[:, None], 0)  # of a text without tokens, its bias
 
     def _picked(self, values: Tensor, kept: BoolArray) -> Tensor:
         return values if kept.all() else values.index_select(0, self._to_device(np.flatnonzero(kept)))
@@ -235,7 +253,8 @@ class BatchedForward(nn.Module):
                 if len(texts) == 1:
                     raise
             if parts is None:  # here, where the error no longer holds what the forward has computed
-                self._lower_budget(len(places))
+                packed = self.batching.way == "packed"
+                self._lower_budget(len(places) if packed else len(texts) * int(lengths[texts].max()))
                 waiting.extendleft(np.array_split(texts, 2)[::-1])
                 continue
             layers = layers or [part.new_empty(batch.num_tokens, part.shape[1]) for part in parts]
@@ -245,12 +264,15 @@ class BatchedForward(nn.Module):
         return layers or [torch.zeros(0, size, dtype=self.dtype, device=self.device) for _ in self.layers]
 
     def _lower_budget(self, tokens: int) -> None:
-        """After a forward of so many tokens found no memory: later ones are of half as many."""
-        self._max_forward_tokens = max(1, tokens // 2)
+        """After a forward of so many tokens, padding included, found no memory: later ones are of half as many.
+
+        Small ones are done in halves alone: what took all of the memory for a moment is another's.
+        """
+        self._max_forward_tokens = min(self.max_forward_tokens, max(_LEAST_FORWARD_TOKENS, tokens // 2))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning(
-            "a forward of %d tokens found no memory on %s: from now on max_forward_tokens=%d",
+            "a forward of %d tokens found no memory on %s and is done in halves: from now on max_forward_tokens=%d",
             tokens,
             self.device,
             self._max_forward_tokens,
@@ -335,12 +357,13 @@ class BatchedForward(nn.Module):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_weights_in_turn")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         register()  # the process that unpickles it may not have made one itself
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lock = threading.Lock()
+        self._weights_in_turn = InTurn()
 
 
 def _word_ids(batch: TokenBatch) -> Int32Array:

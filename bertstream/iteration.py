@@ -57,11 +57,15 @@ class Iteration(Iterator[Any]):
             self._handed_out_at = None
         started = time.perf_counter()
         self._run.waits_since = time.monotonic()
-        for batch in self._batches:
-            self._run.waits_since = None
-            self._stages.add("wait", started, 1)
-            self._handed_out_at = time.perf_counter()
-            return batch
+        try:
+            for batch in self._batches:
+                self._run.waits_since = None
+                self._stages.add("wait", started, 1)
+                self._handed_out_at = time.perf_counter()
+                return batch
+        except ValueError:  # "generator already executing": `end`, in another thread, is about to close it
+            if self._run.ended_by is None:
+                raise
         if self._run.ended_by is not None:
             raise LoaderClosedError(self._run.ended_by)
         raise StopIteration

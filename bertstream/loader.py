@@ -6,7 +6,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, get_args
@@ -26,11 +26,14 @@ from .places import Place, as_places, check_pair, with_vectors
 from .plots import plot_step
 from .prefetch import Prefetcher, StepClock
 from .ranks import agreed, same_on_every_rank
-from .runtime import release_helpers, usable_cores
+from .runtime import release_helpers, torch_modes, usable_cores
 from .stages import LOOP, WORK, Stage, Stages, Stats, bottleneck
 from .types import Layout, ReadReport, SupportsEncode, TokenBatch
 
 logger = logging.getLogger(__name__)
+
+_LEFT_WAIT_S = 10.0
+"""How long a loop that was left waits for the item that its worker has in progress."""
 
 _PREFETCH = {"cpu": 8}
 """Forwards' worth of tokens that the encoder runs ahead in its thread, else 2. What encoding takes varies from batch to
@@ -87,7 +90,7 @@ def wrap(
         raise ConfigError("an encoder stands where the loader belongs: write wrap(loader, encoder)")
     if not isinstance(loader, Iterable):
         raise ConfigError(f"loader is a {type(loader).__name__}: pass an iterable of batches")
-    places, targets = as_places(text), as_places(into)
+    places, targets = as_places(text), as_places(into, "into")
     check_pair(pair, places)
     if pair is not None and _text_stream(loader) is not None:
         raise ConfigError(f"pair={pair!r} has no effect on a TextStream, which tokenizes: name it there")
@@ -135,9 +138,9 @@ def stream(
     name. Numbers are tensors [B], all else is a list with one entry a text.
 
     Args:
-        shards: paths or URLs of WebDataset tars, jsonl, csv, tsv or txt files, each also with `.gz`; braces
-            (`train-{000..146}.tar`), globs, or a list of them. Or a dataset of rows: a Hugging Face `Dataset` or
-            `IterableDataset`, or a list or map-style dataset of dicts.
+        shards: paths or URLs of WebDataset tars, jsonl, csv, tsv, txt or Parquet files, all but the last also with
+            `.gz` or `.zst`; braces (`train-{000..146}.tar`), globs, or a list of them. Or a dataset of rows: a Hugging
+            Face `Dataset` or `IterableDataset`, or a list or map-style dataset of dicts.
         encoder: what turns texts into vectors.
         text: the field that holds the text: a member of a tar or a key of its json member, a key of a json line, a
             column; lines of a txt file have the one field "text".
@@ -318,7 +321,8 @@ class EmbeddingLoader:
     def set_epoch(self, epoch: int) -> None:
         """Choose the next iteration's epoch, and hand it to every part of the wrapped loader that has `set_epoch`.
 
-        A state that was loaded keeps its place where the epoch is its own.
+        Within a loop it is the epoch of the loop behind that one. A state that was loaded keeps its place where the
+        epoch is its own.
         """
         if epoch < 0:
             raise ConfigError(f"epoch={epoch}: write a number of at least 0")
@@ -396,8 +400,9 @@ class EmbeddingLoader:
         `epochs`, `batches`, `texts` and `tokens` were handed out; `cut_texts` of them were truncated, by `cut_words`
         (known where texts are lists of words) and `cut_tokens` in all. `bad_records` and `bad_shards` were passed over,
         as `max_bad_records` allowed, and are named in the log; `left_texts` were not handed out, because another rank
-        was through and `uneven="stop"`. `encoded_tokens` went to the encoder in `encode_calls`, `repeated_texts` did
-        not, because the same text was in the same call (a cache counts its own), nor did what a cache holds.
+        was through and `uneven="stop"`: at least so many, they are counted for two seconds. `encoded_tokens` went to
+        the encoder in `encode_calls`, `repeated_texts` did not, because the same text was in the same call (a cache
+        counts its own), nor did what a cache holds.
         `padding_share` is the part that padding would take, were each batch padded to its longest text.
 
         Seconds: `read_s` waiting for the wrapped loader, or for the shards, which are tokenized as they are read;
@@ -481,13 +486,15 @@ class EmbeddingLoader:
 
     def _iterate(self, run: Run) -> Generator[Any, None, None]:
         """One epoch. A generator, so that a loop which is left in any way runs the `finally` at once."""
-        before = replace(self._counts)
+        before, epoch = replace(self._counts), self.epoch
         state = self._state_of_source if self._stream is None and self._source_has_state else None
         if self._peers is not None:
             self._peers.begin()
         with self._others_told():
             source = Source(self._start_reading(), state, self._stages)
+        self._encoding.begin()
         ready = self._encoded(source, run)
+        left = False
         worker: Iterator[Ready | Skip] = ready
         try:
             # The first batch is read in this thread: a sampler draws its seed from torch's global generator then, and
@@ -516,17 +523,24 @@ class EmbeddingLoader:
                 clock.end()
                 del batch
             if run.ended_by is None:
-                self._end_epoch()
+                self._end_epoch(epoch)
                 self._report_truncation(before)
+        except GeneratorExit:
+            left = True
+            raise
         finally:
             run.worker = None
             run.is_over = True
+            ended = True
             if isinstance(worker, Prefetcher):
-                worker.close()
+                # What was left may be closed by a garbage collection, anywhere: also within a forward, whose lock the
+                # worker waits for. So it is not waited for without an end; it then closes what it reads itself.
+                ended = worker.close(_LEFT_WAIT_S if left else None)
                 self._counts.room_wait_s += worker.put_wait_s
                 self._counts.peak_ahead_tokens = max(self._counts.peak_ahead_tokens, worker.peak_weight)
-            ready.close()
-            source.close()
+            if ended:
+                ready.close()
+                source.close()
 
     def _runs_ahead(self, clock: StepClock) -> bool:
         if self._prefetch is not None:
@@ -535,7 +549,7 @@ class EmbeddingLoader:
 
     def _ahead(self, ready: Iterator[Ready | Skip]) -> Prefetcher[Ready | Skip]:
         return Prefetcher(
-            ready,
+            _entered(torch_modes(), ready),
             weigh=lambda item: 0 if isinstance(item, Skip) else item.tokens,
             limit=(self._prefetch or _PREFETCH.get(self.encoder.device.type, 2)) * self.encoder.max_forward_tokens,
             stage="encode",
@@ -583,13 +597,15 @@ class EmbeddingLoader:
         if own is not None and self._peers is None:
             own.drop(skip.lane)
 
-    def _end_epoch(self) -> None:
-        self._own_epoch += 1
+    def _end_epoch(self, epoch: int) -> None:
         self._source_state = None
         if self._stream is not None:
             self._stream.bad_records.check_some_were_good()
-            self._stream.set_epoch(self.epoch + 1)
             self._queues = None
+        if self.epoch == epoch:  # else the loop chose another
+            self._own_epoch += 1
+            if self._stream is not None:
+                self._stream.set_epoch(epoch + 1)
         self._counts.epochs += 1
 
     def _report_truncation(self, before: _Counts) -> None:
@@ -670,6 +686,12 @@ class EmbeddingLoader:
             counts.cut_words += int(tokens.cut_words.sum())
             counts.cut_tokens += int(tokens.cut_tokens.sum())
         return with_vectors(item.entry.item, item.embeddings, text=self._places, into=self._into, layout=self._layout)
+
+
+def _entered(modes: AbstractContextManager[object], batches: Iterator[Ready | Skip]) -> Iterator[Ready | Skip]:
+    """The batches, each made within these modes of whatever thread asks for it."""
+    with modes:
+        yield from batches
 
 
 def _report(batch: Any) -> ReadReport | None:

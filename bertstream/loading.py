@@ -118,10 +118,36 @@ def fastest_forward_tokens(
         device: where it runs.
         default: one of the candidates, taken unless another is at least a twentieth faster.
     """
-    rounds = [[_seconds(run, tokens, device) / tokens for tokens in candidates] for _ in range(6)]
-    times = dict(zip(candidates, map(min, zip(*rounds[1:], strict=True)), strict=True))  # the first warms up
-    quickest = min(candidates, key=lambda tokens: times[tokens])
-    return quickest if times[quickest] < 0.95 * times[default] else default
+    candidates = _those_with_memory(candidates, run, device)  # which warms up
+    if default not in candidates:
+        return max(candidates, default=default)
+    times: dict[int, list[float]] = {tokens: [] for tokens in candidates}
+    until = time.perf_counter() + _MEASURED_S
+    for _ in range(5):
+        for tokens in candidates:
+            times[tokens].append(_seconds(run, tokens, device) / tokens)
+        if time.perf_counter() > until:
+            break
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the largest took more than what is chosen may need
+    quickest = min(candidates, key=lambda tokens: min(times[tokens]))
+    return quickest if min(times[quickest]) < 0.95 * min(times[default]) else default
+
+
+_MEASURED_S = 0.5
+"""No round is begun after so long."""
+
+
+def _those_with_memory(candidates: Sequence[int], run: Callable[[int], object], device: torch.device) -> list[int]:
+    """The candidates, but for those that are too large for what memory is left beside the user's own model."""
+    found = []
+    for tokens in candidates:
+        try:
+            _seconds(run, tokens, device)
+        except torch.OutOfMemoryError:
+            break
+        found.append(tokens)
+    return found
 
 
 def _seconds(run: Callable[[int], object], tokens: int, device: torch.device) -> float:

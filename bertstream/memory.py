@@ -48,7 +48,7 @@ class MemoryTier:
         self.device = device
         self.evictions = 0
         self._each = row_bytes + ROW_INDEX_BYTES
-        self._turns = InTurn(device)
+        self._turns = InTurn()
         self._arena = self._new_arena()
         self._clear()
 
@@ -79,7 +79,7 @@ class MemoryTier:
         for key in keys:
             texts.move_to_end(key)
         index = to_device(np.frombuffer(bytearray().join(found), np.int32), self.device)
-        with self._turns.use(self._arena):
+        with self._turns.use(self.device, self._arena):
             return self._arena.index_select(0, index).view(torch.uint8)
 
     def put(self, keys: Sequence[bytes], counts: Sequence[int], rows: Tensor) -> None:
@@ -100,7 +100,7 @@ class MemoryTier:
                 0, to_device(rows_of(np.asarray(chosen), cumulate(np.asarray(counts))), self.device)
             )
         index = to_device(places.astype(np.int64), self.device)
-        with self._turns.use(self._arena):
+        with self._turns.use(self.device, self._arena):
             self._arena.index_copy_(0, index, rows.view(self._arena.dtype))
         as_bytes, start = places.tobytes(), 0
         for i, length in zip(chosen, lengths, strict=True):
@@ -121,7 +121,8 @@ class MemoryTier:
         with torch.inference_mode(False):
             if self.device.type != "cpu":
                 arena = torch.empty(shape, dtype=word, device=self.device)
-                with self._turns.use(arena):  # its first turn: what this stream still does with that memory is before
+                # Its first turn: what this stream still does with that memory is before.
+                with self._turns.use(self.device, arena):
                     return arena
             # Of a bare storage, because `torch.empty` fills what it gives where torch is told to be deterministic. Not
             # of numpy, which asks for huge pages: to find some for 75 MB took from 16 to 160 ms, small ones 21.

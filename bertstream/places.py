@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,8 +18,8 @@ Place: TypeAlias = str | int
 """Where a text stands in a record or batch: a key, a position, or an attribute."""
 
 
-def as_places(text: Place | Sequence[Place] | None) -> tuple[Place, ...] | None:
-    """The user's `text=` as a tuple of places; None stays None."""
+def as_places(text: Place | Sequence[Place] | None, option: str = "text") -> tuple[Place, ...] | None:
+    """The user's `text=`, or another option, as a tuple of places; None stays None."""
     if text is None:
         return None
     places: tuple[Any, ...] = (text,)
@@ -27,7 +27,7 @@ def as_places(text: Place | Sequence[Place] | None) -> tuple[Place, ...] | None:
         places = tuple(text)
     named = all(isinstance(place, (str, int)) and not isinstance(place, bool) for place in places)
     if not places or not named or len(set(places)) < len(places):
-        raise ConfigError(f"text={text!r}: name a key, a position or an attribute, or several different ones")
+        raise ConfigError(f"{option}={text!r}: name a key, a position or an attribute, or several different ones")
     return places
 
 
@@ -131,7 +131,7 @@ def with_vectors(
     """The batch with vectors where its texts were, or at `into`; a `TokenBatch` as a dict of its fields.
 
     Raises:
-        ConfigError: `into` was asked for, and the batch is no dict.
+        ConfigError: `into` was asked for, and the batch is no dict; or another field has the name already.
     """
     vectors: dict[Any, Any] = {
         place: found if layout is None or isinstance(found, TokenBatch) else found.as_layout(layout)
@@ -148,10 +148,18 @@ def with_vectors(
         vectors = dict(zip(into, vectors.values(), strict=True))
         if not isinstance(batch, Mapping):
             raise ConfigError(f"into={into!r} needs batches that are dicts; this is a {type(batch).__name__}")
+        _check_new(into, batch, text, f"into={into!r}")
     if isinstance(batch, Mapping) and layout == "padded":
         masks = {f"{place}_mask": value[1] for place, value in vectors.items() if isinstance(value, tuple)}
+        _check_new(masks, batch, text, "layout='padded'")
         vectors = {p: value[0] if isinstance(value, tuple) else value for p, value in vectors.items()} | masks
     return put_places(batch, vectors)
+
+
+def _check_new(names: Iterable[Any], batch: Mapping[Any, Any], text: tuple[Place, ...] | None, option: str) -> None:
+    taken = [name for name in names if name in batch and name not in (text or ())]
+    if taken:
+        raise ConfigError(f"{option} would write over the batch's own {taken[0]!r}: choose another into=")
 
 
 def describe(holder: Any) -> str:

@@ -46,12 +46,8 @@ class Prefetcher(Generic[T]):
 
     def __init__(self, source: Iterator[T], *, weigh: Callable[[T], int], limit: int, stage: str) -> None:
         self.stage = stage
-        self.source_s = 0.0
-        """Seconds the thread spent in the source."""
         self.put_wait_s = 0.0
         """Seconds the thread waited for room."""
-        self.get_wait_s = 0.0
-        """Seconds the consumer waited for an item."""
         self.peak_weight = 0
         """The heaviest the queue has been."""
         self._weigh = weigh
@@ -73,11 +69,9 @@ class Prefetcher(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        started = time.perf_counter()
         with self._lock:
             while not (self._queue or self._finished):
                 self._changed.wait()
-            self.get_wait_s += time.perf_counter() - started
             if self._queue:
                 item, weight = self._queue.popleft()
                 self._weight -= weight
@@ -96,21 +90,29 @@ class Prefetcher(Generic[T]):
             self._limit = max(self._limit, weight)
             self._changed.notify_all()
 
-    def close(self) -> None:
+    def close(self, patience_s: float | None = None) -> bool:
         """Stop the thread and wait for it: at most as long as the item in progress takes.
 
         What it read ahead is dropped, an error included: that is logged.
+
+        Args:
+            patience_s: leave it to end by itself after so long; None is never.
+        Returns:
+            Whether the thread has ended, as far as one can wait for that.
         """
         if sys.is_finalizing():
-            return  # threads stand still then, and one that stands still cannot be waited for
+            return True  # threads stand still then, and one that stands still cannot be waited for
         self._stop()
         if self._thread is not threading.current_thread():
-            while not self._ended_within(30):
+            while not self._ended_within(patience_s or 30):
                 logger.warning("closing: the %s thread is still busy with the item in progress", self.stage)
+                if patience_s is not None:
+                    return False
             error, self._error = self._error, None
             if error is not None:
                 logger.warning("closing: the %s thread had failed ahead of its consumer: %r", self.stage, error)
         _alive.discard(self)
+        return True
 
     def _stop(self) -> None:
         with self._lock:
@@ -138,13 +140,10 @@ class Prefetcher(Generic[T]):
 
     def _pump(self, source: Iterator[T]) -> None:
         while True:
-            started = time.perf_counter()
             try:
                 item = next(source)
             except StopIteration:
                 return
-            finally:
-                self.source_s += time.perf_counter() - started
             weight = max(1, self._weigh(item))
             started = time.perf_counter()
             with self._lock:

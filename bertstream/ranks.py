@@ -74,7 +74,7 @@ def agreed(
             if not (any(offers) if pad else all(offers)):
                 reason = ""
                 groups.put_back(group)
-                _count_rest(gathered, stream, run, count_left)
+                _count_rest(gathered, run, count_left)
                 return
             count = min(len(offered) for offered in offers if offered)
             is_through = not batches
@@ -108,17 +108,19 @@ def agreed(
                 peers.leave(reason)
 
 
-def _count_rest(
-    gathered: Iterator[list[Entry]], stream: TextStream, run: Run, count_left: Callable[[int], None]
-) -> None:
-    """Count what nobody gets, without keeping the others, who are in the next epoch, from going on."""
-    until = time.monotonic() + stream.rank_timeout_s / 4
+_COUNT_REST_S = 2.0
+"""How long a rank reads on where `uneven="stop"`, to say how many texts nobody got."""
+
+
+def _count_rest(gathered: Iterator[list[Entry]], run: Run, count_left: Callable[[int], None]) -> None:
+    """Count what nobody gets, for a while: the others, who are in the next epoch, wait for this rank there."""
+    until = time.monotonic() + _COUNT_REST_S
     try:
         for group in gathered:
             if run.is_over:
                 return
             if time.monotonic() > until:
-                logger.warning("the rest of the epoch, which no rank gets, takes long to read: left_texts is too low")
+                logger.warning("the rest of the epoch, which no rank gets, is not all read: left_texts is too low")
                 return
             count_left(sum(len(entry.item) for entry in group if isinstance(entry.item, TokenBatch)))
     except Exception as error:

@@ -6,8 +6,9 @@ import ctypes
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +47,30 @@ def on_one_core(run: Callable[[], Result]) -> Result:
         thread.submit(int).result()
         torch.set_num_threads(threads)  # for others that begin from now on; that thread keeps its 1
         return thread.submit(run).result()
+
+
+def torch_modes() -> AbstractContextManager[object]:
+    """What torch keeps for each thread by itself, as it is in the calling one; to be entered in another thread.
+
+    That is the default device, the current CUDA device, and whether gradients are recorded.
+    """
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    device = torch.get_default_device()
+    cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    @contextmanager
+    def entered() -> Iterator[None]:
+        with ExitStack() as modes:
+            if inference:
+                modes.enter_context(torch.inference_mode())
+            modes.enter_context(torch.set_grad_enabled(grad))
+            if device.type != "cpu":
+                modes.enter_context(device)
+            if cuda is not None:
+                modes.enter_context(torch.cuda.device(cuda))
+            yield
+
+    return entered()
 
 
 def trim_heap() -> None:

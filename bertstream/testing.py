@@ -2,8 +2,9 @@
 
 from bertstream.testing import assert_resumes_exactly
 
+
 def test_my_pipeline_resumes() -> None:
-assert_resumes_exactly(lambda: bertstream.stream("shards/*.tar", encoder, text="txt", shuffle=True))
+    assert_resumes_exactly(lambda: bertstream.stream("shards/*.tar", encoder, text="txt", shuffle=True))
 """
 
 from __future__ import annotations

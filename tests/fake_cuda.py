@@ -7,7 +7,7 @@ real device would make it wait. What is computed it does not show.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import EllipsisType
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 from torch.overrides import TorchFunctionMode
 
-from bertstream import cache, memory
+from bertstream import cache
 from bertstream.cuda import InTurn
 from bertstream.forward import BatchedForward
 
@@ -30,7 +30,7 @@ def fake_cuda(encoder: BatchedForward, monkeypatch: pytest.MonkeyPatch) -> Itera
     """Inside this context the encoder is on the device, which has the flash kernel; its weights are lost."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _checked(varlen_attn))
-    monkeypatch.setattr(memory, "InTurn", lambda device: InTurn(torch.device("cpu")))
+    monkeypatch.setattr(InTurn, "use", lambda self, device, *shared: nullcontext())
     monkeypatch.setattr(cache, "resolve_device", torch.device)
     mode = FakeTensorMode()
     with mode, _Device(mode):

@@ -31,7 +31,8 @@ def test_on_a_cpu_the_same_calls_do_nothing() -> None:
         values = torch.ones(2)
     assert side.mark() is None
     side.hand_over(None, [values])
-    with InTurn(torch.device("cpu")).use(values):
+    side.follow()
+    with InTurn().use(values.device, values):
         values += 1
 
 
@@ -50,10 +51,10 @@ def test_each_turn_waits_for_the_one_before_and_keeps_the_memory(monkeypatch: py
             return self.name
 
     shared: Any = SimpleNamespace(record_stream=lambda stream: done.append(f"kept for {stream.name}"))
-    turns = InTurn(torch.device("cuda", 0))
+    turns = InTurn()
     for name in ("one", "two"):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device, name=name: Stream(name))
-        with turns.use(shared):
+        with turns.use(torch.device("cuda", 0), shared):
             done.append("work")
     first = ["work", "kept for one", "one ends"]
     assert done == [*first, "two waits for one", "work", "kept for two", "two ends"]
@@ -109,6 +110,28 @@ def test_packed_bfloat16_vectors_equal_plain_transformers(
     for i, text in enumerate(texts):
         right = plain_minilm(text)
         assert float((found[i].cpu() - right).norm() / right.norm()) <= 0.025
+
+
+@cuda
+@pytest.mark.parametrize("cached", [False, True])
+def test_vectors_are_of_the_weights_that_the_training_stream_has_yet_to_write(
+    minilm_folder: str, sentences: list[str], cached: bool
+) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder)
+    cache = bertstream.EmbeddingCache("64MiB", device=encoder.device) if cached else None
+    loader = bertstream.wrap([sentences[:50]] * 3, encoder, cache=cache)
+    for _ in range(3):
+        encoder.unfreeze()
+        torch.cuda._sleep(100_000_000)
+        with torch.no_grad():
+            for parameter in encoder.parameters():
+                parameter.mul_(0.9)
+        encoder.freeze()
+        found = [batch.values for batch in loader]
+        torch.cuda.synchronize()
+        right = encoder(sentences[:50]).values
+        for values in found:
+            torch.testing.assert_close(values, right, rtol=0.05, atol=0.05)
 
 
 @cuda

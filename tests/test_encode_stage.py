@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bertstream
 from bertstream import Embeddings, EncoderError, TokenBatch
+from bertstream.cuda import SideStream
 from bertstream.dataset import Skip
 from bertstream.encode_stage import EncodeStage, Ready
 from bertstream.iteration import Entry, Run
@@ -79,6 +83,25 @@ def test_a_batch_that_fails_is_named_and_comes_behind_those_before_it(limit: int
         next(run)
     assert caught.value.records == (0,)
     assert list(run) == []
+
+
+def test_an_epoch_follows_what_its_loop_has_done_to_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Side(SideStream):
+        def follow(self) -> None:
+            done.append(f"follows {threading.current_thread().name}")
+
+        def run(self) -> AbstractContextManager[object]:
+            done.append("encodes")
+            return super().run()
+
+    monkeypatch.setattr("bertstream.encode_stage.SideStream", Side)
+    for prefetch in (0, 8):
+        done.clear()
+        loader = bertstream.wrap([["one"]], Frozen(), prefetch=prefetch)
+        assert len(list(loader)) == len(list(loader)) == 1
+        assert done == ["follows MainThread", "encodes"] * 2
 
 
 def test_what_was_made_before_a_training_is_made_again_or_left_to_the_model() -> None:

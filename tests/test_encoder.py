@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from transformers import (
 
 import bertstream
 from bertstream import ConfigError, Embeddings, Encoder, EncoderError, ScalarMix, TokenBatch, loading
+from bertstream.cuda import InTurn
 from bertstream.types import Text
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -114,6 +116,40 @@ def test_a_model_that_cannot_be_packed_is_padded_and_as_exact(
         return own(input_ids=tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0]
 
     assert worst_error(encoder(sentences[:50]), sentences[:50], plain) <= 1e-5
+
+
+def test_a_text_without_any_token_is_a_row_of_zeros_however_it_is_pooled(tokenizer: Any) -> None:
+    no_token = TokenBatch.from_padded(torch.tensor([[101, 102], [0, 0]]), torch.tensor([[1, 1], [0, 0]]))
+    model: Any = tiny_bert()
+    nn.init.ones_(model.pooler.dense.bias)
+    for pooling in ("mean", "cls", "max", "pooler", ("pooler", "mean")):
+        vectors = Encoder(model, tokenizer, output="sentence", pooling=pooling)(no_token).vectors
+        assert vectors[0].any() and not vectors[1].any()
+
+
+def test_weights_are_read_and_written_in_turn(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    """On CUDA an optimizer writes to them on another stream than that on which a loader's encoder reads them."""
+    encoder, turns = Encoder(tiny_bert(), tokenizer).freeze(), []
+
+    @contextmanager
+    def use(self: InTurn, device: torch.device, *shared: Tensor) -> Iterator[None]:
+        turns.append((self, encoder.trainable))
+        yield
+        turns.append((self, encoder.trainable))
+
+    monkeypatch.setattr(InTurn, "use", use)
+
+    def seen(work: Callable[[], object]) -> list[bool]:
+        turns.clear()
+        work()
+        assert {turn for turn, _ in turns} == {encoder._weights_in_turn}
+        return [trainable for _, trainable in turns]
+
+    assert seen(lambda: encoder(["a bank"])) == [False, False]
+    assert seen(encoder.fingerprint) == [False, False]
+    assert seen(encoder.unfreeze)[-2:] == [False, True], "what is trained from here on waits for what was encoded"
+    assert seen(lambda: encoder(["a bank"])) == [True, True]
+    assert seen(encoder.freeze) == [True, False], "what is encoded from here on waits for what was trained"
 
 
 def test_an_empty_batch_and_texts_without_any_token_have_defined_rows(minilm: Encoder, tokenizer: Any) -> None:
@@ -294,6 +330,38 @@ def test_measuring_changes_nothing_of_the_program(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(torch.get_rng_state(), random) and torch.get_num_threads() == threads
 
 
+def test_what_finds_no_memory_is_not_chosen_and_nothing_is_measured_of_an_encoder_that_is_trained(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    asked = []
+
+    def forward(self: Encoder) -> Callable[[int], None]:
+        def run(tokens: int) -> None:
+            asked.append(tokens)
+            if tokens > 1024:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return run
+
+    monkeypatch.setattr(Encoder, "_feed_forward", forward)
+    encoder = Encoder(tiny_bert(), tokenizer).unfreeze()
+    assert encoder.calibrate() == 2048 and asked == []
+    assert encoder.freeze().calibrate() == 1024 and asked == [1024, 2048]
+
+
+def test_measuring_takes_no_longer_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, rounds = 0.0, []
+
+    def run(tokens: int) -> None:
+        nonlocal now
+        now += tokens * 1e-4
+        rounds.append(tokens)
+
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: now)
+    assert loading.fastest_forward_tokens((1024, 2048, 4096), run, torch.device("cpu"), 2048) == 2048
+    assert rounds == [1024, 2048, 4096] * 2
+
+
 @pytest.mark.parametrize(("seconds_a_token", "chosen"), [({1024: 2, 2048: 3, 4096: 4}, 1024), ({4096: 0.99}, 2048)])
 def test_the_number_of_tokens_of_a_forward_is_the_default_unless_another_is_clearly_faster(
     seconds_a_token: dict[int, float], chosen: int, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
@@ -356,6 +424,16 @@ def test_a_forward_that_finds_no_memory_is_split_and_later_ones_are_smaller(
     sizes.clear()
     encoder(sentences[:100])
     assert max(sizes) <= 300
+    before, few = encoder.max_forward_tokens, 3
+    monkeypatch.setattr(encoder.model, "forward", lambda **named: forward_if(few, **named))
+
+    def forward_if(most: int, **named: Any) -> Any:
+        if named["input_ids"].numel() > most + 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(**named)
+
+    encoder(["a bank"] * 30)
+    assert encoder.max_forward_tokens == min(before, 256), "another's shortage makes no forward of each text for good"
     longest = max(sentences, key=len)
     monkeypatch.setattr(encoder.model, "forward", lambda **named: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(torch.OutOfMemoryError):

@@ -15,6 +15,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -323,6 +324,21 @@ def test_set_epoch_reaches_every_part_of_the_wrapped_loader() -> None:
     assert inside.epoch == 4
 
 
+@pytest.mark.parametrize("chosen", [3, 7])
+def test_an_epoch_that_is_chosen_within_a_loop_is_the_next(tmp_path: Path, chosen: int) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 4)
+    for loader in (
+        bertstream.wrap(batches(3), FakeEncoder(), text="text"),
+        bertstream.stream(tmp_path / "a.jsonl", FakeEncoder(), batch_size=2),
+    ):
+        loader.set_epoch(3)
+        for _ in loader:
+            loader.set_epoch(chosen)
+        assert loader.epoch == {3: 4, 7: 7}[chosen]
+        list(loader)
+        assert loader.epoch == {3: 5, 7: 8}[chosen]
+
+
 def test_several_ranks_never_read_the_same_data_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -595,6 +611,100 @@ def test_close_from_another_thread_ends_a_loop_that_waits_with_an_error(prefetch
         for _ in loader:
             time.sleep(0.3)
     closer.join()
+
+
+@pytest.mark.parametrize("prefetch", [0, 8])
+def test_a_loop_that_asks_on_while_another_thread_closes_hears_why_it_ended(prefetch: int) -> None:
+    closing, go_on = threading.Event(), threading.Event()
+
+    class Slow(list[Any]):
+        def __iter__(self) -> Any:
+            return SlowToClose(super().__iter__())
+
+    class SlowToClose:
+        def __init__(self, items: Iterator[Any]) -> None:
+            self.items = items
+
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> Any:
+            return next(self.items)
+
+        def close(self) -> None:
+            closing.set()
+            go_on.wait(10)
+
+    loader = bertstream.wrap(Slow(batches(50)), FakeEncoder(), text="text", prefetch=prefetch)
+    running = iter(loader)
+    next(running)
+    closer = threading.Thread(target=loader.close)
+    closer.start()
+    assert closing.wait(10)
+    with pytest.raises(LoaderClosedError, match="while this loop ran"):
+        next(running)
+    go_on.set()
+    closer.join()
+
+
+def test_a_loop_that_was_left_does_not_wait_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A garbage collection may end it within a forward, whose lock the worker waits for."""
+    monkeypatch.setattr(loading, "_LEFT_WAIT_S", 0.1)
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def wait(batch: TokenBatch) -> None:
+        if batch.num_tokens > 2:
+            waiting.set()
+            go_on.wait(10)
+
+    closed: list[int] = []
+
+    def source() -> Iterator[Any]:
+        try:
+            yield from ({"text": ["a " * n]} for n in (2, 2, 40, 40))
+        finally:
+            closed.append(1)
+
+    class Source:
+        def __iter__(self) -> Iterator[Any]:
+            return source()
+
+    loader = bertstream.wrap(Source(), FakeEncoder(wait), text="text", prefetch=1, deterministic=True)
+    running = iter(loader)
+    next(running)
+    assert waiting.wait(10)
+    del running
+    assert not go_on.is_set()
+    go_on.set()
+    until = time.monotonic() + 10
+    while time.monotonic() < until and not closed:
+        time.sleep(0.01)
+    assert closed, "the worker ends by itself, and what it reads with it"
+
+
+def test_gradients_are_recorded_for_the_users_dataset_where_the_loop_records_them() -> None:
+    def modes() -> list[bool]:
+        asked = DataLoader(Records(6, lambda i: {"text": "a", "grad": torch.is_grad_enabled()}), 2)
+        found = bertstream.wrap(asked, FakeEncoder(), text="text", prefetch=8)
+        return [grad for batch in found for grad in batch["grad"].tolist()]
+
+    assert modes() == [True] * 6
+    with torch.no_grad():
+        assert modes() == [False] * 6
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_token_collate_within_a_users_own_says_what_and_where(minilm: Encoder, num_workers: int) -> None:
+    tokens = TokenCollate(minilm)
+    data = [{"q": "a", "candidates": ["b", "c"]}] * 3 + [{"q": "a", "candidates": [None, "c"]}]
+    collate = partial(flat, tokens) if num_workers else partial(flat, minilm.tokenizer.batch)
+    loader = bertstream.wrap(DataLoader(data, 2, collate_fn=collate, num_workers=num_workers), minilm, text=("q", "c"))
+    with pytest.raises(EncoderError, match=r"text 2 is None \(NoneType\)"):
+        list(loader)
+
+
+def flat(tokens: Callable[[list[Any]], Any], rows: list[Any]) -> dict[str, Any]:
+    return {"q": tokens([row["q"] for row in rows]), "c": tokens([c for row in rows for c in row["candidates"]])}
 
 
 def test_a_closed_loader_says_so() -> None:

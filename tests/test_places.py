@@ -228,6 +228,17 @@ def test_vectors_stand_where_the_texts_were_and_the_rest_is_the_users_own(
         assert all(map(torch.equal, get_place(out, place), (values, mask)))
 
 
+def test_no_field_of_the_users_own_is_written_over() -> None:
+    found: dict[Place | None, Embeddings] = {"text": encoded("a b")}
+    batch = {"text": ["a b"], "text_mask": "mine", "label": "mine"}
+    with pytest.raises(ConfigError, match="layout='padded' would write over the batch's own 'text_mask'"):
+        with_vectors(batch, found, text=("text",), into=None, layout="padded")
+    with pytest.raises(ConfigError, match=r"into=\('label',\) would write over the batch's own 'label'"):
+        with_vectors(batch, found, text=("text",), into=("label",), layout=None)
+    assert with_vectors(batch, found, text=("text",), into=("text",), layout=None) == batch | found
+    assert with_vectors(batch, found, text=("text",), into=("v",), layout="padded").keys() == {*batch, "v", "v_mask"}
+
+
 def test_bare_texts_become_bare_vectors() -> None:
     found = encoded("a b")
     assert with_vectors(["a b"], {None: found}, text=None, into=None, layout=None) is found

@@ -137,6 +137,15 @@ def test_what_no_rank_gets_may_be_broken(caplog: pytest.LogCaptureFixture) -> No
         in_step([([1, 1, error, 1], 1), ([1] * 9, 1)], "stop")
 
 
+def test_what_no_rank_gets_is_counted_for_a_while_only(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("bertstream.ranks._COUNT_REST_S", 0.0)
+    found, left = in_step([([1] * 3, 1), ([1] * 3000, 1)], "stop")
+    assert [sum(map(len, groups)) for groups in found] == [3, 3] and left[1] < 2997
+    assert "is not all read: left_texts is too low" in caplog.text
+
+
 def test_batches_that_were_handed_over_are_let_go() -> None:
     alive: list[weakref.ref[Entry]] = []
 

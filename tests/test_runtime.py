@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from conftest import ROOT
 
 from bertstream import runtime
-from bertstream.runtime import on_one_core, release_helpers, trim_heap, usable_cores
+from bertstream.runtime import on_one_core, release_helpers, torch_modes, trim_heap, usable_cores
 
 
 def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +54,23 @@ def test_what_runs_on_one_core_leaves_all_other_threads_theirs() -> None:
     assert torch.get_num_threads() == threads_of_a_new_one() == 2
     with pytest.raises(ZeroDivisionError):
         on_one_core(lambda: 1 // 0)
+
+
+def test_what_torch_keeps_for_each_thread_can_be_taken_to_another() -> None:
+    def modes() -> tuple[bool, bool, str]:
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_device().type
+
+    def elsewhere(taken: AbstractContextManager[object]) -> tuple[bool, bool, str]:
+        with taken:
+            return modes()
+
+    with ThreadPoolExecutor(1) as other:
+        with torch.device("meta"), torch.no_grad():
+            found = other.submit(elsewhere, torch_modes()).result(), modes()
+        assert found[0] == found[1] == (False, False, "meta")
+        with torch.inference_mode():
+            assert other.submit(elsewhere, torch_modes()).result() == modes() == (False, True, "cpu")
+        assert other.submit(modes).result() == (True, False, "cpu"), "it is left as it was"
 
 
 PROGRAM = """
