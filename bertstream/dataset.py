@@ -184,7 +184,7 @@ class TextStream(IterableDataset[TokenBatch]):
                 "compressed or remote"
             )
         # Shared memory, because a plain attribute does not reach workers that are kept between epochs.
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros(1, dtype=torch.int64, device="cpu").share_memory_()
         self._queue: LaneQueue | None = None
         self._resume: list[list[Cursor] | None] | None = None
         self._resume_epoch = 0

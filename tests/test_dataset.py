@@ -211,6 +211,17 @@ def test_workers_collect_garbage_rarely_and_the_users_process_as_before(tmp_path
     assert min(batch.fields["id"]) > 10_000 and before == (gc.get_threshold(), gc.get_freeze_count())
 
 
+def test_the_default_device_of_the_program_is_not_the_streams(shards: list[str], minilm: Encoder) -> None:
+    """On CUDA its worker processes, which are forked, could not read the epoch."""
+    with torch.device("meta"):
+        stream = TextStream(shards, minilm, batch_size=8, shuffle=True)
+        stream.set_epoch(3)
+        found = identity(iter(stream))
+    again = TextStream(shards, minilm, batch_size=8, shuffle=True)
+    again.set_epoch(3)
+    assert stream.epoch == 3 and found == identity(iter(again))
+
+
 def test_the_epoch_reaches_workers_that_are_kept(shards: list[str], minilm: Encoder) -> None:
     stream = TextStream(shards, minilm, shuffle=True, reading=StreamConfig(window=64, lanes=4))
     loader = DataLoader(stream, batch_size=None, num_workers=1, persistent_workers=True)
