@@ -1,24 +1,17 @@
 """Contextual BERT embeddings, streamed into PyTorch training loops."""
 
-from .cache import EmbeddingCache
-from .collate import TokenCollate
-from .dataset import StreamConfig, TextStream
-from .encoder import Encoder
-from .errors import (
-    BertstreamError,
-    CacheError,
-    ConfigError,
-    EncoderError,
-    LoaderClosedError,
-    ShardError,
-    StateError,
-)
-from .export import embed
+from .caching.cache import EmbeddingCache
+from .embeddings import Embeddings
+from .encoding.encoder import Encoder
+from .encoding.pooling import ScalarMix
+from .errors import BertstreamError, CacheError, ConfigError, EncoderError, LoaderClosedError, ShardError, StateError
+from .jobs.embed import embed
+from .jobs.warm import warm
 from .loader import EmbeddingLoader, stream, wrap
 from .module import BertEmbedding, UnfreezeSchedule
-from .pooling import ScalarMix
-from .precompute import warm
-from .types import Embeddings, TokenBatch
+from .pipeline.collate import TokenCollate
+from .reading.dataset import StreamConfig, TextStream
+from .tokens import TokenBatch
 
 __version__ = "0.1.0"
 

@@ -16,20 +16,22 @@ from typing import Any, NoReturn, get_args
 import torch
 import transformers
 
-from .cache import EmbeddingCache
-from .codec import Storage
-from .dataset import StreamConfig
-from .doctor import examine
-from .encoder import Encoder
+from .caching.cache import EmbeddingCache
+from .caching.codec import Storage
+from .embeddings import Output
+from .encoding.encoder import Encoder
+from .encoding.pooling import Combine
+from .encoding.tokenizer import Overflow
 from .errors import BertstreamError, CacheError, ConfigError, ShardError
-from .export import embed
-from .inspection import Inspection, inspect_shards
-from .parts import PartFormat
-from .plots import check_plot, plot_lengths
-from .pooling import Combine
-from .precompute import warm
-from .tokenizer import Overflow
-from .types import Output
+from .jobs.doctor import examine
+from .jobs.embed import embed
+from .jobs.inspection import Inspection, inspect_shards
+from .jobs.warm import warm
+from .jobs.writers import PartFormat
+from .pipeline.plots import check_plot, plot_lengths
+from .reading.dataset import StreamConfig
+
+logger = logging.getLogger(__name__)
 
 _EXIT_CODES = """exit status:
   0  done
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger(__package__)
+    logger = logging.getLogger("bertstream")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO if options.verbose else logging.WARNING)
     try:

@@ -101,3 +101,8 @@ def shortened(value: object) -> str:
     """A value as messages show it, 80 characters at most."""
     shown = repr(value)
     return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def named(error: BaseException) -> str:
+    """An error as messages show it."""
+    return f"{type(error).__name__}: {error}"

@@ -13,22 +13,28 @@ from typing import Any, get_args
 
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
 
-from .cache import CachedEncoder, EmbeddingCache
-from .dataset import Shards, Skip, StreamConfig, TextStream
-from .distributed import Peers, can_talk, rank_and_world_size
-from .encode_stage import EncodeStage, Ready
-from .encoder import Encoder
+from .caching.cache import CachedEncoder, EmbeddingCache
+from .embeddings import Layout, SupportsEncode
+from .encoding.encoder import Encoder
 from .errors import ConfigError, LoaderClosedError, StateError, check_choice
-from .groups import Groups, group_tokens
-from .iteration import Entry, Iteration, Run, Source, in_workers, located
-from .lanes import STATE_VERSION, LaneQueue, epoch_of, pack_state
-from .places import Place, as_places, check_pair, with_vectors
-from .plots import plot_step
-from .prefetch import Prefetcher, StepClock
-from .ranks import agreed, same_on_every_rank
-from .runtime import release_helpers, torch_modes, usable_cores
-from .stages import LOOP, WORK, Stage, Stages, Stats, bottleneck
-from .types import Layout, ReadReport, SupportsEncode, TokenBatch
+from .pipeline.clocks import Stage, Stages
+from .pipeline.encode import EncodeStage, Ready
+from .pipeline.epoch import Iteration, Run
+from .pipeline.fields import Place, as_places, check_pair, with_vectors
+from .pipeline.groups import Groups, group_tokens
+from .pipeline.lockstep import agreed, same_on_every_rank
+from .pipeline.plots import plot_step
+from .pipeline.source import Entry, Source, in_workers, located
+from .pipeline.stats import LOOP, WORK, Stats, bottleneck
+from .pipeline.step_clock import StepClock
+from .reading.dataset import Shards, StreamConfig, TextStream
+from .reading.lanes import LaneQueue
+from .reading.state import STATE_VERSION, epoch_of, pack_state
+from .reading.window import Skip
+from .system.distributed import Peers, can_talk, rank_and_world_size
+from .system.process import release_helpers, torch_modes, usable_cores
+from .system.threads import Prefetcher
+from .tokens import ReadReport, TokenBatch
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .distributed import can_talk
-from .encoder import Encoder
+from .embeddings import Embeddings, Layout
+from .encoding.encoder import Encoder
 from .errors import ConfigError, EncoderError, check_choice
-from .types import Embeddings, Layout, Text, TokenBatch
+from .system.distributed import can_talk
+from .tokens import Text, TokenBatch
 
 logger = logging.getLogger(__name__)
 

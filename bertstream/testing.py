@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .embeddings import Embeddings
 from .errors import ConfigError
 from .loader import EmbeddingLoader
-from .types import Embeddings, Int32Array, Text, TokenBatch, TokenizedText
+from .tokens import Int32Array, Text, TokenBatch, TokenizedText
 
 
 class FakeTokenizer:

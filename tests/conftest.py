@@ -24,7 +24,7 @@ from hypothesis import settings
 from transformers import AutoModel, AutoTokenizer
 
 from bertstream import Encoder
-from bertstream.types import Text
+from bertstream.tokens import Text
 
 ROOT = Path(__file__).parent.parent
 

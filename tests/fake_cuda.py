@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 from torch.overrides import TorchFunctionMode
 
-from bertstream import cache
-from bertstream.cuda import InTurn
-from bertstream.forward import BatchedForward
+from bertstream.caching import cache
+from bertstream.encoding.forward import BatchedForward
+from bertstream.system.cuda import InTurn
 
 CUDA = torch.device("cuda", 0)
 

@@ -20,7 +20,8 @@ import torch
 import transformers
 
 import bertstream
-from bertstream import EmbeddingCache, Encoder, cli, loading
+from bertstream import EmbeddingCache, Encoder, cli
+from bertstream.encoding import pretrained as loading
 from bertstream.testing import write_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,7 +152,8 @@ def test_a_model_that_is_no_text_encoder_is_told_beside_the_others(call: Call, m
     others = {"images": images, "linear": torch.nn.Linear(1, 1)}
     load = loading.load_pretrained
     monkeypatch.setattr(
-        "bertstream.encoder.load_pretrained", lambda name: (others[name], None, None) if name in others else load(name)
+        "bertstream.encoding.encoder.load_pretrained",
+        lambda name: (others[name], None, None) if name in others else load(name),
     )
     status, out, _ = call("doctor", "--model", *others, "all-MiniLM-L6-v2", "--dtype", "float32", "--json")
     models = json.loads(out)["models"]

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import bertstream
 from bertstream import ConfigError, Encoder, StreamConfig
-from bertstream.attention import Packing, packed_attention
-from bertstream.cuda import InTurn, SideStream
-from bertstream.loading import fastest_dtype, resolve_device
-from bertstream.memory import MemoryTier
-from bertstream.types import Text, cumulate
+from bertstream.caching.memory import MemoryTier
+from bertstream.encoding.attention import Packing, packed_attention
+from bertstream.encoding.autotune import fastest_dtype
+from bertstream.system.cuda import InTurn, SideStream, resolve_device
+from bertstream.tokens import Text, cumulate
 
 cuda = pytest.mark.cuda
 

@@ -53,8 +53,8 @@ from bertstream import (
     TokenCollate,
 )
 from bertstream import loader as loading
-from bertstream import prefetch as prefetching
-from bertstream.types import Text, TokenizedText
+from bertstream.pipeline import step_clock
+from bertstream.tokens import Text, TokenizedText
 
 Pair = namedtuple("Pair", ["sentence", "label"])
 
@@ -408,8 +408,8 @@ class Machine:
         told = SimpleNamespace(
             perf_counter=lambda: self.wall_s, process_time=lambda: self.cpu_s, monotonic=time.monotonic
         )
-        monkeypatch.setattr(prefetching, "time", told)
-        monkeypatch.setattr(prefetching.os, "sched_getaffinity", lambda pid: range(4), raising=False)
+        monkeypatch.setattr(step_clock, "time", told)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4), raising=False)
 
     def spend(self, seconds: float, busy_cores: float) -> None:
         self.wall_s += seconds

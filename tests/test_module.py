@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_families import WORDS, Tokenizer, make
+from families import WORDS, Tokenizer, loss_of, make
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -39,13 +39,6 @@ TEXTS: list[Any] = [
 
 def encoder_of(model: nn.Module, minilm_folder: str, **options: Any) -> Encoder:
     return Encoder(model, Tokenizer(minilm_folder, model), **options)
-
-
-def loss_of(rows: list[Tensor]) -> Tensor:
-    """A number that every element of every row has a say of its own in."""
-    flat = torch.cat([row.reshape(-1) for row in rows])
-    weights = torch.randn(len(flat), generator=torch.Generator().manual_seed(1))
-    return (flat * weights).sum() + (flat**2).sum()
 
 
 def words_of(hidden: list[Tensor], batch: TokenBatch) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader
 
+from bertstream.embeddings import Embeddings, Layout
 from bertstream.errors import ConfigError
-from bertstream.types import Cursor, Embeddings, Layout, Record, TokenBatch, TokenizedText, cumulate
+from bertstream.tokens import Cursor, Record, TokenBatch, TokenizedText, cumulate
 
 H = 3
 LENGTHS = st.lists(st.integers(0, 9), max_size=8)

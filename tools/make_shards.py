@@ -24,8 +24,9 @@ from typing import Any
 from webdataset import ShardWriter
 
 from bertstream.errors import BertstreamError, ConfigError, ShardError
-from bertstream.shards import Piece, ReadOptions, expand_shards, read_records
-from bertstream.types import Record
+from bertstream.reading.records import ReadOptions, read_records
+from bertstream.reading.shards import Piece, expand_shards
+from bertstream.tokens import Record
 
 
 def main(argv: Sequence[str] | None = None) -> None:

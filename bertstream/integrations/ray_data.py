@@ -37,11 +37,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..cache import EmbeddingCache
-from ..coalesce import encode_together
-from ..encoder import Encoder
+from ..caching.cache import EmbeddingCache
+from ..encoding.encoder import Encoder
 from ..errors import ConfigError, shortened
-from ..types import TokenBatch
+from ..pipeline.coalesce import encode_together
+from ..tokens import TokenBatch
 
 
 class Embed:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 import bertstream
-from bertstream.parts import PartFormat
+from bertstream.jobs.writers import PartFormat
 
 from .common import ratio, read_all, take_turns, texts_of
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 import bertstream
-from bertstream.iteration import _WORKER_BATCHES
+from bertstream.pipeline.source import _WORKER_BATCHES
 
 from .common import take_turns, texts_of
 

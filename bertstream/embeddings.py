@@ -1,0 +1,252 @@
+"""Texts as vectors, the layouts they come in, and what an encoder must offer.
+
+Shapes: B texts, T tokens of the longest text, N rows in all, H hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .errors import ConfigError, check_choice, shortened
+from .system.cuda import to_device
+from .tokens import Int32Array, SupportsTokenize, TokenBatch
+
+Output: TypeAlias = Literal["tokens", "words", "sentence"]
+Layout: TypeAlias = Literal["padded", "nested", "packed_sequence", "flat"]
+
+
+@dataclass(eq=False)
+class Embeddings:
+    """A batch of texts as vectors, without padding.
+
+    It owns its tensors; on CUDA they are safe to use on the stream that was current when the batch was handed out.
+
+    Attributes:
+        values: [N, H] one row a token or a word, texts one after the other, or [B, H] one row a text for sentence
+            output; [N, K, H] where K layers are stacked.
+        cu_seqlens: [B + 1] int32, device of `values`; text i owns rows cu_seqlens[i]:cu_seqlens[i + 1].
+        lengths: [B] int64 on the CPU, rows of each text (what `pack_padded_sequence` asks for).
+        tokens: the texts as tokens, on the host.
+        output: "tokens", "words" or "sentence": what a row stands for.
+        word_ids: [N] int32 on the host, the word of each row, -1 where a row stands for none or for a word that was
+            cut; None where no text is a list of words.
+        present: [N] bool, device of `values`: False for a word without a vector, because it was cut or no token stands
+            for it (a blank, say); its row is zeros. None for tokens and sentences, which all have one.
+        layers: which layers of the model the rows were made of, counted from 0; empty where that is not known.
+    """
+
+    values: Tensor
+    cu_seqlens: Tensor
+    lengths: Tensor
+    tokens: TokenBatch
+    output: Output
+    word_ids: Int32Array | None = None
+    present: Tensor | None = None
+    layers: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """The rows of one text: [L, H], or [H] for sentence output; a view of `values`."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"text {index} of a batch of {len(self)}")
+        if self.output == "sentence":
+            return self.values[index]
+        end = int(self.lengths.cumsum(0)[index])
+        return self.values[end - int(self.lengths[index]) : end]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.values if self.output == "sentence" else self.values.split(self.lengths.tolist()))
+
+    def __repr__(self) -> str:
+        kind = f"{self.values.dtype}, {self.values.device}".replace("torch.", "")
+        return f"Embeddings({len(self)} texts, {self.output} {list(self.values.shape)}, {kind})"
+
+    @property
+    def vectors(self) -> Tensor:
+        """[B, H], one vector a text; only for sentence output."""
+        if self.output != "sentence":
+            raise ConfigError(
+                f"these are {self.output} vectors, several a text: ask the encoder for output='sentence', or use "
+                ".padded(), .nested() or .packed_sequence()"
+            )
+        return self.values
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Every text filled up with zeros to the longest.
+
+        Returns:
+            [B, T, H] in the dtype of `values`, and the mask [B, T] bool, True where a text has a row.
+        """
+        self._refuse_sentence("padded")
+        device, total, sizes = self.values.device, len(self.values), self.values.shape[1:]
+        longest = int(self.lengths.max()) if len(self) else 0
+        lengths = self.cu_seqlens.diff()
+        # Device arithmetic alone, so that the CPU never waits for the vectors.
+        texts = torch.arange(len(self), device=device).repeat_interleave(lengths, output_size=total)
+        rows = torch.arange(total, device=device) - self.cu_seqlens[texts] + texts * longest
+        flat = self.values.new_zeros(len(self) * longest, *sizes).index_copy_(0, rows, self.values)
+        return flat.view(len(self), longest, *sizes), torch.arange(longest, device=device) < lengths[:, None]
+
+    def padded_present(self) -> Tensor:
+        """[B, T] bool beside `padded()`: True where a row stands for a vector, False for a word without one, too."""
+        present = torch.ones_like(self.values[:, 0], dtype=torch.bool) if self.present is None else self.present
+        return dataclasses.replace(self, values=present).padded()[0]
+
+    def nested(self) -> Tensor:
+        """A jagged nested tensor [B, j, H] over the same memory."""
+        self._refuse_sentence("nested")
+        if not len(self):
+            raise ConfigError("an empty batch has no nested form")
+        return torch.nested.nested_tensor_from_jagged(
+            self.values,
+            self.cu_seqlens.to(torch.int64),
+            min_seqlen=int(self.lengths.min()),
+            max_seqlen=int(self.lengths.max()),
+        )
+
+    def packed_sequence(self) -> PackedSequence:
+        """What `nn.LSTM` and `nn.GRU` take, built without padding and without `enforce_sorted` worries.
+
+        Raises:
+            ConfigError: a text has no row at all (PackedSequence has no such texts).
+        """
+        self._refuse_sentence("packed_sequence")
+        empty = torch.nonzero(self.lengths == 0).flatten().tolist()
+        if empty or not len(self):
+            raise ConfigError(f"a PackedSequence cannot hold texts without a row: texts {empty} of {len(self)}")
+        lengths = self.lengths.numpy()
+        order = np.argsort(-lengths, kind="stable")
+        ranks = np.argsort(order)
+        steps = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        # Step by step, and within a step the longest text first.
+        gather = np.lexsort((np.repeat(ranks, lengths), steps))
+        device = self.values.device
+        return PackedSequence(
+            self.values.index_select(0, to_device(gather, device)),
+            torch.from_numpy(np.bincount(steps)),
+            to_device(order, device),
+            to_device(ranks, device),
+        )
+
+    def as_layout(self, layout: Layout) -> Any:
+        """Plain tensors: (values, mask), a nested tensor, a PackedSequence, or (values, cu_seqlens); sentence output is
+        one [B, H] in every layout."""
+        check_choice("layout", layout, Layout)
+        if self.output == "sentence":
+            return self.values
+        if layout == "flat":
+            return self.values, self.cu_seqlens
+        return getattr(self, layout)()
+
+    def align(self, tags: Sequence[Sequence[float] | Tensor], pad: float = -100) -> Tensor:
+        """Lay one number a word out as the vectors are.
+
+        Word output: each word's row gets its number. Token output: a word gives its number to its first token; the
+        others and the special tokens get `pad` (what `F.cross_entropy` ignores), as does the padding. Numbers of words
+        that truncation cut are dropped, and in token output those of words without any token (a blank, say) too.
+
+        Args:
+            tags: for each text, one number a word of the text as it was given.
+            pad: what rows without a number get.
+        Returns:
+            [B, T] on the device of `values`: int64 where all numbers, `pad` included, are whole, float32 otherwise.
+        Raises:
+            ConfigError: the texts were not lists of words, or a text has another count of words than of tags.
+        """
+        self._refuse_sentence("align")
+        word_ids = self.word_ids
+        if word_ids is None:
+            raise ConfigError("align needs texts that are lists of words; these were plain strings")
+        if len(tags) != len(self):
+            raise ConfigError(f"{len(tags)} rows of tags for {len(self)} texts")
+        rows_of_tags = [_numbers(row, text) for text, row in enumerate(tags)]
+        counts = np.fromiter(map(len, rows_of_tags), np.int64, len(self))
+        wrong = np.flatnonzero(counts != self.tokens.num_words)
+        if len(wrong):
+            i = int(wrong[0])
+            fields = self.tokens.fields
+            stood = f" (record {fields['__index__'][i]} of {fields['__shard__'][i]})" if "__shard__" in fields else ""
+            padded = (counts >= self.tokens.num_words).all() and len(set(counts.tolist())) == 1 < len(counts)
+            way_out = ": padded tags? Give those of each text alone" if padded else ""
+            words = self.tokens.num_words[i]
+            raise ConfigError(f"text {i} of the batch{stood} has {words} words but {counts[i]} tags{way_out}")
+        # An empty list has no dtype to say: as float32 it would turn the other texts' integers into floats.
+        flat = torch.cat([row for row in rows_of_tags if len(row)] or [torch.zeros(0, dtype=torch.int64)])
+        whole = not flat.is_floating_point() and float(pad).is_integer()
+        flat = flat.to(torch.int64 if whole else torch.float32)
+        lengths = self.lengths.numpy()
+        texts = np.repeat(np.arange(len(self)), lengths)
+        word_of_row = np.where(word_ids < 0, -1, word_ids + (np.cumsum(counts) - counts)[texts])
+        first = word_of_row != np.concatenate([[-1], word_of_row[:-1]])
+        rows = np.flatnonzero(first & (word_of_row >= 0))
+        out = flat.new_full((len(self), lengths.max(initial=0)), pad)
+        steps = rows - (np.cumsum(lengths) - lengths)[texts[rows]]
+        out[torch.from_numpy(texts[rows]), torch.from_numpy(steps)] = flat[torch.from_numpy(word_of_row[rows])]
+        return to_device(out, self.values.device)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Embeddings:
+        """The same batch with its tensors on another device; `lengths` stay on the CPU."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Embeddings:
+        """The same batch in page-locked host memory."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Embeddings:
+        present = None if self.present is None else move(self.present)
+        return dataclasses.replace(self, values=move(self.values), cu_seqlens=move(self.cu_seqlens), present=present)
+
+    def _refuse_sentence(self, name: str) -> None:
+        if self.output == "sentence":
+            raise ConfigError(f"sentence output is one vector a text: use .vectors, not .{name}()")
+
+
+def _numbers(row: Any, text: int) -> Tensor:
+    try:
+        numbers = torch.as_tensor(row, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        numbers = None
+    if numbers is None or numbers.dim() != 1:
+        raise ConfigError(f"tags of text {text} are {shortened(row)}: give a list of numbers, one a word")
+    return numbers
+
+
+class SupportsEncode(Protocol):
+    """What a loader asks of an encoder; tests and users may bring their own."""
+
+    @property
+    def tokenizer(self) -> SupportsTokenize: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def max_forward_tokens(self) -> int: ...
+
+    def encode(self, batch: TokenBatch) -> Embeddings: ...
+
+
+class SupportsCache(SupportsEncode, Protocol):
+    """What a cache asks of an encoder beyond that: to say what its vectors depend on, and to do without encoding."""
+
+    @property
+    def row_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def output_dtype(self) -> torch.dtype: ...
+
+    def fingerprint(self) -> bytes | None: ...
+
+    def row_counts(self, batch: TokenBatch) -> Int32Array: ...
+
+    def assemble(self, values: Tensor, batch: TokenBatch) -> Embeddings: ...

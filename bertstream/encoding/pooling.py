@@ -1,0 +1,105 @@
+"""From token vectors to the vectors that were asked for: subwords to words, tokens to sentences, layers to one.
+
+Shapes: B texts, W words, N tokens in all, H hidden size, K layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+WordPooling: TypeAlias = Literal["first", "last", "mean", "max", "first_last"]
+SentencePooling: TypeAlias = Literal["cls", "mean", "max", "weighted_mean", "pooler"]
+Combine: TypeAlias = Literal["concat", "mean", "sum", "stack"]
+
+
+def pool_runs(values: Tensor, offsets: Tensor, how: WordPooling | SentencePooling) -> Tensor:
+    """One vector for each run of rows: a word's tokens, or a text's.
+
+    Args:
+        values: [N, ...] floating point, any device.
+        offsets: [S + 1] int32, same device; run i is rows offsets[i]:offsets[i + 1].
+        how: "mean"; "max"; "first", which is also "cls"; "last"; "first_last", both side by side; "weighted_mean", in
+            which the k-th row of a run weighs k.
+    Returns:
+        [S, ...], twice as wide for "first_last"; float32 for means, which are summed in float32, else the dtype of
+        `values`. A run without a row gives zeros.
+    Source: Reimers and Gurevych 2019 (Sentence-BERT), section 3; weights as in Muennighoff 2022 (SGPT), equation 2.
+    """
+    if how == "first_last":
+        return torch.cat([pool_runs(values, offsets, "first"), pool_runs(values, offsets, "last")], -1)
+    lengths = offsets.diff()
+    trailing = (1,) * (values.dim() - 1)
+    if how in ("mean", "weighted_mean"):
+        rows, weight = values.float(), lengths
+        if how == "weighted_mean":
+            runs = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths, output_size=len(values))
+            steps = torch.arange(1, len(values) + 1, device=values.device) - offsets[runs]
+            rows, weight = rows * steps.view(-1, *trailing), lengths * (lengths + 1) // 2
+        sums = torch.segment_reduce(rows, "sum", offsets=offsets.to(torch.int64), axis=0, unsafe=True)
+        return sums / weight.clamp(min=1).view(-1, *trailing)
+    if not len(values):
+        return values.new_zeros(len(lengths), *values.shape[1:])
+    if how == "max":
+        found = torch.segment_reduce(values.float(), "max", offsets=offsets.to(torch.int64), axis=0, unsafe=True)
+        found = found.to(values.dtype)
+    elif how in ("first", "cls", "last"):
+        rows = offsets[1:] - 1 if how == "last" else offsets[:-1]
+        found = values.index_select(0, rows.clamp(0, len(values) - 1))
+    else:
+        raise ConfigError(f"pooling={how!r} is not a pooling of rows")
+    return torch.where((lengths > 0).view(-1, *trailing), found, found.new_zeros(()))
+
+
+def combine_layers(layers: Sequence[Tensor], how: Combine) -> Tensor:
+    """Several layers as one.
+
+    Args:
+        layers: K tensors [N, H].
+        how: "concat" to [N, K * H], "mean" or "sum" to [N, H] (float32, summed in float32), "stack" to [N, K, H].
+    """
+    if len(layers) == 1 and how != "stack":
+        return layers[0]
+    if how == "concat":
+        return torch.cat(list(layers), -1)
+    if how == "stack":
+        return torch.stack(list(layers), 1)
+    total = layers[0].float()
+    for layer in layers[1:]:
+        total = total + layer
+    return total / len(layers) if how == "mean" else total
+
+
+class ScalarMix(nn.Module):
+    """A learned mix of layers, for `combine="stack"`: gamma * sum of softmax(w)_k times layer k.
+
+    Args:
+        num_layers: K, how many layers are stacked.
+    Source: Peters et al. 2018 (ELMo), equation 1.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ConfigError(f"num_layers={num_layers}: write a number of at least 1")
+        self.weights = nn.Parameter(torch.zeros(num_layers))
+        self.gamma = nn.Parameter(torch.ones(()))
+
+    def extra_repr(self) -> str:
+        """What `print` shows: how much of each layer the mix takes."""
+        shares = self.weights.detach().softmax(0).tolist()
+        return f"shares={[round(share, 3) for share in shares]}, gamma={self.gamma.item():.3g}"
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[..., K, H] to [..., H]."""
+        if values.dim() < 2 or values.shape[-2] != len(self.weights):
+            raise ConfigError(
+                f"values are {list(values.shape)}: the last dimension but one must be the {len(self.weights)} layers, "
+                "as combine='stack' gives them"
+            )
+        return self.gamma * torch.einsum("k,...kh->...h", self.weights.softmax(0).to(values.dtype), values)

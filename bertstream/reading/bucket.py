@@ -1,0 +1,97 @@
+"""A window of tokenized records -> batches of about equal lengths. Pure: the same window gives the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..tokens import Indices, Record, TokenBatch, TokenizedText
+
+# What torch's default collate makes of Python's numbers.
+_DTYPES: dict[type, type] = {bool: np.bool_, int: np.int64, float: np.float64}
+
+
+def cut_window(
+    lengths: npt.NDArray[Any],
+    *,
+    batch_size: int | None = None,
+    max_tokens: int | None = None,
+    shuffle: np.random.Generator | None = None,
+) -> list[Indices]:
+    """Sort a window by length and cut it into batches.
+
+    Args:
+        lengths: [W] tokens of each record of the window, special tokens included.
+        batch_size: records in a batch; the window's last batch may have fewer.
+        max_tokens: real tokens in a batch at most, counted without padding; a record that is longer is a batch of its
+            own. Exactly one of `batch_size` and `max_tokens` is given.
+        shuffle: mixes records of equal length and the order of the batches; None keeps shorter batches first.
+    Returns:
+        For each batch the places of its records in the window, ascending; every place is in exactly one batch.
+    """
+    order = np.arange(len(lengths)) if shuffle is None else shuffle.permutation(len(lengths))
+    order = order[np.argsort(lengths[order], kind="stable")]
+    if batch_size is not None:
+        starts = list(range(0, len(order), batch_size))
+    else:
+        assert max_tokens is not None
+        starts, held = [0], 0
+        for place, length in enumerate(lengths[order].tolist()):
+            if place > starts[-1] and held + length > max_tokens:
+                starts.append(place)
+                held = 0
+            held += length
+    batches = [np.sort(batch) for batch in np.split(order, starts[1:]) if len(batch)]
+    if shuffle is not None:
+        batches = [batches[i] for i in shuffle.permutation(len(batches))]
+    return batches
+
+
+def make_batch(records: Sequence[Record], texts: Sequence[TokenizedText], *, keep_text_as: str | None) -> TokenBatch:
+    """One batch of records and their tokens, with the records' fields as columns.
+
+    Args:
+        records: the batch's records.
+        texts: their tokens.
+        keep_text_as: the field under which the raw texts stay in the batch; None drops them.
+    Returns:
+        The batch; its fields also hold `__key__`, `__shard__` and `__index__`.
+    """
+    batch = TokenBatch.from_texts(texts)
+    names = dict.fromkeys(name for record in records for name in record.fields)
+    batch.fields = {name: stack_column([record.fields.get(name) for record in records]) for name in names}
+    if keep_text_as is not None:
+        batch.fields[keep_text_as] = [record.text for record in records]
+    batch.fields["__key__"] = [record.key for record in records]
+    batch.fields["__shard__"] = [record.shard for record in records]
+    batch.fields["__index__"] = np.array([record.index for record in records], np.int64)
+    return batch
+
+
+def stack_column(values: list[Any]) -> Any:
+    """One field of a batch: an array if every record has a number, else a list with one entry a record.
+
+    Dtypes are those of torch's default collate: bool, int64, float64, and a numpy number's own. Lists of numbers (one a
+    word, say) become arrays of one dtype, one a record, and are never joined. A missing value is None, and keeps the
+    column a list.
+    """
+    lists = [value for value in values if isinstance(value, list)]
+    try:
+        if dtype := _number_dtype(values):
+            return np.array(values, dtype)
+        if dtype := _number_dtype([item for items in lists for item in items]):
+            return [np.array(value, dtype) if isinstance(value, list) else value for value in values]
+    except OverflowError:  # an integer beyond 64 bits stays what it is
+        pass
+    return values
+
+
+def _number_dtype(values: list[Any]) -> np.dtype[Any] | None:
+    """The dtype that holds all of these; None if there are none, or not all are numbers, or all truth values."""
+    kinds = {_DTYPES.get(type(value), type(value)) for value in values}
+    if not kinds or not all(issubclass(kind, (np.number, np.bool_)) for kind in kinds):
+        return None
+    return None if np.bool_ in kinds and len(kinds) > 1 else np.result_type(*kinds)

@@ -1,0 +1,135 @@
+"""Which process of how many this is, and what the processes tell one another as an epoch goes on.
+
+The only reader of the environment variables that say which rank this is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from ..errors import BertstreamError, ConfigError
+
+_loaders = itertools.count()
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of ranks: torch.distributed's, else RANK and WORLD_SIZE, else (0, 1).
+
+    Raises:
+        ConfigError: RANK and WORLD_SIZE contradict each other, or one of them is missing.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is None and world_size is None:
+        return 0, 1
+    if rank is None or world_size is None or not rank.isdecimal() or not world_size.isdecimal():
+        raise ConfigError(f"RANK={rank!r} with WORLD_SIZE={world_size!r}: set both, as whole numbers, or neither")
+    if int(rank) >= int(world_size):
+        raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={world_size}")
+    return int(rank), int(world_size)
+
+
+def local_rank() -> int | None:
+    """LOCAL_RANK, the process's number on its machine; None if it is not set."""
+    value = os.environ.get("LOCAL_RANK", "")
+    return int(value) if value.isdecimal() else None
+
+
+class Peers:
+    """Messages between the ranks of one loader, ahead of the training loop.
+
+    They go through the store of `torch.distributed`, not through a collective: whoever waits can be told to stop, a
+    rank that does not answer is known by name, and nothing is left half done on a group. Every rank makes its loaders
+    in the same order.
+
+    Args:
+        timeout_s: seconds after which a rank that did not answer is given up.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.rank, self.world_size = rank_and_world_size()
+        self._timeout_s = timeout_s
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(f"bertstream/{next(_loaders)}", store)  # type: ignore[attr-defined]
+        self._iteration = -1
+        self._step = 0
+
+    def begin(self) -> None:
+        """Start an iteration: the next message is its first."""
+        self._iteration += 1
+        self._step = 0
+
+    def exchange(
+        self, message: Any, batch: int, is_over: Callable[[], bool], waits_since: Callable[[], float | None]
+    ) -> list[Any] | None:
+        """Tell all ranks something, and hear what each of them says in the same exchange, counted from `begin`.
+
+        Args:
+            message: anything that JSON holds.
+            batch: the number of the next batch, for errors.
+            is_over: asked while waiting; True gives up.
+            waits_since: since when, by `time.monotonic()`, the training loop has waited; None while it is busy, and
+                then the others may be so too, and the time does not count.
+        Returns:
+            The messages, by rank; None if it was given up.
+        Raises:
+            BertstreamError: a rank left, or did not answer in time, and the message names it; or the store is gone.
+        """
+        try:
+            return self._exchanged(message, batch, is_over, waits_since)
+        except RuntimeError as error:  # what torch's stores raise
+            raise BertstreamError(
+                f"the store of torch.distributed cannot be reached at batch {batch}: the rank that holds it, 0 as "
+                f"a rule, has ended. torch said: {error}"
+            ) from error
+
+    def _exchanged(
+        self, message: Any, batch: int, is_over: Callable[[], bool], waits_since: Callable[[], float | None]
+    ) -> list[Any] | None:
+        self._store.set(self._key(self._step, self.rank), json.dumps(message))
+        keys = [self._key(self._step, rank) for rank in range(self.world_size)]
+        started, pause = time.monotonic(), 1e-4
+        while not self._store.check(keys):
+            if is_over():
+                return None
+            late = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            for rank in late:
+                # Looked at once more: it may have answered in between, and then left.
+                if self._store.check([self._key("left", rank)]) and not self._store.check([keys[rank]]):
+                    said = self._store.get(self._key("left", rank)).decode()
+                    raise BertstreamError(
+                        f"rank {rank} left the epoch: {said} (batch {batch} was to be agreed on, ahead of the loop)"
+                    )
+            since = waits_since()
+            if late and since is not None and time.monotonic() - max(started, since) > self._timeout_s:
+                raise BertstreamError(
+                    f"rank {', '.join(map(str, late))} gave no sign at batch {batch} for {self._timeout_s:g} s: "
+                    "it died, hangs, or iterates its loaders in another order than this rank"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
+        found = [json.loads(answer) for answer in self._store.multi_get(keys)]
+        if self._step:  # everybody who answered has read the answers before
+            self._store.delete_key(self._key(self._step - 1, self.rank))
+        self._step += 1
+        return found
+
+    def leave(self, reason: str) -> None:
+        """Tell the others, which wait for this rank or will, that it says no more in this iteration."""
+        self._store.set(self._key("left", self.rank), reason)
+
+    def _key(self, step: int | str, rank: int) -> str:
+        return f"{self._iteration}/{step}/{rank}"
+
+
+def can_talk() -> bool:
+    """Whether there are several ranks, and `torch.distributed` to reach them through."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

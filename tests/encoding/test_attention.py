@@ -1,0 +1,210 @@
+"""Packed attention equals attention text by text, and only models for which that holds may use it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    FNetConfig,
+    FNetModel,
+    MobileBertConfig,
+    MobileBertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from bertstream import EncoderError
+from bertstream.encoding import attention
+from bertstream.encoding.attention import PACKED, Packing, packed_attention, probe_batching
+from bertstream.tokens import cumulate
+
+TINY = {
+    "vocab_size": 200,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 300,
+}
+
+
+def tiny(model: type[nn.Module], config: type[Any], **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return model(config(**TINY, **options)).eval()
+
+
+def packing_of(lengths: list[int]) -> Packing:
+    return Packing(np.array(lengths, np.int32), torch.from_numpy(cumulate(np.array(lengths))))
+
+
+def qkv(tokens: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    return [torch.randn(1, tokens, 2, 8, generator=generator).transpose(1, 2).requires_grad_() for _ in range(3)]
+
+
+def one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], window: int | None = None) -> Any:
+    rows, start = [], 0
+    for length in lengths:
+        part = slice(start, start + length)
+        steps = torch.arange(length)
+        seen = (steps[:, None] - steps).abs() < (window or length)
+        rows.append(F.scaled_dot_product_attention(q[:, :, part], k[:, :, part], v[:, :, part], attn_mask=seen))
+        start += length
+    return torch.cat(rows, 2).transpose(1, 2)
+
+
+def plain_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int, max_k: int,
+    *, scale: float | None, window_size: tuple[int, int],
+) -> torch.Tensor:  # fmt: skip
+    """[N, heads, d]: what torch's documentation says of the kernel, which needs CUDA."""
+    assert cu_q is cu_k and max_q == max_k == int(cu_q.diff().max())
+    out = []
+    left, right = (side if side >= 0 else max_q for side in window_size)
+    for start, end in pairwise(cu_q.tolist()):
+        steps = torch.arange(end - start)
+        seen = (steps >= steps[:, None] - left) & (steps <= steps[:, None] + right)
+        rows = (x[start:end].transpose(0, 1) for x in (q, k, v))
+        out.append(F.scaled_dot_product_attention(*rows, attn_mask=seen, scale=scale).transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+def test_the_flash_kernel_is_called_for_the_same(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
+    lengths = [7, 5, 5, 1]
+    q, k, v = qkv(sum(lengths))
+    right = one_by_one(q, k, v, lengths, window)
+    found = attention._varlen(q, k, v, None, packing_of(lengths), window)
+    torch.testing.assert_close(found[None], right)
+    scaled = attention._varlen(q, k, v, 2.0, packing_of(lengths), window)[None]
+    assert torch.allclose(scaled, right) == (window == 1), "a token that sees itself alone has one weight"
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), window=st.none() | st.integers(1, 9))
+def test_each_text_attends_to_itself_alone(lengths: list[int], window: int | None) -> None:
+    q, k, v = qkv(sum(lengths))
+    packing = packing_of(lengths)
+    out, _ = packed_attention(nn.Identity(), q, k, v, None, packing=packing, sliding_window=window)
+    right = one_by_one(q, k, v, lengths, window)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, right, atol=1e-6, rtol=1e-5)
+    for found, expected in zip(
+        torch.autograd.grad(out.square().sum(), (q, k, v)),
+        torch.autograd.grad(right.square().sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@given(lengths=st.lists(st.integers(1, 5), max_size=20))
+def test_groups_are_the_runs_of_equal_lengths(lengths: list[int]) -> None:
+    groups = packing_of(lengths).groups
+    assert [length for texts, length in groups for _ in range(texts)] == lengths
+    assert all(a[1] != b[1] for a, b in pairwise(groups))
+
+
+def test_scores_are_scaled_as_the_model_asks() -> None:
+    q, k, v = qkv(6)
+    packing = packing_of([6])
+    out, _ = packed_attention(nn.Identity(), q, k, v, None, scaling=0.03, packing=packing)
+    right = F.scaled_dot_product_attention(q, k, v, scale=0.03).transpose(1, 2)
+    torch.testing.assert_close(out, right)
+
+
+def test_padded_input_is_refused_instead_of_answered_wrongly() -> None:
+    model = tiny(BertModel, BertConfig)
+    assert probe_batching(model).way == "packed"
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    with pytest.raises(EncoderError, match="packed row"):
+        model(input_ids=ids, attention_mask=(ids > 0).long())
+
+
+def test_bert_is_admitted_and_roberta_with_its_own_first_position() -> None:
+    bert, roberta = tiny(BertModel, BertConfig), tiny(RobertaModel, RobertaConfig, pad_token_id=1)
+    assert probe_batching(bert).first_position == 0
+    assert probe_batching(roberta).first_position == 2
+    assert bert.config._attn_implementation == roberta.config._attn_implementation == PACKED
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (MPNetModel, MPNetConfig),
+        (DebertaV2Model, DebertaV2Config),
+        (MobileBertModel, MobileBertConfig),
+        (FNetModel, FNetConfig),
+    ],
+)
+def test_a_model_that_mixes_packed_neighbours_is_refused_and_left_as_it_was(model: Any, config: Any) -> None:
+    refused = tiny(model, config)
+    before = refused.config._attn_implementation
+    support = probe_batching(refused)
+    assert support.way != "packed" and support.reason
+    assert refused.config._attn_implementation == before
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    assert refused(input_ids=ids, attention_mask=(ids > 0).long()).last_hidden_state.isfinite().all()
+
+
+def test_the_self_test_looks_beyond_a_sliding_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"local_attention": 16, "global_attn_every_n_layers": 2, "pad_token_id": 0}
+    assert probe_batching(tiny(ModernBertModel, ModernBertConfig, **options)).way == "packed"
+    blind = attention.packed_attention
+
+    def without_window(*arguments: Any, **named: Any) -> Any:
+        return blind(*arguments, **named | {"sliding_window": None})
+
+    monkeypatch.setattr(attention, "packed_attention", without_window)
+    assert probe_batching(tiny(ModernBertModel, ModernBertConfig, **options)).way != "packed"
+    monkeypatch.undo()
+    attention.register()
+
+
+def test_a_model_that_is_no_encoder_is_refused_with_the_way_out() -> None:
+    with pytest.raises(EncoderError, match="base_model"):
+        probe_batching(tiny(BertForTokenClassification, BertConfig))
+
+
+def test_a_model_whose_vectors_are_not_finite_is_refused() -> None:
+    model = tiny(BertModel, BertConfig)
+    with torch.no_grad():
+        model.embeddings.LayerNorm.weight.fill_(float("nan"))
+    with pytest.raises(EncoderError, match="not finite"):
+        probe_batching(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_self_test_judges_half_precision_by_its_own_noise(dtype: torch.dtype) -> None:
+    assert probe_batching(tiny(BertModel, BertConfig).to(dtype)).way == "packed"
+    assert probe_batching(tiny(MPNetModel, MPNetConfig).to(dtype)).way == "padded"
+
+
+def test_a_local_attention_window_holds_in_texts_longer_than_the_window() -> None:
+    model = tiny(ModernBertModel, ModernBertConfig, local_attention=16, global_attn_every_n_layers=2, pad_token_id=0)
+    texts = [torch.randint(5, 200, (1, length)) for length in (40, 90)]
+    with torch.no_grad():
+        right = torch.cat([model(input_ids=ids).last_hidden_state for ids in texts], 1)
+        assert probe_batching(model).way == "packed"
+        found = model(
+            input_ids=torch.cat(texts, 1),
+            position_ids=torch.cat([torch.arange(40), torch.arange(90)])[None],
+            packing=packing_of([40, 90]),
+        ).last_hidden_state
+    torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)

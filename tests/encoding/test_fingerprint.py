@@ -1,0 +1,176 @@
+"""What tells encoders apart: everything that changes the vectors, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+from bertstream import Encoder
+from bertstream.encoding.fingerprint import hash_weights, weights_state
+
+
+@pytest.fixture(scope="module")
+def tokenizer(minilm_folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(minilm_folder)
+
+
+def tiny_bert(seed: int = 0, **options: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertModel(BertConfig(vocab_size=30522, **sizes | options)).eval().requires_grad_(False)
+
+
+def test_everything_that_changes_the_vectors_changes_it(tokenizer: Any) -> None:
+    makes: list[tuple[nn.Module, dict[str, Any]]] = [
+        (tiny_bert(), {}),
+        (tiny_bert(seed=1), {}),
+        (tiny_bert(layer_norm_eps=1e-6), {}),
+        (tiny_bert(), {"layers": (1,)}),
+        (tiny_bert(), {"layers": (1, 2)}),
+        (tiny_bert(), {"layers": (2, 1)}),
+        (tiny_bert(), {"layers": (1, 2), "combine": "mean"}),
+        (tiny_bert(), {"output": "words"}),
+        (tiny_bert(), {"output": "words", "pooling": "first"}),
+        (tiny_bert(), {"output": "sentence"}),
+        (tiny_bert(), {"output": "sentence", "normalize": True}),
+        (tiny_bert(), {"output": "sentence", "special_tokens": False}),
+        (tiny_bert(), {"dtype": "bfloat16"}),
+        (tiny_bert(), {"output_dtype": torch.float16}),
+    ]
+    found = [Encoder(model, tokenizer, **options).fingerprint() for model, options in makes]
+    assert None not in found and len(set(found)) == len(makes)
+
+
+def test_what_does_not_change_the_vectors_does_not_change_it(tokenizer: Any) -> None:
+    named = tiny_bert()
+    named.config._name_or_path = "elsewhere"
+    encoders = [
+        Encoder(tiny_bert(), tokenizer),
+        Encoder(named, tokenizer),
+        Encoder(tiny_bert(), tokenizer, max_forward_tokens=7),
+        Encoder(tiny_bert(), tokenizer, packed=False),
+        Encoder(tiny_bert(), tokenizer, overflow="windows", stride=3),
+    ]
+    assert len({encoder.fingerprint() for encoder in encoders}) == 1
+
+
+def test_it_is_the_same_in_another_process() -> None:
+    code = """
+import torch
+from torch import nn
+from bertstream.encoding.fingerprint import hash_weights
+print(hash_weights(nn.Embedding.from_pretrained(torch.eye(3)), "s", {"b": 1, "a": {2: 3}}).hex())
+"""
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment
+    )
+    here = hash_weights(nn.Embedding.from_pretrained(torch.eye(3)), "s", {"a": {2: 3}, "b": 1})
+    assert done.stdout.strip() == here.hex()
+
+
+def test_weights_that_change_change_it_and_weights_that_come_back_bring_it_back(tokenizer: Any) -> None:
+    encoder = Encoder(tiny_bert(), tokenizer)
+    first = encoder.fingerprint()
+    weight = next(encoder.model.parameters())
+    before = weight.detach().clone()
+    weight.add_(1)
+    second = encoder.fingerprint()
+    weight.copy_(before)
+    assert first == encoder.fingerprint() != second
+    encoder.to(torch.bfloat16)
+    assert encoder.fingerprint() not in (first, second)
+
+
+def test_training_without_a_trace_changes_it(tokenizer: Any) -> None:
+    model = tiny_bert()
+    encoder = Encoder(model, tokenizer)
+    first = encoder.fingerprint()
+    parameter = next(model.parameters()).requires_grad_(True)
+    assert encoder.fingerprint() is None
+    state = weights_state(encoder.model)
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW([parameter], fused=True).step()
+    parameter.requires_grad_(False)
+    assert state is None and encoder.fingerprint() not in (None, first)
+
+
+def test_training_without_a_trace_changes_that_of_every_encoder_that_shares_the_weights(tokenizer: Any) -> None:
+    model = tiny_bert().requires_grad_(False)
+    trained, other = Encoder(model, tokenizer), Encoder(model, tokenizer)
+    first = other.fingerprint()
+    trained.unfreeze(1)
+    optimizer = torch.optim.AdamW(trained.parameter_groups(0.1), fused=True)
+    for parameter in trained.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    trained.freeze()
+    assert other.fingerprint() == trained.fingerprint() != first
+
+
+def test_a_half_that_was_trained_and_frozen_by_itself_changes_that_of_the_whole(tokenizer: Any) -> None:
+    encoder = Encoder(tiny_bert(), tokenizer)
+    _, upper = encoder.split(1)
+    keys = []
+    for _ in range(2):
+        upper.requires_grad_(True)
+        optimizer = torch.optim.AdamW(upper.parameters(), 0.1, fused=True)
+        for parameter in upper.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        upper.requires_grad_(False)
+        keys.append(encoder.fingerprint())
+    assert None not in keys and keys[0] != keys[1]
+
+
+def test_freezing_from_outside_changes_it_too(tokenizer: Any) -> None:
+    encoder = Encoder(tiny_bert(), tokenizer).freeze()
+    first = encoder.fingerprint()
+    optimizer = torch.optim.AdamW(encoder.unfreeze().parameters(), 0.1, fused=True)
+    for parameter in encoder.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    nn.ModuleList([encoder]).requires_grad_(False)
+    assert encoder.fingerprint() not in (None, first)
+
+
+def test_adapters_that_are_on_or_off_or_stronger_change_it(tokenizer: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"], init_lora_weights=False), "en")
+    adapted.add_adapter("de", LoraConfig(target_modules=["query"], init_lora_weights=False))
+    keys = set()
+    for name in ("en", "de"):
+        adapted.set_adapter(name)
+        encoder = Encoder(adapted, tokenizer).freeze()
+        keys.add(encoder.fingerprint())
+    layers = [module for module in encoder.modules() if hasattr(module, "base_layer")]
+    for module in layers:
+        module.set_scale("de", 9.0)  # type: ignore[operator]
+    keys.add(encoder.fingerprint())
+    for module in layers:
+        module.enable_adapters(False)  # type: ignore[operator]
+    keys.add(encoder.fingerprint())
+    assert len(keys) == 4 and None not in keys
+
+
+def test_weights_are_read_once(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(tiny_bert(), tokenizer)
+    first = encoder.fingerprint()
+    monkeypatch.setattr("bertstream.encoding.encoder.hash_weights", lambda *arguments: pytest.fail("read again"))
+    assert encoder.fingerprint() == first
+
+
+def test_a_model_made_under_inference_mode_has_one_too(tokenizer: Any) -> None:
+    with torch.inference_mode():
+        model = tiny_bert()
+    assert hash_weights(model, "", {}) == hash_weights(tiny_bert(), "", {})
+    assert weights_state(model) == weights_state(model) is not None

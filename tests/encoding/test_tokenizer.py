@@ -1,0 +1,363 @@
+"""Token ids are transformers' own, whatever the process, the mix of texts, and the checkpoint's settings."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+from bertstream.encoding.tokenizer import TextTokenizer
+from bertstream.errors import ConfigError, EncoderError
+from bertstream.tokens import Text, TokenizedText
+
+# Words that split, words without any token (a replacement character, private use, blanks), and names of special tokens.
+WORDS = st.sampled_from(
+    ["bank", "unbelievable", "U.S.", "don't", "", " ", "\ufffd", "\ue000", "\u02dc", "[SEP]", "[PAD]", "東京", "naïve"]
+)
+STRINGS = st.lists(WORDS, max_size=12).map(" ".join) | st.text(
+    st.characters(codec="utf-8", exclude_characters="\0"), max_size=30
+)
+TEXTS: st.SearchStrategy[Text] = STRINGS | st.lists(WORDS, max_size=12) | st.tuples(STRINGS, STRINGS)
+
+SOME: list[Text] = [
+    "the bank of the river",
+    "",
+    ["the", "unbelievable", "", "\ufffd", "bank"],
+    ("a question", "its answer"),
+    [],
+    ("", ""),
+    "naïve 東京",
+]
+
+
+@pytest.fixture(scope="module")
+def auto(minilm_folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(minilm_folder)
+
+
+@pytest.fixture(scope="module")
+def cutting(auto: Any) -> Callable[[int], TextTokenizer]:
+    """A truncating tokenizer for a length."""
+    return cache(lambda max_length: TextTokenizer(auto, max_length=max_length, overflow="truncate"))
+
+
+def transformers_own(auto: Any, text: Text, **options: Any) -> Any:
+    """Its encoding of one text, called with a batch: called with a pair it takes an empty second text for none."""
+    return auto([text], is_split_into_words=isinstance(text, list), **options).encodings[0]
+
+
+def assert_equal(found: TokenizedText, text: Text, right: Any) -> None:
+    assert found.input_ids.dtype == np.int32 and found.input_ids.tolist() == right.ids
+    if isinstance(text, tuple):
+        assert found.token_type_ids is not None and found.token_type_ids.tolist() == right.type_ids
+    else:
+        assert found.token_type_ids is None and not any(right.type_ids)
+    if isinstance(text, list):
+        assert found.word_ids is not None
+        assert found.word_ids.tolist() == [-1 if word is None else word for word in right.word_ids]
+        assert found.num_words == len(text)
+    else:
+        assert found.word_ids is None and found.num_words == 0
+
+
+# As transformers does it.
+
+
+@settings(max_examples=50)
+@given(texts=st.lists(TEXTS, max_size=6))
+@example(texts=SOME)
+def test_ids_segments_and_words_are_transformers_own_for_kinds_in_any_mix(
+    auto: Any, cutting: Callable[[int], TextTokenizer], texts: list[Text]
+) -> None:
+    found = cutting(512)(texts)
+    assert len(found) == len(texts)
+    for one, text in zip(found, texts, strict=True):
+        assert_equal(one, text, transformers_own(auto, text))
+        assert one.cut_tokens == 0
+
+
+@settings(max_examples=100)
+@given(text=TEXTS, max_length=st.integers(3, 24))
+@example(text=("bank " * 9, "river " * 9), max_length=8)
+@example(text=("bank", "river " * 9), max_length=8)
+@example(text=("bank " * 9, "river"), max_length=7)
+@example(text=("bank", "river"), max_length=3)
+@example(text=["unbelievable"] * 9, max_length=6)
+@example(text="[SEP] " * 30, max_length=10)
+def test_truncation_is_transformers_own_and_counts_what_it_cut(
+    auto: Any, cutting: Callable[[int], TextTokenizer], text: Text, max_length: int
+) -> None:
+    [whole], [cut] = cutting(512)([text]), cutting(max_length)([text])
+    assert whole.cut_tokens == 0
+    assert_equal(cut, text, transformers_own(auto, text, truncation="longest_first", max_length=max_length))
+    assert len(cut.input_ids) == min(len(whole.input_ids), max_length)
+    assert cut.cut_tokens == len(whole.input_ids) - len(cut.input_ids)
+    assert cut.num_words == whole.num_words
+
+
+def test_an_empty_text_is_its_special_tokens(auto: Any) -> None:
+    for text in ("", [], [""], " "):
+        [found] = TextTokenizer(auto, max_length=16)([text])
+        assert found.input_ids.tolist() == [auto.cls_token_id, auto.sep_token_id]
+
+
+def test_no_texts_give_an_empty_batch(auto: Any) -> None:
+    assert TextTokenizer(auto, max_length=16)([]) == []
+    assert len(TextTokenizer(auto, max_length=16).batch([])) == 0
+
+
+def test_words_that_were_cut_or_have_no_token_are_still_counted(auto: Any) -> None:
+    """Traps 13 and 15."""
+    words = ["bank", "\ufffd", "", "unbelievable", "river", "bank"]
+    [found] = TextTokenizer(auto, max_length=4, overflow="truncate")([words])
+    assert found.word_ids is not None and found.word_ids.tolist() == [-1, 0, 3, -1]
+    assert found.num_words == 6
+
+
+def test_a_batch_is_the_texts_in_their_order(auto: Any) -> None:
+    batch = TextTokenizer(auto, max_length=512).batch(SOME)
+    assert len(batch) == len(SOME)
+    assert batch.num_words.tolist() == [0, 0, 5, 0, 0, 0, 0]
+    starts = batch.cu_seqlens[:-1]
+    assert (batch.input_ids[starts] == auto.cls_token_id).all()
+    assert batch.token_type_ids is not None and batch.token_type_ids[starts[3] : starts[4]].max() == 1
+    assert batch.word_ids is not None and (batch.word_ids[: starts[2]] == -1).all()
+
+
+def test_a_very_long_text_is_cut_like_any_other(auto: Any) -> None:
+    [found] = TextTokenizer(auto, max_length=512, overflow="truncate")(["bank " * 200_000])
+    assert len(found.input_ids) == 512
+    assert found.cut_tokens == 200_000 - 510
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> Tokenizer:
+    """A small RoBERTa-like tokenizer: a word's first token carries the blank before it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], show_progress=False, initial_alphabet=alphabet
+    )
+    backend.train_from_iterator(["the bank of the river bank"] * 9, trainer)
+    backend.post_processor = processors.RobertaProcessing(
+        ("</s>", 1), ("<s>", 0), trim_offsets=True, add_prefix_space=False
+    )
+    return backend
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_words_of_a_byte_level_tokenizer_are_not_glued_together(byte_level: Tokenizer, nested: bool) -> None:
+    """Trap 14: what transformers gives if the tokenizer was made with add_prefix_space=True."""
+    words = ["the", "bank", "", " of", "\triver", "\u3000bank"]
+    spaced, plain = (Tokenizer.from_str(byte_level.to_str()) for _ in range(2))
+    spaced.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    if nested:
+        split = pre_tokenizers.Split("#", "isolated")
+        plain.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    right = spaced.encode(words, is_pretokenized=True)
+    assert right.ids != plain.encode(words, is_pretokenized=True).ids, "they would be glued"
+    for backend in (plain, spaced):
+        found, text = TextTokenizer(SimpleNamespace(backend_tokenizer=backend), max_length=64)([words, "the bank"])
+        assert found.input_ids.tolist() == right.ids
+        assert found.word_ids is not None
+        assert found.word_ids.tolist() == [-1 if word is None else word for word in right.word_ids]
+        assert text.input_ids.tolist() == backend.encode("the bank").ids, "strings stay as the tokenizer takes them"
+
+
+# What a checkpoint's files or a user's settings say of batches is not ours.
+
+
+def test_padding_and_truncation_of_the_checkpoint_do_not_leak_in(minilm_folder: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(
+        minilm_folder, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("*.safetensors", ".git*")
+    )
+    settings_file = folder / "tokenizer.json"
+    content = json.loads(settings_file.read_text("utf-8"))
+    content["truncation"] = {"max_length": 5, "strategy": "LongestFirst", "stride": 2, "direction": "Left"}
+    content["padding"] = content["padding"] | {"strategy": {"Fixed": 9}}
+    settings_file.write_text(json.dumps(content), "utf-8")
+    auto = AutoTokenizer.from_pretrained(folder)
+    assert len(auto.backend_tokenizer.encode("one two three four five six")) == 9, "the settings are in force"
+    words = ["one", "two", "three", "four", "five", "six"]
+    for overflow, max_length, length in (("error", 16, 8), ("truncate", 6, 6)):
+        tokenizer = TextTokenizer(auto, max_length=max_length, overflow=overflow)  # type: ignore[arg-type]
+        for found in tokenizer([" ".join(words), words, ("one two three", "four five")])[:2]:
+            assert found.input_ids.tolist()[: length - 1] == auto.convert_tokens_to_ids(["[CLS]", *words])[: length - 1]
+            assert len(found.input_ids) == length and found.cut_tokens == 8 - length
+
+
+def test_the_users_tokenizer_is_left_as_it_is(minilm_folder: str) -> None:
+    auto = AutoTokenizer.from_pretrained(minilm_folder)
+    auto.backend_tokenizer.enable_truncation(7)
+    auto.backend_tokenizer.enable_padding(length=11)
+    before = auto.backend_tokenizer.to_str()
+    TextTokenizer(auto, max_length=5, overflow="truncate")(SOME)
+    assert auto.backend_tokenizer.to_str() == before
+
+
+# Other processes.
+
+
+def ids(texts: list[TokenizedText]) -> list[list[int]]:
+    return [text.input_ids.tolist() for text in texts]
+
+
+@pytest.fixture
+def used(auto: Any) -> TextTokenizer:
+    """A tokenizer that this process has used already, with the threads that this starts."""
+    tokenizer = TextTokenizer(auto, max_length=512)
+    tokenizer(SOME)
+    return tokenizer
+
+
+def test_it_pickles_without_what_was_built_and_works_afterwards(used: TextTokenizer) -> None:
+    sent = pickle.dumps(used)
+    assert len(sent) < 1_000_000, "a vocabulary's JSON, no weights"
+    assert used._json.encode() in sent and len(sent) < len(used._json.encode()) + 1000
+    assert ids(pickle.loads(sent)(SOME)) == ids(used(SOME))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("parallelism", [None, "true"])
+def test_a_forked_child_builds_its_own(
+    used: TextTokenizer, parallelism: str | None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Trap 34: one that was used before a fork would hang in the child, or warn of its lost threads."""
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if parallelism is not None:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallelism)
+
+    def child(end: Connection) -> None:
+        before = used._built
+        found = ids(used(SOME))
+        end.send((found, used._built is not before))
+
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    with warnings.catch_warnings():
+        # Newer Pythons warn of a fork beside threads, which is the point here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process = context.Process(target=child, args=(theirs,))
+        process.start()
+    if not ours.poll(30):
+        process.kill()
+        pytest.fail("the child hangs")
+    assert ours.recv() == (ids(used(SOME)), True)
+    process.join()
+    assert "forked" not in capfd.readouterr().err
+
+
+def test_a_spawned_child_has_it_from_its_pickle(used: TextTokenizer) -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert ids(pool.submit(used, SOME).result(60)) == ids(used(SOME))
+
+
+class Parallelism:
+    """A collate_fn that tokenizes and says what the environment is then."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, texts: list[Text]) -> tuple[list[list[int]], str | None]:
+        return ids(self.tokenizer(texts)), os.environ.get("TOKENIZERS_PARALLELISM")
+
+
+def test_workers_keep_to_one_thread_and_the_users_process_does_not(
+    used: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 34: the variable is set in the worker alone, and there even over a "true", which hangs after a fork."""
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    loader = DataLoader(SOME, batch_size=4, num_workers=1, collate_fn=Parallelism(used))  # type: ignore[arg-type]
+    assert [found for found, _ in loader] == [ids(used(SOME[:4])), ids(used(SOME[4:]))]
+    assert {variable for _, variable in loader} == {"false"}
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    assert {variable for _, variable in loader} == {"false"}
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("bank " * 400, 402), (["bank"] * 400, 402), (("bank " * 200, "bank " * 200), 403)]
+)
+def test_a_text_that_is_too_long_is_named_and_shown_in_short(auto: Any, text: Text, tokens: int) -> None:
+    with pytest.raises(EncoderError) as caught:
+        TextTokenizer(auto, max_length=256)(["short", ["short"], text])
+    message = str(caught.value)
+    assert message.startswith(f"text 2 has {tokens} tokens, the model takes 256: {repr(text)[:70]}")
+    assert "overflow='truncate'" in message and len(message) < 280
+    assert caught.value.records == (2,)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (None, "NoneType"),
+        (42, "int"),
+        (b"bytes", "bytes"),
+        (("a", "b", "c"), "tuple"),
+        (("a",), "tuple"),
+        (("a", None), "tuple"),
+        (["a", 1], "list"),
+        ([["a", "b"], ["c"]], "list"),
+        ({"text": "a"}, "dict"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_text_is_refused_with_its_place_and_value(auto: Any, text: Any, kind: str) -> None:
+    with pytest.raises(EncoderError) as caught:
+        TextTokenizer(auto, max_length=16)(["fine", text])
+    assert str(caught.value).startswith(f"text 1 is {text!r} ({kind}): a text is a string, a list of words, or")
+    assert caught.value.records == (1,)
+
+
+@pytest.mark.parametrize("text", ["broken \ud83d", ["broken", "\ud83d"], ("fine", "\ude00")])
+def test_half_a_surrogate_pair_is_refused_with_its_place(auto: Any, text: Text) -> None:
+    with pytest.raises(EncoderError, match=r"text 1 holds half of a surrogate pair.*\\ud") as caught:
+        TextTokenizer(auto, max_length=16)(["fine \U0001f600", text])
+    assert caught.value.records == (1,)
+
+
+def test_one_string_is_refused_where_a_list_of_texts_is_meant(auto: Any) -> None:
+    with pytest.raises(ConfigError, match=r"texts='the bank', one string: pass a list of texts, \[text\]"):
+        TextTokenizer(auto, max_length=16)("the bank")
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [
+        ({"max_length": 0}, "max_length=0"),
+        ({"max_length": -5}, "max_length=-5"),
+        ({"max_length": 2}, "max_length=2: the special tokens of a pair of texts alone take 3"),
+        ({"max_length": 16, "overflow": "cut"}, "overflow='cut': write one of 'error', 'truncate', 'windows'"),
+    ],
+)
+def test_a_bad_argument_is_refused_with_the_value_seen(auto: Any, options: dict[str, Any], seen: str) -> None:
+    with pytest.raises(ConfigError, match=seen):
+        TextTokenizer(auto, **options)
+
+
+def test_a_tokenizer_without_a_rust_backend_is_refused() -> None:
+    with pytest.raises(ConfigError, match="object is not backed by the tokenizers library"):
+        TextTokenizer(object(), max_length=16)

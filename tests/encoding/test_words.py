@@ -1,0 +1,288 @@
+"""One row a word, whatever the words are: three kinds of tokenizer, arbitrary unicode, cut words, pairs, strings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from bertstream import ConfigError, Encoder, EncoderError
+from bertstream.encoding.tokenizer import TextTokenizer
+from bertstream.tokens import Text
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+SPECIAL_TOKENS = list(SPECIAL.values())
+TEMPLATE = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)])
+
+CORPUS = [
+    "The unbelievable banks of the river sprang up, and electroencephalography didn't help: e-mail me at 10:45!",
+    "Ein Überraschungsei für Élodie; l'été à la plage, naïve déjà-vu, ça va?",
+    "Привет, мир! Это проверка. 東京は夜の七時。 안녕하세요 세계 مرحبا بالعالم שלום עולם नमस्ते दुनिया",
+]
+
+ODD_WORDS = [
+    *["", " ", "  ", "\t", "\n", "\x00", "\x7f", "\u200b", "\u3000", "\ufffd", "\u02dc", "\ue000", "\U0010ffff"],
+    *["\u0301", "e\u0301", "\u0915\u094d\u0937", "\U0001f44d\U0001f3fd", "\U0001f469\u200d\U0001f467", "\U0001f1eb"],
+    *["[SEP]", "[CLS]", "[UNK]", "[PAD]", "[sep]", " [SEP]", "##s", "\u2581", "\u0120", "don't", "e-mail", "\u6771"],
+    *["New York", " river", "river ", "a  b", "the\nbank", "river" * 25, "x" * 101],
+]
+
+
+def wordpiece() -> Tokenizer:
+    """As BERT has it."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIAL_TOKENS, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def byte_bpe(add_prefix_space: bool) -> Tokenizer:
+    """As RoBERTa has it; the vocabulary is the same with and without the space."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    return tokenizer
+
+
+def unigram() -> Tokenizer:
+    """As XLM-RoBERTa has it: SentencePiece's model, normalisation and word mark."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Nmt(), normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    trainer = trainers.UnigramTrainer(
+        vocab_size=250, special_tokens=SPECIAL_TOKENS, unk_token="[UNK]", show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "WordPiece": wordpiece,
+    "byte-level BPE": lambda: byte_bpe(add_prefix_space=False),
+    "byte-level BPE, add_prefix_space": lambda: byte_bpe(add_prefix_space=True),
+    "Unigram": unigram,
+}
+
+
+class Kind:
+    """A trained tokenizer, what transformers says with it, and a tiny BERT over its vocabulary."""
+
+    def __init__(self, name: str) -> None:
+        self.tokenizer = self._wrapped(TOKENIZERS[name]())
+        # Without a space before them transformers glues a list's words together, so it says what is right with one.
+        self.blank_is_added = name == "byte-level BPE"
+        self.right = self._wrapped(byte_bpe(add_prefix_space=True)) if self.blank_is_added else self.tokenizer
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(self.tokenizer),
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+            max_position_embeddings=4096,
+        )
+        self.model: nn.Module = BertModel(config).eval()
+        self.tokens, self.words = self.encoder(), self.encoder(output="words")
+
+    @staticmethod
+    def _wrapped(tokenizer: Tokenizer) -> Any:
+        tokenizer.post_processor = TEMPLATE
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=4096, **SPECIAL)
+
+    def encoder(self, **options: Any) -> Encoder:
+        return Encoder(self.model, self.tokenizer, max_forward_tokens=8192, **options)
+
+    def right_encoding(self, text: Text, **options: Any) -> Any:
+        """What transformers makes of one list of words, or of a pair."""
+        # In a batch of one: of a single pair it would take an empty second text for none.
+        batch = [[part] for part in (text if isinstance(text, tuple) else (text,))]
+        return self.right(*batch, is_split_into_words=True, **options).encodings[0]
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return Kind(request.param)
+
+
+def word_count(text: Text) -> int:
+    return sum(map(len, text)) if isinstance(text, tuple) else len(text)
+
+
+def word_of_token(text: Text, encoding: Any) -> list[int]:
+    """The word of each token, those of a pair counted through both, -1 for special tokens."""
+    ahead = [0, len(text[0]) if isinstance(text, tuple) else 0]
+    pairs = zip(encoding.word_ids, encoding.sequence_ids, strict=True)
+    return [-1 if word is None else word + ahead[part] for word, part in pairs]
+
+
+def padded_by_hand(rows: Sequence[Sequence[float]], pad: float) -> list[list[float]]:
+    longest = max(map(len, rows))
+    return [[*row, *[pad] * (longest - len(row))] for row in rows]
+
+
+LISTS = 20
+"""Texts of one Hypothesis example: an encoder's call costs about the same for one and for many."""
+
+words = st.one_of(st.text(max_size=6), st.sampled_from(ODD_WORDS), st.sampled_from(" ".join(CORPUS).split()))
+word_lists = st.lists(words, max_size=6)
+batches = st.lists(word_lists | st.tuples(word_lists, word_lists), min_size=LISTS, max_size=LISTS)
+law = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example])
+
+
+@settings(law, max_examples=10_000 // LISTS // len(TOKENIZERS))
+@given(texts=batches)
+def test_any_words_have_one_row_each_in_their_order(kind: Kind, texts: list[Text]) -> None:
+    found, tokens = kind.words(texts), kind.tokens(texts)
+    assert found.lengths.tolist() == [word_count(text) for text in texts]
+    assert found.word_ids is not None and found.present is not None and found.values.isfinite().all()
+    assert found.word_ids.tolist() == [number for text in texts for number in range(word_count(text))]
+    ids = np.split(found.tokens.input_ids, found.tokens.cu_seqlens[1:-1])
+    rows, present = [torch.zeros(0, 8)], []
+    for i, text in enumerate(texts):
+        encoding = kind.right_encoding(text)
+        assert ids[i].tolist() == encoding.ids
+        word_ids = np.array(word_of_token(text, encoding))
+        for number in range(word_count(text)):
+            mine = tokens[i][word_ids == number]
+            rows.append(mine.mean(0, keepdim=True) if len(mine) else torch.zeros(1, 8))
+            present.append(len(mine) > 0)
+    assert found.present.tolist() == present
+    torch.testing.assert_close(found.values, torch.cat(rows), atol=1e-6, rtol=1e-5)
+
+
+@settings(law, max_examples=25)
+@given(texts=batches, max_length=st.integers(4, 12))
+def test_words_that_were_cut_are_told_apart(kind: Kind, texts: list[Text], max_length: int) -> None:
+    encoder = kind.encoder(output="words", overflow="truncate", max_length=max_length)
+    tags = [[100 * i + number for number in range(word_count(text))] for i, text in enumerate(texts)]
+    found = encoder(texts)
+    assert found.word_ids is not None and found.present is not None
+    assert found.lengths.tolist() == [word_count(text) for text in texts]
+    assert not found.values[~found.present].any()
+    word_ids, present, aligned = [], [], []
+    for text, numbers in zip(texts, tags, strict=True):
+        whole = {*word_of_token(text, kind.right_encoding(text))}
+        left = {*word_of_token(text, kind.right_encoding(text, truncation=True, max_length=max_length))}
+        cut = whole - left
+        word_ids += [-1 if i in cut else i for i in range(len(numbers))]
+        present += [i in left for i in range(len(numbers))]
+        aligned.append([-100 if i in cut else number for i, number in enumerate(numbers)])
+    assert found.word_ids.tolist() == word_ids
+    assert found.present.tolist() == present
+    assert found.tokens.cut_words.tolist() == [row.count(-100) for row in aligned]
+    assert found.align(tags).tolist() == padded_by_hand(aligned, -100)
+
+
+@settings(law, max_examples=25)
+@given(texts=batches, overflow=st.sampled_from(["truncate", "windows"]))
+def test_in_token_output_a_words_number_stands_at_its_first_token(kind: Kind, texts: list[Text], overflow: Any) -> None:
+    # Beside a first text of this test at most, some room is left for windows over the second.
+    encoder = kind.encoder(overflow=overflow, max_length=700, stride=1 if overflow == "windows" else 0)
+    tags = [[0.5 + number for number in range(word_count(text))] for text in texts]
+    aligned = []
+    for text, numbers in zip(texts, tags, strict=True):
+        encoding = kind.right_encoding(text, truncation=overflow == "truncate", max_length=700)
+        word_ids = word_of_token(text, encoding)
+        first = [word >= 0 and word not in word_ids[:i] for i, word in enumerate(word_ids)]
+        aligned.append([numbers[word] if here else 0.0 for word, here in zip(word_ids, first, strict=True)])
+    assert encoder(texts).align(tags, pad=0.0).tolist() == padded_by_hand(aligned, 0.0)
+
+
+def test_a_special_token_inside_a_word_is_part_of_it(kind: Kind) -> None:
+    text = ["river[SEP]bank", "[SEP][SEP]", "the[CLS]"]
+    found = kind.words([text])
+    assert found.present is not None and found.present.all()
+    special = kind.tokens.tokenizer([text])[0].special
+    assert special is not None and np.flatnonzero(special).tolist() == [0, len(special) - 1]
+
+
+@pytest.mark.parametrize("prepend_scheme", ["never", "first"])
+def test_words_are_not_glued_where_only_a_blank_begins_one(prepend_scheme: Any) -> None:
+    words = ["the", "river", "[SEP]", "", "banks"]
+    tokenizer = unigram()
+    found = []
+    for scheme in (prepend_scheme, "always"):
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+        found.append(TextTokenizer(wrapped, max_length=100)([words])[0].input_ids.tolist())
+    assert found[0] == found[1]
+
+
+def test_strings_are_split_by_blanks_or_as_the_user_says(kind: Kind) -> None:
+    strings: list[Text] = ["  The river\tbanks, \n", "", " \u3000", ("the banks", "of a river")]
+    lists: list[Text] = [["The", "river", "banks,"], [], [], (["the", "banks"], ["of", "a", "river"])]
+    torch.testing.assert_close(kind.words(strings).values, kind.words(lists).values)
+    assert kind.words(strings).lengths.tolist() == [3, 0, 0, 5]
+    by_comma = kind.encoder(output="words", split=lambda text: text.split(","))
+    found = by_comma(["the river,,banks", ["kept, as it is"]])
+    torch.testing.assert_close(found.values, kind.words([["the river", "", "banks"], ["kept, as it is"]]).values)
+
+
+@pytest.mark.parametrize(("split", "seen"), [(str.strip, "'a b'"), (lambda text: [text, 1], "1")])
+def test_a_split_that_gives_no_words_is_refused(split: Any, seen: str) -> None:
+    encoder = Kind("WordPiece").encoder(output="words", split=split)
+    with pytest.raises(ConfigError, match=f"split made .*{seen}.* of text 1"):
+        encoder([["a", "b"], "a b"])
+
+
+@pytest.mark.parametrize("overflow", ["truncate", "windows"])
+def test_a_word_that_is_longer_than_the_model_takes_has_one_row(kind: Kind, overflow: Any) -> None:
+    encoder = kind.encoder(output="words", overflow=overflow, max_length=32, stride=8 if overflow == "windows" else 0)
+    word = "\u0915\U0010ffff\u6771" * 100
+    found = encoder([["the", word, "banks", word * 10], [word], ["river"]])
+    assert found.lengths.tolist() == [4, 1, 1] and found.values.isfinite().all()
+    assert found.present is not None and found.word_ids is not None
+    if overflow == "windows":
+        assert found.present.all() and found.word_ids.tolist() == [0, 1, 2, 3, 0, 0]
+
+
+def test_half_of_a_surrogate_pair_is_refused_by_name(kind: Kind) -> None:
+    with pytest.raises(EncoderError, match=r"text 1 holds half of a surrogate pair.*\\ud83d") as caught:
+        kind.words([["fine"], ["the", "ba\ud83dnk"]])
+    assert caught.value.records == (1,)
+
+
+def test_where_no_word_is_nothing_is_made_up(kind: Kind) -> None:
+    empty: list[list[Text]] = [[], [[]], [[], ([], [])]]
+    for texts in empty:
+        found = kind.words(texts)
+        assert found.values.shape == (0, 8) and found.lengths.tolist() == [0] * len(texts)
+        assert found.padded()[0].shape == (len(texts), 0, 8)
+
+
+def test_the_mask_of_words_moves_with_their_vectors(kind: Kind) -> None:
+    moved = kind.words([["the", "", "river"]]).to("meta")
+    assert moved.present is not None and moved.present.device == moved.values.device == torch.device("meta")
+
+
+def test_the_mask_of_words_has_a_padded_form(kind: Kind) -> None:
+    found = kind.words([["the", "", "river"], ["bank"]])
+    assert found.padded_present().tolist() == [[True, False, True], [True, False, False]]
+
+
+def test_tokens_of_strings_that_were_never_split_are_refused(kind: Kind) -> None:
+    tokenizer = kind.tokens.tokenizer
+    assert kind.words.encode(tokenizer.batch([["a", "list"], ""])).lengths.tolist() == [2, 0]
+    for texts in (["a string", "another"], [["a", "list"], "a string"], [["a", "list"], "a string", ("of", "two")]):
+        with pytest.raises(EncoderError, match="belong to no word") as caught:
+            kind.words.encode(tokenizer.batch(texts))
+        assert caught.value.records == tuple(i for i, text in enumerate(texts) if not isinstance(text, list))

@@ -1,0 +1,67 @@
+"""Tiny models of every family with random weights, and the tokenizer that they share."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from bertstream.tokens import Text
+
+SIZES = {
+    "vocab_size": 30522,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 80,
+    "pad_token_id": 0,
+}
+OWN = {
+    "DistilBert": {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64},
+    "Electra": {"embedding_size": 16},
+    "Albert": {"embedding_size": 16},
+    "DebertaV2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "conv_kernel_size": 3}
+    | {"type_vocab_size": 2},
+    "ModernBert": {"local_attention": 16, "global_attn_every_n_layers": 2},
+    "EuroBert": {"num_key_value_heads": 4, "head_dim": 8},
+    "GroupedEuroBert": {"num_key_value_heads": 2, "head_dim": 8},
+    "MobileBert": {"embedding_size": 32, "intra_bottleneck_size": 16, "true_hidden_size": 16},
+    "FNet": {"tpu_short_seq_length": 80},
+    "MPNet": {"type_vocab_size": 0},
+    "Roberta": {"pad_token_id": 1, "type_vocab_size": 1},
+    "XLMRoberta": {"pad_token_id": 1, "type_vocab_size": 1},
+    "Camembert": {"pad_token_id": 1, "type_vocab_size": 1},
+}
+WORDS = ["The", "unbelievable", "banks", "of", "the", "river", "sprang", "electroencephalography"]
+PAIRS: list[Text] = [("a question", "its answer, which is longer"), ("", "b"), ("the bank of the river", "no")]
+
+
+def make(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    kind = name.removeprefix("Grouped")  # heads that share keys and values
+    config = getattr(transformers, f"{kind}Config")(**SIZES | OWN.get(name, {}))
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    with torch.no_grad():  # as spread as trained weights: at their initial ones attention hardly looks anywhere
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+class Tokenizer:
+    """MiniLM's tokenizer, said to belong to another family."""
+
+    def __init__(self, folder: str, model: nn.Module) -> None:
+        own = transformers.AutoTokenizer.from_pretrained(folder)
+        self.backend_tokenizer = own.backend_tokenizer
+        self.model_max_length = 80
+        two = getattr(model.config, "type_vocab_size", 0) > 1
+        self.model_input_names = ["input_ids", "attention_mask", *(["token_type_ids"] if two else [])]
+
+
+def loss_of(rows: list[Tensor]) -> Tensor:
+    """A number that every element of every row has a say of its own in."""
+    flat = torch.cat([row.reshape(-1) for row in rows])
+    weights = torch.randn(len(flat), generator=torch.Generator().manual_seed(1))
+    return (flat * weights).sum() + (flat**2).sum()

@@ -1,0 +1,285 @@
+"""Encoding several batches together gives each of them what encoding it alone gives, in memory of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+from bertstream import Embeddings, Encoder, EncoderError, TokenBatch
+from bertstream.embeddings import Output
+from bertstream.pipeline.coalesce import encode_together
+from bertstream.testing import FakeEncoder
+from bertstream.tokens import Text, TokenizedText, distinct, join, text_bytes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class TellingEncoder(FakeEncoder):
+    """Rows that say all that a model may look at, so that no two texts which differ in any of it have the same rows."""
+
+    def __init__(self) -> None:
+        super().__init__(hidden_size=9)
+        self.calls: list[TokenBatch] = []
+
+    def encode(self, batch: TokenBatch) -> Embeddings:
+        """FakeEncoder's rows, and segment, word, special, owned, start of a window, words of the text."""
+        self.calls.append(batch)
+        found = super().encode(batch)
+        starts = np.zeros(batch.num_tokens, np.int32)
+        lengths = batch.lengths if batch.window_lengths is None else batch.window_lengths
+        starts[(np.cumsum(lengths) - lengths)[lengths > 0]] = 1
+        said = (
+            (batch.token_type_ids, 0),
+            (batch.word_ids, -1),
+            (batch.special, False),
+            (batch.owned, True),
+            (starts, 0),
+            (np.repeat(batch.num_words, batch.lengths), 0),
+        )
+        for column, (tokens, absent) in enumerate(said, start=3):
+            found.values[:, column] = absent if tokens is None else torch.from_numpy(tokens)
+        return found
+
+
+def assert_same(found: Embeddings, right: Embeddings, atol: float = 0.0) -> None:
+    """Everything about two batches, values within a tolerance."""
+    torch.testing.assert_close(found.values, right.values, atol=atol, rtol=0.0)
+    assert found.output == right.output and found.tokens is right.tokens
+    for name in ("cu_seqlens", "lengths", "present", "word_ids"):
+        a, b = getattr(found, name), getattr(right, name)
+        assert (a is None) == (b is None), name
+        assert a is None or (a.dtype == b.dtype and a.tolist() == b.tolist()), name
+
+
+def assert_apart(parts: Sequence[Embeddings]) -> None:
+    """No two batches share memory: what a loop writes into one, or keeps of it, is its own affair."""
+    for name in ("values", "cu_seqlens", "lengths", "present"):
+        tensors = [getattr(part, name) for part in parts]
+        held = [tensor.untyped_storage() for tensor in tensors if tensor is not None and tensor.numel()]
+        assert len({storage.data_ptr() for storage in held}) == len(held), name
+        assert all(t is None or t.untyped_storage().nbytes() == t.nbytes for t in tensors), f"{name} keeps more alive"
+
+
+@st.composite
+def tokenized(draw: st.DrawFn, special: bool) -> TokenizedText:
+    """A text of few tokens with few ids, so that the same comes often, with or without all that a text may have."""
+    length = draw(st.integers(0, 4))
+
+    def maybe(values: st.SearchStrategy[Any], dtype: Any) -> Any:
+        column = st.lists(values, min_size=length, max_size=length)
+        return draw(st.none() | column.map(lambda drawn: np.array(drawn, dtype)))
+
+    text = TokenizedText(np.array(draw(st.lists(st.integers(0, 1), min_size=length, max_size=length)), np.int32))
+    if special:
+        text.special = np.array(draw(st.lists(st.booleans(), min_size=length, max_size=length)), np.bool_)
+    text.token_type_ids = maybe(st.integers(0, 1), np.int32)
+    text.owned = maybe(st.booleans(), np.bool_)
+    text.cut_tokens = draw(st.integers(0, 2))
+    text.num_words = draw(st.integers(0, 2))
+    if text.num_words:
+        text.word_ids = maybe(st.integers(-1, text.num_words - 1), np.int32)
+        if draw(st.booleans()):
+            text.words_cut = np.array(draw(st.lists(st.booleans(), min_size=text.num_words, max_size=text.num_words)))
+    if length > 1 and draw(st.booleans()):
+        cut = draw(st.integers(1, length - 1))
+        text.window_lengths = np.array([cut, length - cut], np.int32)
+    return text
+
+
+# Special tokens are known of all or of none; see the last test.
+TOKEN_BATCHES = st.booleans().flatmap(
+    lambda special: st.lists(
+        st.lists(tokenized(special), max_size=4).map(TokenBatch.from_texts), min_size=1, max_size=4
+    )
+)
+
+
+@given(TOKEN_BATCHES, st.booleans())
+def test_together_is_what_each_is_alone(batches: list[TokenBatch], once: bool) -> None:
+    encoder = TellingEncoder()
+    parts, repeats = encode_together(encoder.encode, batches, once=once)
+    (call,) = encoder.calls
+    texts = sum(map(len, batches))
+    assert len(call) == texts - repeats and (once or not repeats)
+    if once and call.words_cut is None:
+        assert len(set(text_bytes(call))) == len(call), "a text was encoded twice"
+    for part, batch in zip(parts, batches, strict=True):
+        assert_same(part, encoder.encode(batch))
+    assert_apart(parts)
+
+
+@given(TOKEN_BATCHES)
+def test_joined_batches_can_be_picked_apart_again(batches: list[TokenBatch]) -> None:
+    whole = join(batches)
+    bounds = np.cumsum([0, *map(len, batches)]).tolist()
+    for batch, (start, end) in zip(batches, pairwise(bounds), strict=True):
+        found = whole.picked(np.arange(start, end))
+        assert found.cu_seqlens.tolist() == batch.cu_seqlens.tolist()
+        absent = {"special": False, "token_type_ids": 0, "word_ids": -1, "owned": True, "words_cut": False}
+        for name in ("input_ids", "num_words", "cut_tokens", *absent):
+            a, b = getattr(found, name), getattr(batch, name)
+            if a is None:
+                assert b is None or name == "special", f"{name} is lost"
+            else:
+                assert a.dtype in (np.int32, np.bool_)
+                assert a.tolist() == ([absent[name]] * len(a) if b is None else b.tolist()), name
+        windows = batch.lengths if batch.window_lengths is None else batch.window_lengths
+        assert found.window_lengths is None or found.window_lengths.tolist() == windows.tolist()
+        assert not found.fields and found.cursor is None
+
+
+@given(st.lists(st.booleans().flatmap(tokenized), max_size=5))
+def test_a_texts_bytes_do_not_depend_on_the_batch_it_comes_in(texts: list[TokenizedText]) -> None:
+    assert text_bytes(TokenBatch.from_texts(texts)) == [text_bytes(TokenBatch.from_texts([text]))[0] for text in texts]
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"input_ids": [1, 2, 4]},
+        {"input_ids": [1, 2]},
+        {"token_type_ids": [0, 0, 1]},
+        {"word_ids": [0, 0, 1]},
+        {"word_ids": [0, -1, 1]},
+        {"num_words": 3},
+        {"special": [True, False, False]},
+        {"owned": [True, False, True]},
+        {"window_lengths": [1, 2]},
+        {"window_lengths": [2, 1]},
+    ],
+    ids=str,
+)
+def test_texts_that_differ_in_anything_have_other_bytes(difference: dict[str, Any]) -> None:
+    plain = TokenizedText(np.array([1, 2, 3], np.int32), word_ids=np.array([0, 1, 1], np.int32), num_words=2)
+    other = dataclasses.replace(plain)
+    for name, value in difference.items():
+        setattr(other, name, value if isinstance(value, int) else np.array(value))
+    if len(other.input_ids) < 3:
+        other.word_ids = np.array([0, 1], np.int32)
+    other.input_ids = other.input_ids.astype(np.int32)
+    first, second, third = text_bytes(TokenBatch.from_texts([plain, other, plain]))
+    assert first == third != second
+
+
+@given(st.lists(st.integers(0, 5), max_size=12))
+def test_distinct_finds_where_each_comes_first(items: list[int]) -> None:
+    first, slots = distinct(items)
+    assert [items[i] for i in first] == list(dict.fromkeys(items))
+    assert [items[first[slot]] for slot in slots] == items
+
+
+# --- real tokenizers --------------------------------------------------------------------------------------------------
+
+WORDS = ["the", "bank", "unbelievable", "", "\ufffd", "."]
+strings = st.lists(st.sampled_from(WORDS), max_size=7).map(" ".join)
+word_lists = st.lists(st.sampled_from(WORDS), max_size=7)
+# Of a pair the first text stands in every window, so it must be short.
+question = st.sampled_from(["", "the", "the bank"])
+pairs_in_words = st.tuples(question.map(str.split), word_lists)
+texts: st.SearchStrategy[Text] = strings | word_lists | st.tuples(question, strings) | pairs_in_words
+texts_in_words: st.SearchStrategy[Text] = word_lists | pairs_in_words
+
+
+def tiny(folder: str, **options: Any) -> Encoder:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertModel(BertConfig(vocab_size=30522, **sizes)).eval().requires_grad_(False)
+    return Encoder(model, AutoTokenizer.from_pretrained(folder), **options)
+
+
+WAYS: list[dict[str, Any]] = [
+    {"overflow": "windows", "max_length": 12, "stride": 2},
+    {"special_tokens": False, "overflow": "truncate", "max_length": 12},
+    {"layers": (1, 2), "combine": "stack", "packed": False},
+    {"output": "words", "overflow": "windows", "max_length": 12},
+    {"output": "words", "pooling": "first_last", "overflow": "truncate", "max_length": 12},
+    {"output": "sentence", "pooling": ("cls", "mean"), "overflow": "windows", "max_length": 12},
+]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=str)
+def some_encoder(request: pytest.FixtureRequest, minilm_folder: str) -> Encoder:
+    return tiny(minilm_folder, **request.param)
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_that_holds_for_every_kind_of_output_and_of_long_texts(some_encoder: Encoder, data: st.DataObject) -> None:
+    text = texts_in_words if some_encoder.output == "words" else texts
+    drawn = data.draw(st.lists(st.lists(text, max_size=3), min_size=1, max_size=3))
+    batches = [some_encoder.tokenizer.batch(texts) for texts in drawn]
+    parts, _ = encode_together(some_encoder.encode, batches)
+    for part, batch in zip(parts, batches, strict=True):
+        assert_same(part, some_encoder.encode(batch), atol=1e-5)
+    assert_apart(parts)
+
+
+@pytest.fixture(scope="module", params=["tokens", "words", "sentence"])
+def real_encoder(request: pytest.FixtureRequest, minilm_folder: str) -> Encoder:
+    output: Output = request.param
+    return Encoder.from_pretrained(minilm_folder, output=output, dtype="float32", device="cpu")
+
+
+@settings(max_examples=8)
+@given(st.data())
+def test_all_minilm_gives_the_same_within_a_hundred_thousandth(
+    real_encoder: Encoder, sentences: list[str], data: st.DataObject
+) -> None:
+    sentence = st.sampled_from([text for text in sentences if len(text) < 100][:12])
+    text: Any = sentence.map(str.split)
+    if real_encoder.output != "words":
+        text = text | sentence | st.tuples(sentence, sentence) | st.just("")
+    drawn = data.draw(st.lists(st.lists(text, max_size=3), min_size=2, max_size=3))
+    batches = [real_encoder.tokenizer.batch(texts) for texts in drawn]
+    parts, _ = encode_together(real_encoder.encode, batches)
+    for part, batch in zip(parts, batches, strict=True):
+        assert_same(part, real_encoder.encode(batch), atol=1e-5)
+
+
+def test_one_batch_without_repeats_is_handed_to_the_encoder_as_it_is() -> None:
+    encoder = TellingEncoder()
+    batch = TokenBatch.from_texts(encoder.tokenizer(["a", "b"]))
+    (found,), repeats = encode_together(encoder.encode, [batch])
+    assert encoder.calls[0] is batch is found.tokens and not repeats
+
+
+def test_each_distinct_text_is_encoded_once() -> None:
+    encoder = TellingEncoder()
+    batches = [TokenBatch.from_texts(encoder.tokenizer(texts)) for texts in (["a b", "c"], ["c", "c", "d"], ["a b"])]
+    parts, repeats = encode_together(encoder.encode, batches)
+    assert repeats == 3 and [len(call) for call in encoder.calls] == [3]
+    parts[0].values.zero_()
+    assert parts[2].values.any(), "a repeated text's rows are a copy"
+
+
+def test_a_word_that_was_cut_and_one_without_tokens_are_told_apart(minilm_folder: str) -> None:
+    """Both texts are the same tokens and have as many words; only one of them lost its last."""
+    encoder = tiny(minilm_folder, output="words", overflow="truncate", max_length=4)
+    blank, cut = (encoder.tokenizer.batch([words]) for words in (["a", "bank", ""], ["a", "bank", "raised"]))
+    assert blank.input_ids.tolist() == cut.input_ids.tolist()
+    for batches in ([blank, cut], [cut, blank]):
+        parts, _ = encode_together(encoder.encode, batches)
+        for part, batch in zip(parts, batches, strict=True):
+            assert_same(part, encoder.encode(batch), atol=1e-6)
+
+
+def test_tokens_whose_special_ones_are_not_known_are_not_taken_for_ordinary_ones(minilm_folder: str) -> None:
+    """Alone they are refused where special tokens have no rows, so beside others they must be too."""
+    encoder = tiny(minilm_folder, special_tokens=False)
+    ids = torch.tensor([[101, 1996, 102]])
+    padded, known = TokenBatch.from_padded(ids, torch.ones_like(ids)), encoder.tokenizer.batch(["the"])
+    for batches in ([padded], [known, padded], [padded, known]):
+        with pytest.raises(EncoderError, match="special tokens cannot be told apart"):
+            encode_together(encoder.encode, batches)
+    empty = encoder.tokenizer.batch([])
+    parts, _ = encode_together(encoder.encode, [known, empty])
+    assert [len(part.values) for part in parts] == [1, 0]

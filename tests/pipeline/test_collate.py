@@ -1,0 +1,355 @@
+"""Records become batches of their own structure, in the worker that reads them, with tokens where the text was."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import OrderedDict, UserDict
+from collections.abc import Sequence
+from dataclasses import FrozenInstanceError, dataclass
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+from transformers import AutoTokenizer
+
+from bertstream.encoding.tokenizer import TextTokenizer
+from bertstream.errors import ConfigError, EncoderError
+from bertstream.pipeline.collate import TokenCollate, tensor_column
+from bertstream.pipeline.fields import Place, get_place
+from bertstream.tokens import TokenBatch
+
+TEXTS = ["the bank", "of the river"]
+OTHERS = ["a spring", "in the desert"]
+
+
+class Pair(NamedTuple):
+    said: str
+    label: int
+
+
+@dataclass
+class Sample:
+    said: Any
+    label: Any = 0
+
+
+@dataclass(frozen=True)
+class FrozenSample:
+    said: str
+    label: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlottedSample:
+    said: str
+    label: int
+
+
+@pytest.fixture(scope="module")
+def encoder(minilm_folder: str) -> Any:
+    """What collating needs of an encoder."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder)
+    return SimpleNamespace(tokenizer=TextTokenizer(tokenizer, max_length=16))
+
+
+def holds(encoder: Any, batch: Any, texts: Sequence[Any]) -> bool:
+    right = encoder.tokenizer.batch(texts)
+    assert isinstance(batch, TokenBatch)
+    return batch.input_ids.tolist() == right.input_ids.tolist() and batch.lengths.tolist() == right.lengths.tolist()
+
+
+# Structures.
+
+
+def test_dicts_become_a_dict(encoder: Any) -> None:
+    records = [{"label": 1, "said": TEXTS[0], "id": "a"}, {"label": 2, "said": TEXTS[1], "id": "b"}]
+    batch = TokenCollate(encoder, text="said")(records)
+    assert list(batch) == ["label", "said", "id"]
+    assert holds(encoder, batch["said"], TEXTS)
+    assert batch["label"].tolist() == [1, 2] and batch["id"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict, MappingProxyType], ids=lambda kind: kind.__name__)
+def test_any_mapping_becomes_a_dict(encoder: Any, kind: Any) -> None:
+    batch = TokenCollate(encoder, text="said")([kind({"said": text, "label": 0.5}) for text in TEXTS])
+    assert type(batch) is dict and holds(encoder, batch["said"], TEXTS) and batch["label"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+@pytest.mark.parametrize("place", [0, -2])
+def test_tuples_and_lists_become_one_of_their_kind(encoder: Any, kind: Any, place: int) -> None:
+    batch = TokenCollate(encoder, text=place)([kind([text, 7]) for text in TEXTS])
+    assert type(batch) is kind and len(batch) == 2
+    assert holds(encoder, batch[0], TEXTS) and batch[1].tolist() == [7, 7]
+
+
+@pytest.mark.parametrize("place", ["said", 0, -2])
+def test_namedtuples_become_one_of_their_kind(encoder: Any, place: Place) -> None:
+    batch = TokenCollate(encoder, text=place)([Pair(text, 7) for text in TEXTS])
+    assert type(batch) is Pair
+    assert holds(encoder, batch.said, TEXTS) and torch.equal(batch.label, torch.tensor([7, 7]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [Sample, FrozenSample, SlottedSample])
+def test_dataclasses_become_one_of_their_kind(encoder: Any, kind: Any) -> None:
+    batch = TokenCollate(encoder, text="said")([kind(text, 7) for text in TEXTS])
+    assert type(batch) is kind
+    assert holds(encoder, batch.said, TEXTS) and batch.label.tolist() == [7, 7]
+    if kind is not Sample:
+        with pytest.raises(FrozenInstanceError):
+            batch.label = 8
+
+
+def test_bare_texts_become_bare_tokens(encoder: Any) -> None:
+    texts = ["the bank", ["of", "the"], ("a", "pair"), ""]
+    assert holds(encoder, TokenCollate(encoder)(texts), texts)
+
+
+@pytest.mark.parametrize(
+    ("text", "records", "found"),
+    [
+        (("q", "a"), [{"q": q, "a": a} for q, a in zip(TEXTS, OTHERS, strict=True)], ("q", "a")),
+        ((0, -1), [(q, 1, a) for q, a in zip(TEXTS, OTHERS, strict=True)], (0, 2)),
+        ([0, "label"], [Pair(q, a) for q, a in zip(TEXTS, OTHERS, strict=True)], (0, 1)),  # type: ignore[arg-type]
+        (["said", "label"], [Sample(q, a) for q, a in zip(TEXTS, OTHERS, strict=True)], ("said", "label")),
+    ],
+)
+def test_a_record_may_hold_several_texts(
+    encoder: Any, text: Any, records: list[Any], found: tuple[Place, Place]
+) -> None:
+    batch = TokenCollate(encoder, text=text)(records)
+    assert holds(encoder, get_place(batch, found[0]), TEXTS)
+    assert holds(encoder, get_place(batch, found[1]), OTHERS)
+
+
+def test_a_key_that_some_records_lack_is_none_there(encoder: Any) -> None:
+    batch = TokenCollate(encoder, text="said")([{"said": "a"}, {"said": "b", "label": 3}])
+    assert batch["label"] == [None, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "records"),
+    [
+        ("said", [{"said": ["a", "b"], "label": [1, 2], "vector": np.zeros(2)} for _ in range(2)]),
+        (0, [[["a", "b"], torch.zeros(2)] for _ in range(2)]),
+        ("said", [Sample(["a", "b"], [1, 2]) for _ in range(2)]),
+    ],
+)
+def test_records_are_left_as_they_are(encoder: Any, text: Place, records: list[Any]) -> None:
+    before = copy.deepcopy(records)
+    batch = TokenCollate(encoder, text=text)(records)
+    for value in batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list) else [batch.label]:
+        for part in [value] if isinstance(value, Tensor) else value if isinstance(value, list) else []:
+            part.fill_(9)
+    assert repr(records) == repr(before)
+
+
+def test_it_holds_the_tokenizer_alone(encoder: Any) -> None:
+    class Heavy:
+        tokenizer = encoder.tokenizer
+        weights = torch.zeros(10_000_000)
+
+    assert len(pickle.dumps(TokenCollate(Heavy(), text="said"))) < 1_000_000  # type: ignore[arg-type]
+
+
+# The other fields.
+
+
+def test_a_list_of_tags_stays_one_tensor_a_text_where_default_collate_transposes_it(encoder: Any) -> None:
+    """Trap 40: equally long lists are turned inside out without a word, ragged ones are an error."""
+    even = [{"said": ["a", "b", "c"], "tags": [1, 2, 3]}, {"said": ["d", "e", "f"], "tags": [4, 5, 6]}]
+    assert [row.tolist() for row in default_collate(even)["tags"]] == [[1, 4], [2, 5], [3, 6]]
+    assert default_collate(even)["said"] == [("a", "d"), ("b", "e"), ("c", "f")]
+    collate = TokenCollate(encoder, text="said")
+    assert [row.tolist() for row in collate(even)["tags"]] == [[1, 2, 3], [4, 5, 6]]
+
+    ragged = [{"said": ["a", "b"], "tags": [1, 2]}, {"said": [], "tags": []}, {"said": ["d"], "tags": [4]}]
+    with pytest.raises(RuntimeError, match="equal size"):
+        default_collate(ragged)
+    batch = collate(ragged)
+    assert [row.tolist() for row in batch["tags"]] == [[1, 2], [], [4]]
+    assert {row.dtype for row in batch["tags"]} == {torch.int64}
+    assert batch["said"].num_words.tolist() == [2, 0, 1]
+
+
+def test_tags_that_are_names_stay_one_list_a_text(encoder: Any) -> None:
+    records = [{"said": ["a", "b"], "tags": ["B", "O"]}, {"said": ["c", "d"], "tags": ["O", "B"]}]
+    assert TokenCollate(encoder, text="said")(records)["tags"] == [["B", "O"], ["O", "B"]]
+
+
+def array(*shape: int) -> np.ndarray[Any, Any]:
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, 2],
+        [0.5, 1.5],
+        [True, False],
+        [np.float32(1), np.float32(2)],
+        [np.array(1), np.array(2)],
+        [array(2, 3), array(2, 3)],
+        [torch.zeros(2, 3), torch.ones(2, 3)],
+        [torch.tensor(1), torch.tensor(2)],
+        ["a", "b"],
+    ],
+    ids=repr,
+)
+def test_numbers_strings_and_tensors_of_one_shape_are_what_default_collate_makes_of_them(values: list[Any]) -> None:
+    column, right = tensor_column(values), default_collate(values)
+    if isinstance(right, Tensor):
+        assert column.dtype == right.dtype and torch.equal(column, right)
+    else:
+        assert column == right
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [torch.zeros(2), torch.ones(3)],
+        [torch.zeros(2, 4), torch.ones(0, 4)],
+        [array(2), array(3)],
+        [torch.zeros(2), torch.zeros(2, dtype=torch.int64)],
+        [torch.zeros(2), torch.tensor(1.0)],
+        [torch.zeros(2).to_sparse(), torch.ones(3).to_sparse()],
+        [torch.zeros(2), None],
+        [array(2), torch.zeros(3)],
+    ],
+    ids=lambda values: " ".join(f"{getattr(v, 'dtype', v)}{getattr(v, 'shape', '')}" for v in values),
+)
+def test_arrays_of_several_shapes_or_dtypes_stay_one_tensor_a_record(values: list[Any]) -> None:
+    column = tensor_column(values)
+    assert isinstance(column, list) and len(column) == len(values)
+    for found, value in zip(column, values, strict=True):
+        if value is None:
+            assert found is None
+        else:
+            right = torch.as_tensor(value)
+            assert found.dtype == right.dtype and torch.equal(found.to_dense(), right.to_dense())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        [None, None],
+        [np.str_("a"), np.str_("b")],
+        [np.array(["a"]), np.array(["b"])],
+        [np.array(["a"]), np.array(["b", "c"])],
+        [np.datetime64("2020-01-01"), np.datetime64("2020-01-02")],
+        [{"a": 1}, {"a": 2}],
+        [(1, 2), (3, 4)],
+        [2**63, 1],
+    ],
+    ids=repr,
+)
+def test_what_is_no_number_stays_a_list(values: list[Any]) -> None:
+    assert tensor_column(values) == values
+    assert all(found is value for found, value in zip(tensor_column(values), values, strict=True))
+
+
+# In worker processes.
+
+
+def batches(encoder: Any, records: list[Any], text: Any, batch_size: int = 2) -> list[Any]:
+    collate = TokenCollate(encoder, text=text)
+    return list(DataLoader(records, batch_size=batch_size, num_workers=1, collate_fn=collate))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tags", [lambda count: [count] * count, torch.ones], ids=["lists", "tensors"])
+def test_a_ragged_column_leaves_a_worker_as_one_memory(encoder: Any, tags: Any) -> None:
+    """A file handle for each of a batch's texts would use up a process's 1,024 within a few batches."""
+    [batch] = batches(encoder, [{"said": "a", "tags": tags(i % 5)} for i in range(40)], "said", 40)
+    assert [len(row) for row in batch["tags"]] == [i % 5 for i in range(40)]
+    assert len({row.untyped_storage().data_ptr() for row in batch["tags"]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "bad", "message"),
+    [
+        ("said", None, "field 'said': text 1 is None (NoneType)"),
+        ("said", "bank " * 30, "field 'said': text 1 has 32 tokens, the model takes 16: 'bank bank "),
+    ],
+)
+def test_an_error_keeps_its_fields_on_its_way_out_of_a_worker(encoder: Any, text: Any, bad: Any, message: str) -> None:
+    """Trap 42: raised there, torch would rebuild it without them; so it comes as an item instead."""
+    records = [{"said": "fine"}, {"said": bad}]
+    with pytest.raises(EncoderError) as caught:
+        TokenCollate(encoder, text=text)(records)
+    [found] = batches(encoder, records, text)
+    for error in (caught.value, found):
+        assert type(error) is EncoderError and error.records == (1,)
+        assert str(error).startswith(message)
+
+
+def test_a_missing_key_is_an_error_of_ours_from_a_worker_too(encoder: Any) -> None:
+    [found] = batches(encoder, [{"sentence": "a"}, {"sentence": "b"}], "said")
+    assert type(found) is ConfigError and "'said'" in str(found)
+
+
+def raising(records: list[Any]) -> Any:
+    raise EncoderError("it broke", records=[5])
+
+
+def test_an_error_that_is_raised_in_a_worker_would_lose_its_fields() -> None:
+    """What the way around it is for: if torch mends this, errors need not travel as items."""
+    iterator: Any = iter(DataLoader(["a"], num_workers=1, collate_fn=raising))
+    try:
+        with pytest.raises(Exception, match="it broke") as caught:
+            next(iterator)
+    finally:
+        iterator._shutdown_workers()  # at once; the collector would take seconds over it
+    assert (type(caught.value), getattr(caught.value, "records", None)) != (EncoderError, (5,))
+
+
+# What is refused.
+
+
+class Plain:
+    """Neither a sequence nor a mapping nor a dataclass."""
+
+    said = "a"
+
+
+@pytest.mark.parametrize(
+    ("record", "text", "message"),
+    [
+        ({"sentence": "a"}, "said", r"text='said' names nothing in a dict with the keys \['sentence'\]"),
+        (Plain(), "said", "a record is a Plain: TokenCollate knows dicts, tuples, lists, namedtuples and dataclasses"),
+    ],
+)
+def test_a_place_that_is_not_there_is_refused_with_those_that_are(
+    encoder: Any, record: Any, text: Place, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TokenCollate(encoder, text=text)([record, record])
+
+
+def test_a_second_text_that_is_not_there_is_named_as_the_pair(encoder: Any) -> None:
+    with pytest.raises(ConfigError, match="^pair='said' names nothing in a dict"):
+        TokenCollate(encoder, text="sentence", pair="said")([{"sentence": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("odd", "seen"),
+    [
+        (("a", 1, "more"), "a tuple of length 3"),
+        (("a",), "a tuple of length 1"),
+        (["a", 1], "a list of length 2"),
+        ({0: "a", 1: 1}, r"a dict with the keys \[0, 1\]"),
+    ],
+)
+def test_records_of_several_shapes_are_refused_and_nothing_is_dropped(encoder: Any, odd: Any, seen: str) -> None:
+    with pytest.raises(ConfigError, match=f"record 1 of the batch is {seen}, the first a tuple of length 2"):
+        TokenCollate(encoder, text=0)([("a", 1), odd])
+
+
+def test_an_encoder_without_a_tokenizer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="encoder is a str without a tokenizer"):
+        TokenCollate("bert-base-uncased")  # type: ignore[arg-type]

@@ -1,0 +1,186 @@
+"""Ranks in step: as many batches on each, every record once, and what differs is named."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bertstream import TokenBatch
+from bertstream.errors import ConfigError, ShardError
+from bertstream.pipeline.epoch import Run
+from bertstream.pipeline.groups import Groups
+from bertstream.pipeline.lockstep import agreed
+from bertstream.pipeline.source import Entry
+from bertstream.reading.window import Skip
+from bertstream.testing import FakeEncoder
+from bertstream.tokens import Cursor
+
+
+class Table:
+    """Ranks that are threads of this process."""
+
+    def __init__(self, world_size: int) -> None:
+        self._offers: list[Any] = [None] * world_size
+        self._barrier = threading.Barrier(world_size, timeout=20)
+
+    def seat(self, rank: int) -> Any:
+        def exchange(offer: Any, batch: int, is_over: Any, waits_since: Any) -> list[Any]:
+            self._offers[rank] = offer
+            self._barrier.wait()
+            offers = [*self._offers]
+            self._barrier.wait()
+            return offers
+
+        return SimpleNamespace(
+            exchange=exchange, leave=lambda reason: self._barrier.abort() if "not JSON" in reason else None
+        )
+
+
+def own_entry(rank: int, number: int, words: int | ShardError | None) -> Entry:
+    """A batch of one text of so many words; the end of a lane where it has none."""
+    if isinstance(words, ShardError):
+        raise words
+    if words is None:
+        return Entry(Skip(number))
+    batch = TokenBatch.from_texts(FakeEncoder().tokenizer(["word " * words]))
+    batch = replace(batch, cursor=Cursor(0, rank, batch=number))
+    return Entry(batch, texts={None: batch})
+
+
+def in_step(
+    ranks: Sequence[tuple[Sequence[int | ShardError | None], int]], uneven: str, *about: dict[str, Any]
+) -> tuple[list[list[list[Entry]]], list[int]]:
+    """By rank, the groups that it encodes and how many texts it leaves; each has its entries and its limit."""
+    table, left = Table(len(ranks)), [0] * len(ranks)
+
+    def run(rank: int) -> list[list[Entry]]:
+        entries, limit = ranks[rank]
+        own = (own_entry(rank, number, words) for number, words in enumerate(entries))
+        groups = Groups(own, weigh=lambda entry: entry.weight, limit=limit, by_the_clock=False)
+        stream: Any = SimpleNamespace(
+            uneven=uneven, epoch=0, rank_timeout_s=20, any_batch=lambda: own_entry(rank, -1, 1).item
+        )
+
+        def count_left(texts: int) -> None:
+            left[rank] += texts
+
+        found = []
+        own_about = about[rank] if about else {}
+        for group in agreed(groups, stream, table.seat(rank), Run(), own_about, count_left):
+            found.append([*group])
+            groups.encoded(sum(entry.weight for entry in group), 0.0)
+        return found
+
+    with ThreadPoolExecutor(len(ranks)) as threads:
+        return list(threads.map(run, range(len(ranks)))), left
+
+
+def batches_of(entries: Iterable[Entry]) -> list[Entry]:
+    return [entry for entry in entries if isinstance(entry.item, TokenBatch)]
+
+
+RANK = st.tuples(st.lists(st.integers(0, 9) | st.none(), max_size=12), st.integers(1, 60))
+
+
+@given(st.lists(RANK, min_size=2, max_size=3), st.sampled_from(["pad", "stop"]))
+@settings(deadline=None, max_examples=50)
+def test_ranks_hand_out_equally_many_batches_and_each_its_own_once(
+    ranks: list[tuple[list[int | None], int]], uneven: str
+) -> None:
+    found, left = in_step(ranks, uneven)
+    numbers = [[number for number, words in enumerate(entries) if words is not None] for entries, _ in ranks]
+    steps = (max if uneven == "pad" else min)(map(len, numbers))
+    cursors = [
+        [Cursor(0, rank, batch=own[step]) if step < len(own) else None for rank, own in enumerate(numbers)]
+        for step in range(steps)
+    ]
+    own_sizes = []
+    for groups in found:
+        batches = [group for group in map(batches_of, groups) if group]
+        through = [bool(group[0].item.fields.get("__repeated__")) for group in batches]
+        own_sizes.append([len(group) for group, repeats in zip(batches, through, strict=True) if not repeats])
+        assert all(len(group) == 1 for group, repeats in zip(batches, through, strict=True) if repeats)
+    longest = max(own_sizes, key=len)
+    for own in own_sizes:
+        assert own == longest[: len(own)], "a rank encodes more together than another has agreed to"
+    for rank, groups in enumerate(found):
+        entries = [entry for group in groups for entry in group]
+        assert [entry.cursors for entry in batches_of(entries)] == cursors
+        repeated = [bool(entry.item.fields.get("__repeated__")) for entry in batches_of(entries)]
+        assert repeated == [step >= len(numbers[rank]) for step in range(steps)]
+        handed_out = [
+            entry.item.lane if isinstance(entry.item, Skip) else entry.item.cursor.batch
+            for entry in entries
+            if isinstance(entry.item, Skip) or not entry.item.fields.get("__repeated__")
+        ]
+        here = len(ranks[rank][0]) if uneven == "pad" else len(handed_out)
+        assert handed_out == list(range(here))
+        assert left[rank] == (0 if uneven == "pad" else len(numbers[rank]) - steps)
+
+
+def test_what_no_rank_gets_may_be_broken(caplog: pytest.LogCaptureFixture) -> None:
+    """The others are through with the epoch, and would wait for this rank in the next one."""
+    error = ShardError("not JSON", path="a.jsonl", index=3)
+    found, left = in_step([([1] * 3, 1), ([1, 1, 1, 1, 1, error, 1], 1)], "stop")
+    assert [sum(map(len, groups)) for groups in found] == [3, 3] and left == [0, 2]
+    assert "is broken, and left_texts too low" in caplog.text
+    with pytest.raises(ShardError):
+        in_step([([1, 1, error, 1], 1), ([1] * 9, 1)], "stop")
+
+
+def test_what_no_rank_gets_is_counted_for_a_while_only(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("bertstream.pipeline.lockstep._COUNT_REST_S", 0.0)
+    found, left = in_step([([1] * 3, 1), ([1] * 3000, 1)], "stop")
+    assert [sum(map(len, groups)) for groups in found] == [3, 3] and left[1] < 2997
+    assert "is not all read: left_texts is too low" in caplog.text
+
+
+def test_batches_that_were_handed_over_are_let_go() -> None:
+    alive: list[weakref.ref[Entry]] = []
+
+    def entries() -> Iterator[Entry]:
+        for number in range(30):
+            entry = own_entry(0, number, 1)
+            alive.append(weakref.ref(entry))
+            yield entry
+            del entry
+
+    groups = Groups(entries(), weigh=lambda entry: entry.weight, limit=8, by_the_clock=False)
+    stream: Any = SimpleNamespace(uneven="pad", epoch=0, rank_timeout_s=20)
+    peers: Any = Table(1).seat(0)
+    gc.disable()
+    try:
+        for group in agreed(groups, stream, peers, Run(), {}, lambda texts: None):
+            weight = len(group)
+            group.clear()
+            groups.encoded(weight, 0.0)
+            assert sum(ref() is not None for ref in alive) <= 1, "the one that did not fit"
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", ["seed", "shards", "state"])
+def test_ranks_that_would_not_share_the_records_out_are_told_so(name: str) -> None:
+    about = {"seed": 0, "shards": "3 by the digest ab", "state": "cd"}
+    with pytest.raises(ConfigError, match=rf"^rank 1 streams with {name}='other', this rank with {name}="):
+        in_step([([1], 9)] * 2, "pad", about, about | {name: "other"})
+    assert in_step([([1], 9)] * 2, "pad", about, {"seed": 0, "shards": about["shards"]})[1] == [0, 0]
+
+
+def test_ranks_whose_batches_differ_gather_nearly_as_many_as_one_alone() -> None:
+    """What one has more than another waits for its next group, and is not a group by itself."""
+    found, _ = in_step([([3] * 200, 40), ([2, 4] * 100, 40)], "stop")
+    assert [len(group) for group in found[0]] == [len(group) for group in found[1]]
+    assert len(found[0]) <= 20 and sum(map(len, found[0])) == 200

@@ -1,0 +1,155 @@
+"""OpenMP's helpers go when they are told so, and settings and results stay; the heap's holes go back to the system."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from bertstream.system import process as runtime
+from bertstream.system.process import on_one_core, release_helpers, torch_modes, trim_heap, usable_cores
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5}, raising=False)
+    assert usable_cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == 8
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert usable_cores() == 1
+
+
+def compute() -> float:
+    return float(torch.ones(512, 512).matmul(torch.ones(512, 512)).add(1).mul_(0.5).sum())
+
+
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_what_runs_on_one_core_leaves_all_other_threads_theirs() -> None:
+    def threads_of_a_new_one() -> int:
+        with ThreadPoolExecutor(1) as other:
+            return other.submit(torch.get_num_threads).result()
+
+    def run() -> tuple[float, int, int]:
+        return compute(), torch.get_num_threads(), threads_of_a_new_one()
+
+    assert on_one_core(run) == (pytest.approx(compute()), 1, 2)
+    assert torch.get_num_threads() == threads_of_a_new_one() == 2
+    with pytest.raises(ZeroDivisionError):
+        on_one_core(lambda: 1 // 0)
+
+
+def test_what_torch_keeps_for_each_thread_can_be_taken_to_another() -> None:
+    def modes() -> tuple[bool, bool, str]:
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_device().type
+
+    def elsewhere(taken: AbstractContextManager[object]) -> tuple[bool, bool, str]:
+        with taken:
+            return modes()
+
+    with ThreadPoolExecutor(1) as other:
+        with torch.device("meta"), torch.no_grad():
+            found = other.submit(elsewhere, torch_modes()).result(), modes()
+        assert found[0] == found[1] == (False, False, "meta")
+        with torch.inference_mode():
+            assert other.submit(elsewhere, torch_modes()).result() == modes() == (False, True, "cpu")
+        assert other.submit(modes).result() == (True, False, "cpu"), "it is left as it was"
+
+
+PROGRAM = """
+import os, torch
+from bertstream.system.process import release_helpers
+
+torch.set_num_threads(2)
+with_helpers = []
+for _ in range(3):
+    torch.ones(512, 512).matmul(torch.ones(512, 512)).add(1).mul_(0.5).sum()
+    with_helpers.append(len(os.listdir("/proc/self/task")))
+    release_helpers()
+    assert len(os.listdir("/proc/self/task")) < with_helpers[-1], with_helpers
+    assert torch.get_num_threads() == 2
+assert len(set(with_helpers)) == 1, with_helpers
+release_helpers()  # where there are none, nothing happens
+"""
+
+
+@pytest.mark.skipif(not runtime._openmp(), reason="torch runs on another OpenMP than GCC's here")
+def test_helpers_go_and_come_back_and_the_number_of_threads_stays() -> None:
+    """In a process of its own: in this one other tests' threads come and go."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["PYTHONPATH"] = str(ROOT)
+    subprocess.run([sys.executable, "-c", PROGRAM], check=True, env=environment)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_another_threads_helpers_are_left_alone() -> None:
+    right = compute()
+    found = []
+    for _ in range(20):
+        thread = threading.Thread(target=lambda: found.append([compute() for _ in range(5)]))
+        thread.start()
+        release_helpers()
+        thread.join()
+        assert compute() == right
+    assert found == [[right] * 5] * 20
+
+
+@pytest.mark.skipif(runtime._malloc_trim() is None, reason="the C library is not glibc")
+def test_trimming_gives_back_the_holes_between_blocks_in_use() -> None:
+    blocks = [torch.ones(25_000) for _ in range(2_000)]  # 100 kB each, below what glibc takes from the system singly
+    whole = resident_bytes()
+    kept = blocks[::8]
+    del blocks
+    with_holes = resident_bytes()
+    trim_heap()
+    assert with_holes - resident_bytes() > 0.7 * 1e5 * (2_000 - len(kept)) - (whole - with_holes)
+    assert all(float(block.sum()) == 25_000 for block in kept)
+
+
+COLLECTING = """
+import gc
+from bertstream.system.process import collect_rarely
+gc.set_threshold({before})
+collect_rarely()
+frozen = gc.get_freeze_count()
+younger = [[] for _ in range(100)]
+collect_rarely()
+assert 10_000 < frozen == gc.get_freeze_count(), "once"
+print(gc.get_threshold()[0])
+"""
+
+
+@pytest.mark.parametrize(("before", "after"), [(700, 10_000), (50_000, 50_000), (0, 0)])
+def test_collections_pass_over_what_was_there_and_are_no_more_frequent(before: int, after: int) -> None:
+    program = COLLECTING.format(before=before)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], check=True, env=environment, capture_output=True, text=True)
+    assert int(done.stdout) == after
+
+
+def test_where_there_are_no_such_libraries_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_openmp", list)
+    monkeypatch.setattr(runtime, "_malloc_trim", lambda: None)
+    release_helpers()
+    trim_heap()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
