@@ -1,6 +1,6 @@
-"""What can go wrong, as one tree.
+"""All errors, as one tree, and the checks of arguments that raise them.
 
-    BertstreamError(Exception)                what the world did
+    BertstreamError(Exception)                something outside the program failed
       ShardError     .path .index .field      a shard or record is missing, unreadable or broken
       EncoderError   .records                 the model could not be loaded, or failed on these texts
       CacheError     .path                    damaged, full, or made by another encoder
@@ -8,28 +8,29 @@
     ConfigError(BertstreamError, ValueError)  a bad argument: raised before any file or thread is opened
     LoaderClosedError(BertstreamError, RuntimeError)
 
-Every error takes one message and, by keyword, the fields above. They pickle whole, so an error raised in a worker
-process arrives with its fields.
+Each error takes a message and, by keyword, the fields above. Errors pickle with their fields, so they survive the way
+out of a worker process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import get_args
 
 
 class BertstreamError(Exception):
-    """Base of every error that bertstream raises on purpose."""
+    """The base of all errors that bertstream raises on purpose."""
 
 
 class ShardError(BertstreamError):
     """A shard or one of its records is missing, unreadable or broken.
 
     Attributes:
-        path: the shard as it was named, or None.
-        index: the record's position in the shard, counted from 0 with broken ones, or None.
-        field: the field of the record that is wrong, or None.
-        gives_up_shard: whether the rest of the shard was passed over with it.
+        path: the shard's path, URL or command, or None.
+        index: the record's index in the shard, counted from 0 and with broken records, or None.
+        field: the field at fault, or None.
+        gives_up_shard: whether the rest of the shard is skipped too.
     """
 
     gives_up_shard = False
@@ -47,7 +48,7 @@ class EncoderError(BertstreamError):
     """The model could not be loaded, or failed on a batch.
 
     Attributes:
-        records: positions in the batch of the texts at fault; empty where the fault is not theirs.
+        records: indices in the batch of the texts at fault; empty if no text is.
     """
 
     def __init__(self, message: str, *, records: Sequence[int] = ()) -> None:
@@ -68,7 +69,7 @@ class CacheError(BertstreamError):
 
 
 class StateError(BertstreamError):
-    """A checkpoint does not fit this loader.
+    """A saved state does not fit this loader.
 
     Attributes:
         key: the entry of the state that does not fit, or None.
@@ -80,16 +81,20 @@ class StateError(BertstreamError):
 
 
 class ConfigError(BertstreamError, ValueError):
-    """A bad argument; the message shows the value seen and what to write instead."""
+    """An argument is wrong; the message shows the value seen and what to write instead."""
 
 
 class LoaderClosedError(BertstreamError, RuntimeError):
-    """The loader was closed and cannot be iterated any more."""
+    """The loader is closed and can no longer be iterated."""
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
-    """Refuse a value that is none of a Literal's.
+    """Refuse a value that a `Literal` does not list.
 
+    Args:
+        name: the argument, as the user writes it.
+        value: what the user wrote.
+        choices: the `Literal` type.
     Raises:
         ConfigError: with the value seen and the choices.
     """
@@ -97,12 +102,28 @@ def check_choice(name: str, value: object, choices: object) -> None:
         raise ConfigError(f"{name}={shortened(value)}: write one of {', '.join(map(repr, get_args(choices)))}")
 
 
+def check_at_least(name: str, value: object, least: int) -> None:
+    """Refuse anything but a whole number of at least `least`.
+
+    NumPy's integers pass. A bool is refused, and so is a float, even a whole one: what is checked here counts things.
+
+    Args:
+        name: the argument, as the user writes it.
+        value: what the user wrote; check for None first where None is allowed.
+        least: the smallest value allowed.
+    Raises:
+        ConfigError: with the value seen and the smallest value allowed.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}={shortened(value)}: write a whole number of at least {least}")
+
+
 def shortened(value: object) -> str:
-    """A value as messages show it, 80 characters at most."""
+    """The value's repr for a message, cut to 80 characters."""
     shown = repr(value)
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
-def named(error: BaseException) -> str:
-    """An error as messages show it."""
+def described(error: BaseException) -> str:
+    """The error's type and text for a message."""
     return f"{type(error).__name__}: {error}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from bertstream import errors
@@ -16,6 +18,10 @@ from bertstream.errors import (
     LoaderClosedError,
     ShardError,
     StateError,
+    check_at_least,
+    check_choice,
+    described,
+    shortened,
 )
 
 ONE_OF_EACH = [
@@ -75,3 +81,27 @@ def test_errors_pickle_with_their_fields(error: BertstreamError, protocol: int) 
 def test_errors_can_be_copied(error: BertstreamError) -> None:
     back = copy.deepcopy(error)
     assert (type(back), back.args, vars(back)) == (type(error), error.args, vars(error))
+
+
+def test_whole_numbers_that_are_large_enough_pass() -> None:
+    for value in (1, 2, 10**20, np.int64(1)):
+        check_at_least("lanes", value, 1)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.0, 2.5, "3", None, np.int32(0)], ids=repr)
+def test_other_values_are_refused_and_shown(value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_at_least("lanes", value, 1)
+    assert str(caught.value) == f"lanes={value!r}: write a whole number of at least 1"
+
+
+def test_a_value_outside_a_literal_is_refused_with_the_choices() -> None:
+    check_choice("uneven", "pad", Literal["stop", "pad"])
+    with pytest.raises(ConfigError, match="^uneven='drop': write one of 'stop', 'pad'$"):
+        check_choice("uneven", "drop", Literal["stop", "pad"])
+
+
+def test_messages_name_the_type_of_an_error_and_shorten_long_values() -> None:
+    assert described(KeyError("a")) == "KeyError: 'a'"
+    assert shortened("x" * 100) == "'" + "x" * 76 + "..."
+    assert shortened([1]) == "[1]"

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 from fsspec.core import url_to_fs
 
-from ..errors import ShardError, named
+from ..errors import ShardError, described
 from .access import BUFFER_BYTES, Access, check_installed, check_pipe, is_local, is_pipe
 from .remote import RemoteFile, copy_path, local_copy, retried
 from .stall_watch import Watch
@@ -46,7 +46,7 @@ def size_of(path: str, access: Access) -> int:
 
         return retried(path, size)
     except Exception as error:  # what a file system behind fsspec raises is its own choice
-        raise ShardError(f"{path}: cannot be reached: {named(error)}", path=path) from error
+        raise ShardError(f"{path}: cannot be reached: {described(error)}", path=path) from error
 
 
 def on_disk(path: str, access: Access) -> str | None:

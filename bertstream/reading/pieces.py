@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigError, ShardError, named
+from ..errors import ConfigError, ShardError, check_at_least, described
 from .access import BUFFER_BYTES, DEFAULT_ACCESS, Access, is_local, is_pipe
 from .files import on_disk, open_bytes
 from .parquet import ParquetReader
@@ -40,8 +40,7 @@ def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[
         ConfigError: `parts` is below 1, the shard's ending is not known, or it needs a package that is not installed.
         ShardError: the shard cannot be read.
     """
-    if parts < 1:
-        raise ConfigError(f"a shard is split into at least 1 part; got parts={parts}")
+    check_at_least("parts", parts, 1)
     kind = shard_kind(path)
     cuts = [(0, 0)]  # (index, offset) of each piece's first record
     if parts > 1 and not kind.packing and not is_pipe(path):
@@ -57,7 +56,7 @@ def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[
         except (ShardError, ConfigError):
             raise
         except read_errors(path, kind) as error:
-            raise ShardError(f"{path}: cannot be read: {named(error)}", path=path) from error
+            raise ShardError(f"{path}: cannot be read: {described(error)}", path=path) from error
     stops = [index for index, _ in cuts[1:]]
     return [Piece(path, start, stop, offset) for (start, offset), stop in zip(cuts, [*stops, None], strict=True)]
 
@@ -94,7 +93,7 @@ def count_records(path: str, options: ReadOptions) -> int | None:
     except (ShardError, ConfigError):
         raise
     except read_errors(path, kind) as error:
-        raise ShardError(f"{path}: cannot be read: {named(error)}", path=path) from error
+        raise ShardError(f"{path}: cannot be read: {described(error)}", path=path) from error
 
 
 def split_rows(rows: Any, parts: int) -> list[tuple[Piece, int]]:

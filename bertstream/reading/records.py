@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 
-from ..errors import ConfigError, ShardError, named
+from ..errors import ConfigError, ShardError, check_at_least, described
 from ..tokens import Record, Text
 from .access import DEFAULT_ACCESS, Access, is_local
 from .files import open_bytes
@@ -116,8 +116,7 @@ def read_records(
         ShardError: the shard is missing, unreadable, cut off or without any record; or, without `on_bad`, a record is
             broken.
     """
-    if skip < 0:
-        raise ConfigError(f"skip counts records; got {skip}")
+    check_at_least("skip", skip, 0)
     kind = shard_kind(piece.path) if options.rows is None else ShardKind("rows", "", piece.path)
     first = piece.start if piece.offset else 0
     wanted = replace(piece, start=piece.start + skip)
@@ -150,7 +149,7 @@ def read_records(
     except (ShardError, ConfigError):
         raise
     except read_errors(piece.path, kind) as failure:
-        message = f"{piece.path}: cannot be read from record {index} on: {named(failure)}"
+        message = f"{piece.path}: cannot be read from record {index} on: {described(failure)}"
         raise ShardError(message, path=piece.path, index=index) from failure
     if piece.stop is not None and index < piece.stop:
         message = f"{piece.path}: it ends after {index} records, but {piece.stop} were there when it was split"
@@ -379,7 +378,7 @@ def _parse_row_values(row: dict[str, Any]) -> dict[str, Any]:
         try:
             row[name] = plain(value)
         except Exception as error:  # what pyarrow raises is its own choice
-            raise _RecordError(f"Python has no value for it: {named(error)}", name) from error
+            raise _RecordError(f"Python has no value for it: {described(error)}", name) from error
     return row
 
 
@@ -415,7 +414,7 @@ def _take(values: dict[str, Any], options: ReadOptions) -> tuple[Text, dict[str,
         try:
             fields[name] = function(values[name])
         except Exception as error:  # the user's function may raise anything; the cause stays attached
-            message = f"the function given for it raised {named(error)} on {_shown(values[name])}"
+            message = f"the function given for it raised {described(error)} on {_shown(values[name])}"
             raise _RecordError(message, name) from error
     return text, fields
 

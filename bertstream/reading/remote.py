@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
 
-from ..errors import ShardError, named
+from ..errors import ShardError, described
 from .access import BUFFER_BYTES, Access
 from .stall_watch import Watch
 
@@ -52,7 +52,7 @@ def list_url(url: str, access: Access) -> list[str]:
     try:
         return retried(url, matches)
     except Exception as error:  # what a file system behind fsspec raises is its own choice
-        raise ShardError(f"{url}: cannot be listed: {named(error)}", path=url) from error
+        raise ShardError(f"{url}: cannot be listed: {described(error)}", path=url) from error
 
 
 # --- behind a URL -----------------------------------------------------------------------------------------------------
@@ -66,16 +66,16 @@ def retried(path: str, attempt: Callable[[], T], *, position: int = 0, size: int
             return attempt()
         except Exception as error:  # what a file system behind fsspec raises is its own choice
             if getattr(error, "status", None) in (404, 410):
-                raise FileNotFoundError(f"the server says that there is no such file: {named(error)}") from error
+                raise FileNotFoundError(f"the server says that there is no such file: {described(error)}") from error
             if not _may_pass(error):
                 raise
             if number == _TRIES:
-                message = f"gave up at {place} after {_TRIES} tries; the last one failed with {named(error)}"
+                message = f"gave up at {place} after {_TRIES} tries; the last one failed with {described(error)}"
                 raise RemoteReadError(message) from error
             wait_s = _FIRST_WAIT_S * 2 ** (number - 1)
             logger.warning(
                 "%s: try %d of %d failed at %s with %s; the next follows in %.1f s",
-                path, number, _TRIES, place, named(error), wait_s,
+                path, number, _TRIES, place, described(error), wait_s,
             )  # fmt: skip
             time.sleep(wait_s)
     raise AssertionError
