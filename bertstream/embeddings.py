@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -222,7 +222,7 @@ def _numbers(row: Any, text: int) -> Tensor:
 
 
 class SupportsEncode(Protocol):
-    """What a loader asks of an encoder; tests and users may bring their own."""
+    """What a loader needs of an encoder; tests and users may bring their own."""
 
     @property
     def tokenizer(self) -> SupportsTokenize: ...
@@ -236,14 +236,40 @@ class SupportsEncode(Protocol):
     def encode(self, batch: TokenBatch) -> Embeddings: ...
 
 
+@runtime_checkable
+class SupportsTraining(SupportsEncode, Protocol):
+    """What a loader also uses where an encoder has it: weights that may be trained, and forwards of a measured size."""
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it was unfrozen: a loader then yields `TokenBatch`es, and the model embeds them."""
+
+    @property
+    def times_frozen(self) -> int:
+        """How often it was frozen; vectors from before the last time may be of other weights."""
+
+    @property
+    def default_forward_tokens(self) -> int:
+        """Tokens of one forward before anything is measured: the user's number, or the default of the device."""
+
+    def calibrate(self) -> int:
+        """Measure the fastest `max_forward_tokens`, once, and return it."""
+
+    def encode(self, batch: TokenBatch, *, max_forward_tokens: int | None = None) -> Embeddings:
+        """Encode a batch; `max_forward_tokens` is the size of this call's forwards alone."""
+
+
+@runtime_checkable
 class SupportsCache(SupportsEncode, Protocol):
-    """What a cache asks of an encoder beyond that: to say what its vectors depend on, and to do without encoding."""
+    """What a cache needs of an encoder: what its vectors depend on, and a way to build `Embeddings` from rows."""
 
     @property
     def row_shape(self) -> tuple[int, ...]: ...
 
     @property
     def output_dtype(self) -> torch.dtype: ...
+
+    def encode(self, batch: TokenBatch, *, max_forward_tokens: int | None = None) -> Embeddings: ...
 
     def fingerprint(self) -> bytes | None: ...
 

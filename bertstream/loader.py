@@ -259,8 +259,6 @@ class EmbeddingLoader:
         self._layout = layout
         self._prefetch = prefetch
         self._deterministic = deterministic
-        if deterministic and isinstance(encoder, Encoder):
-            encoder.keep_forward_tokens()
         self._counts = _Counts()
         self._stages = Stages()
         self._encoding = EncodeStage(encoder, self._cached, text, self._stages, pair=pair)

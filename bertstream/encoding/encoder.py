@@ -196,25 +196,21 @@ class Encoder(BatchedForward):
         """Measure how many tokens of one forward are fastest on this device; once, and not where a number was given.
 
         On a CPU the feed-forward products of one layer are timed, on CUDA whole forwards: for a second, and as long as
-        the slowest of them takes. A loader calls it when it starts, unless the encoder is trained; one that is
-        deterministic has nothing measured from when it is made.
+        the slowest of them takes. A loader calls it when it starts, unless it is deterministic or the encoder is
+        trained.
 
         Returns:
             `max_forward_tokens`, as it is from now on.
         """
-        tried = _TRIED_TOKENS.get(self.device.type) if self._is_measured and not self.trainable else None
-        if self._max_forward_tokens is None and self.device not in self._found_forward_tokens and tried is not None:
+        tried = _TRIED_TOKENS.get(self.device.type) if not self.trainable else None
+        fixed = self._max_forward_tokens or self._forward_tokens_limit
+        if fixed is None and self.device not in self._found_forward_tokens and tried is not None:
             run = self._feed_forward() if self.device.type == "cpu" else self._dummy_forward
             with self._weights():
                 found = fastest_forward_tokens(tried, run, self.device, FORWARD_TOKENS[self.device.type])
             self._found_forward_tokens[self.device] = found
             logger.info("forwards of %d tokens are fastest on %s", found, self.device)
         return self.max_forward_tokens
-
-    def keep_forward_tokens(self) -> None:
-        """Take the default of `max_forward_tokens` where no number was given: `calibrate` measures none any more."""
-        self._is_measured = False
-        self._found_forward_tokens.clear()
 
     def _feed_forward(self) -> Callable[[int], object]:
         size = cast(Any, self.model.config).hidden_size
@@ -254,7 +250,6 @@ class Encoder(BatchedForward):
         return self.train(self._mode)
 
     _mode = _said_half = False
-    _is_measured = True
     times_frozen = 0
     """How often it was frozen: vectors from before the last time may be of other weights."""
 
@@ -339,7 +334,7 @@ class Encoder(BatchedForward):
             max_forward_tokens=self._max_forward_tokens,
         )
         lower.tokenizer = self.tokenizer
-        lower._is_measured = self._is_measured
+        lower._forward_tokens_limit = self._forward_tokens_limit
         lower._every_window = True
         upper = UpperEncoder(_own_copy(self.model, "auto", "auto"), at, self)
         uppers = {id(parameter) for parameter in upper.parameters()}
@@ -403,12 +398,15 @@ class Encoder(BatchedForward):
         batch = texts if isinstance(texts, TokenBatch) else self.tokenizer.batch(texts)
         return self.embed(batch) if self.trainable else self.encode(batch)
 
-    def encode(self, batch: TokenBatch) -> Embeddings:
+    def encode(self, batch: TokenBatch, *, max_forward_tokens: int | None = None) -> Embeddings:
         """Encode a batch, longest texts together, in as many forwards as `max_forward_tokens` asks for.
 
         Whatever grad mode, inference mode or autocast the caller is in, the forward runs without them, and its result
         is an ordinary tensor that a trainable layer may take.
 
+        Args:
+            batch: the texts.
+            max_forward_tokens: tokens of one forward in this call alone; None is the encoder's own number.
         Returns:
             A row for each token, word or text, in the order of the batch; on `device`, in `output_dtype`. A text
             without any token never enters the model; as a sentence it is a row of zeros.
@@ -417,9 +415,9 @@ class Encoder(BatchedForward):
                 were asked for; or a float16 forward overflowed.
         """
         with plain_mode(self.device):
-            return self.embed(batch)
+            return self.embed(batch, max_forward_tokens=max_forward_tokens)
 
-    def embed(self, batch: TokenBatch) -> Embeddings:
+    def embed(self, batch: TokenBatch, *, max_forward_tokens: int | None = None) -> Embeddings:
         """As `encode`, but in the caller's modes: with gradients, autocast, and dropout while it is trained.
 
         Raises:
@@ -431,7 +429,7 @@ class Encoder(BatchedForward):
             )
         self._check_batch(batch)
         self._check_marks(batch)
-        found = self._vectors(batch)
+        found = self._vectors(batch, max_forward_tokens=max_forward_tokens)
         if not self._checked_finite:
             self._check_finite(found)
         return found

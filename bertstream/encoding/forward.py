@@ -52,8 +52,9 @@ class BatchedForward(nn.Module):
     normalize: bool
     output_dtype: torch.dtype
     _last_layer: int
-    _max_forward_tokens: int | None
-    _found_forward_tokens: dict[torch.device, int]
+    _max_forward_tokens: int | None  # the user's
+    _found_forward_tokens: dict[torch.device, int]  # measured
+    _forward_tokens_limit: int | None = None  # lowered after an out-of-memory error
     _every_window = False  # the lower half of an encoder gives the vectors of all windows' tokens
 
     def __init__(self) -> None:
@@ -96,8 +97,13 @@ class BatchedForward(nn.Module):
     @property
     def max_forward_tokens(self) -> int:
         """Tokens of one forward at most; a single longer text is a forward of its own."""
-        default = FORWARD_TOKENS.get(self.device.type, 2048)
-        return self._max_forward_tokens or self._found_forward_tokens.get(self.device, default)
+        most = self._max_forward_tokens or self._found_forward_tokens.get(self.device, self.default_forward_tokens)
+        return min(most, self._forward_tokens_limit or most)
+
+    @property
+    def default_forward_tokens(self) -> int:
+        """The user's `max_forward_tokens`, or the default of the device; never a measured number."""
+        return self._max_forward_tokens or FORWARD_TOKENS.get(self.device.type, 2048)
 
     def parameter_groups(self, lr: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
         """What an optimizer takes: a group for each layer, the top one first, what stands outside them last.
@@ -174,10 +180,12 @@ class BatchedForward(nn.Module):
             layers=self.layers,
         )
 
-    def _vectors(self, batch: TokenBatch, given: Tensor | None = None) -> Embeddings:
+    def _vectors(
+        self, batch: TokenBatch, given: Tensor | None = None, max_forward_tokens: int | None = None
+    ) -> Embeddings:
         """A batch's vectors in the caller's modes; an upper half makes them from given rows [N, H], one a token."""
         with self._weights():
-            layers = self._token_vectors(batch, given)
+            layers = self._token_vectors(batch, given, max_forward_tokens)
             if self.output == "words":
                 values = self._words(layers, batch)
             elif self.output == "sentence":
@@ -233,7 +241,7 @@ class BatchedForward(nn.Module):
     def _picked(self, values: Tensor, kept: BoolArray) -> Tensor:
         return values if kept.all() else values.index_select(0, self._to_device(np.flatnonzero(kept)))
 
-    def _token_vectors(self, batch: TokenBatch, given: Tensor | None) -> list[Tensor]:
+    def _token_vectors(self, batch: TokenBatch, given: Tensor | None, max_forward_tokens: int | None) -> list[Tensor]:
         """[N, H] for each wanted layer, in the dtype of the forward, rows in the order of the batch."""
         lengths = batch.lengths if batch.window_lengths is None else batch.window_lengths
         cu_seqlens = cumulate(lengths)
@@ -242,7 +250,8 @@ class BatchedForward(nn.Module):
         order = order[lengths[order] > 0]
         forward = self._packed_forward if self.batching.way == "packed" else self._padded_forward
         layers: list[Tensor] = []
-        waiting = deque(self._forwards(order, lengths))
+        budget = max_forward_tokens or self.max_forward_tokens
+        waiting = deque(self._forwards(order, lengths, min(budget, self._forward_tokens_limit or budget)))
         while waiting:
             texts = waiting.popleft()
             places = rows_of(texts, cu_seqlens)
@@ -269,19 +278,20 @@ class BatchedForward(nn.Module):
 
         Small ones are done in halves alone: what took all of the memory for a moment is another's.
         """
-        self._max_forward_tokens = min(self.max_forward_tokens, max(_LEAST_FORWARD_TOKENS, tokens // 2))
+        lowered = max(_LEAST_FORWARD_TOKENS, tokens // 2)
+        self._forward_tokens_limit = min(lowered, self._forward_tokens_limit or lowered)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning(
             "a forward of %d tokens found no memory on %s and is done in halves: from now on max_forward_tokens=%d",
             tokens,
             self.device,
-            self._max_forward_tokens,
+            self.max_forward_tokens,
         )
 
-    def _forwards(self, order: Any, lengths: Int32Array) -> Iterator[Any]:
+    def _forwards(self, order: Any, lengths: Int32Array, most: int) -> Iterator[Any]:
         """Cut texts, longest first, into forwards by real tokens, or by padded ones where the model is padded."""
-        start, held, most = 0, 0, self.max_forward_tokens
+        start, held = 0, 0
         for end, text in enumerate(order.tolist()):
             longest, length = int(lengths[order[start]]), int(lengths[text])
             cost = length if self.batching.way == "packed" else longest

@@ -43,6 +43,7 @@ class UpperEncoder(BatchedForward):
         self._last_layer = whole._last_layer
         self._max_forward_tokens = whole._max_forward_tokens
         self._found_forward_tokens = dict(whole._found_forward_tokens)
+        self._forward_tokens_limit = whole._forward_tokens_limit
         unroll(model)
         begin_at(model, at, keep_pooler="pooler" in self.pooling)
         if self.batching.way == "packed":

@@ -385,18 +385,31 @@ def test_the_number_of_tokens_of_a_forward_is_the_default_unless_another_is_clea
     assert Encoder(tiny_bert(), tokenizer, max_forward_tokens=77).calibrate() == 77, "a user's number wins"
 
 
-def test_beside_a_loader_that_is_deterministic_nothing_is_measured(
-    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+def test_a_call_with_its_own_forward_tokens_leaves_the_encoder_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any, sentences: list[str]
 ) -> None:
     monkeypatch.setattr("bertstream.encoding.encoder.fastest_forward_tokens", lambda *arguments: 4096)
     encoder = Encoder(tiny_bert(), tokenizer)
-    data = [["a bank"]]
-    measured = bertstream.wrap(data, encoder)
-    list(measured)
+    run, sizes = encoder.model.forward, []
+
+    def forward(input_ids: Tensor, **named: Any) -> Any:
+        sizes.append(input_ids.numel())
+        return run(input_ids=input_ids, **named)
+
+    monkeypatch.setattr(encoder.model, "forward", forward)
+    encoder.calibrate()
+    assert (encoder.max_forward_tokens, encoder.default_forward_tokens) == (4096, 2048)
+    batch = encoder.tokenizer.batch(sentences[:100])
+    own = encoder.encode(batch, max_forward_tokens=300).values
+    assert len(sizes) > 1 and max(sizes) <= 300
     assert encoder.max_forward_tokens == 4096
-    bertstream.wrap(data, encoder, deterministic=True)
-    list(measured)
-    assert encoder.max_forward_tokens == 2048
+    sizes.clear()
+    torch.testing.assert_close(encoder.encode(batch).values, own)
+    assert len(sizes) == -(-batch.num_tokens // 4096)
+    encoder._lower_budget(500)
+    sizes.clear()
+    encoder.encode(batch, max_forward_tokens=encoder.default_forward_tokens)
+    assert max(sizes) <= encoder.max_forward_tokens == 256 and encoder.default_forward_tokens == 2048
 
 
 def test_both_ways_to_measure_a_forward_run(minilm: Encoder) -> None:
@@ -456,7 +469,7 @@ def test_what_a_forward_without_memory_had_computed_is_let_go_before_the_cache_i
 
     def lower(tokens: int) -> None:
         alive.append(computed[-1]() is not None)
-        encoder._max_forward_tokens = tokens // 2
+        encoder._forward_tokens_limit = tokens // 2
 
     monkeypatch.setattr(encoder.model, "forward", forward)
     monkeypatch.setattr(encoder, "_lower_budget", lower)
