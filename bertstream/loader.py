@@ -32,7 +32,7 @@ from .reading.lanes import LaneQueue
 from .reading.state import STATE_VERSION, epoch_of, pack_state
 from .reading.window import Skip
 from .system.distributed import Peers, can_talk, rank_and_world_size
-from .system.process import release_helpers, torch_modes, usable_cores
+from .system.process import release_openmp_threads, torch_modes, usable_cores
 from .system.threads import Prefetcher
 from .tokens import ReadReport, TokenBatch
 
@@ -511,7 +511,7 @@ class EmbeddingLoader:
                 if run.worker is None and self._runs_ahead(clock):
                     worker = run.worker = self._ahead(ready)
                 if run.worker is not None and on_cpu:
-                    release_helpers()
+                    release_openmp_threads()
                 item = next(worker, None)
                 if item is None or run.ended_by is not None:
                     break

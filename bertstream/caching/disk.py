@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CacheError
-from ..system.threads import Behind
+from ..system.threads import BackgroundWorker
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class DiskTier:
         except (lmdb.Error, OSError) as error:
             self._env.close()
             raise self._cannot_open(error) from error
-        self._behind: Behind[_Write] = Behind(
+        self._behind: BackgroundWorker[_Write] = BackgroundWorker(
             self._handle, weigh=lambda item: item.num_bytes, limit=_QUEUE_BYTES, stage="cache-write"
         )
 

@@ -138,7 +138,7 @@ class EncodeStage:
                 item = next(ready)  # which encodes them all
                 groups.encoded(weight, time.perf_counter() - started)
                 if run.worker is not None:  # all of it waits while the next group is encoded, or nothing would overlap
-                    run.worker.make_room(weight)
+                    run.worker.raise_limit(weight)
                 yield item
                 del item  # its memory is the consumer's now, not ours until the next group
                 yield from ready

@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..embeddings import SupportsEncode
 from ..errors import BertstreamError, ConfigError, EncoderError, ShardError, StateError, check_choice
 from ..system.distributed import rank_and_world_size
-from ..system.process import collect_rarely, end_with_parent
+from ..system.process import collect_garbage_rarely, exit_with_parent
 from ..tokens import Cursor, Indices, ReadReport, Record, TokenBatch, TokenizedText
 from .access import Access
 from .bad_records import BadRecords
@@ -314,8 +314,8 @@ class TextStream(IterableDataset[TokenBatch]):
         worker = get_worker_info()
         num_workers, worker_id = (1, 0) if worker is None else (worker.num_workers, worker.id)
         if worker is not None:
-            end_with_parent()
-            collect_rarely()
+            exit_with_parent()
+            collect_garbage_rarely()
         queue = self.starting_queues()[self.rank]
         assert queue is not None
         if not (self.is_resuming or self.worker_items):  # else EmbeddingLoader counts

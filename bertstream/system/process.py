@@ -27,7 +27,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def release_helpers() -> None:
+def release_openmp_threads() -> None:
     """End the helper threads that OpenMP (GCC's, with which torch comes on Linux) keeps for the calling thread.
 
     They come back when the thread next computes on several cores, which costs some 0.1 ms. While they are there, though
@@ -88,7 +88,7 @@ def trim_heap() -> None:
         trim(0)
 
 
-def collect_rarely() -> None:
+def collect_garbage_rarely() -> None:
     """For a worker process, once: garbage collections that pass over what it began with, and fewer of them.
 
     A stream's windows are many small objects that stay for a while. So collections are frequent, find nothing, and each
@@ -132,7 +132,7 @@ _PARENT_PAUSE_S = 1.0
 _orphans_end_in = 0  # the process whose parent is looked after
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """In a worker process: end it soon after the process that started it, however that one ended.
 
     torch's workers look after their parent too, but not one whose parent died before it looked for the first time, nor

@@ -20,7 +20,7 @@ T = TypeVar("T")
 EXIT_WAIT_S = 30.0
 """How long the end of the process waits for an item in progress; a forward takes seconds at most."""
 
-_alive: weakref.WeakSet[Prefetcher[Any] | Behind[Any]] = weakref.WeakSet()
+_alive: weakref.WeakSet[Prefetcher[Any] | BackgroundWorker[Any]] = weakref.WeakSet()
 
 
 class Prefetcher(Generic[T]):
@@ -76,7 +76,7 @@ class Prefetcher(Generic[T]):
         finally:
             del error  # its traceback holds this frame: a circle would keep all that its frames hold alive
 
-    def make_room(self, weight: int) -> None:
+    def raise_limit(self, weight: int) -> None:
         """Let at least so much weight wait from now on."""
         with self._lock:
             self._limit = max(self._limit, weight)
@@ -151,7 +151,7 @@ class Prefetcher(Generic[T]):
             del item  # its memory is the consumer's now, not ours until the next item
 
 
-class Behind(Generic[T]):
+class BackgroundWorker(Generic[T]):
     """Work that nobody waits for: a bounded queue before a thread that lives as long as there is something to do.
 
     What was offered when the process ends is still done, within `EXIT_WAIT_S`.

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 
 from bertstream.system import process as runtime
-from bertstream.system.process import on_one_core, release_helpers, torch_modes, trim_heap, usable_cores
+from bertstream.system.process import on_one_core, release_openmp_threads, torch_modes, trim_heap, usable_cores
 
 
 def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,18 +75,18 @@ def test_what_torch_keeps_for_each_thread_can_be_taken_to_another() -> None:
 
 PROGRAM = """
 import os, torch
-from bertstream.system.process import release_helpers
+from bertstream.system.process import release_openmp_threads
 
 torch.set_num_threads(2)
 with_helpers = []
 for _ in range(3):
     torch.ones(512, 512).matmul(torch.ones(512, 512)).add(1).mul_(0.5).sum()
     with_helpers.append(len(os.listdir("/proc/self/task")))
-    release_helpers()
+    release_openmp_threads()
     assert len(os.listdir("/proc/self/task")) < with_helpers[-1], with_helpers
     assert torch.get_num_threads() == 2
 assert len(set(with_helpers)) == 1, with_helpers
-release_helpers()  # where there are none, nothing happens
+release_openmp_threads()  # where there are none, nothing happens
 """
 
 
@@ -105,7 +105,7 @@ def test_another_threads_helpers_are_left_alone() -> None:
     for _ in range(20):
         thread = threading.Thread(target=lambda: found.append([compute() for _ in range(5)]))
         thread.start()
-        release_helpers()
+        release_openmp_threads()
         thread.join()
         assert compute() == right
     assert found == [[right] * 5] * 20
@@ -125,12 +125,12 @@ def test_trimming_gives_back_the_holes_between_blocks_in_use() -> None:
 
 COLLECTING = """
 import gc
-from bertstream.system.process import collect_rarely
+from bertstream.system.process import collect_garbage_rarely
 gc.set_threshold({before})
-collect_rarely()
+collect_garbage_rarely()
 frozen = gc.get_freeze_count()
 younger = [[] for _ in range(100)]
-collect_rarely()
+collect_garbage_rarely()
 assert 10_000 < frozen == gc.get_freeze_count(), "once"
 print(gc.get_threshold()[0])
 """
@@ -147,7 +147,7 @@ def test_collections_pass_over_what_was_there_and_are_no_more_frequent(before: i
 def test_where_there_are_no_such_libraries_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_openmp", list)
     monkeypatch.setattr(runtime, "_malloc_trim", lambda: None)
-    release_helpers()
+    release_openmp_threads()
     trim_heap()
 
 

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bertstream.system import threads as prefetch
-from bertstream.system.threads import Behind, Prefetcher
+from bertstream.system.threads import BackgroundWorker, Prefetcher
 
 WAIT_S = 10.0
 """How long a test waits for a thread before it fails."""
@@ -425,7 +425,7 @@ def test_a_forked_child_ends_although_the_lock_was_held_at_the_fork() -> None:
 
 def test_what_is_offered_is_done_in_order_and_the_thread_ends_when_idle() -> None:
     done: list[int] = []
-    behind: Behind[int] = Behind(done.extend, weigh=lambda item: 1, limit=1000, stage="test")
+    behind: BackgroundWorker[int] = BackgroundWorker(done.extend, weigh=lambda item: 1, limit=1000, stage="test")
     for start in range(0, 100, 10):
         assert all(behind.offer(item) for item in range(start, start + 10))
         assert behind.flush(10) and done == [*range(start + 10)]
@@ -440,7 +440,7 @@ def test_a_full_queue_takes_nothing_and_waiting_for_room_takes_all() -> None:
         go_on.wait(10)
         done.extend(items)
 
-    behind: Behind[int] = Behind(handle, weigh=lambda item: item, limit=10, stage="test")
+    behind: BackgroundWorker[int] = BackgroundWorker(handle, weigh=lambda item: item, limit=10, stage="test")
     assert behind.offer(100)  # one is always let in
     assert not behind.offer(1)
     assert not behind.flush(0.05)
@@ -458,7 +458,7 @@ def test_an_error_loses_its_items_alone(caplog: pytest.LogCaptureFixture) -> Non
             raise OSError("full")
         done.extend(items)
 
-    behind: Behind[int] = Behind(handle, weigh=lambda item: 1, limit=10, stage="test")
+    behind: BackgroundWorker[int] = BackgroundWorker(handle, weigh=lambda item: 1, limit=10, stage="test")
     for item in range(3):
         behind.offer(item)
         behind.flush()
@@ -473,7 +473,7 @@ def test_closed_it_does_what_was_offered_and_takes_nothing_more() -> None:
         go_on.wait(10)
         done.extend(items)
 
-    behind: Behind[int] = Behind(handle, weigh=lambda item: 1, limit=10, stage="test")
+    behind: BackgroundWorker[int] = BackgroundWorker(handle, weigh=lambda item: 1, limit=10, stage="test")
     assert behind.offer(1) and not behind.close(0.01)
     assert not behind.offer(2) and not behind.offer(2, wait=True)
     go_on.set()
@@ -483,11 +483,11 @@ def test_closed_it_does_what_was_offered_and_takes_nothing_more() -> None:
 def test_what_was_offered_is_still_done_when_the_process_ends() -> None:
     code = """
 import time
-from bertstream.system.threads import Behind
+from bertstream.system.threads import BackgroundWorker
 def handle(items):
     time.sleep(0.3)
     print(*items, flush=True)
-behind = Behind(handle, weigh=lambda item: 1, limit=10, stage="test")
+behind = BackgroundWorker(handle, weigh=lambda item: 1, limit=10, stage="test")
 for item in range(5):
     behind.offer(item)
 """
@@ -498,7 +498,7 @@ for item in range(5):
 def test_room_can_be_made_while_the_thread_waits_for_it() -> None:
     worker = ahead(range(10), limit=2)
     wait_until(lambda: worker.peak_weight == 2)
-    worker.make_room(5)
+    worker.raise_limit(5)
     wait_until(lambda: worker.peak_weight == 5)
-    worker.make_room(1)
+    worker.raise_limit(1)
     assert list(worker) == list(range(10)) and worker.peak_weight == 5
