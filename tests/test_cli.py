@@ -24,8 +24,6 @@ from bertstream import EmbeddingCache, Encoder, cli
 from bertstream.encoding import pretrained as loading
 from bertstream.testing import write_shards
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parents[1]
 MODEL = ("--model", "all-MiniLM-L6-v2", "--dtype", "float32")
 VERBS = ("inspect", "embed", "warm", "cache", "doctor")

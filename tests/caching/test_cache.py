@@ -29,8 +29,6 @@ from bertstream.caching.cache import text_keys
 from bertstream.caching.codec import Storage
 from bertstream.tokens import Text, TokenizedText
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class FakeEncoder:
     """Rows that say which text and token they are: [token id, place in the text, tokens of the text, weight]."""

@@ -321,6 +321,7 @@ def test_the_measured_dtype_is_the_one_that_is_clearly_faster(
     assert autotune.fastest_dtype(cpu, 64) == torch.float32
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_measuring_changes_nothing_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not its random numbers, not its threads; and that the machine has other work to do is not counted."""
     monkeypatch.setattr(autotune.sys, "platform", "linux")

@@ -37,11 +37,6 @@ def family(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
     return request.param, make(request.param)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    """The models are tiny."""
-
-
 def encoder_of(model: nn.Module, minilm_folder: str, **options: Any) -> Encoder:
     return Encoder(model, Tokenizer(minilm_folder, model), **options)
 

@@ -26,8 +26,6 @@ from bertstream import ConfigError, Encoder, EncoderError
 from bertstream.encoding.tokenizer import TextTokenizer
 from bertstream.tokens import Text, TokenizedText
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SECOND, CLS, SEP = 1000, 2000, 2001
 
 

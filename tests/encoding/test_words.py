@@ -18,8 +18,6 @@ from bertstream import ConfigError, Encoder, EncoderError
 from bertstream.encoding.tokenizer import TextTokenizer
 from bertstream.tokens import Text
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 SPECIAL_TOKENS = list(SPECIAL.values())
 TEMPLATE = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)])

@@ -18,8 +18,6 @@ import torch
 from bertstream import ConfigError, Encoder, EncoderError
 from bertstream.integrations.ray_data import Embed, padded
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parents[2]
 COUNT = 120
 # Each start of an actor costs as much as all other tests of this file, so one actor alone comes with the full count.

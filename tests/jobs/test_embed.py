@@ -29,8 +29,6 @@ from bertstream.jobs import embed as export
 from bertstream.jobs.writers import PartFormat
 from bertstream.testing import write_shards
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parents[2]
 FORMATS: tuple[PartFormat, ...] = get_args(PartFormat)
 # The proof is five; each costs a start of Python and torch.

@@ -17,8 +17,6 @@ from bertstream import ConfigError, EmbeddingCache, Embeddings, Encoder, ShardEr
 from bertstream.jobs.inspection import Spread, inspect_shards
 from bertstream.testing import write_shards
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 QUIET: dict[str, Any] = {"progress": False, "timed_s": 0}
 
 

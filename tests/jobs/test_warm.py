@@ -13,8 +13,6 @@ from torch.utils.data import DataLoader
 import bertstream
 from bertstream import ConfigError, EmbeddingCache, Encoder, ShardError, StreamConfig, TokenBatch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def shard(tmp_path: Path, sentences: list[str]) -> Path:

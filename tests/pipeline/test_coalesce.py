@@ -20,8 +20,6 @@ from bertstream.pipeline.coalesce import encode_together
 from bertstream.testing import FakeEncoder
 from bertstream.tokens import Text, TokenizedText, distinct, join, text_bytes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class TellingEncoder(FakeEncoder):
     """Rows that say all that a model may look at, so that no two texts which differ in any of it have the same rows."""

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,15 +32,7 @@ def compute() -> float:
     return float(torch.ones(512, 512).matmul(torch.ones(512, 512)).add(1).mul_(0.5).sum())
 
 
-@pytest.fixture
-def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.usefixtures("two_threads")
 def test_what_runs_on_one_core_leaves_all_other_threads_theirs() -> None:
     def threads_of_a_new_one() -> int:
         with ThreadPoolExecutor(1) as other:

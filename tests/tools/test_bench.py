@@ -16,8 +16,6 @@ from benchmarks.models import write_bert
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:

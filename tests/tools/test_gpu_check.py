@@ -12,7 +12,7 @@ import pytest
 import torch
 from benchmarks import common
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo does not know")  # of the views that attention on a CPU takes
