@@ -89,7 +89,7 @@ def test_helpers_go_and_come_back_and_the_number_of_threads_stays() -> None:
     subprocess.run([sys.executable, "-c", PROGRAM], check=True, env=environment)
 
 
-@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.usefixtures("two_threads")
 def test_another_threads_helpers_are_left_alone() -> None:
     right = compute()
     found = []
