@@ -1,4 +1,4 @@
 """The machine: devices, threads, processes, ranks.
 
-Read in this order: cuda, threads, process, distributed; each stands alone.
+Read in any order: cuda, threads, process, distributed.
 """

@@ -1,4 +1,4 @@
-"""Copies to a device, and the side stream on which the encoder runs; on the CPU the same calls do nothing special."""
+"""Device names, copies to a device, and the order of work on CUDA streams; without CUDA the ordering is a no-op."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from .distributed import local_rank
 
 
 def to_device(data: npt.NDArray[Any] | Tensor, device: torch.device) -> Tensor:
-    """Data as a tensor on a device; the same memory where it is there. From the host it never waits for the device."""
+    """Put an array or tensor on a device.
+
+    Args:
+        data: any shape and dtype. Memory that is on the device already is shared, not copied.
+        device: where to put it. A copy from host memory to CUDA is asynchronous, from pinned memory.
+    Returns:
+        A tensor with the shape and dtype of `data`.
+    """
     tensor = data if isinstance(data, Tensor) else torch.from_numpy(data)
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -23,33 +30,35 @@ def to_device(data: npt.NDArray[Any] | Tensor, device: torch.device) -> Tensor:
 
 
 class SideStream:
-    """One CUDA stream for a loader's life, and the hand-over from it to the consumer's.
+    """The CUDA stream a loader encodes on, and the hand-over of its results to the consumer's stream.
 
     Args:
-        device: where the encoder runs; on any device but CUDA every method is a no-op.
+        device: where the encoder runs; every method is a no-op unless it is CUDA.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def follow(self) -> None:
-        """What is queued from now on waits for all that the calling thread's current stream has been given."""
+        """Make later work wait for everything queued so far on the calling thread's current stream."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
     def run(self) -> AbstractContextManager[object]:
-        """Work inside this context is queued on the side stream."""
+        """A context that queues its work on the side stream."""
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
     def mark(self) -> torch.cuda.Event | None:
-        """An event behind everything queued so far: what a batch's consumer has to wait for."""
+        """Record an event after everything queued so far, for a batch's consumer to wait for."""
         return self._stream.record_event() if self._stream is not None else None
 
     def hand_over(self, event: torch.cuda.Event | None, tensors: Iterable[Tensor]) -> None:
         """Make the calling thread's current stream wait for the event; the CPU does not wait.
 
-        Each CUDA tensor is recorded on that stream: its memory, which the side stream allocated, is then not handed
-        out again before the consumer's queued work has read it.
+        Args:
+            event: of `mark`; None does nothing.
+            tensors: memory that the side stream allocated. Each CUDA tensor is recorded on the current stream, so the
+                allocator reuses its memory only after the consumer's queued work.
         """
         if event is None or self._stream is None:
             return
@@ -61,17 +70,17 @@ class SideStream:
 
 
 class InTurn:
-    """Work on memory that several streams share: each piece waits, on the device, for the one queued before it."""
+    """Order the work of several CUDA streams on shared memory: each use waits, on the device, for the previous one."""
 
     def __init__(self) -> None:
         self._last: torch.cuda.Event | None = None
 
     @contextmanager
     def use(self, device: torch.device, *shared: Tensor) -> Iterator[None]:
-        """Work in this context is queued on the current stream, in its turn; for one thread at a time.
+        """A context that queues its work on the current stream, after the previous use; for one thread at a time.
 
         Args:
-            device: where the memory is; on any device but CUDA this does nothing.
+            device: where the memory is; the context does nothing unless it is CUDA.
             shared: memory that may be freed while work on it is queued.
         """
         if device.type != "cuda":
@@ -84,18 +93,18 @@ class InTurn:
             yield
         finally:
             for tensor in shared:
-                tensor.record_stream(stream)  # freed, it is not handed out again before this work is done
+                tensor.record_stream(stream)  # once freed, the allocator reuses it only after this work
             self._last = stream.record_event()
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """The device that a name means, with its index.
+    """Turn the name of a device into a device with an index.
 
-    "auto" is the process's current CUDA device if one was set, else LOCAL_RANK's, else the first; the CPU where there
-    is no CUDA.
-
+    Args:
+        device: "auto" is the process's current CUDA device if one was set, else the one of LOCAL_RANK, else the first;
+            the CPU if there is no CUDA.
     Raises:
-        ConfigError: no device of that name, or not so many CUDA devices.
+        ConfigError: there is no device of this name or index.
     """
     available = torch.cuda.is_available()
     if str(device) == "auto":

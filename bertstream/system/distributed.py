@@ -1,6 +1,6 @@
-"""Which process of how many this is, and what the processes tell one another as an epoch goes on.
+"""This process's rank, and messages between ranks during an epoch.
 
-The only reader of the environment variables that say which rank this is.
+The only file that reads RANK, WORLD_SIZE and LOCAL_RANK.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def rank_and_world_size() -> tuple[int, int]:
     """This process's rank and the number of ranks: torch.distributed's, else RANK and WORLD_SIZE, else (0, 1).
 
     Raises:
-        ConfigError: RANK and WORLD_SIZE contradict each other, or one of them is missing.
+        ConfigError: RANK and WORLD_SIZE contradict each other, only one is set, or one is not a whole number.
     """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -38,20 +38,23 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def local_rank() -> int | None:
-    """LOCAL_RANK, the process's number on its machine; None if it is not set."""
+    """LOCAL_RANK, the process's number on its machine; None if it is not set to a whole number."""
     value = os.environ.get("LOCAL_RANK", "")
     return int(value) if value.isdecimal() else None
 
 
 class Peers:
-    """Messages between the ranks of one loader, ahead of the training loop.
+    """Exchange messages between the ranks of one loader, ahead of the training loop.
 
-    They go through the store of `torch.distributed`, not through a collective: whoever waits can be told to stop, a
-    rank that does not answer is known by name, and nothing is left half done on a group. Every rank makes its loaders
-    in the same order.
+    Messages go through the store of `torch.distributed`. A collective could not be interrupted while it waits, would
+    not say which rank is missing, and would leave a process group broken. Every rank must create its loaders in the
+    same order.
 
     Args:
-        timeout_s: seconds after which a rank that did not answer is given up.
+        timeout_s: seconds after which a rank that does not answer is given up, see `exchange`.
+    Attributes:
+        rank: this process's rank.
+        world_size: the number of ranks.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -63,32 +66,32 @@ class Peers:
         self._step = 0
 
     def begin(self) -> None:
-        """Start an iteration: the next message is its first."""
+        """Start an epoch: the next exchange is its first."""
         self._iteration += 1
         self._step = 0
 
     def exchange(
         self, message: Any, batch: int, is_over: Callable[[], bool], waits_since: Callable[[], float | None]
     ) -> list[Any] | None:
-        """Tell all ranks something, and hear what each of them says in the same exchange, counted from `begin`.
+        """Send a message to all ranks, and receive each rank's message of the same exchange, counted from `begin`.
 
         Args:
-            message: anything that JSON holds.
+            message: any JSON value.
             batch: the number of the next batch, for errors.
-            is_over: asked while waiting; True gives up.
-            waits_since: since when, by `time.monotonic()`, the training loop has waited; None while it is busy, and
-                then the others may be so too, and the time does not count.
+            is_over: polled while waiting; True gives up.
+            waits_since: the `time.monotonic()` at which the training loop began to wait; None while it computes. Only
+                time in which the loop waits counts for the timeout: while it computes, the other ranks may do so too.
         Returns:
-            The messages, by rank; None if it was given up.
+            The messages, by rank; None after giving up.
         Raises:
-            BertstreamError: a rank left, or did not answer in time, and the message names it; or the store is gone.
+            BertstreamError: a rank left or did not answer in time (the message names it), or the store is gone.
         """
         try:
             return self._exchanged(message, batch, is_over, waits_since)
-        except RuntimeError as error:  # what torch's stores raise
+        except RuntimeError as error:  # torch's stores raise it
             raise BertstreamError(
-                f"the store of torch.distributed cannot be reached at batch {batch}: the rank that holds it, 0 as "
-                f"a rule, has ended. torch said: {error}"
+                f"the store of torch.distributed cannot be reached at batch {batch}: the rank that holds it, usually "
+                f"rank 0, has ended. torch said: {error}"
             ) from error
 
     def _exchanged(
@@ -102,28 +105,29 @@ class Peers:
                 return None
             late = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
             for rank in late:
-                # Looked at once more: it may have answered in between, and then left.
+                # Check its answer again: it may have answered in between, and left afterwards.
                 if self._store.check([self._key("left", rank)]) and not self._store.check([keys[rank]]):
-                    said = self._store.get(self._key("left", rank)).decode()
+                    reason = self._store.get(self._key("left", rank)).decode()
                     raise BertstreamError(
-                        f"rank {rank} left the epoch: {said} (batch {batch} was to be agreed on, ahead of the loop)"
+                        f"rank {rank} left the epoch: {reason} (the ranks were agreeing on batch {batch}, ahead of "
+                        "the loop)"
                     )
             since = waits_since()
             if late and since is not None and time.monotonic() - max(started, since) > self._timeout_s:
                 raise BertstreamError(
-                    f"rank {', '.join(map(str, late))} gave no sign at batch {batch} for {self._timeout_s:g} s: "
+                    f"rank {', '.join(map(str, late))} did not answer at batch {batch} for {self._timeout_s:g} s: "
                     "it died, hangs, or iterates its loaders in another order than this rank"
                 )
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
-        found = [json.loads(answer) for answer in self._store.multi_get(keys)]
-        if self._step:  # everybody who answered has read the answers before
+        answers = [json.loads(answer) for answer in self._store.multi_get(keys)]
+        if self._step:  # a rank that answers now has read all answers of the previous exchange
             self._store.delete_key(self._key(self._step - 1, self.rank))
         self._step += 1
-        return found
+        return answers
 
     def leave(self, reason: str) -> None:
-        """Tell the others, which wait for this rank or will, that it says no more in this iteration."""
+        """Tell the other ranks that this one sends nothing more in this epoch; they fail with the reason."""
         self._store.set(self._key("left", self.rank), reason)
 
     def _key(self, step: int | str, rank: int) -> str:
@@ -131,5 +135,5 @@ class Peers:
 
 
 def can_talk() -> bool:
-    """Whether there are several ranks, and `torch.distributed` to reach them through."""
+    """Whether there are several ranks that `torch.distributed` connects."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

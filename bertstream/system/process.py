@@ -1,4 +1,4 @@
-"""What runs under us: how many cores, OpenMP's helper threads and what they cost, glibc's heap, Python's collector."""
+"""Settings of a process and its threads: cores, OpenMP's threads, torch's modes, the heap, garbage collection."""
 
 from __future__ import annotations
 
@@ -23,40 +23,43 @@ Result = TypeVar("Result")
 
 
 def usable_cores() -> int:
-    """How many cores this process may run on, where the system says so; else how many there are."""
+    """The number of cores this process may run on; all cores of the machine where the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def release_openmp_threads() -> None:
-    """End the helper threads that OpenMP (GCC's, with which torch comes on Linux) keeps for the calling thread.
+    """End the worker threads that OpenMP keeps for the calling thread, before another thread computes.
 
-    They come back when the thread next computes on several cores, which costs some 0.1 ms. While they are there, though
-    idle, another thread's helpers are more than the cores, so those no longer spin between two operations but sleep,
-    and are woken for each: encoding in a thread, batches of 128 short texts, all-MiniLM-L6-v2, two cores, 6,600
-    context switches instead of 6, and 1.45 times the time.
+    OpenMP keeps a team of idle threads for every thread that has computed on several cores. With more of them than
+    cores, they no longer spin between two operations but sleep, and each operation has to wake them. Encoding batches
+    of 128 short texts in a second thread, with all-MiniLM-L6-v2 on two cores, then takes 6,600 context switches instead
+    of 6, and 1.45 times the time. A team that was ended comes back with its thread's next operation, in some 0.1 ms.
+
+    Only GCC's OpenMP can do this (torch on Linux uses it); elsewhere nothing happens.
     """
     for library in _openmp():
-        library.omp_pause_resource_all(_SOFT)
+        library.omp_pause_resource_all(_OMP_PAUSE_SOFT)
 
 
 def on_one_core(run: Callable[[], Result]) -> Result:
-    """What `run` gives, called in a thread of its own whose torch operations have no helper threads."""
+    """Call `run` in a new thread whose torch operations use one core, and return its result."""
 
-    def begin() -> None:
-        torch.get_num_threads()  # a thread's number is set when it is first asked for, so that comes first
+    def use_one_core() -> None:
+        torch.get_num_threads()  # the first query sets the thread's number to the default: it has to come first
         torch.set_num_threads(1)
 
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(1, initializer=begin) as thread:
-        thread.submit(int).result()
-        torch.set_num_threads(threads)  # for others that begin from now on; that thread keeps its 1
+    with ThreadPoolExecutor(1, initializer=use_one_core) as thread:
+        thread.submit(int).result()  # the initializer has run
+        torch.set_num_threads(threads)  # the default for threads that start later; the new thread keeps its 1
         return thread.submit(run).result()
 
 
 def torch_modes() -> AbstractContextManager[object]:
-    """What torch keeps for each thread by itself, as it is in the calling one; to be entered in another thread.
+    """Capture the torch settings of the calling thread, as a context to enter in another thread.
 
-    That is the default device, the current CUDA device, and whether gradients are recorded.
+    Covers the default device, the current CUDA device, and the grad and inference modes, all of which torch keeps per
+    thread.
     """
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     device = torch.get_default_device()
@@ -78,10 +81,11 @@ def torch_modes() -> AbstractContextManager[object]:
 
 
 def trim_heap() -> None:
-    """Give the system back what glibc keeps between blocks of memory that are in use.
+    """Return free memory between glibc's blocks to the system.
 
-    Batches are of many sizes and are freed in another order than they were made in, so the holes grow over thousands of
-    them. It takes milliseconds, and memory that is used anew costs its page faults: for every few seconds.
+    Batches differ in size and are freed in another order than they were made, so the heap fragments over thousands of
+    them. A call takes milliseconds, and reused memory costs page faults again: call it every few seconds at most. Does
+    nothing with another C library.
     """
     trim = _malloc_trim()
     if trim is not None:
@@ -89,27 +93,28 @@ def trim_heap() -> None:
 
 
 def collect_garbage_rarely() -> None:
-    """For a worker process, once: garbage collections that pass over what it began with, and fewer of them.
+    """In a worker process: collect garbage less often, and leave out all objects that exist now.
 
-    A stream's windows are many small objects that stay for a while. So collections are frequent, find nothing, and each
-    of the thorough ones goes through all that was imported: a worker took 1.2 times as long.
+    A stream's buckets are many small objects that live for a while. With Python's defaults, collections are frequent,
+    find nothing, and the full ones scan all imported modules: a worker took 1.2 times as long. A second call does
+    nothing.
     """
-    global _collects_rarely
-    if _collects_rarely == os.getpid():
+    global _collects_rarely_in
+    if _collects_rarely_in == os.getpid():
         return
-    _collects_rarely = os.getpid()
+    _collects_rarely_in = os.getpid()
     gc.freeze()
-    often, *others = gc.get_threshold()
-    if often:  # else somebody has turned collections off
-        gc.set_threshold(max(often, _COLLECT_AFTER), *others)
+    youngest, *others = gc.get_threshold()
+    if youngest:  # 0 turns collection off
+        gc.set_threshold(max(youngest, _YOUNGEST_THRESHOLD), *others)
 
 
-_collects_rarely = 0  # the process that does
-_COLLECT_AFTER = 10_000
-"""Objects that are made before the youngest are looked through; Python's own number is 700 (2,000 since 3.13)."""
+_collects_rarely_in = 0  # id of the process that was set up; a forked child starts over
+_YOUNGEST_THRESHOLD = 10_000
+"""New objects before the youngest generation is collected; Python's default is 700 (2,000 since 3.13)."""
 
-_SOFT = 1
-"""omp_pause_soft: settings such as the number of threads stay."""
+_OMP_PAUSE_SOFT = 1
+"""OpenMP's constant: end the threads, and keep settings such as their number."""
 
 
 @cache
@@ -124,30 +129,31 @@ def _openmp() -> list[Any]:
 
 @cache
 def _malloc_trim() -> Any:
-    """Glibc's function, or None where the C library is another."""
+    """The function of glibc; None with another C library."""
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
-_PARENT_PAUSE_S = 1.0
-_orphans_end_in = 0  # the process whose parent is looked after
+_PARENT_CHECK_INTERVAL_S = 1.0
+_exits_with_parent_in = 0  # id of the process whose parent is watched; a forked child starts over
 
 
 def exit_with_parent() -> None:
-    """In a worker process: end it soon after the process that started it, however that one ended.
+    """In a worker process: exit within a second or so of the parent process, however the parent ended.
 
-    torch's workers look after their parent too, but not one whose parent died before it looked for the first time, nor
-    one that has a full pipe to write to, which nobody reads any more.
+    torch's workers watch their parent too, but miss two cases: the parent dies before their first check, or they block
+    on writing to a full pipe that nobody reads. A second call does nothing.
     """
-    global _orphans_end_in
+    global _exits_with_parent_in
     parent = multiprocessing.parent_process()
-    if parent is not None and _orphans_end_in != os.getpid():
-        _orphans_end_in = os.getpid()
-        threading.Thread(target=_end_orphan, args=(parent,), name="bertstream-parent", daemon=True).start()
+    if parent is not None and _exits_with_parent_in != os.getpid():
+        _exits_with_parent_in = os.getpid()
+        threading.Thread(target=_exit_once_orphaned, args=(parent,), name="bertstream-parent", daemon=True).start()
 
 
-def _end_orphan(parent: BaseProcess) -> None:
-    # A fork server stands between the two; and a sibling that was forked later holds the pipe by which a death is seen.
+def _exit_once_orphaned(parent: BaseProcess) -> None:
+    # Two checks, since each misses a case. With a fork server, getppid() is the server. And is_alive() reads a pipe,
+    # which a sibling that was forked later may hold open after the parent's death.
     started_by = os.getppid()
     while os.getppid() == started_by and parent.is_alive():
-        time.sleep(_PARENT_PAUSE_S)
+        time.sleep(_PARENT_CHECK_INTERVAL_S)
     os._exit(1)

@@ -1,4 +1,8 @@
-"""The only owner of threads: one runs a generator ahead of its consumer, one works behind, both by a bounded weight."""
+"""Threads: `Prefetcher` runs an iterator ahead of its consumer, `BackgroundWorker` does work that nobody waits for.
+
+The queues are bounded by the weight of their items, and the threads end with the process. This file imports nothing
+but the standard library.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +22,32 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 EXIT_WAIT_S = 30.0
-"""How long the end of the process waits for an item in progress; a forward takes seconds at most."""
+"""How long a process that ends waits for items in progress; a forward takes seconds at most."""
 
 _alive: weakref.WeakSet[Prefetcher[Any] | BackgroundWorker[Any]] = weakref.WeakSet()
 
 
 class Prefetcher(Generic[T]):
-    """An iterator that works ahead in a thread of its own.
+    """Run an iterator ahead of its consumer, in a thread.
 
     Items arrive in order. An exception of the source arrives as the same object, after the items before it, with a
-    note that names the stage. The source is advanced, and closed, by the thread alone.
+    note that names the stage. Only the thread advances and closes the source.
 
     Args:
-        source: the iterator to run; if it has a `close()`, the thread calls it at the end, however that comes.
-        weigh: an item's weight; counted as at least 1, so that the queue is bounded in any case.
-        limit: weight that may wait in the queue. One item is always let in, however heavy, so nothing blocks for good.
-        stage: what the thread does, for its name and for the note on errors.
+        source: the iterator to run. If it has `close()`, the thread calls it when it ends, for whatever reason.
+        weigh: gives an item's weight. Less than 1 counts as 1, which keeps the queue bounded.
+        limit: the most weight that may wait in the queue. An empty queue takes any item, so nothing blocks forever.
+        stage: what the thread does; part of its name and of the note on errors.
+    Attributes:
+        stage: see Args.
+        put_wait_s: seconds the thread has waited for room in the queue.
+        peak_weight: the most weight the queue has held.
     """
 
     def __init__(self, source: Iterator[T], *, weigh: Callable[[T], int], limit: int, stage: str) -> None:
         self.stage = stage
         self.put_wait_s = 0.0
-        """Seconds the thread waited for room."""
         self.peak_weight = 0
-        """The heaviest the queue has been."""
         self._weigh = weigh
         self._limit = limit
         self._queue: deque[tuple[T, int]] = deque()
@@ -49,10 +55,10 @@ class Prefetcher(Generic[T]):
         self._error: BaseException | None = None
         self._finished = False
         self._closing = False
-        # `with` on the lock itself: entering a Condition runs Python code, where Ctrl-C can strike with the lock taken.
+        # Methods take the lock itself: entering a Condition runs Python code, and Ctrl-C there would leave it locked.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        # A daemon, so that a loop which nobody closes cannot keep the interpreter alive; atexit stops it first.
+        # A daemon: a loop that is never closed must not keep the interpreter alive. `_stop_all` stops it before that.
         self._thread = threading.Thread(target=self._run, args=(source,), name=f"bertstream-{stage}", daemon=True)
         _alive.add(self)
         self._thread.start()
@@ -74,31 +80,31 @@ class Prefetcher(Generic[T]):
         try:
             raise StopIteration if error is None else error
         finally:
-            del error  # its traceback holds this frame: a circle would keep all that its frames hold alive
+            del error  # its traceback refers to this frame: the cycle would keep all objects of its frames alive
 
-    def raise_limit(self, weight: int) -> None:
-        """Let at least so much weight wait from now on."""
+    def raise_limit(self, limit: int) -> None:
+        """Let the queue hold at least this much weight from now on; a lower limit changes nothing."""
         with self._lock:
-            self._limit = max(self._limit, weight)
+            self._limit = max(self._limit, limit)
             self._changed.notify_all()
 
-    def close(self, patience_s: float | None = None) -> bool:
-        """Stop the thread and wait for it: at most as long as the item in progress takes.
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Stop the thread, and wait until it has finished the item in progress.
 
-        What it read ahead is dropped, an error included: that is logged.
+        Items read ahead are dropped. An error among them is logged.
 
         Args:
-            patience_s: leave it to end by itself after so long; None is never.
+            timeout_s: seconds to wait for the thread, which then ends on its own; None waits as long as it takes.
         Returns:
-            Whether the thread has ended, as far as one can wait for that.
+            False if the thread is still running.
         """
         if sys.is_finalizing():
-            return True  # threads stand still then, and one that stands still cannot be waited for
+            return True  # the interpreter has frozen its threads: joining one would hang
         self._stop()
         if self._thread is not threading.current_thread():
-            while not self._ended_within(patience_s or 30):
+            while not self._ended_within(timeout_s or 30):
                 logger.warning("closing: the %s thread is still busy with the item in progress", self.stage)
-                if patience_s is not None:
+                if timeout_s is not None:
                     return False
             error, self._error = self._error, None
             if error is not None:
@@ -121,7 +127,7 @@ class Prefetcher(Generic[T]):
         for step in (self._pump, _close_source):
             try:
                 step(source)
-            except BaseException as error:  # whatever it is, it belongs to the consumer
+            except BaseException as error:  # any error goes to the consumer
                 if self._error is None:
                     self._error = error
                     if hasattr(error, "add_note"):  # Python 3.11 and later
@@ -139,7 +145,7 @@ class Prefetcher(Generic[T]):
             weight = max(1, self._weigh(item))
             started = time.perf_counter()
             with self._lock:
-                while self._queue and self._weight + weight > self._limit:  # closing empties the queue
+                while self._queue and self._weight + weight > self._limit:  # closing empties the queue, which ends this
                     self._changed.wait()
                 self.put_wait_s += time.perf_counter() - started
                 if self._closing:
@@ -148,19 +154,21 @@ class Prefetcher(Generic[T]):
                 self._weight += weight
                 self.peak_weight = max(self.peak_weight, self._weight)
                 self._changed.notify_all()
-            del item  # its memory is the consumer's now, not ours until the next item
+            del item  # the consumer owns it: do not keep its memory until the next item is ready
 
 
 class BackgroundWorker(Generic[T]):
-    """Work that nobody waits for: a bounded queue before a thread that lives as long as there is something to do.
+    """Handle items in a background thread that runs only while there are any.
 
-    What was offered when the process ends is still done, within `EXIT_WAIT_S`.
+    A process that ends still handles the queued items, for up to `EXIT_WAIT_S`.
 
     Args:
-        handle: called in the thread with all that waits, in order. Its errors are logged, and lose those items alone.
-        weigh: an item's weight.
-        limit: weight that may wait or be in progress. One item is always let in, however heavy.
-        stage: what the thread does, for its name and for messages.
+        handle: called in the thread with all queued items, in order. An error is logged, and only those items are lost.
+        weigh: gives an item's weight.
+        limit: the most weight that may be queued or in progress. An idle worker takes any item, however heavy.
+        stage: what the thread does; part of its name and of messages.
+    Attributes:
+        stage: see Args.
     """
 
     def __init__(self, handle: Callable[[list[T]], None], *, weigh: Callable[[T], int], limit: int, stage: str) -> None:
@@ -181,9 +189,9 @@ class BackgroundWorker(Generic[T]):
 
         Args:
             item: what to handle.
-            wait: whether to wait for room where there is none.
+            wait: wait for room if the queue is full.
         Returns:
-            False where there was no room, or it was closed, or the process is ending: the item is not taken.
+            False if the item was refused: the queue is full, or the worker is closed, or the process is ending.
         """
         weight = self._weigh(item)
         with self._lock:
@@ -200,12 +208,12 @@ class BackgroundWorker(Generic[T]):
             return True
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until all that was offered is done; False where that took longer than `timeout_s`."""
+        """Wait until all queued items are handled; False if that takes longer than `timeout_s`."""
         with self._lock:
             return self._changed.wait_for(lambda: self._thread is None, timeout_s)
 
     def close(self, timeout_s: float | None = None) -> bool:
-        """Take nothing more, and wait until all that was offered is done; False where that took longer."""
+        """Refuse new items and wait until all queued ones are handled; False if that takes longer than `timeout_s`."""
         self._stop()
         return self.flush(timeout_s)
 
@@ -244,15 +252,15 @@ def _close_source(source: Iterator[Any]) -> None:
 
 @atexit.register
 def _stop_all() -> None:
-    prefetchers = list(_alive)
-    for prefetcher in prefetchers:
-        prefetcher._stop()
+    owners = list(_alive)
+    for owner in owners:
+        owner._stop()
     deadline = time.monotonic() + EXIT_WAIT_S
-    for prefetcher in prefetchers:
-        if not prefetcher._ended_within(max(0.0, deadline - time.monotonic())):
-            logger.warning("exiting: the %s thread is still busy and is left behind", prefetcher.stage)
+    for owner in owners:
+        if not owner._ended_within(max(0.0, deadline - time.monotonic())):
+            logger.warning("exiting: the %s thread is still busy, and the process ends without it", owner.stage)
 
 
-# The threads do not exist in a forked child, and their locks may be held for good.
+# A forked child has none of these threads, and a lock that one of them held stays locked.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_alive.clear)

@@ -1,4 +1,4 @@
-"""Which process this is, from torch.distributed or from the launcher's environment."""
+"""The rank comes from torch.distributed, or else from the launcher's environment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def set_environment(patch: pytest.MonkeyPatch, **values: str | None) -> None:
     ("rank", "world_size", "found"),
     [(None, None, (0, 1)), ("0", "1", (0, 1)), ("2", "4", (2, 4)), ("11", "12", (11, 12))],
 )
-def test_the_launchers_environment_says_rank_and_world_size(
+def test_rank_and_world_size_come_from_the_launchers_environment(
     monkeypatch: pytest.MonkeyPatch, rank: str | None, world_size: str | None, found: tuple[int, int]
 ) -> None:
     set_environment(monkeypatch, RANK=rank, WORLD_SIZE=world_size)
@@ -33,7 +33,7 @@ def test_the_launchers_environment_says_rank_and_world_size(
     ("rank", "world_size"),
     [("0", None), (None, "2"), ("one", "2"), ("-1", "2"), ("", "2"), ("0", "2.0"), ("2", "2"), ("3", "2"), ("0", "0")],
 )
-def test_an_environment_that_contradicts_itself_is_refused_with_its_values(
+def test_a_contradictory_environment_is_refused_with_its_values(
     monkeypatch: pytest.MonkeyPatch, rank: str | None, world_size: str | None
 ) -> None:
     set_environment(monkeypatch, RANK=rank, WORLD_SIZE=world_size)
@@ -42,7 +42,7 @@ def test_an_environment_that_contradicts_itself_is_refused_with_its_values(
     assert all(value in str(caught.value) for value in (rank, world_size) if value)
 
 
-def test_an_initialized_process_group_comes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_initialized_process_group_takes_precedence_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     set_environment(monkeypatch, RANK="3", WORLD_SIZE="4")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -53,7 +53,7 @@ def test_an_initialized_process_group_comes_before_the_environment(monkeypatch: 
 
 
 @pytest.mark.parametrize(("value", "found"), [(None, None), ("0", 0), ("5", 5), ("", None), ("-1", None)])
-def test_the_local_rank_is_none_where_no_launcher_set_it(
+def test_the_local_rank_is_none_unless_a_launcher_set_it(
     monkeypatch: pytest.MonkeyPatch, value: str | None, found: int | None
 ) -> None:
     set_environment(monkeypatch, LOCAL_RANK=value)

@@ -1,4 +1,4 @@
-"""OpenMP's helpers go when they are told so, and settings and results stay; the heap's holes go back to the system."""
+"""OpenMP's threads, torch's modes, the heap and garbage collection are set as asked, and results stay the same."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from bertstream.system import process as runtime
+from bertstream.system import process
 from bertstream.system.process import on_one_core, release_openmp_threads, torch_modes, trim_heap, usable_cores
 
 
-def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usable_cores_counts_the_cores_this_process_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5}, raising=False)
     assert usable_cores() == 2
@@ -33,21 +33,21 @@ def compute() -> float:
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_what_runs_on_one_core_leaves_all_other_threads_theirs() -> None:
-    def threads_of_a_new_one() -> int:
+def test_on_one_core_leaves_other_threads_their_number_of_cores() -> None:
+    def threads_of_a_new_thread() -> int:
         with ThreadPoolExecutor(1) as other:
             return other.submit(torch.get_num_threads).result()
 
     def run() -> tuple[float, int, int]:
-        return compute(), torch.get_num_threads(), threads_of_a_new_one()
+        return compute(), torch.get_num_threads(), threads_of_a_new_thread()
 
     assert on_one_core(run) == (pytest.approx(compute()), 1, 2)
-    assert torch.get_num_threads() == threads_of_a_new_one() == 2
+    assert torch.get_num_threads() == threads_of_a_new_thread() == 2
     with pytest.raises(ZeroDivisionError):
         on_one_core(lambda: 1 // 0)
 
 
-def test_what_torch_keeps_for_each_thread_can_be_taken_to_another() -> None:
+def test_torch_modes_carries_the_settings_of_one_thread_to_another() -> None:
     def modes() -> tuple[bool, bool, str]:
         return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_device().type
 
@@ -61,36 +61,36 @@ def test_what_torch_keeps_for_each_thread_can_be_taken_to_another() -> None:
         assert found[0] == found[1] == (False, False, "meta")
         with torch.inference_mode():
             assert other.submit(elsewhere, torch_modes()).result() == modes() == (False, True, "cpu")
-        assert other.submit(modes).result() == (True, False, "cpu"), "it is left as it was"
+        assert other.submit(modes).result() == (True, False, "cpu"), "the other thread's own settings are restored"
 
 
-PROGRAM = """
+RELEASING = """
 import os, torch
 from bertstream.system.process import release_openmp_threads
 
 torch.set_num_threads(2)
-with_helpers = []
+with_team = []
 for _ in range(3):
     torch.ones(512, 512).matmul(torch.ones(512, 512)).add(1).mul_(0.5).sum()
-    with_helpers.append(len(os.listdir("/proc/self/task")))
+    with_team.append(len(os.listdir("/proc/self/task")))
     release_openmp_threads()
-    assert len(os.listdir("/proc/self/task")) < with_helpers[-1], with_helpers
+    assert len(os.listdir("/proc/self/task")) < with_team[-1], with_team
     assert torch.get_num_threads() == 2
-assert len(set(with_helpers)) == 1, with_helpers
-release_openmp_threads()  # where there are none, nothing happens
+assert len(set(with_team)) == 1, with_team
+release_openmp_threads()  # without a team, nothing happens
 """
 
 
-@pytest.mark.skipif(not runtime._openmp(), reason="torch runs on another OpenMP than GCC's here")
-def test_helpers_go_and_come_back_and_the_number_of_threads_stays() -> None:
-    """In a process of its own: in this one other tests' threads come and go."""
+@pytest.mark.skipif(not process._openmp(), reason="torch does not use GCC's OpenMP here")
+def test_released_openmp_threads_come_back_and_their_number_stays_the_same() -> None:
+    """Runs in a new process: in this one, threads of other tests come and go."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment["PYTHONPATH"] = str(ROOT)
-    subprocess.run([sys.executable, "-c", PROGRAM], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", RELEASING], check=True, env=environment)
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_another_threads_helpers_are_left_alone() -> None:
+def test_releasing_leaves_the_openmp_threads_of_other_threads_alone() -> None:
     right = compute()
     found = []
     for _ in range(20):
@@ -102,15 +102,15 @@ def test_another_threads_helpers_are_left_alone() -> None:
     assert found == [[right] * 5] * 20
 
 
-@pytest.mark.skipif(runtime._malloc_trim() is None, reason="the C library is not glibc")
-def test_trimming_gives_back_the_holes_between_blocks_in_use() -> None:
-    blocks = [torch.ones(25_000) for _ in range(2_000)]  # 100 kB each, below what glibc takes from the system singly
+@pytest.mark.skipif(process._malloc_trim() is None, reason="the C library is not glibc")
+def test_trimming_returns_the_free_memory_between_used_blocks() -> None:
+    blocks = [torch.ones(25_000) for _ in range(2_000)]  # 100 kB each: glibc maps larger blocks one by one
     whole = resident_bytes()
     kept = blocks[::8]
     del blocks
-    with_holes = resident_bytes()
+    fragmented = resident_bytes()
     trim_heap()
-    assert with_holes - resident_bytes() > 0.7 * 1e5 * (2_000 - len(kept)) - (whole - with_holes)
+    assert fragmented - resident_bytes() > 0.7 * 1e5 * (2_000 - len(kept)) - (whole - fragmented)
     assert all(float(block.sum()) == 25_000 for block in kept)
 
 
@@ -122,22 +122,22 @@ collect_garbage_rarely()
 frozen = gc.get_freeze_count()
 younger = [[] for _ in range(100)]
 collect_garbage_rarely()
-assert 10_000 < frozen == gc.get_freeze_count(), "once"
+assert 10_000 < frozen == gc.get_freeze_count(), "the second call does nothing"
 print(gc.get_threshold()[0])
 """
 
 
 @pytest.mark.parametrize(("before", "after"), [(700, 10_000), (50_000, 50_000), (0, 0)])
-def test_collections_pass_over_what_was_there_and_are_no_more_frequent(before: int, after: int) -> None:
+def test_collecting_rarely_leaves_out_existing_objects_and_never_lowers_the_threshold(before: int, after: int) -> None:
     program = COLLECTING.format(before=before)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], check=True, env=environment, capture_output=True, text=True)
     assert int(done.stdout) == after
 
 
-def test_where_there_are_no_such_libraries_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_openmp", list)
-    monkeypatch.setattr(runtime, "_malloc_trim", lambda: None)
+def test_without_gcc_openmp_and_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_openmp", list)
+    monkeypatch.setattr(process, "_malloc_trim", lambda: None)
     release_openmp_threads()
     trim_heap()
 

@@ -1,4 +1,4 @@
-"""The one owner of a thread: keeps order, stays within its bound, hands errors on, and always ends."""
+"""Threads keep the order, stay within their limit, deliver errors, and always end."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertstream.system import threads as prefetch
+from bertstream.system import threads
 from bertstream.system.threads import BackgroundWorker, Prefetcher
 
 WAIT_S = 10.0
-"""How long a test waits for a thread before it fails."""
+"""Seconds a test waits for a thread before it fails."""
 
 WEIGHTS = st.lists(st.integers(0, 9), max_size=20)
 
@@ -36,12 +36,12 @@ def ahead(source: Iterable[Any], *, limit: int = 4, weigh: Callable[[Any], int] 
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT_S
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.001)
 
 
 class Tracked:
-    """A source that counts what it gave, may fail at the end, and remembers which threads ran and closed it."""
+    """A source that counts its items, may fail at the end, and remembers which threads ran and closed it."""
 
     def __init__(self, items: Iterable[Any], error: BaseException | None = None) -> None:
         self.given = 0
@@ -69,11 +69,11 @@ def endless() -> Iterator[int]:
         number += 1
 
 
-# Order, and the bound.
+# --- order and limit --------------------------------------------------------------------------------------------------
 
 
 @given(WEIGHTS, st.integers(0, 12))
-def test_items_arrive_in_order_and_the_end_stays_the_end(weights: list[int], limit: int) -> None:
+def test_items_arrive_in_order_and_an_exhausted_prefetcher_stays_exhausted(weights: list[int], limit: int) -> None:
     worker = ahead(enumerate(weights), limit=limit, weigh=lambda item: item[1])
     assert list(worker) == list(enumerate(weights))
     for _ in range(2):
@@ -82,8 +82,8 @@ def test_items_arrive_in_order_and_the_end_stays_the_end(weights: list[int], lim
 
 
 @given(WEIGHTS, st.integers(0, 12))
-def test_the_queue_holds_as_much_as_the_limit_or_one_item(weights: list[int], limit: int) -> None:
-    """With nobody taking, the thread stops exactly where the next item no longer fits, with that item in its hand."""
+def test_the_queue_holds_items_up_to_the_limit_or_a_single_item(weights: list[int], limit: int) -> None:
+    """Without a consumer, the thread stops at the first item that does not fit, and holds that item."""
     held = fitting = 0
     for weight in weights:
         if fitting and held + max(1, weight) > limit:
@@ -97,16 +97,16 @@ def test_the_queue_holds_as_much_as_the_limit_or_one_item(weights: list[int], li
     assert worker.peak_weight <= max([limit, *(max(1, weight) for weight in weights)])
 
 
-def test_weightless_items_do_not_make_the_queue_endless() -> None:
+def test_items_without_weight_do_not_make_the_queue_unbounded() -> None:
     source = Tracked(endless())
-    with_nothing = ahead(source, limit=3, weigh=lambda item: 0)
+    weightless = ahead(source, limit=3, weigh=lambda item: 0)
     wait_until(lambda: source.given == 4)
-    assert [next(with_nothing) for _ in range(10)] == list(range(10))
-    with_nothing.close()
+    assert [next(weightless) for _ in range(10)] == list(range(10))
+    weightless.close()
     assert source.given <= 14
 
 
-def test_what_was_handed_out_is_not_kept() -> None:
+def test_items_the_consumer_has_taken_are_freed() -> None:
     class Item:
         pass
 
@@ -125,8 +125,8 @@ def test_what_was_handed_out_is_not_kept() -> None:
         worker.close()
 
 
-def test_waiting_for_room_is_timed() -> None:
-    """Half of what was slept at least: the threads may start late."""
+def test_the_time_spent_waiting_for_room_is_measured() -> None:
+    """At least half of the sleep: the threads may start late."""
     source = Tracked(range(3))
     worker = ahead(source, limit=1)
     wait_until(lambda: source.given == 2)
@@ -135,7 +135,16 @@ def test_waiting_for_room_is_timed() -> None:
     assert worker.put_wait_s >= 0.05
 
 
-def test_who_closes_may_have_no_patience() -> None:
+def test_the_limit_can_be_raised_while_the_thread_waits_for_room() -> None:
+    worker = ahead(range(10), limit=2)
+    wait_until(lambda: worker.peak_weight == 2)
+    worker.raise_limit(5)
+    wait_until(lambda: worker.peak_weight == 5)
+    worker.raise_limit(1)
+    assert list(worker) == list(range(10)) and worker.peak_weight == 5
+
+
+def test_closing_waits_no_longer_than_the_timeout() -> None:
     release = threading.Event()
 
     def source() -> Iterator[int]:
@@ -150,7 +159,7 @@ def test_who_closes_may_have_no_patience() -> None:
     assert worker.close(10)
 
 
-# Errors (law 7).
+# --- errors (law 7) ---------------------------------------------------------------------------------------------------
 
 
 class OwnError(Exception):
@@ -176,7 +185,7 @@ def test_an_error_arrives_once_as_itself_after_the_items_before_it(items: int, l
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), GeneratorExit()], ids=repr)
-def test_whatever_the_source_raises_reaches_the_consumer(error: BaseException) -> None:
+def test_any_exception_of_the_source_reaches_the_consumer(error: BaseException) -> None:
     worker = ahead(Tracked([1], error))
     assert next(worker) == 1
     with pytest.raises(type(error)) as caught:
@@ -184,7 +193,7 @@ def test_whatever_the_source_raises_reaches_the_consumer(error: BaseException) -
     assert caught.value is error
 
 
-def test_an_error_of_weighing_is_an_error_too() -> None:
+def test_an_error_raised_by_weigh_reaches_the_consumer() -> None:
     worker = ahead(["a"], weigh=lambda item: item.weight)
     with pytest.raises(AttributeError, match="weight"):
         next(worker)
@@ -209,20 +218,20 @@ class BadlyClosed:
         raise OSError("disk full")
 
 
-def test_an_error_of_the_sources_own_close_arrives_after_the_last_item() -> None:
+def test_an_error_raised_by_the_sources_close_arrives_after_the_last_item() -> None:
     worker = ahead(BadlyClosed())
     assert [next(worker), next(worker)] == [0, 1]
     with pytest.raises(OSError, match="disk full"):
         next(worker)
 
 
-def test_the_first_of_two_errors_arrives() -> None:
+def test_only_the_first_of_two_errors_arrives() -> None:
     worker = ahead(BadlyClosed(OwnError("first", "")))
     with pytest.raises(OwnError):
         list(worker)
 
 
-def test_an_error_behind_an_early_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_read_ahead_is_logged_when_closing_early(caplog: pytest.LogCaptureFixture) -> None:
     worker = ahead(BadlyClosed(), limit=1)
     assert next(worker) == 0
     with caplog.at_level(logging.WARNING, "bertstream.system.threads"):
@@ -232,8 +241,8 @@ def test_an_error_behind_an_early_close_is_logged(caplog: pytest.LogCaptureFixtu
         next(worker)
 
 
-def test_an_error_that_was_handled_keeps_nothing_alive() -> None:
-    """A circle through its traceback would keep a batch, or a DataLoader's workers, until the collector runs."""
+def test_a_handled_error_keeps_nothing_alive() -> None:
+    """A cycle through its traceback would keep a batch, or a DataLoader's workers, until garbage is collected."""
 
     def source() -> Iterator[int]:
         yield 0
@@ -252,7 +261,7 @@ def test_an_error_that_was_handled_keeps_nothing_alive() -> None:
         gc.enable()
 
 
-# The end (law 6).
+# --- the end (law 6) --------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 8), st.integers(0, 8), st.integers(1, 4))
@@ -272,12 +281,12 @@ def test_closing_anywhere_ends_the_thread_and_closes_the_source_in_it(items: int
 def test_closing_while_the_thread_waits_for_room_ends_it() -> None:
     source = Tracked(endless())
     worker = ahead(source, limit=1)
-    wait_until(lambda: source.given == 2)  # one in the queue, one in the hand
+    wait_until(lambda: source.given == 2)  # one in the queue, one held by the thread
     worker.close()
     assert source.given == 2 and source.closed_in == [worker._thread]
 
 
-def test_closing_before_anything_was_taken_ends_the_thread() -> None:
+def test_closing_before_the_first_item_ends_the_thread() -> None:
     started, release = threading.Event(), threading.Event()
 
     def source() -> Iterator[int]:
@@ -289,10 +298,10 @@ def test_closing_before_anything_was_taken_ends_the_thread() -> None:
     assert started.wait(WAIT_S)
     threading.Timer(0.05, release.set).start()
     worker.close()
-    assert release.is_set() and not worker._thread.is_alive(), "it waits for the item in progress"
+    assert release.is_set() and not worker._thread.is_alive(), "close() waits for the item in progress"
 
 
-def test_a_consumer_that_waits_is_let_go_when_another_thread_closes() -> None:
+def test_a_waiting_consumer_returns_when_another_thread_closes() -> None:
     release = threading.Event()
 
     def source() -> Iterator[int]:
@@ -308,7 +317,7 @@ def test_a_consumer_that_waits_is_let_go_when_another_thread_closes() -> None:
     assert not consumer.is_alive() and found in ([], [0])
 
 
-def test_the_source_itself_may_close_its_prefetcher() -> None:
+def test_a_source_may_close_its_own_prefetcher() -> None:
     box: list[Prefetcher[int]] = []
     ready = threading.Event()
 
@@ -322,27 +331,27 @@ def test_the_source_itself_may_close_its_prefetcher() -> None:
     assert list(box[0]) == []
 
 
-# The end of the process.
+# --- the end of the process -------------------------------------------------------------------------------------------
 
-HOUSE = f"""
+MODULE_ALONE = f"""
 import importlib.util, os, sys, threading, time
-spec = importlib.util.spec_from_file_location("prefetch", {prefetch.__file__!r})
-prefetch = sys.modules["prefetch"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(prefetch)
-assert "torch" not in sys.modules, "this module knows no torch"
+spec = importlib.util.spec_from_file_location("threads", {threads.__file__!r})
+threads = sys.modules["threads"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(threads)
+assert "torch" not in sys.modules, "the module must not import torch"
 
 def ahead(source):
-    return prefetch.Prefetcher(source, weigh=lambda item: 1, limit=2, stage="encode")
+    return threads.Prefetcher(source, weigh=lambda item: 1, limit=2, stage="encode")
 """
 
 
 def process(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process that has the module alone."""
-    command = [sys.executable, "-c", HOUSE + dedent(code), *arguments]
+    """Run code in a process that imports this one module of the package."""
+    command = [sys.executable, "-c", MODULE_ALONE + dedent(code), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
 
 
-def test_a_process_that_closes_nothing_ends_in_silence_and_closes_the_source(tmp_path: Path) -> None:
+def test_a_process_that_never_closes_ends_silently_and_closes_the_source(tmp_path: Path) -> None:
     code = """
     def source():
         try:
@@ -360,19 +369,19 @@ def test_a_process_that_closes_nothing_ends_in_silence_and_closes_the_source(tmp
     assert (tmp_path / "closed").exists()
 
 
-def test_a_source_that_is_stuck_does_not_keep_the_process() -> None:
-    """A loop that is still open closes its prefetcher once more, when the interpreter clears the script's names.
+def test_a_stuck_source_does_not_keep_the_process_alive() -> None:
+    """A loop that is still open closes its prefetcher again when the interpreter clears the script's names.
 
-    It clears them only if the thread, which never ends, refers to none of the script's functions.
+    The names are cleared only if the thread, which never ends, refers to none of the script's functions.
     """
     code = """
     from itertools import chain
 
-    prefetch.EXIT_WAIT_S = 0.2
+    threads.EXIT_WAIT_S = 0.2
 
     def loop(write=os.write):
         stuck = chain(["item"], iter(threading.Event().wait, None))
-        worker = prefetch.Prefetcher(stuck, weigh=len, limit=2, stage="encode")
+        worker = threads.Prefetcher(stuck, weigh=len, limit=2, stage="encode")
         try:
             yield from worker
         finally:
@@ -384,14 +393,14 @@ def test_a_source_that_is_stuck_does_not_keep_the_process() -> None:
     """
     done = process(code)
     assert (done.returncode, done.stdout) == (0, "closed")
-    assert done.stderr.strip() == "exiting: the encode thread is still busy and is left behind"
+    assert done.stderr.strip() == "exiting: the encode thread is still busy, and the process ends without it"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_ends_although_the_lock_was_held_at_the_fork() -> None:
+def test_a_forked_child_exits_even_if_the_lock_was_held_at_the_fork() -> None:
     code = """
     import warnings
-    warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of a fork beside threads: the point here
+    warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of a fork with running threads
 
     def source():
         while True:
@@ -420,19 +429,19 @@ def test_a_forked_child_ends_although_the_lock_was_held_at_the_fork() -> None:
     assert (done.returncode, done.stderr) == (7, "")
 
 
-# --- work behind ------------------------------------------------------------------------------------------------------
+# --- background work --------------------------------------------------------------------------------------------------
 
 
-def test_what_is_offered_is_done_in_order_and_the_thread_ends_when_idle() -> None:
+def test_offered_items_are_handled_in_order_and_an_idle_thread_ends() -> None:
     done: list[int] = []
-    behind: BackgroundWorker[int] = BackgroundWorker(done.extend, weigh=lambda item: 1, limit=1000, stage="test")
+    worker: BackgroundWorker[int] = BackgroundWorker(done.extend, weigh=lambda item: 1, limit=1000, stage="test")
     for start in range(0, 100, 10):
-        assert all(behind.offer(item) for item in range(start, start + 10))
-        assert behind.flush(10) and done == [*range(start + 10)]
+        assert all(worker.offer(item) for item in range(start, start + 10))
+        assert worker.flush(10) and done == [*range(start + 10)]
     assert not [thread for thread in threading.enumerate() if thread.name == "bertstream-test"]
 
 
-def test_a_full_queue_takes_nothing_and_waiting_for_room_takes_all() -> None:
+def test_a_full_queue_refuses_items_unless_the_caller_waits() -> None:
     go_on = threading.Event()
     done: list[int] = []
 
@@ -440,17 +449,17 @@ def test_a_full_queue_takes_nothing_and_waiting_for_room_takes_all() -> None:
         go_on.wait(10)
         done.extend(items)
 
-    behind: BackgroundWorker[int] = BackgroundWorker(handle, weigh=lambda item: item, limit=10, stage="test")
-    assert behind.offer(100)  # one is always let in
-    assert not behind.offer(1)
-    assert not behind.flush(0.05)
+    worker: BackgroundWorker[int] = BackgroundWorker(handle, weigh=lambda item: item, limit=10, stage="test")
+    assert worker.offer(100)  # an idle worker takes any item
+    assert not worker.offer(1)
+    assert not worker.flush(0.05)
     threading.Timer(0.05, go_on.set).start()
     for _ in range(50):
-        assert behind.offer(6, wait=True)
-    assert behind.flush(10) and done == [100] + [6] * 50
+        assert worker.offer(6, wait=True)
+    assert worker.flush(10) and done == [100] + [6] * 50
 
 
-def test_an_error_loses_its_items_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_loses_only_the_items_being_handled(caplog: pytest.LogCaptureFixture) -> None:
     done: list[int] = []
 
     def handle(items: list[int]) -> None:
@@ -458,14 +467,14 @@ def test_an_error_loses_its_items_alone(caplog: pytest.LogCaptureFixture) -> Non
             raise OSError("full")
         done.extend(items)
 
-    behind: BackgroundWorker[int] = BackgroundWorker(handle, weigh=lambda item: 1, limit=10, stage="test")
+    worker: BackgroundWorker[int] = BackgroundWorker(handle, weigh=lambda item: 1, limit=10, stage="test")
     for item in range(3):
-        behind.offer(item)
-        behind.flush()
+        worker.offer(item)
+        worker.flush()
     assert done == [0, 2] and "the test thread lost 1 items" in caplog.text
 
 
-def test_closed_it_does_what_was_offered_and_takes_nothing_more() -> None:
+def test_a_closed_worker_handles_queued_items_and_refuses_new_ones() -> None:
     go_on = threading.Event()
     done: list[int] = []
 
@@ -473,32 +482,23 @@ def test_closed_it_does_what_was_offered_and_takes_nothing_more() -> None:
         go_on.wait(10)
         done.extend(items)
 
-    behind: BackgroundWorker[int] = BackgroundWorker(handle, weigh=lambda item: 1, limit=10, stage="test")
-    assert behind.offer(1) and not behind.close(0.01)
-    assert not behind.offer(2) and not behind.offer(2, wait=True)
+    worker: BackgroundWorker[int] = BackgroundWorker(handle, weigh=lambda item: 1, limit=10, stage="test")
+    assert worker.offer(1) and not worker.close(0.01)
+    assert not worker.offer(2) and not worker.offer(2, wait=True)
     go_on.set()
-    assert behind.close(10) and done == [1]
+    assert worker.close(10) and done == [1]
 
 
-def test_what_was_offered_is_still_done_when_the_process_ends() -> None:
+def test_queued_items_are_handled_when_the_process_ends() -> None:
     code = """
 import time
 from bertstream.system.threads import BackgroundWorker
 def handle(items):
     time.sleep(0.3)
     print(*items, flush=True)
-behind = BackgroundWorker(handle, weigh=lambda item: 1, limit=10, stage="test")
+worker = BackgroundWorker(handle, weigh=lambda item: 1, limit=10, stage="test")
 for item in range(5):
-    behind.offer(item)
+    worker.offer(item)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == ["0", "1", "2", "3", "4"] and done.stderr == ""
-
-
-def test_room_can_be_made_while_the_thread_waits_for_it() -> None:
-    worker = ahead(range(10), limit=2)
-    wait_until(lambda: worker.peak_weight == 2)
-    worker.raise_limit(5)
-    wait_until(lambda: worker.peak_weight == 5)
-    worker.raise_limit(1)
-    assert list(worker) == list(range(10)) and worker.peak_weight == 5
