@@ -16,14 +16,16 @@ _MOST_NAMED = 10
 
 @dataclass
 class BadRecords:
-    """Counts broken records and shards, names them in the log, and stops at a limit.
+    """The one count of what a stream skips; it names each in the log, and raises beyond the limit.
 
     Attributes:
-        limit: how many may be passed over; below 1 a fraction of the records read, judged once 1,000 were read.
-        read: records that were read, broken ones included.
-        records: broken records that were passed over.
-        given_up: broken shards whose rest, or the rest of some of their parts, was passed over.
+        limit: how many may be skipped; below 1 a fraction of the records read, judged after 1,000 records.
+        read: records read in this epoch, broken ones included.
+        records: broken records skipped in this epoch.
+        given_up: shards given up in this epoch: the rest of each, or of some of its pieces, was skipped.
         first: messages of the first ten.
+        all_records: as `records`, over all epochs of this process.
+        all_shards: as the number of `given_up`, over all epochs of this process.
     """
 
     limit: float
@@ -31,25 +33,31 @@ class BadRecords:
     records: int = 0
     given_up: list[str] = field(default_factory=list)
     first: list[str] = field(default_factory=list)
+    all_records: int = 0
+    all_shards: int = 0
 
     def reset(self) -> None:
-        """Begin to count anew: an epoch meets what the one before it met."""
+        """Start an epoch: it meets the same broken records as the last one."""
         self.read = self.records = 0
         self.given_up, self.first = [], []
 
-    def add(self, report: ReadReport) -> None:
-        """Count what a window's reading met.
+    def add(self, report: ReadReport | None) -> None:
+        """Count what the reading of a bucket met.
 
         Raises:
-            ShardError: the limit is passed; it names the first ones.
+            ShardError: the limit is exceeded; the message names the first ones.
         """
+        if report is None:
+            return
         self.read += report.read
         for error in report.bad:
             if not error.gives_up_shard:
                 self.records += 1
+                self.all_records += 1
             elif error.path not in self.given_up:
                 self.given_up.append(str(error.path))
-            logger.warning("%s %s", "gave up a shard:" if error.gives_up_shard else "passed over a record:", error)
+                self.all_shards += 1
+            logger.warning("%s %s", "gave up a shard:" if error.gives_up_shard else "skipped a record:", error)
             if len(self.first) < _MOST_NAMED:
                 self.first.append(str(error))
         bad = self.records + len(self.given_up)
@@ -65,19 +73,19 @@ class BadRecords:
             )
 
     def check_some_were_good(self) -> None:
-        """At the end of an epoch.
+        """At the end of an epoch, refuse one without a good record.
 
         Raises:
-            ShardError: everything was passed over: a fraction of nothing would be kept to, and an epoch be empty.
+            ShardError: every record was skipped: no fraction of nothing is exceeded, and the epoch would be empty.
         """
         if self.first and self.read == self.records:
             raise ShardError("no record of the epoch was good, so this is no stray fault: " + "; ".join(self.first))
 
     def to_json(self) -> dict[str, Any]:
-        """The counts."""
+        """This epoch's counts."""
         return {"read": self.read, "records": self.records, "given_up": self.given_up, "first": self.first}
 
     def load(self, counts: dict[str, Any]) -> None:
-        """Go on counting from `to_json`'s."""
+        """Continue from `to_json`'s counts."""
         self.read, self.records = counts["read"], counts["records"]
         self.given_up, self.first = list(counts["given_up"]), list(counts["first"])
