@@ -51,6 +51,7 @@ from bertstream import (
     TextStream,
     TokenBatch,
     TokenCollate,
+    testing,
 )
 from bertstream import loader as loading
 from bertstream.pipeline import step_clock
@@ -65,31 +66,34 @@ class Example:
     label: Any
 
 
-class FakeEncoder:
-    """Vectors that say which text and token they are: [token id, place in the text, tokens of the text]."""
+class StrictTokenizer(testing.FakeTokenizer):
+    """Names a text that is none, as the real one does."""
 
-    device = torch.device("cpu")
-    max_forward_tokens = 64
-
-    def __init__(self, fail: Callable[[TokenBatch], None] = lambda batch: None) -> None:
-        self.fail = fail
-        self.threads: set[str] = set()
-
-    @staticmethod
-    def tokenizer(texts: list[Text]) -> list[TokenizedText]:
+    def __call__(self, texts: Sequence[Text]) -> list[TokenizedText]:
         for i, text in enumerate(texts):
             if not isinstance(text, (str, list)):
                 raise EncoderError(f"text {i} is {text!r}", records=(i,))
-        return [TokenizedText(np.array([len(word) for word in _words(text)], np.int32)) for text in texts]
+        return super().__call__(texts)
+
+
+class FakeEncoder(testing.FakeEncoder):
+    """Calls `fail` with each batch before it encodes it, and keeps the names of the threads it ran on."""
+
+    def __init__(self, fail: Callable[[TokenBatch], None] = lambda batch: None) -> None:
+        super().__init__(hidden_size=3, max_forward_tokens=64)
+        self.tokenizer = StrictTokenizer()
+        self.fail = fail
+        self.threads: set[str] = set()
 
     def encode(self, batch: TokenBatch) -> Embeddings:
         self.threads.add(threading.current_thread().name)
         self.fail(batch)
-        lengths = torch.from_numpy(batch.lengths.astype(np.int64))
-        steps = torch.cat([torch.arange(n) for n in lengths]) if len(batch) else torch.zeros(0)
-        rows = [torch.from_numpy(batch.input_ids), steps, lengths.repeat_interleave(lengths)]
-        values = torch.stack([row.float() for row in rows], 1)
-        return Embeddings(values, torch.from_numpy(batch.cu_seqlens), lengths, batch, "tokens")
+        return super().encode(batch)
+
+
+def word_id(word: str) -> int:
+    (token,) = testing.FakeTokenizer()([word])[0].input_ids.tolist()
+    return token
 
 
 def _words(text: Text) -> list[str]:
@@ -97,7 +101,7 @@ def _words(text: Text) -> list[str]:
 
 
 def right_rows(texts: list[Text]) -> list[list[list[float]]]:
-    return [[[len(w), i, len(_words(t))] for i, w in enumerate(_words(t))] for t in texts]
+    return [[[word_id(w), i, len(_words(t))] for i, w in enumerate(_words(t))] for t in texts]
 
 
 def rows(embeddings: Embeddings) -> list[list[list[float]]]:
@@ -498,11 +502,11 @@ def test_a_failing_text_fails_alone_with_its_own_place(prefetch: int) -> None:
     """Whatever batches and repeats it was to be encoded with: the loop gets all batches before it."""
 
     def fail(batch: TokenBatch) -> None:
-        bad = [i for i, ids in enumerate(np.split(batch.input_ids, batch.cu_seqlens[1:-1])) if 13 in ids]
+        bad = [i for i, ids in enumerate(np.split(batch.input_ids, batch.cu_seqlens[1:-1])) if word_id("odd") in ids]
         if bad:
             raise EncoderError(f"text {bad[0]} is odd", records=bad)
 
-    data = [["a"], ["a", "bb"], ["ccc", "ccc", "a", "w" * 13, "w" * 13], ["d"]]
+    data = [["a"], ["a", "bb"], ["ccc", "ccc", "a", "odd", "odd"], ["d"]]
     loader = bertstream.wrap(data, FakeEncoder(fail), prefetch=prefetch, deterministic=True)
     seen = []
     with pytest.raises(EncoderError, match="^batch 2: text 3 is odd") as caught:
@@ -943,11 +947,11 @@ def test_an_error_at_any_stage_and_place_arrives_once_after_the_batches_before_i
             for number, batch in enumerate(batches(10)):
                 if number == at and stage == "read":
                     raise error
-                odd = {"text": {"text": [3]}, "encode": {"text": ["w" * 13]}}
+                odd = {"text": {"text": [3]}, "encode": {"text": ["odd"]}}
                 yield odd[stage] if number == at and stage in odd else batch
 
     def fail(batch: TokenBatch) -> None:
-        if 13 in batch.input_ids:  # whatever other batches it came with
+        if word_id("odd") in batch.input_ids:  # whatever other batches it came with
             raise MemoryError("no memory left")
 
     loader = bertstream.wrap(Source(), FakeEncoder(fail), text="text", prefetch=prefetch)
