@@ -13,7 +13,8 @@ from typing import Any, get_args
 
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
 
-from .caching.cache import CachedEncoder, EmbeddingCache
+from .caching.cache import EmbeddingCache
+from .caching.cached_encoder import CachedEncoder
 from .embeddings import Layout, SupportsEncode
 from .encoding.encoder import Encoder
 from .errors import ConfigError, LoaderClosedError, StateError, check_choice

@@ -1,4 +1,5 @@
 """Keys of texts in, rows of vectors out; what is missing is computed once.
 
-Read in this order: codec (bytes of a row) -> memory, disk (the two tiers) -> store -> cache.
+Read in this order: codec (a row as bytes) -> memory, folder -> disk (the two tiers) -> store (both, and their counts)
+-> cached_encoder (look up, compute the rest) -> cache (what users hold).
 """

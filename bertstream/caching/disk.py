@@ -1,21 +1,18 @@
-"""The part of the cache that is on disk: an LMDB folder that several processes read, and one at a time writes.
+"""The disk tier: an LMDB folder that several processes read, and one at a time writes.
 
-Writing happens in a thread behind, which is dropped from rather than waited for. Every entry has a checksum, and LMDB
-commits whole transactions only, so a process that is killed loses what it had not yet written and nothing else.
+A background thread writes; when its queue is full, rows are dropped. Every entry has a checksum, and LMDB commits whole
+transactions only, so a process that is killed loses what it had not yet written and nothing else.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import struct
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import lmdb
@@ -24,27 +21,32 @@ import numpy.typing as npt
 
 from ..errors import CacheError
 from ..system.threads import BackgroundWorker
+from .folder import (
+    FORMAT,
+    FORMAT_KEY,
+    ROWS,
+    bytes_in_pages,
+    checked_rows,
+    delete_oldest,
+    delete_text,
+    live_bytes,
+    next_number,
+    open_folder,
+    put_text,
+)
 
 logger = logging.getLogger(__name__)
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
-FORMAT = b"bertstream embedding cache 1"
-LEAST_BYTES = 1 << 20
-
 _LIVE = 0.8
-"""Of the map, what live data may fill. A full map cannot even delete; at 0.8 many turnovers pass."""
+"""The share of the map that live data may fill. A full map cannot even delete; at 0.8 many turnovers succeed."""
 
 _PATIENCE_S = 1.0
-"""How long writing stands back from a forward at most."""
+"""How long writing waits for a forward at most."""
 
 _QUEUE_BYTES = 64 << 20
-"""Of rows that wait to be written: about 40,000 tokens of 384 float32 dimensions."""
-
-# One table for all: to open a second one, LMDB would wait for whoever is writing.
-_ABOUT, _ORDER, _ROWS = b"format", b"o", b"r"  # by what keys begin with; sorted
-_HEADER = struct.Struct("<IIQ")  # checksum, bytes of the rows, number of the entry: entries are evicted by number
-_NUMBER = struct.Struct(">Q")  # such keys sort as the numbers do
+"""Bytes of rows that wait to be written: about 40,000 tokens of 384 float32 dimensions."""
 
 
 @dataclass
@@ -61,9 +63,9 @@ class _Write:
 
 
 class DiskTier:
-    """Rows by text in an LMDB folder; the oldest entries are evicted.
+    """Rows by key in an LMDB folder; the oldest texts are evicted.
 
-    Use it from any thread; not across a fork (LMDB forbids it): make a new one in the child.
+    Use it from any thread, but not across a fork, which LMDB forbids: make a new one in the child.
 
     Args:
         path: the folder; made where it is missing.
@@ -71,11 +73,11 @@ class DiskTier:
         read_only: open the folder without ever writing to it.
     Attributes:
         dropped_writes: texts that were not written: the queue was full, they were too large, or writing failed.
-        evictions: texts that had to go.
-        wrong: entries whose checksum or size was wrong; they count as absent, and are deleted.
-        failures: readings that failed as a whole.
+        evictions: texts that were evicted.
+        wrong: entries whose checksum or size was wrong; they count as missing and are deleted.
+        failures: reads that failed as a whole.
     Raises:
-        CacheError: the folder cannot be opened, is damaged, of another format, or open in this process already.
+        CacheError: the folder cannot be opened, is damaged, of another format, or already open in this process.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, limit_bytes: int, read_only: bool) -> None:
@@ -83,73 +85,63 @@ class DiskTier:
         self.read_only = read_only
         self.dropped_writes = self.evictions = self.wrong = self.failures = 0
         self._limit_bytes = limit_bytes
-        # Pages that a transaction frees can be had again two transactions later, so each is a small part of the rest.
+        # Pages that a transaction frees are reusable two transactions later, so each takes a small part of the limit.
         self._transaction_bytes = min(32 << 20, limit_bytes // 20)
         self._warned: set[str] = set()
         self._waiting: set[bytes] = set()  # texts that are queued or being written
         self._lock = threading.Lock()
         self._write_lock = threading.Lock()
-        self._no_forward = threading.Event()
-        self._no_forward.set()
-        self._env: lmdb.Environment | None = self._open()
-        try:
-            self._check_format(self._env)
-            if not read_only:
-                self._env.reader_check()  # of processes that were killed: their place would keep old pages alive
-        except CacheError:
-            self._env.close()
-            raise
-        except (lmdb.Error, OSError) as error:
-            self._env.close()
-            raise self._cannot_open(error) from error
-        self._behind: BackgroundWorker[_Write] = BackgroundWorker(
+        self._may_write = threading.Event()
+        self._may_write.set()
+        self._env: lmdb.Environment | None = open_folder(self.path, limit_bytes=limit_bytes, read_only=read_only)
+        self._writer: BackgroundWorker[_Write] = BackgroundWorker(
             self._handle, weigh=lambda item: item.num_bytes, limit=_QUEUE_BYTES, stage="cache-write"
         )
 
     def close(self, timeout_s: float = 60.0) -> None:
-        """Write what waits, and let the folder go."""
-        written = self._behind.close(timeout_s)
+        """Write what is queued, and close the folder."""
+        written = self._writer.close(timeout_s)
         with self._lock:
             env, self._env = self._env, None
         if not written:
-            # Its transaction cannot be ended from here, and closing under it would crash the process.
+            # Its transaction cannot be ended from here, and closing the folder under it would crash the process.
             logger.warning("%s: the cache is still being written to, or locked by another process", self.path)
         elif env is not None:
             env.close()
 
     @contextmanager
-    def standing_back(self) -> Iterator[None]:
-        """No writing is begun meanwhile, for a second at most.
+    def hold_writes(self) -> Iterator[None]:
+        """Start no write meanwhile, for a second at most.
 
-        For forwards on a CPU, whose threads wait for one another at every operation: what another thread takes of one
-        core is lost on all of them. Behind a forward there is time enough, where one thread alone has something to do.
+        For forwards on a CPU: OpenMP threads synchronise at every op, so one busy core slows all of them. Between
+        forwards, where only one thread has work, there is time enough to write.
         """
-        self._no_forward.clear()
+        self._may_write.clear()
         try:
             yield
         finally:
-            self._no_forward.set()
+            self._may_write.set()
 
     def leave_to_parent(self) -> None:
-        """In a forked child: let go of what is the parent's, so that the folder can be opened anew."""
-        # Without the lock, which may be held for good. LMDB knows by its process id that locks are not this process's.
+        """In a forked child: drop what belongs to the parent, so that the folder can be opened again."""
+        # Without the lock, which may be held forever. LMDB knows by its process id that its locks are the parent's.
         env, self._env = self._env, None
-        # A transaction that was open would be waited for, and the thread that would end it is not here.
+        # Closing waits for an open transaction, and the thread that would end it does not exist here.
         if env is not None and not self._write_lock.locked():
             env.close()
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until all that was queued is written or dropped; False where that took longer."""
-        return self._behind.flush(timeout_s)
+        """Wait until all that was queued is written or dropped; False where that takes longer."""
+        return self._writer.flush(timeout_s)
 
     def read(self, keys: Sequence[bytes], sizes: Sequence[int]) -> tuple[list[int], Bytes]:
         """Look texts up.
 
         Args:
-            keys: one a text.
+            keys: one per text.
             sizes: the bytes that each text's rows must have.
         Returns:
-            The places of those found, and their rows, one after the other, copied and checked: [sum of their sizes].
+            The indices of the texts found, and a copy of their rows, checked, text by text: [sum of their sizes].
         """
         found: list[int] = []
         parts: list[bytes] = []
@@ -160,10 +152,10 @@ class DiskTier:
             try:
                 with self._env.begin(buffers=True) as transaction:
                     for i, (key, size) in enumerate(zip(keys, sizes, strict=True)):
-                        entry = transaction.get(_ROWS + key)
+                        entry = transaction.get(ROWS + key)
                         if entry is None:
                             continue
-                        rows = _checked_rows(key, entry)
+                        rows = checked_rows(key, entry)
                         if rows is not None and len(rows) == size:
                             found.append(i)
                             parts.append(rows)
@@ -176,143 +168,90 @@ class DiskTier:
         self._discard(wrong)
         return found, np.frombuffer(bytearray().join(parts), np.uint8)
 
-    def absent(self, keys: Sequence[bytes]) -> list[int]:
-        """The places of texts that have no entry and wait for none; entries are not checked."""
-        # Before the transaction sees what is there.
-        places = [i for i, key in enumerate(keys) if key not in self._waiting]
+    def missing(self, keys: Sequence[bytes]) -> list[int]:
+        """The indices of texts that have no entry and are not queued; entries are not checked."""
+        # Before the transaction: a text that leaves the queue now is then in the folder.
+        unqueued = [i for i, key in enumerate(keys) if key not in self._waiting]
         with self._reading() as transaction:
-            return [i for i in places if transaction.get(_ROWS + keys[i]) is None]
+            return [i for i in unqueued if transaction.get(ROWS + keys[i]) is None]
 
     def write(self, keys: Sequence[bytes], sizes: Sequence[int], rows: Bytes, *, wait: bool = False) -> None:
-        """Queue texts for writing; where there is no room they are dropped and counted, or waited for.
+        """Queue texts for writing.
 
         Args:
-            keys: one a text.
+            keys: one per text.
             sizes: bytes of each text's rows.
-            rows: them all, one after the other; not to be changed any more.
-            wait: whether to wait for room.
+            rows: all of them, text by text; do not change them afterwards.
+            wait: wait for room in the queue; otherwise texts that find none are dropped and counted.
         """
         if self.read_only or not keys:
             return
         self._waiting.update(keys)
-        if not self._behind.offer(_Write(keys, sizes, rows), wait=wait):
+        if not self._writer.offer(_Write(keys, sizes, rows), wait=wait):
             self._waiting.difference_update(keys)
             self.dropped_writes += len(keys)
 
     def sizes(self) -> dict[str, float]:
-        """`disk_texts`, the entries, and `disk_bytes`, of the pages that hold live data; none once it is closed."""
+        """`disk_texts`, and `disk_bytes` of the pages that hold live data; empty once it is closed."""
         with self._lock:
             if self._env is None:
                 return {}
             stat = self._env.stat()
-            # Each text is two entries, and one tells the format.
-            return {"disk_texts": stat["entries"] // 2, "disk_bytes": _live(stat)}
+            # Each text is two entries, and one more holds the format.
+            return {"disk_texts": stat["entries"] // 2, "disk_bytes": live_bytes(stat)}
 
-    def keys_from(self, prefix: bytes = b"") -> Iterator[bytes]:
-        """The keys of all entries that begin so, sorted."""
+    def keys_with_prefix(self, prefix: bytes = b"") -> Iterator[bytes]:
+        """The keys that begin with `prefix`, sorted."""
         with self._reading() as transaction, transaction.cursor() as cursor:
-            if cursor.set_range(_ROWS + prefix):
+            if cursor.set_range(ROWS + prefix):
                 for key in cursor.iternext(keys=True, values=False):
-                    if not key.startswith(_ROWS + prefix):
+                    if not key.startswith(ROWS + prefix):
                         return
                     yield key[1:]
 
     def verify(self) -> int:
-        """Check every entry; wrong ones are deleted where the folder is not read-only. How many they were."""
+        """Check every entry, and delete wrong ones unless the folder is read-only.
+
+        Returns:
+            How many entries were wrong.
+        """
         wrong = []
         with self._reading(buffers=True) as transaction, transaction.cursor() as cursor:
-            if cursor.set_range(_ROWS):
+            if cursor.set_range(ROWS):
                 entries = ((bytes(key[1:]), entry) for key, entry in cursor)
-                wrong = [key for key, entry in entries if _checked_rows(key, entry) is None]
+                wrong = [key for key, entry in entries if checked_rows(key, entry) is None]
         self._discard(wrong)
         self.flush()
         return len(wrong)
 
     def drop(self, prefix: bytes) -> int:
-        """Delete the entries whose keys begin so; how many they were."""
+        """Delete the texts whose keys begin with `prefix`.
+
+        Returns:
+            How many texts were deleted.
+        Raises:
+            CacheError: the folder is read-only, or deleting failed.
+        """
         if self.read_only:
             raise CacheError(f"{self.path}: the cache is open read-only, so nothing can be dropped", path=self.path)
         self.flush()
-        gone = 0
-        while keys := list(islice(self.keys_from(prefix), 10_000)):
+        dropped = 0
+        while keys := list(islice(self.keys_with_prefix(prefix), 10_000)):
             try:
                 with self._writing() as transaction:
-                    gone += sum(_delete(transaction, key) for key in keys)
+                    dropped += sum(delete_text(transaction, key) for key in keys)
             except (lmdb.Error, OSError) as error:
                 raise CacheError(
-                    f"dropping from the cache {self.path} failed behind {gone} texts "
-                    f"({type(error).__name__}: {error}): where the disk is full make room on it, where the folder is "
+                    f"dropping from the cache {self.path} failed after {dropped} texts "
+                    f"({type(error).__name__}: {error}): if the disk is full make room on it, if the folder is "
                     "damaged delete it",
                     path=self.path,
                 ) from error
-        return gone
-
-    # --- opening ------------------------------------------------------------------------------------------------------
-
-    def _open(self) -> lmdb.Environment:
-        options: dict[str, Any] = {"map_size": self._limit_bytes, "max_readers": 1024, "metasync": False}
-        try:
-            if not self.read_only:
-                os.makedirs(self.path, exist_ok=True)
-                return self._mended(lmdb.open(self.path, **options))
-            try:
-                return self._mended(lmdb.open(self.path, readonly=True, create=False, **options))
-            except (lmdb.ReadonlyError, lmdb.LockError, PermissionError):
-                # Where not even the lock file may be written. A writer elsewhere could change pages under us; every
-                # entry is checked as it is read.
-                return self._mended(lmdb.open(self.path, readonly=True, create=False, lock=False, **options))
-        except (lmdb.Error, OSError) as error:
-            raise self._cannot_open(error) from error
-
-    def _cannot_open(self, error: Exception) -> CacheError:
-        shown = f"{type(error).__name__}: {error}"
-        if "already open in this process" in str(error):
-            way_out = (
-                "give that EmbeddingCache to all that use the folder, or close it first (a process that is forked "
-                "while its parent writes to the folder cannot open it)"
-            )
-        elif isinstance(error, (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PanicError)):
-            way_out = "the folder is damaged or no cache: delete it, or name another"
-        elif isinstance(error, (lmdb.ReadonlyError, lmdb.LockError, PermissionError)) and not self.read_only:
-            way_out = "the folder cannot be written to: name another, or open this one with read_only=True"
-        else:
-            way_out = "name a folder on a local disk that can be used"
-        return CacheError(f"the cache {self.path} cannot be opened ({shown}): {way_out}", path=self.path)
-
-    def _mended(self, env: lmdb.Environment) -> lmdb.Environment:
-        """To read pages that a file was cut off before would kill the process; as zeros they are no entries."""
-        file = Path(self.path, "data.mdb")
-        needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-        if file.stat().st_size >= needed:
-            return env
-        message = f"{file} has {file.stat().st_size} bytes where {needed} are in use: the file was cut off"
-        if self.read_only:
-            env.close()
-            raise CacheError(f"{message}; copy it again", path=self.path)
-        logger.warning("%s; what is lost is computed again", message)
-        os.truncate(file, needed)
-        return env
-
-    def _check_format(self, env: lmdb.Environment) -> None:
-        """Refuse what is no cache of this format; mark a new folder as one."""
-        with env.begin() as transaction:
-            about = transaction.get(_ABOUT)
-        if about is None and not self.read_only and not env.stat()["entries"]:
-            with env.begin(write=True) as transaction:
-                transaction.put(_ABOUT, FORMAT)
-        elif about != FORMAT:
-            seen = "another kind of LMDB folder, or empty"
-            if about is not None:
-                seen = f"a cache of the format {about.decode(errors='replace')!r}"
-            raise CacheError(
-                f"{self.path} is {seen}, and this version reads {FORMAT.decode()!r}: name another folder, or delete "
-                "this one",
-                path=self.path,
-            )
+        return dropped
 
     @contextmanager
     def _reading(self, *, buffers: bool = False) -> Iterator[Any]:
-        """A transaction for those who want an error rather than nothing found."""
+        """A transaction for reads whose failure is the caller's error; `read` finds nothing instead."""
         if self._env is None:
             raise self._was_closed()
         try:
@@ -322,14 +261,14 @@ class DiskTier:
             if self._env is None:
                 raise self._was_closed() from error
             raise CacheError(
-                f"reading the cache {self.path} failed ({type(error).__name__}: {error}): where the folder is damaged, "
+                f"reading the cache {self.path} failed ({type(error).__name__}: {error}): if the folder is damaged, "
                 "delete it",
                 path=self.path,
             ) from error
 
     @contextmanager
     def _writing(self) -> Iterator[Any]:
-        """A transaction that writes; `_write_lock` says in a forked child that there was one."""
+        """A transaction that writes; in a forked child, a held `_write_lock` tells that one was open."""
         env = self._env
         if env is None:
             raise self._was_closed()
@@ -339,10 +278,10 @@ class DiskTier:
     def _was_closed(self) -> CacheError:
         return CacheError(f"the cache {self.path} was closed", path=self.path)
 
-    # --- writing, in the thread behind --------------------------------------------------------------------------------
+    # --- writing, in the background thread ----------------------------------------------------------------------------
 
     def _handle(self, items: list[_Write]) -> None:
-        self._no_forward.wait(_PATIENCE_S)
+        self._may_write.wait(_PATIENCE_S)
         try:
             self._write_all(items)
         finally:
@@ -351,21 +290,21 @@ class DiskTier:
 
     def _write_all(self, items: list[_Write]) -> None:
         group: list[tuple[bytes, memoryview | None]] = []
-        held = 0
+        group_bytes = 0
         for key, rows in _texts(items):
-            size = 0 if rows is None else _page_bytes(len(rows))
+            size = 0 if rows is None else bytes_in_pages(len(rows))
             if size > self._transaction_bytes:
                 self.dropped_writes += 1
                 continue
-            if held + size > self._transaction_bytes:
+            if group_bytes + size > self._transaction_bytes:
                 self._commit(group)
-                group, held = [], 0
+                group, group_bytes = [], 0
             group.append((key, rows))
-            held += size
+            group_bytes += size
         self._commit(group)
 
     def _commit(self, group: list[tuple[bytes, memoryview | None]]) -> None:
-        """One transaction; where the map is full after all, again behind larger and larger evictions."""
+        """Write one transaction; while the map is full, try again after larger and larger evictions."""
         if not group:
             return
         for transactions in (0, 4, 8, 12):
@@ -374,7 +313,7 @@ class DiskTier:
                     self._evict(transactions * self._transaction_bytes)
                 self._put(group)
                 return
-            except lmdb.MapFullError as error:  # of free pages, too few stand side by side
+            except lmdb.MapFullError as error:  # too few of the free pages are adjacent
                 failed: Exception = error
             except (lmdb.Error, OSError, CacheError) as error:
                 failed = error
@@ -385,36 +324,30 @@ class DiskTier:
     def _put(self, group: list[tuple[bytes, memoryview | None]]) -> None:
         evicted = 0
         with self._writing() as transaction:
-            number = _next_number(transaction)
+            number = next_number(transaction)
             for key, rows in group:
                 if rows is None:
-                    _delete(transaction, key)
+                    delete_text(transaction, key)
                     continue
-                evicted += self._make_room(transaction, _page_bytes(len(rows)))
-                header = _HEADER.pack(zlib.crc32(rows, zlib.crc32(key)), len(rows), number)
-                if transaction.put(_ROWS + key, b"".join((header, rows)), overwrite=False):
-                    transaction.put(_ORDER + _NUMBER.pack(number), key)
-                    number += 1
+                evicted += self._make_room(transaction, bytes_in_pages(len(rows)))
+                number += put_text(transaction, key, rows, number)
         self.evictions += evicted
 
     def _evict(self, room: int) -> None:
         with self._writing() as transaction:
             evicted = self._make_room(transaction, room)
         self.evictions += evicted
-        for _ in range(2):  # what a transaction frees can be had again two transactions later
+        for _ in range(2):  # pages that a transaction frees are reusable two transactions later
             with self._writing() as transaction:
-                transaction.put(_ABOUT, FORMAT)
+                transaction.put(FORMAT_KEY, FORMAT)
 
     def _make_room(self, transaction: Any, room: int) -> int:
-        """Delete the oldest entries until so many bytes fit; how many they were."""
+        """Delete the oldest texts until `room` bytes fit; returns how many were deleted."""
         evicted = 0
         with transaction.cursor() as cursor:
-            while _live(transaction.stat()) + room > _LIVE * self._limit_bytes:
-                if not (cursor.set_range(_ORDER) and cursor.key().startswith(_ORDER)):
+            while live_bytes(transaction.stat()) + room > _LIVE * self._limit_bytes:
+                if not delete_oldest(transaction, cursor):
                     break
-                key = cursor.value()
-                cursor.delete()
-                transaction.delete(_ROWS + key)
                 evicted += 1
         return evicted
 
@@ -426,13 +359,13 @@ class DiskTier:
             self._warned.add("entries")
             logger.warning("the cache %s holds entries with wrong checksums: they are computed again", self.path)
         if not self.read_only:
-            self._behind.offer(_Write(wrong, [0] * len(wrong), None))
+            self._writer.offer(_Write(wrong, [0] * len(wrong), None))
 
     def _warn_once(self, what: str, error: Exception) -> None:
         if what not in self._warned:
             self._warned.add(what)
             logger.warning(
-                "%s the cache %s failed, what is missing is computed (said once): %s: %s",
+                "%s the cache %s failed; missing texts are computed (said once): %s: %s",
                 what,
                 self.path,
                 type(error).__name__,
@@ -450,41 +383,3 @@ def _texts(items: list[_Write]) -> Iterator[tuple[bytes, memoryview | None]]:
         for key, size in zip(item.keys, item.sizes, strict=True):
             yield key, data[start : start + size]
             start += size
-
-
-def _live(stat: Any) -> int:
-    """Bytes of the pages that hold data."""
-    return int((stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]) * stat["psize"])
-
-
-def _next_number(transaction: Any) -> int:
-    with transaction.cursor() as cursor:
-        if not (cursor.prev() if cursor.set_range(_ROWS) else cursor.last()) or not cursor.key().startswith(_ORDER):
-            return 0
-        return int(_NUMBER.unpack(cursor.key()[1:])[0]) + 1
-
-
-def _delete(transaction: Any, key: bytes) -> bool:
-    """Delete a text, and its place in the order; whether it was there."""
-    entry = transaction.get(_ROWS + key)
-    if entry is None:
-        return False
-    if len(entry) >= _HEADER.size:
-        place = _ORDER + _NUMBER.pack(_HEADER.unpack_from(entry)[2])
-        if transaction.get(place) == key:  # in a damaged entry the number may be another's
-            transaction.delete(place)
-    return bool(transaction.delete(_ROWS + key))
-
-
-def _page_bytes(size: int) -> int:
-    """What an entry takes at most: whole pages where it is large, and some of the index."""
-    return -(-(size + _HEADER.size + 16) // 4096) * 4096 + 128
-
-
-def _checked_rows(key: bytes, entry: Any) -> bytes | None:
-    """The rows of an entry, copied; None where anything about them is wrong."""
-    if len(entry) < _HEADER.size:
-        return None
-    checksum, size, _ = _HEADER.unpack_from(entry)
-    rows = bytes(entry[_HEADER.size :])
-    return rows if len(rows) == size and zlib.crc32(rows, zlib.crc32(key)) == checksum else None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..caching.cache import CachedEncoder
+from ..caching.cached_encoder import CachedEncoder
 from ..embeddings import Embeddings, SupportsEncode
 from ..errors import BertstreamError, EncoderError
 from ..reading.window import Skip

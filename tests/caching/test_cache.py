@@ -24,30 +24,25 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 import bertstream
-from bertstream import CacheError, ConfigError, EmbeddingCache, Embeddings, Encoder, EncoderError, TokenBatch
-from bertstream.caching.cache import text_keys
+from bertstream import CacheError, ConfigError, EmbeddingCache, Embeddings, Encoder, EncoderError, TokenBatch, testing
+from bertstream.caching.cached_encoder import text_keys
 from bertstream.caching.codec import Storage
 from bertstream.tokens import Text, TokenizedText
 
 
-class FakeEncoder:
-    """Rows that say which text and token they are: [token id, place in the text, tokens of the text, weight]."""
+class FakeEncoder(testing.FakeEncoder):
+    """A fake that caches take: column 3 of its rows is `weight`, and it has a fingerprint while it is `frozen`."""
 
-    device = torch.device("cpu")
-    max_forward_tokens = 64
     row_shape = (4,)
     output_dtype = torch.float32
 
     def __init__(self, weight: float = 0.0) -> None:
+        super().__init__(hidden_size=4, max_forward_tokens=64)
         self.weight = weight
         self.frozen = True
         self.fail: Callable[[TokenBatch], None] = lambda batch: None
         self.encoded: list[list[tuple[int, ...]]] = []
         """The texts of each call."""
-
-    @staticmethod
-    def tokenizer(texts: Sequence[Text]) -> list[TokenizedText]:
-        return [TokenizedText(np.array([len(word) for word in str(text).split()], np.int32)) for text in texts]
 
     def fingerprint(self) -> bytes | None:
         return str(self.weight).encode() if self.frozen else None
@@ -59,10 +54,9 @@ class FakeEncoder:
         starts, ends = batch.cu_seqlens[:-1], batch.cu_seqlens[1:]
         self.encoded.append([tuple(batch.input_ids[a:b].tolist()) for a, b in zip(starts, ends, strict=True)])
         self.fail(batch)
-        lengths = batch.lengths
-        places = np.arange(batch.num_tokens) - np.repeat(batch.cu_seqlens[:-1], lengths)
-        rows = [batch.input_ids, places, np.repeat(lengths, lengths), np.full(batch.num_tokens, self.weight)]
-        return self.assemble(torch.from_numpy(np.stack(rows, 1).astype(np.float32)), batch)
+        found = super().encode(batch)
+        found.values[:, 3] = self.weight
+        return found
 
     def assemble(self, values: torch.Tensor, batch: TokenBatch) -> Embeddings:
         lengths = torch.from_numpy(batch.lengths.astype(np.int64))
@@ -85,7 +79,7 @@ def equal(found: Embeddings, right: Embeddings) -> bool:
 @contextmanager
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
     messages: list[str] = []
-    with caplog.at_level(logging.WARNING, "bertstream.caching.cache"):
+    with caplog.at_level(logging.WARNING, "bertstream.caching"):
         yield messages
     messages += [record.getMessage() for record in caplog.records]
 
@@ -275,7 +269,7 @@ def test_while_a_parameter_requires_a_gradient_the_cache_is_off(caplog: pytest.L
     with said(caplog) as messages:
         for _ in range(2):
             assert equal(cached.encode(batch), encoder.encode(batch))
-    assert [message.partition(":")[0] for message in messages] == ["the cache is off"]
+    assert [message.partition(" while")[0] for message in messages] == ["the cache is off"]
     assert cache.stats()["off"] == 4 and cache.stats()["memory_hits"] == 0
     encoder.frozen = True
     cached.encode(batch)
@@ -368,8 +362,8 @@ def test_a_loader_gives_the_same_with_and_without_and_says_what_was_held() -> No
         for found, right in zip(loader, plain, strict=True):
             assert found["n"] == right["n"] and bool((found["text"].values == right["text"].values).all())
     stats = loader.stats()
-    assert stats["cache_misses"] == stats["cache_memory_texts"] == 4
-    assert stats["cache_memory_hits"] + stats["cache_repeats"] == 2 * 36 - 4
+    assert stats["cache_misses"] == stats["cache_memory_texts"] == 12
+    assert stats["cache_memory_hits"] + stats["cache_repeats"] == 2 * 36 - 12
     assert "cache_misses" not in plain.stats()
 
 
@@ -418,8 +412,8 @@ def test_a_disk_that_breaks_stops_nothing(tmp_path: Path) -> None:
 def test_a_disk_that_is_slower_than_computing_stands_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("bertstream.caching.cache._JUDGED_ROWS", 10)
-    monkeypatch.setattr("bertstream.caching.cache._ASIDE_BATCHES", 3)
+    monkeypatch.setattr("bertstream.caching.store._JUDGED_ROWS", 10)
+    monkeypatch.setattr("bertstream.caching.store._ASIDE_LOOKUPS", 3)
     encoder = FakeEncoder()
     with EmbeddingCache(0, tmp_path, "16MiB") as cache, said(caplog) as messages:
         cached = cache.of(encoder)
@@ -427,7 +421,7 @@ def test_a_disk_that_is_slower_than_computing_stands_aside(
         cache.flush()
         cached.encode(batch_of([1] * 20))
         assert cache.stats()["disk_hits"] == 1 and cache.stats()["disk_aside"] == 0
-        cache._clock.read(20, 1000.0)  # as if that had been slow
+        cache._store._judge.read(20, 1000.0)  # as if that had been slow
         cached.encode(batch_of([1] * 20))
         assert cache.stats()["disk_hits"] == 1 and cache.stats()["disk_aside"] == 1
         for _ in range(3):
@@ -435,7 +429,7 @@ def test_a_disk_that_is_slower_than_computing_stands_aside(
         assert cache.stats()["disk_hits"] == 1 and cache.stats()["disk_aside"] == 0
         cached.encode(batch_of([1] * 20))
         assert cache.stats()["disk_hits"] == 2
-    assert len(messages) == 1 and "the disk stands aside" in messages[0]
+    assert len(messages) == 1 and "the next 3 lookups skip the disk" in messages[0]
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -448,7 +442,7 @@ def test_a_forked_child_opens_the_folder_anew_and_locks_that_were_held_do_not_ma
         cached = cache.of(encoder)
         cached.encode(batch)
         cache.flush()
-        with cache._lock:
+        with cache._store._lock:
             child = os.fork()
             if not child:
                 status = 1
@@ -477,7 +471,7 @@ def test_a_forked_child_that_cannot_open_the_folder_goes_on_without_it(tmp_path:
             status = 1
             try:
                 logging.disable()
-                cache.disk = os.devnull  # no folder
+                cache._store._folder = os.devnull  # no folder
                 good = all(equal(cached.encode(batch), plain.encode(batch)) for _ in range(2))
                 status = 0 if good and cache.stats()["memory_hits"] == 2 else 2
             except BaseException:
@@ -514,8 +508,8 @@ def test_a_cache_that_is_closed_stays_closed_in_other_processes(tmp_path: Path) 
     cache = EmbeddingCache("1MiB", tmp_path / "cache", "16MiB")
     cache.close()
     shutil.rmtree(tmp_path / "cache")
-    forked = copy.copy(cache)
-    forked._pid = 0  # as a forked child finds it
+    forked = copy.deepcopy(cache)
+    forked._store._pid = 0  # as a forked child finds it
     for elsewhere in (pickle.loads(pickle.dumps(cache)), forked):
         elsewhere.of(FakeEncoder()).encode(batch_of([1]))
         assert elsewhere.stats()["memory_texts"] == 0 and not (tmp_path / "cache").exists()
@@ -596,7 +590,7 @@ def test_an_encoder_that_cannot_be_cached_is_refused() -> None:
         device, max_forward_tokens = torch.device("cpu"), 1
         tokenizer = encode = staticmethod(lambda texts: texts)
 
-    with pytest.raises(ConfigError, match="this Bare has no fingerprint, row_shape"):
+    with pytest.raises(ConfigError, match="this Bare has no row_shape, output_dtype, fingerprint"):
         bertstream.wrap([["a"]], Bare(), cache=EmbeddingCache("1MiB"))  # type: ignore[arg-type]
 
 

@@ -90,7 +90,7 @@ def test_rows_come_back_bit_for_bit_now_and_after_opening_again(tmp_path: Path) 
         assert tier.sizes()["disk_texts"] == 50
     with opened(tmp_path / "a" / "cache") as tier:
         assert held(tier, range(60)) == [*range(50)]
-        assert tier.absent([key(49), key(50), key(0)]) == [1]
+        assert tier.missing([key(49), key(50), key(0)]) == [1]
 
 
 def test_a_text_without_rows_is_one_that_is_known(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_texts_of_one_prefix_can_be_dropped(tmp_path: Path) -> None:
         tier.write([b"another." + key(3)[8:]], [10], rows(3, 10))
         tier.flush()
         assert tier.drop(b"prefix..") == 2
-        assert list(tier.keys_from()) == [b"another." + key(3)[8:]]
+        assert list(tier.keys_with_prefix()) == [b"another." + key(3)[8:]]
         write(tier, 1)
         tier.flush()
         assert held(tier, range(5)) == [1]
@@ -183,7 +183,7 @@ def test_a_full_queue_drops_and_counts_and_never_waits(tmp_path: Path, monkeypat
     with opened(tmp_path, limit=64 * MIB) as tier:
         go_on = threading.Event()
         monkeypatch.setattr(tier, "_put", lambda group: go_on.wait(30))
-        monkeypatch.setattr(tier._behind, "_limit", 100_000)
+        monkeypatch.setattr(tier._writer, "_limit", 100_000)
         started = time.perf_counter()
         for start in range(0, 1000, 10):
             write(tier, *range(start, start + 10), wait=False)
@@ -224,17 +224,17 @@ def test_a_text_that_waits_to_be_written_is_not_absent(tmp_path: Path, monkeypat
         put, go_on = tier._put, threading.Event()
         monkeypatch.setattr(tier, "_put", lambda group: (go_on.wait(30), put(group)))
         write(tier, 1, 2)
-        assert tier.absent([key(1), key(2), key(3)]) == [2]
+        assert tier.missing([key(1), key(2), key(3)]) == [2]
         go_on.set()
         tier.flush()
-        assert tier.absent([key(1), key(2), key(3)]) == [2] and not tier._waiting
+        assert tier.missing([key(1), key(2), key(3)]) == [2] and not tier._waiting
         monkeypatch.setattr(tier, "_put", lambda group: 1 / 0)  # lost
         write(tier, 3)
         tier.flush()
-        assert tier.absent([key(3)]) == [0]
-        tier._behind.close()
+        assert tier.missing([key(3)]) == [0]
+        tier._writer.close()
         write(tier, 4)  # not taken
-        assert tier.absent([key(4)]) == [0]
+        assert tier.missing([key(4)]) == [0]
 
 
 def test_a_child_that_is_forked_while_its_parent_writes_does_not_wait_for_it(
@@ -306,7 +306,7 @@ def test_two_processes_write_and_both_read_it_all(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_opened_once_in_a_process(tmp_path: Path) -> None:
-    with opened(tmp_path), pytest.raises(CacheError, match="give that EmbeddingCache to all") as caught:
+    with opened(tmp_path), pytest.raises(CacheError, match="share one EmbeddingCache") as caught:
         DiskTier(tmp_path, limit_bytes=16 * MIB, read_only=False)
     assert caught.value.path == str(tmp_path)
 
@@ -492,7 +492,7 @@ def test_reading_that_fails_is_counted_and_said_once(tmp_path: Path, caplog: pyt
         env, tier._env = tier._env, Failing()  # type: ignore[assignment]
         assert held(tier, range(3)) == held(tier, range(3)) == []
         with pytest.raises(CacheError, match=r"MDB_CORRUPTED.*delete it"):
-            tier.absent([key(1)])
+            tier.missing([key(1)])
         tier._env = env
         assert tier.failures == 2 and caplog.text.count("MDB_CORRUPTED") == 1
 
@@ -506,10 +506,10 @@ def test_dropping_that_fails_and_reading_that_is_closed_say_so(tmp_path: Path, m
             raise lmdb.MapFullError("mdb_del: MDB_MAP_FULL")
 
         with monkeypatch.context() as patched:
-            patched.setattr("bertstream.caching.disk._delete", full)
-            with pytest.raises(CacheError, match="failed behind 0 texts.*MDB_MAP_FULL"):
+            patched.setattr("bertstream.caching.disk.delete_text", full)
+            with pytest.raises(CacheError, match="failed after 0 texts.*MDB_MAP_FULL"):
                 tier.drop(b"prefix..")
-        keys = tier.keys_from()
+        keys = tier.keys_with_prefix()
         assert next(keys) == key(0)
         tier.close()
         with pytest.raises(CacheError, match="was closed"):
@@ -530,14 +530,14 @@ def test_writing_is_not_begun_during_a_forward_but_not_put_off_for_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(tmp_path) as tier:
-        with tier.standing_back():
+        with tier.hold_writes():
             write(tier, 1)
             assert not tier.flush(0.2)
             assert held(tier, range(3)) == []
         assert tier.flush(30)
         assert held(tier, range(3)) == [1]
         monkeypatch.setattr(disk, "_PATIENCE_S", 0.0)
-        with tier.standing_back():
+        with tier.hold_writes():
             write(tier, 2)
             assert tier.flush(30)
         assert held(tier, range(3)) == [1, 2]
