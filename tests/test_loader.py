@@ -876,17 +876,23 @@ SCRIPT = """
     # Where the tests run in the background a shell may have had this ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import bertstream
-    sys.path.insert(0, {tests!r})
-    from test_loader import FakeEncoder, Records
-    from torch.utils.data import DataLoader
+    from bertstream.testing import FakeEncoder
+    from torch.utils.data import DataLoader, Dataset
 
-    loader = bertstream.wrap(DataLoader(Records(10**6), 2, num_workers=2), FakeEncoder(), text="text", prefetch=2)
+    class Records(Dataset):
+        def __len__(self):
+            return 10**6
+
+        def __getitem__(self, i):
+            return {{"text": f"text {{i}}", "n": i}}
+
+    loader = bertstream.wrap(DataLoader(Records(), 2, num_workers=2), FakeEncoder(), text="text", prefetch=2)
     {body}
 """
 
 
 def run(body: str) -> subprocess.Popen[str]:
-    script = textwrap.dedent(SCRIPT).format(tests=str(Path(__file__).parent), body=body)
+    script = textwrap.dedent(SCRIPT).format(body=body)
     root = str(Path(__file__).parent.parent)
     env = os.environ | {"PYTHONPATH": root}
     return subprocess.Popen(
