@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from multiprocessing.process import BaseProcess
@@ -22,6 +23,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from hypothesis import settings
+from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer
 
 from bertstream import Encoder
@@ -69,6 +71,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test that needs a CUDA device where torch sees none."""
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch sees none")
+
+
+@contextmanager
+def host_must_not_wait() -> Iterator[None]:
+    """Inside this context a call that makes the host wait for the CUDA device raises RuntimeError."""
+    torch.cuda.synchronize()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says once that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def running() -> set[threading.Thread | BaseProcess]:
@@ -143,9 +158,19 @@ def plain_minilm(minilm_folder: str) -> Callable[[Text], torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def sentences() -> list[str]:
-    """Distinct real sentences of very different lengths."""
+def sentences(minilm_folder: str) -> list[str]:
+    """Distinct real sentences of very different lengths, none longer than MiniLM's 512 tokens.
+
+    Most are paragraphs of the manual of the Python that runs the tests, so they differ between Pythons.
+    """
+    tokenizer = Tokenizer.from_file(os.path.join(minilm_folder, "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def fits(text: str) -> bool:
+        return len(text) <= 510 or len(tokenizer.encode(text)) <= 512  # no token is shorter than a character
+
     with open(ROOT / "examples" / "data" / "senses-train.jsonl", encoding="utf-8") as file:
         short = [" ".join(json.loads(line)["words"]) for line in file]
     paragraphs = [p.strip() for topic in sorted(topics) for p in topics[topic].split("\n\n")]
-    return list(dict.fromkeys(short + [p for p in paragraphs if 20 < len(p) < 1200]))
+    return list(dict.fromkeys(short + [p for p in paragraphs if 20 < len(p) < 1200 and fits(p)]))

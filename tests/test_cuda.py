@@ -1,4 +1,4 @@
-"""The side stream: nothing on a CPU; on CUDA vectors that are right, safe to read, and never wait for the device."""
+"""CUDA: vectors are right, safe to read from any stream, and made without a wait; on a CPU the side stream is idle."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import host_must_not_wait
 from torch import Tensor, nn
 
 import bertstream
@@ -19,7 +20,8 @@ from bertstream import ConfigError, Encoder, StreamConfig
 from bertstream.caching.memory import MemoryTier
 from bertstream.encoding.attention import Packing, packed_attention
 from bertstream.encoding.autotune import fastest_dtype
-from bertstream.system.cuda import InTurn, SideStream, resolve_device
+from bertstream.system.cuda import InTurn, SideStream, resolve_device, to_device
+from bertstream.testing import FakeEncoder
 from bertstream.tokens import Text, cumulate
 
 cuda = pytest.mark.cuda
@@ -36,7 +38,7 @@ def test_on_a_cpu_the_same_calls_do_nothing() -> None:
         values += 1
 
 
-def test_each_turn_waits_for_the_one_before_and_keeps_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_turn_waits_for_the_previous_one_and_keeps_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[object] = []
 
     class Stream:
@@ -60,7 +62,7 @@ def test_each_turn_waits_for_the_one_before_and_keeps_the_memory(monkeypatch: py
     assert done == [*first, "two waits for one", "work", "kept for two", "two ends"]
 
 
-def test_auto_is_the_cpu_where_there_is_no_cuda_and_cuda_by_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cuda_auto_is_the_cpu_and_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == torch.device("cpu")
     with pytest.raises(ConfigError, match="device='cuda:1', but torch sees no CUDA device"):
@@ -68,7 +70,7 @@ def test_auto_is_the_cpu_where_there_is_no_cuda_and_cuda_by_name_is_refused(monk
 
 
 @pytest.mark.parametrize(("current", "local", "found"), [(0, None, 0), (3, "1", 3), (0, "2", 2), (0, "9", 1)])
-def test_auto_is_the_current_device_or_local_ranks(
+def test_auto_is_the_current_device_or_that_of_the_local_rank(
     monkeypatch: pytest.MonkeyPatch, current: int, local: str | None, found: int
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -81,7 +83,7 @@ def test_auto_is_the_current_device_or_local_ranks(
     assert resolve_device("cuda") == torch.device("cuda", current)
 
 
-def test_a_device_behind_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_index_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
@@ -95,7 +97,7 @@ def test_a_device_behind_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(scope="module")
 def on_cuda(minilm_folder: str) -> Encoder:
-    """MiniLM in the dtype that CUDA chooses by itself."""
+    """MiniLM in the dtype that dtype="auto" chooses on CUDA."""
     return Encoder.from_pretrained(minilm_folder)
 
 
@@ -114,7 +116,7 @@ def test_packed_bfloat16_vectors_equal_plain_transformers(
 
 @cuda
 @pytest.mark.parametrize("cached", [False, True])
-def test_vectors_are_of_the_weights_that_the_training_stream_has_yet_to_write(
+def test_vectors_come_from_the_weights_that_the_training_stream_has_queued(
     minilm_folder: str, sentences: list[str], cached: bool
 ) -> None:
     encoder = Encoder.from_pretrained(minilm_folder)
@@ -187,48 +189,49 @@ def test_a_stream_gives_every_record_its_own_vectors(on_cuda: Encoder, tmp_path:
     assert sorted(seen) == list(range(400))
 
 
-class Churn:
-    """Batches of constant vectors, queued late on the side stream while other memory is taken and freed."""
+class LateEncoder(FakeEncoder):
+    """A token's vector is its id 256 times, written some milliseconds after the host has moved on."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.tokenizer, self.device = encoder.tokenizer, encoder.device
-        self.max_forward_tokens = 1 << 16
-        self.number = 0
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(hidden_size=256, max_forward_tokens=1 << 16)
+        self.device = device
 
     def encode(self, batch: bertstream.TokenBatch) -> bertstream.Embeddings:
-        torch.cuda._sleep(2_000_000)  # the vectors come late: whoever does not wait reads what was there before
-        values = torch.full((batch.num_tokens, 256), float(self.number), device=self.device)
-        self.number += 1
+        torch.cuda._sleep(2_000_000)  # a reader that does not wait finds what the memory held before
+        ids = to_device(batch.input_ids, self.device).float()
         lengths = torch.from_numpy(batch.lengths.astype(np.int64))
-        return bertstream.Embeddings(values, torch.from_numpy(batch.cu_seqlens).cuda(), lengths, batch, "tokens")
+        offsets = to_device(batch.cu_seqlens, self.device)
+        return bertstream.Embeddings(ids[:, None].repeat(1, 256), offsets, lengths, batch, "tokens")
 
 
 @cuda
-def test_no_batch_is_read_before_it_is_written_or_overwritten_before_it_is_read(on_cuda: Encoder) -> None:
-    texts = [["word " * 200] * 16 for _ in range(60)]
-    sums = []
-    for batch in bertstream.wrap(texts, Churn(on_cuda), prefetch=3):
-        torch.cuda._sleep(3_000_000)  # the consumer is slow: its reads are queued long after the batch was handed out
-        sums.append((batch.values - len(sums)).abs().max())
-        del batch  # the memory may now be given to a later batch while this one's read still waits
-    assert torch.stack(sums).tolist() == [0.0] * 60
+def test_no_batch_is_read_before_it_is_written_or_overwritten_before_it_is_read() -> None:
+    encoder = LateEncoder(torch.device("cuda", torch.cuda.current_device()))
+    # Batches of one size, so that one takes the memory of another; neighbors differ at every token.
+    batches = [[" ".join(str(b + i * j) for j in range(200)) for i in range(16)] for b in range(60)]
+    right = [
+        to_device(np.concatenate([text.input_ids for text in encoder.tokenizer(texts)]), encoder.device)
+        for texts in batches
+    ]
+    errors = []
+    for ids, batch in zip(right, bertstream.wrap(batches, encoder, prefetch=3), strict=True):
+        torch.cuda._sleep(3_000_000)  # this loop's reads are queued late too
+        errors.append((batch.values - ids[:, None]).abs().max())
+        del batch  # a later batch may take the memory while this read still waits
+    assert torch.stack(errors).tolist() == [0.0] * 60
 
 
 @cuda
-def test_encoding_and_handing_over_never_wait_for_the_device(on_cuda: Encoder, sentences: list[str]) -> None:
+def test_encoding_and_handing_over_do_not_wait_for_the_device(on_cuda: Encoder, sentences: list[str]) -> None:
     on_cuda(sentences[:8])
     side = SideStream(on_cuda.device)
     batch = on_cuda.tokenizer.batch(sentences[:64])
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with host_must_not_wait():
         with side.run():
             found = on_cuda.encode(batch)
         side.hand_over(side.mark(), [found.values, found.cu_seqlens])
         found.padded()
         found.nested()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @cuda
@@ -236,25 +239,21 @@ def test_rows_kept_on_the_device_are_found_without_waiting_for_it(on_cuda: Encod
     cached = bertstream.EmbeddingCache("64MiB", device=on_cuda.device).of(on_cuda)
     batch = on_cuda.tokenizer.batch(sentences[:64])
     right = cached.encode(batch)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with host_must_not_wait():
         found = cached.encode(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert found.values.device == on_cuda.device and torch.equal(found.values, right.values)
 
 
 @cuda
 def test_rows_kept_on_the_device_are_right_on_whatever_stream_they_are_put_and_found() -> None:
-    """Streams that sleep before they put or read, in an arena where each text takes the rows of another."""
+    """Streams sleep before they put or read, and each text takes the rows of another."""
     device = torch.device("cuda", torch.cuda.current_device())
     tier = MemoryTier(3 * (64 * (4096 + 8) + 320), 4096, device)
     streams = [torch.cuda.Stream(device) for _ in range(3)]
     found = []
     for step in range(60):
         with torch.cuda.stream(streams[step % 3]):
-            torch.cuda._sleep(2_000_000)  # some milliseconds
+            torch.cuda._sleep(2_000_000)  # about a millisecond
             tier.put([b"%d" % step], [64], torch.full((64, 4096), step, dtype=torch.uint8, device=device))
         with torch.cuda.stream(streams[(step + 1) % 3]):
             rows = tier.gather([b"%d" % step])
@@ -278,24 +277,24 @@ def test_reserved_memory_is_flat_over_many_epochs(on_cuda: Encoder, sentences: l
 
 
 def poison(device: torch.device, mebibytes: int = 64) -> None:
-    """Leave NaNs in memory that the allocator hands out next on the current stream, in blocks of many sizes."""
+    """Leave NaNs in the blocks that the allocator gives out next on the current stream, in many sizes."""
     blocks = [torch.full((1 << k,), torch.nan, device=device) for k in range(8, 22) for _ in range(4)]
     blocks.append(torch.full((mebibytes << 18,), torch.nan, device=device))
-    del blocks  # freed, and still full of NaNs
+    del blocks  # free, and still full of NaNs
 
 
 @cuda
 def test_memory_full_of_nans_reaches_no_vector(
     on_cuda: Encoder, sentences: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row that is read without having been written would show: on the encoder's own stream too."""
+    """Shows a row that is read before it is written, on the encoder's own stream too."""
     texts = [*sentences[:96], "", *sentences[:32]]
     right = on_cuda(texts).values.clone()
     batches = [texts[i : i + 24] for i in range(0, len(texts), 24)]
     encode = on_cuda.encode
 
     def poisoned(batch: bertstream.TokenBatch) -> bertstream.Embeddings:
-        poison(on_cuda.device)  # here the loader's side stream is the current one
+        poison(on_cuda.device)  # the current stream is the loader's side stream
         return encode(batch)
 
     monkeypatch.setattr(on_cuda, "encode", poisoned)
@@ -303,7 +302,7 @@ def test_memory_full_of_nans_reaches_no_vector(
         rows = []
         for batch in bertstream.wrap(batches, on_cuda):
             padded, mask = batch.padded()
-            assert bool(padded.isfinite().all()), "padding or rows were never written"
+            assert bool(padded.isfinite().all()), "padding or rows that nothing wrote"
             assert torch.equal(padded[mask], batch.values)
             rows.append(batch.values)
             poison(on_cuda.device)
@@ -315,7 +314,7 @@ def test_memory_full_of_nans_reaches_no_vector(
 def test_a_consumer_on_its_own_stream_that_sleeps_reads_its_batch_while_memory_churns(
     on_cuda: Encoder, sentences: list[str]
 ) -> None:
-    """Its reads wait on the device while each batch is dropped on the host, and the same sizes are taken and freed."""
+    """Its reads wait on the device while the host drops each batch and takes and frees memory of the same size."""
     texts = [sorted(sentences, key=len)[i : i + 16] for i in range(0, 320, 16)]
     right = [on_cuda(batch).values.double().sum() for batch in texts]
     consumer = torch.cuda.Stream(on_cuda.device)
@@ -323,12 +322,12 @@ def test_a_consumer_on_its_own_stream_that_sleeps_reads_its_batch_while_memory_c
     sums = []
     with torch.cuda.stream(consumer):
         for batch in bertstream.wrap(texts, on_cuda, prefetch=3):
-            torch.cuda._sleep(20_000_000)  # some 10 ms: many batches are encoded meanwhile
+            torch.cuda._sleep(20_000_000)  # about 10 ms, in which many batches are encoded
             sums.append(batch.values.double().sum())
             shape = batch.values.shape
             del batch
             for _ in range(4):
-                torch.full(shape, torch.nan, device=on_cuda.device)  # freed at once
+                torch.full(shape, torch.nan, device=on_cuda.device)  # freed right away
     consumer.synchronize()
     for found, expected in zip(sums, right, strict=True):
         assert float((found - expected).abs()) <= 0.02 * float(expected.abs()) + 1.0
@@ -344,14 +343,14 @@ def test_batches_encoded_together_equal_those_encoded_alone_and_repeats_are_copi
         assert batch.values.is_cuda and batch.cu_seqlens.is_cuda
         for rows, expected in zip(batch, on_cuda(texts), strict=True):
             assert float((rows - expected).norm() / expected.norm()) <= 0.02
-        batch.values.zero_()  # nobody else's memory
+        batch.values.zero_()  # must not change another batch
     stats = loader.stats()
     assert stats["encode_calls"] <= len(batches) and stats["repeated_texts"] >= 4
 
 
 @cuda
 @pytest.mark.parametrize("stop", [0, 1, 7])
-def test_leaving_early_leaves_the_batch_in_hand_and_the_next_epoch_right(
+def test_leaving_early_keeps_the_last_batch_and_the_next_epoch_right(
     on_cuda: Encoder, sentences: list[str], stop: int
 ) -> None:
     batches = [sentences[i : i + 16] for i in range(0, 320, 16)]
@@ -361,7 +360,7 @@ def test_leaving_early_leaves_the_batch_in_hand_and_the_next_epoch_right(
         kept = batch
         if number == stop:
             break
-    poison(on_cuda.device)  # what was read ahead is free again
+    poison(on_cuda.device)  # takes the memory of the batches that were ahead
     assert float((kept.values - right[stop]).norm() / right[stop].norm()) <= 0.02
     for found, expected in zip(loader, right, strict=True):
         assert float((found.values - expected).norm() / expected.norm()) <= 0.02
@@ -369,7 +368,7 @@ def test_leaving_early_leaves_the_batch_in_hand_and_the_next_epoch_right(
 
 
 @cuda
-def test_memory_in_use_after_an_epoch_is_what_it_was_before(on_cuda: Encoder, tmp_path: Path) -> None:
+def test_an_epoch_leaves_no_memory_in_use(on_cuda: Encoder, tmp_path: Path) -> None:
     path = write_shard(tmp_path, 400)
     loader = bertstream.stream(path, on_cuda, batch_size=16, shuffle=True)
     used = []
@@ -383,7 +382,7 @@ def test_memory_in_use_after_an_epoch_is_what_it_was_before(on_cuda: Encoder, tm
 
 
 @cuda
-def test_where_the_devices_memory_runs_out_forwards_become_smaller(
+def test_forwards_become_smaller_when_the_device_runs_out_of_memory(
     minilm_folder: str, sentences: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = Encoder.from_pretrained(minilm_folder, max_forward_tokens=1 << 15)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import host_must_not_wait
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -379,11 +380,8 @@ def test_no_form_makes_the_cpu_wait_for_the_device() -> None:
 
     here = two_texts()
     there = here.to("cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with host_must_not_wait():
         found = forms(there)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(tensor.is_cuda for tensor in found)
     assert same([tensor.cpu() for tensor in found], forms(here))
 
