@@ -24,7 +24,8 @@ from typing import Any
 from webdataset import ShardWriter
 
 from bertstream.errors import BertstreamError, ConfigError, ShardError
-from bertstream.reading.records import ReadOptions, read_records
+from bertstream.reading.options import ReadOptions
+from bertstream.reading.records import read_records
 from bertstream.reading.shards import Piece, expand_shards
 from bertstream.tokens import Record
 

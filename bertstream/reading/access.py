@@ -1,4 +1,4 @@
-"""How shards may be opened, and what kind of name a shard has: a path, a URL or a command."""
+"""How shards may be opened, and the three kinds of shard names: paths, URLs and `pipe:` commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ConfigError
 
 BUFFER_BYTES = 1 << 16
-"""A stream holds many shards open at once, one a lane; larger buffers were no faster."""
+"""Size of each open shard's buffer. A stream keeps one shard open per lane, and larger buffers were no faster."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,14 +19,13 @@ class Access:
 
     Attributes:
         allow_pipe: whether `pipe:` shards may run their shell commands.
-        storage_options: for fsspec, such as credentials; used for URLs only.
-        shard_cache: a folder into which a remote shard is downloaded whole when it is first read; None reads remotely.
-            It is not bounded, and a copy is never compared with its origin again: delete it to have it renewed. Its
-            name is made from the URL alone. Workers and ranks may share the folder.
-        stall_warning_s: seconds after which a read of a URL or pipe that is still waiting is named in a warning; None
-            is never.
+        storage_options: options for fsspec, such as credentials; used for URLs only.
+        shard_cache: a folder that keeps whole copies of remote shards, downloaded at the first read; None reads
+            remotely. Its size is not bounded. A copy is named by its URL and never compared with the original again:
+            delete it to download it again. Workers and ranks may share the folder.
+        stall_warning_s: seconds a read of a URL or pipe may wait before a warning names it; None never warns.
     Raises:
-        ConfigError: an argument of a wrong type or out of range.
+        ConfigError: an argument has the wrong type or is out of range.
     """
 
     allow_pipe: bool = False
@@ -48,7 +47,7 @@ DEFAULT_ACCESS = Access()
 
 
 def is_pipe(path: str) -> bool:
-    """Whether a shard is what a command writes."""
+    """Whether a shard is the output of a command."""
     return path.startswith("pipe:")
 
 
@@ -58,12 +57,12 @@ def is_url(path: str) -> bool:
 
 
 def is_local(path: str) -> bool:
-    """Whether a shard is named by a path."""
+    """Whether a shard is named by a local path."""
     return not is_url(path) and not is_pipe(path)
 
 
 def check_pipe(path: str, access: Access) -> None:
-    """Refuse to run a command that nobody allowed.
+    """Refuse to run a command unless commands are allowed.
 
     Raises:
         ConfigError: with the command, and how to allow it.
@@ -73,8 +72,12 @@ def check_pipe(path: str, access: Access) -> None:
 
 
 def check_installed(path: str, package: str, extra: str) -> None:
-    """Refuse a shard whose format needs a package that is missing.
+    """Refuse a shard that needs a package which is not installed.
 
+    Args:
+        path: the shard.
+        package: the package's import name.
+        extra: the extra of bertstream that installs it.
     Raises:
         ConfigError: with the shard, and how to install the package.
     """

@@ -24,10 +24,12 @@ from ..tokens import Cursor, Indices, ReadReport, Record, TokenBatch, TokenizedT
 from .access import Access
 from .bad_records import BadRecords
 from .bucket import cut_window, make_batch
+from .files import shard_size
 from .lanes import LaneQueue, LaneReader
-from .pieces import count_records, split_rows, split_shard
-from .records import ReadOptions
-from .shards import Piece, expand_shards, is_rows, shard_size
+from .options import ReadOptions
+from .pieces import count_records, split_shard
+from .rows import is_rows, split_rows
+from .shards import Piece, expand_shards
 from .state import deal, pack_state, unpack_state
 from .window import Skip, Window
 

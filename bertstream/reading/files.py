@@ -1,7 +1,7 @@
-"""The bytes of a shard: on disk, behind a URL or written by a command, as they are or unpacked.
+"""The bytes of a shard, decompressed: of a file, a URL or a command.
 
-A read behind a URL that fails is tried again from the byte where it broke off. What still fails is a `RemoteReadError`;
-a packed file that ends too early is an EOFError, and one that is damaged another OSError: they are never mixed up.
+Three failures stay apart: bytes of a URL that cannot be read, after retries, are a `RemoteReadError`; a compressed file
+that is cut off is an EOFError; a damaged one is another OSError.
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from typing import Any, BinaryIO, cast
 from fsspec.core import url_to_fs
 
 from ..errors import ShardError, described
-from .access import BUFFER_BYTES, Access, check_installed, check_pipe, is_local, is_pipe
-from .remote import RemoteFile, copy_path, local_copy, retried
+from .access import BUFFER_BYTES, DEFAULT_ACCESS, Access, check_installed, check_pipe, is_local, is_pipe
+from .remote import RemoteFile, copy_path, local_copy, with_retries
 from .stall_watch import Watch
 
-# Packed bytes that are unpacked at once: the most extreme zstd data grows 32,000 times.
+# Compressed bytes per decompression step: the most extreme zstd data grows 32,000 times.
 _ZSTD_CHUNK_BYTES = 1 << 10
 
 
-def size_of(path: str, access: Access) -> int:
-    """Bytes of a shard as it is stored; 0 where that cannot be known: for a pipe, or a server that does not say.
+def shard_size(path: str, access: Access = DEFAULT_ACCESS) -> int:
+    """The size of a shard as stored, in bytes: compressed shards count compressed.
 
+    Args:
+        path: a path, URL or `pipe:` command.
+        access: how it is opened.
+    Returns:
+        0 if the size is unknown: for a pipe, or if the server does not say.
     Raises:
         ShardError: the shard is missing or cannot be reached.
     """
@@ -44,18 +49,19 @@ def size_of(path: str, access: Access) -> int:
             filesystem, name = url_to_fs(path, **access.storage_options)
             return int(filesystem.info(name).get("size") or 0)
 
-        return retried(path, size)
-    except Exception as error:  # what a file system behind fsspec raises is its own choice
+        return with_retries(path, size)
+    except Exception as error:  # fsspec's file systems may raise anything
         raise ShardError(f"{path}: cannot be reached: {described(error)}", path=path) from error
 
 
-def on_disk(path: str, access: Access) -> str | None:
-    """The path of a file with a shard's bytes: its own, or that of its copy in the cache, which is made if need be.
+def local_path(path: str, access: Access) -> str | None:
+    """The path of a local file with a shard's bytes.
 
     Returns:
-        None for a pipe, and for a URL without a cache.
+        The shard's own path; for a URL with a `shard_cache`, that of its copy, which is downloaded if there is none;
+        None for a pipe, and for a URL without a `shard_cache`.
     Raises:
-        OSError or another error, of fsspec's choice: the copy cannot be made.
+        OSError, or any error of fsspec's file systems: the copy cannot be made.
     """
     if is_local(path):
         return path
@@ -63,97 +69,97 @@ def on_disk(path: str, access: Access) -> str | None:
 
 
 @contextmanager
-def open_bytes(path: str, access: Access, packing: str = "") -> Iterator[BinaryIO]:
-    """The shard's bytes, unpacked, buffered; everything is closed on leaving.
+def open_bytes(path: str, access: Access, compression: str = "") -> Iterator[BinaryIO]:
+    """Open a shard's bytes, decompressed and buffered; leaving the context closes everything.
 
     Args:
         path: a path, URL or `pipe:` command.
         access: how it is opened.
-        packing: "gz", "zst" or, for none, "".
+        compression: "gz", "zst", or "" for none.
     Yields:
-        A binary stream. It can be sought unless it is a pipe or packed, though behind a server that does not know Range
-        only by reading.
+        A binary stream. It is seekable unless it is a pipe or compressed; from a server without Range, seeking reads
+        the bytes in between.
     Raises:
         ConfigError: a pipe is not allowed, or zstandard is not installed.
-        RemoteReadError: here or while reading: the bytes behind a URL could not be had.
-        OSError, EOFError or, for URLs, another error: missing, unreadable, cut off or damaged.
+        RemoteReadError: bytes of a URL cannot be read; also raised while reading.
+        OSError, EOFError or, for URLs, any other error: missing, unreadable, cut off or damaged; also while reading.
     """
     with ExitStack() as stack:
         source: io.RawIOBase
         if is_pipe(path):
             check_pipe(path, access)
             source = _CommandOutput(path, access)
-        elif (file := on_disk(path, access)) is not None:
+        elif (file := local_path(path, access)) is not None:
             source = open(file, "rb", buffering=0)  # noqa: SIM115 - the stack closes it
         else:
             source = RemoteFile(path, access)
         stream = stack.enter_context(io.BufferedReader(source, BUFFER_BYTES))
-        if packing:
-            if packing == "zst":
+        if compression:
+            if compression == "zst":
                 check_installed(path, "zstandard", "zstd")
-            unpacked: Any = stack.enter_context(_Unzipped(fileobj=stream) if packing == "gz" else _Unzstd(stream))
-            stream = stack.enter_context(io.BufferedReader(unpacked, BUFFER_BYTES))
+            decompressed: Any = stack.enter_context(_GzipFile(fileobj=stream) if compression == "gz" else _Zstd(stream))
+            stream = stack.enter_context(io.BufferedReader(decompressed, BUFFER_BYTES))
         yield stream
 
 
-# --- commands and packed files ----------------------------------------------------------------------------------------
+# --- compressed files and commands ------------------------------------------------------------------------------------
 
 
-class _Unzipped(gzip.GzipFile):
-    """Hands out what it has rather than filling the buffer first, so that all records before a cut are read."""
+class _GzipFile(gzip.GzipFile):
+    """Returns the bytes it has instead of filling the buffer first, so all records before a cut are read."""
 
     def readinto(self, buffer: Any) -> int:
         return self.readinto1(buffer)
 
 
-class _Unzstd(io.RawIOBase):
-    """The contents of zstd frames. zstandard's own readers end silently where a file is cut off."""
+class _Zstd(io.RawIOBase):
+    """The decompressed bytes of zstd frames; raises where a file is cut off. zstandard's own readers silently end."""
 
     def __init__(self, source: BinaryIO) -> None:
         self._source = cast(io.BufferedReader, source)
-        self._frame: Any = None  # the one that has begun and not ended
-        self._packed = b""
-        self._unpacked = memoryview(b"")
+        self._frame: Any = None  # the decompressor of the current frame
+        self._compressed = b""
+        self._decompressed = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._unpacked:
-            self._packed = self._packed or self._source.read1(_ZSTD_CHUNK_BYTES)
-            if not self._packed:
+        while not self._decompressed:
+            self._compressed = self._compressed or self._source.read1(_ZSTD_CHUNK_BYTES)
+            if not self._compressed:
                 if self._frame is not None:
                     raise EOFError("the file is cut off: it ends inside a zstd frame")
                 return 0
-            self._unpacked = memoryview(self._unpack())
-        count = min(len(buffer), len(self._unpacked))
-        buffer[:count] = self._unpacked[:count]
-        self._unpacked = self._unpacked[count:]
+            self._decompressed = memoryview(self._decompress())
+        count = min(len(buffer), len(self._decompressed))
+        buffer[:count] = self._decompressed[:count]
+        self._decompressed = self._decompressed[count:]
         return count
 
-    def _unpack(self) -> bytes:
+    def _decompress(self) -> bytes:
         import zstandard
 
         if self._frame is None:
             self._frame = zstandard.ZstdDecompressor().decompressobj()
         try:
-            unpacked: bytes = self._frame.decompress(self._packed)
+            decompressed: bytes = self._frame.decompress(self._compressed)
         except zstandard.ZstdError as error:
             raise OSError(f"the file is damaged, or not zstd: {error}") from error
-        self._packed = b""
+        self._compressed = b""
         if self._frame.eof:
-            self._packed = self._frame.unused_data
+            self._compressed = self._frame.unused_data
             self._frame = None
-        return unpacked
+        return decompressed
 
 
 class _CommandOutput(io.RawIOBase):
-    """What a shell command writes. Its end is an OSError unless the command exited with status 0."""
+    """The output of a shell command; raises OSError at its end unless the command exited with status 0."""
 
     def __init__(self, path: str, access: Access) -> None:
         self._command = path.removeprefix("pipe:")
         self._watch = Watch(path, access.stall_warning_s)
-        # A session of its own, so that closing can end the shell's children too.
+        # A new session, so that closing can kill the shell's children too.
         self._process = subprocess.Popen(
             self._command,
             shell=True,

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 from ..errors import ShardError
 from ..tokens import Cursor, OpenPiece, Record
-from .records import ReadOptions, read_records
+from .options import ReadOptions
+from .records import read_records
 from .shards import Piece
 
 

@@ -1,32 +1,75 @@
-"""A Parquet file as rows of plain Python values, a row group at a time."""
+"""Records of a Parquet file: rows of plain Python values, read one row group at a time."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, BinaryIO
 
-# Rows that are turned into Python values at once: enough to cost little a row, few enough to hold few long texts.
+from ..errors import ShardError, described
+from .options import ReadOptions
+from .raw import RawRecord, RecordError, excerpt
+from .shards import Piece
+
+# Rows converted to Python values at a time: enough to cost little per row, few enough to hold few long texts.
 _BATCH_ROWS = 256
 
 
+def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[RawRecord]:
+    """The rows from the row group of the piece's first row on; only the wanted columns are read.
+
+    Raises:
+        ShardError: a required column is missing, or a wanted name is that of several columns.
+    """
+    file = ParquetReader(stream)
+    wanted = None if options.fields is None else list(options.required)
+    for name in options.required:
+        if name not in file.columns:
+            message = f"{piece.path}, field {name!r}: the file has no such column; it has {excerpt(file.columns)}"
+            raise ShardError(message, path=piece.path, field=name)
+    for name in wanted or file.columns:
+        if file.columns.count(name) > 1:
+            message = f"{piece.path}, field {name!r}: several columns have this name: {excerpt(file.columns)}"
+            raise ShardError(message, path=piece.path, field=name)
+    group = bisect_right(file.first_rows, piece.start, hi=len(file.sizes)) - 1 if file.sizes else 0
+    if group:
+        yield RawRecord(dict, (), records=file.first_rows[group])
+    for row in file.rows(group, wanted):
+        yield RawRecord(_parse_row, row)
+
+
+def _parse_row(row: dict[str, Any]) -> dict[str, Any]:
+    for name, value in row.items():
+        try:
+            row[name] = _plain(value)
+        except Exception as error:  # pyarrow may raise anything
+            raise RecordError(f"Python has no value for it: {described(error)}", name) from error
+    return row
+
+
+def _plain(value: Any) -> Any:
+    """The value as Python's own type; pyarrow raises if there is none."""
+    return value.as_py() if hasattr(value, "as_py") else value
+
+
 class ParquetReader:
-    """What is in a Parquet file.
+    """The rows and row groups of a Parquet file.
 
     Args:
-        stream: the file, which must be one that can be sought.
+        stream: the file, seekable.
     Attributes:
-        columns: their names, in order; a file may name one twice.
-        first_rows: for each row group that has rows, the index of its first row, and then the number of all rows.
+        columns: the columns' names, in order; a file may use one twice.
+        first_rows: the index of the first row of each row group that has rows, and then the number of all rows.
         sizes: uncompressed bytes of those row groups.
     Raises:
-        OSError or ValueError: it is no Parquet file, or a broken one; pyarrow's errors are both.
+        OSError or ValueError: the file is broken, or not Parquet; pyarrow's errors are both.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
         import pyarrow.parquet
 
-        # Without its threads, which would read the stream from elsewhere and share the cores with other workers.
+        # No threads of pyarrow: they would read the stream concurrently, and take cores from other workers.
         self._file = pyarrow.parquet.ParquetFile(stream, pre_buffer=False)
         self.columns: list[str] = self._file.schema_arrow.names
         metadata = self._file.metadata
@@ -36,13 +79,13 @@ class ParquetReader:
         self.sizes: list[int] = [metadata.row_group(group).total_byte_size for group in self._groups]
 
     def rows(self, first: int, columns: list[str] | None) -> Iterator[dict[str, Any]]:
-        """The rows of all row groups from one on, a value a column.
+        """The rows from one row group on, each a mapping from column to value.
 
-        A value that Python has no type for comes as pyarrow's scalar; `plain` raises the reason.
+        Where Python has no type for a value of a batch, that column's values are pyarrow scalars.
 
         Args:
             first: number of the row group, counted as in `first_rows`.
-            columns: those that are wanted; None for all.
+            columns: the columns to read; None for all.
         """
         for group in self._groups[first:]:
             batches = self._file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False)
@@ -52,17 +95,8 @@ class ParquetReader:
                 yield from (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
 
 
-def plain(value: Any) -> Any:
-    """The value as Python's own.
-
-    Raises:
-        ValueError, OverflowError or another error of pyarrow's choice: there is none.
-    """
-    return value.as_py() if hasattr(value, "as_py") else value
-
-
 def _values(column: Any) -> list[Any]:
     try:
         return list(column.to_pylist())
-    except Exception:  # one row's value is at fault: that row says so when it is its turn
+    except Exception:  # one row's value is at fault; parsing that row raises the reason
         return list(column)

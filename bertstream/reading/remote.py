@@ -1,4 +1,4 @@
-"""Bytes behind a URL: retried at the byte where a read failed, or downloaded once into a folder."""
+"""The bytes of a URL: read with retries, from the byte where a read failed, or downloaded once into a folder."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# What fsspec reads ahead at once. Its own choice goes up to 50 MiB, for each of up to 32 open shards.
+# The block fsspec reads ahead. Its own default is up to 50 MiB, for each of up to 32 open shards.
 _REMOTE_BLOCK_BYTES = 4 << 20
-# A try that breaks off within a block gains nothing, so each further try asks for a quarter of it.
+# A block that breaks off is lost as a whole, so each failed try quarters the block size, down to this.
 _LEAST_REMOTE_BLOCK_BYTES = 1 << 14
 _TRIES = 6
-_FIRST_WAIT_S = 0.5  # doubled after each try, so 15.5 s in all: a server is restarted in less
+_FIRST_WAIT_S = 0.5  # doubled after each try: 15.5 s in all, enough for a server to restart
 
 
 class RemoteReadError(OSError):
-    """Bytes behind a URL could not be had, however often they were asked for, or changed in the meantime."""
+    """The bytes of a URL cannot be read, after several tries, or changed while they were read."""
 
 
 def list_url(url: str, access: Access) -> list[str]:
     """The URLs that a URL with `*` matches.
 
     Raises:
-        ShardError: the server cannot be asked.
+        ShardError: the server cannot list them.
     """
     chain, separator, _ = url.rpartition("::")
 
@@ -50,44 +50,55 @@ def list_url(url: str, access: Access) -> list[str]:
         return [chain + separator + filesystem.unstrip_protocol(name) for name in filesystem.glob(pattern)]
 
     try:
-        return retried(url, matches)
-    except Exception as error:  # what a file system behind fsspec raises is its own choice
+        return with_retries(url, matches)
+    except Exception as error:  # fsspec's file systems may raise anything
         raise ShardError(f"{url}: cannot be listed: {described(error)}", path=url) from error
 
 
-# --- behind a URL -----------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def retried(path: str, attempt: Callable[[], T], *, position: int = 0, size: int | None = None) -> T:
-    """What `attempt` returns, tried again for as long as its errors may pass."""
+def with_retries(path: str, attempt: Callable[[], T], *, position: int = 0, size: int | None = None) -> T:
+    """Call `attempt` until it succeeds, with a warning and a pause after each error that may be temporary.
+
+    Args:
+        path: the shard, for the messages.
+        attempt: what to do.
+        position: the byte at which it reads, for the messages.
+        size: the shard's bytes, for the messages; None if unknown.
+    Raises:
+        FileNotFoundError: the server answers that there is no such file.
+        RemoteReadError: six tries failed.
+        Exception: an error of `attempt` that is not temporary.
+    """
     place = f"byte {position}" + (f" of {size}" if size else "")
     for number in range(1, _TRIES + 1):
         try:
             return attempt()
-        except Exception as error:  # what a file system behind fsspec raises is its own choice
+        except Exception as error:  # fsspec's file systems may raise anything
             if getattr(error, "status", None) in (404, 410):
-                raise FileNotFoundError(f"the server says that there is no such file: {described(error)}") from error
-            if not _may_pass(error):
+                raise FileNotFoundError(f"the server says there is no such file: {described(error)}") from error
+            if not _is_temporary(error):
                 raise
             if number == _TRIES:
                 message = f"gave up at {place} after {_TRIES} tries; the last one failed with {described(error)}"
                 raise RemoteReadError(message) from error
             wait_s = _FIRST_WAIT_S * 2 ** (number - 1)
             logger.warning(
-                "%s: try %d of %d failed at %s with %s; the next follows in %.1f s",
+                "%s: try %d of %d failed at %s with %s; the next starts in %.1f s",
                 path, number, _TRIES, place, described(error), wait_s,
             )  # fmt: skip
             time.sleep(wait_s)
     raise AssertionError
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether an error may be gone at the next try: all are but those that say that the request itself is wrong."""
+def _is_temporary(error: BaseException) -> bool:
+    """Whether another try may succeed: true unless the error says that the request itself is wrong."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and cause is not None:
-        # fsspec says "not found" of a URL whatever its server answered, and if it did not answer at all.
+        # fsspec says "not found" of a URL for any answer of its server, and also without an answer.
         of_http = type(cause).__module__.startswith("aiohttp") or isinstance(cause, (OSError, asyncio.TimeoutError))
-        return of_http and _may_pass(cause)
+        return of_http and _is_temporary(cause)
     final = (
         RemoteReadError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ImportError,
         NotImplementedError, AttributeError, LookupError, TypeError, ValueError,
@@ -98,7 +109,15 @@ def _may_pass(error: BaseException) -> bool:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file behind a URL, opened again at the same byte where a read fails."""
+    """The file of a URL; where a read fails, it is opened again at the same byte.
+
+    Args:
+        path: the URL.
+        access: how it is opened.
+    Raises:
+        RemoteReadError: the bytes cannot be read, or changed since it was opened; also raised while reading.
+        Exception: the file is missing or refused; fsspec's file systems may raise anything.
+    """
 
     def __init__(self, path: str, access: Access) -> None:
         self._path = path
@@ -107,20 +126,20 @@ class RemoteFile(io.RawIOBase):
         self._file: Any = None
         self._position = 0
         self._block_bytes = _REMOTE_BLOCK_BYTES
-        self._knows_range = True
-        self._version: tuple[int | None, str | None] | None = None  # size in bytes and ETag, where the server tells
+        self._has_range = True
+        self._version: tuple[int | None, str | None] | None = None  # size in bytes and ETag, if the server tells
         try:
-            self._retried(self._open)
+            self._with_retries(self._open)
         except BaseException:
             self.close()
             raise
 
     def readable(self) -> bool:
-        """Always."""
+        """Always True."""
         return True
 
     def seekable(self) -> bool:
-        """Always."""
+        """Always True."""
         return True
 
     def tell(self) -> int:
@@ -130,7 +149,7 @@ class RemoteFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move to a byte; nothing is read."""
         if whence == os.SEEK_END and self._size is None:
-            message = "the server does not say how long it is, so it cannot be read from its end: set shard_cache="
+            message = "the server does not say its size, so it cannot be read from its end: set shard_cache="
             raise io.UnsupportedOperation(message)
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size or 0}[whence]
         if start + offset < 0:
@@ -139,10 +158,10 @@ class RemoteFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer as far as one read goes."""
+        """Read up to a buffer of bytes; 0 at the end."""
         if not len(buffer) or (self._size is not None and self._position >= self._size):
             return 0
-        data = self._retried(lambda: self._read(len(buffer)))
+        data = self._with_retries(lambda: self._read(len(buffer)))
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -158,7 +177,7 @@ class RemoteFile(io.RawIOBase):
     def _size(self) -> int | None:
         return self._version[0] if self._version is not None else None
 
-    def _retried(self, attempt: Callable[[], T]) -> T:
+    def _with_retries(self, attempt: Callable[[], T]) -> T:
         def from_scratch() -> T:
             try:
                 return attempt()
@@ -167,11 +186,11 @@ class RemoteFile(io.RawIOBase):
                 self._block_bytes = max(self._block_bytes // 4, _LEAST_REMOTE_BLOCK_BYTES)
                 raise
 
-        return retried(self._path, from_scratch, position=self._position, size=self._size)
+        return with_retries(self._path, from_scratch, position=self._position, size=self._size)
 
     def _drop(self) -> None:
         if self._file is not None:
-            with suppress(Exception):  # it is broken or not wanted any more
+            with suppress(Exception):  # a broken connection may fail to close
                 self._file.close()
             self._file = None
 
@@ -181,40 +200,40 @@ class RemoteFile(io.RawIOBase):
             if self._version is not None:
                 filesystem.invalidate_cache()
             info = filesystem.info(name)
-            # Some servers say 0 where they do not know. HTTP and S3 write ETag, others etag.
+            # Some servers say 0 for an unknown size. HTTP and S3 write ETag, others etag.
             version = (int(info.get("size") or 0) or None, info.get("ETag") or info.get("etag"))
             if self._version is not None and version != self._version:
                 was, now = (f"{size} bytes, ETag {tag}" for size, tag in (self._version, version))
                 raise RemoteReadError(f"it changed while it was read: {was} at first, {now} now")
             self._version = version
-            # fsspec's word for one request that streams the file from its beginning is a block of 0.
-            self._file = filesystem.open(name, "rb", block_size=self._block_bytes if self._knows_range else 0)
+            # A block size of 0 tells fsspec to stream the file from its beginning in one request.
+            self._file = filesystem.open(name, "rb", block_size=self._block_bytes if self._has_range else 0)
 
     def _read(self, count: int) -> bytes:
         try:
             return self._read_once(count)
-        except ValueError:  # what fsspec raises when a server answers a Range with the whole file
-            if not self._knows_range:
+        except ValueError:  # fsspec raises it if a server answers a Range request with the whole file
+            if not self._has_range:
                 raise
-            logger.info("%s: the server does not know Range, so it is read as one stream", self._path)
-            self._knows_range = False
+            logger.info("%s: the server does not support Range, so it is read as one stream", self._path)
+            self._has_range = False
             self._drop()
             return self._read_once(count)
 
     def _read_once(self, count: int) -> bytes:
-        if self._file is None or (not self._knows_range and self._file.tell() > self._position):
+        if self._file is None or (not self._has_range and self._file.tell() > self._position):
             self._drop()
             self._open()
         with self._watch:
-            if self._knows_range:
+            if self._has_range:
                 if self._file.tell() != self._position:
                     self._file.seek(self._position)
             else:
                 while (missing := self._position - self._file.tell()) > 0:
-                    self._some(min(missing, BUFFER_BYTES))
-            return self._some(min(count, self._block_bytes))
+                    self._read_some(min(missing, BUFFER_BYTES))
+            return self._read_some(min(count, self._block_bytes))
 
-    def _some(self, count: int) -> bytes:
+    def _read_some(self, count: int) -> bytes:
         data: bytes = self._file.read(count)
         if not data and self._size is not None:
             raise ConnectionError(f"the connection ended at byte {self._file.tell()} of {self._size}")
@@ -225,21 +244,25 @@ class RemoteFile(io.RawIOBase):
 
 
 def copy_path(url: str, folder: str | os.PathLike[str]) -> str:
-    """Where a remote shard's copy is kept; the name is made from the URL alone."""
+    """The path of a remote shard's copy, which depends only on the URL and the folder."""
     base = re.split("[?#]", url.partition("::")[0])[0].rpartition("/")[2]
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:32]}-{re.sub(r'[^A-Za-z0-9._-]', '_', base)[-100:]}"
     return os.path.join(os.fspath(folder), name)
 
 
 def local_copy(url: str, access: Access) -> str:
-    """The path of the shard's copy, which is downloaded if there is none."""
+    """The path of a remote shard's copy in `access.shard_cache`; downloads the shard if there is none.
+
+    Raises:
+        RemoteReadError, OSError, or any error of fsspec's file systems: the copy cannot be made.
+    """
     assert access.shard_cache is not None
     path = copy_path(url, access.shard_cache)
     if os.path.exists(path):
         return path
     os.makedirs(access.shard_cache, exist_ok=True)
     with _locked(f"{path}.lock"):
-        if not os.path.exists(path):  # nobody else has made it meanwhile
+        if not os.path.exists(path):  # another process may have made it in the meantime
             unfinished = f"{path}.{uuid.uuid4().hex}.part"
             try:
                 with open(unfinished, "xb") as copy, RemoteFile(url, access) as original:
@@ -254,7 +277,7 @@ def local_copy(url: str, access: Access) -> str:
 
 @contextmanager
 def _locked(path: str) -> Iterator[None]:
-    """One thread of one process at a time, on file systems that know locks; elsewhere the copy may be made twice."""
+    """Let in one thread of one process at a time; on a file system without locks, the copy may be made twice."""
     with open(path, "ab") as lock:
         with suppress(ImportError, OSError):
             import fcntl

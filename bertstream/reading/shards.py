@@ -1,4 +1,4 @@
-"""Names of shards: patterns are expanded, and the ending says the format."""
+"""Names of shards: patterns are expanded, and the ending names the format and compression."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from braceexpand import braceexpand
 
 from ..errors import ConfigError, ShardError
 from .access import DEFAULT_ACCESS, Access, check_installed, check_pipe, is_local, is_pipe, is_url
-from .files import size_of
 from .remote import list_url
 
 _ENDING = re.compile(
-    r"\.(?:(?P<kind>tar|jsonl|ndjson|csv|tsv|txt)(?:\.(?P<packing>gz|zst))?|(?P<whole>tgz|parquet))$", re.IGNORECASE
+    r"\.(?:(?P<format>tar|jsonl|ndjson|csv|tsv|txt)(?:\.(?P<compression>gz|zst))?|(?P<whole>tgz|parquet))$",
+    re.IGNORECASE,
 )
 _ENDINGS = ".tar, .jsonl, .ndjson, .csv, .tsv, .txt, each also with .gz or .zst, .tgz and .parquet"
 READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
+"""What reading a local shard may raise if the shard is missing or broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,11 @@ class Piece:
     """A run of records of one shard.
 
     Attributes:
-        path: the shard's path or URL.
-        start: index of its first record.
-        stop: index after its last record; None for all records to the end of the shard.
-        offset: byte at which record `start` begins. With 0 the shard is read from its beginning, up to `start`; Parquet
-            always has 0, and is read from the row group that holds `start`.
+        path: the shard's path, URL or `pipe:` command.
+        start: index of the first record.
+        stop: index after the last record; None reads to the end of the shard.
+        offset: byte at which record `start` begins. With 0 the shard is read from its beginning and the records before
+            `start` are skipped; Parquet always has 0, and is read from the row group that holds `start`.
     """
 
     path: str
@@ -46,29 +47,29 @@ class Piece:
 def expand_shards(
     shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], access: Access = DEFAULT_ACCESS
 ) -> list[str]:
-    """List the shards that a pattern, or a sequence of patterns, stands for.
+    """List the shards of a pattern, or of a sequence of patterns.
 
-    Braces are expanded as in a shell, in paths, URLs and `pipe:` commands. `*`, `**`, `?` and `[...]` in a local path
-    and `*` in a URL match files, in sorted order. A local file whose name is the pattern itself is taken as it is. A
-    shard that is named twice is read twice.
+    Braces expand as in a shell, in paths, URLs and `pipe:` commands. `*`, `**`, `?` and `[...]` in a local path and `*`
+    in a URL match files, in sorted order. A pattern that is itself the name of a local file means that file. A shard
+    named twice is read twice.
 
     Args:
-        shards: such as "train-{000..146}.tar", "data/*.jsonl", "s3://bucket/a.csv.gz", or several of them.
+        shards: such as "train-{000..146}.tar", "data/*.jsonl", "s3://bucket/a.csv.gz", or a sequence of them.
         access: how they are opened.
     Returns:
-        Paths, URLs and `pipe:` commands in the order that they were named in.
+        Paths, URLs and `pipe:` commands, in the order of the patterns.
     Raises:
-        ConfigError: nothing is named or matched, braces do not match, an ending is not known, a folder is named, a
-            `pipe:` shard is not allowed, or a format needs a package that is not installed.
+        ConfigError: there are no shards or no matches, braces are unbalanced, an ending is unknown, a folder is named,
+            a `pipe:` shard is not allowed, or a format needs a package that is not installed.
         ShardError: a local shard does not exist, or a URL cannot be listed.
     """
     patterns = [shards] if isinstance(shards, (str, os.PathLike)) or not isinstance(shards, Iterable) else list(shards)
     if not patterns:
-        raise ConfigError(f"no shard is named: got {shards!r}")
+        raise ConfigError(f"there are no shards: got {shards!r}")
     paths: list[str] = []
     for pattern in patterns:
         if not isinstance(pattern, (str, os.PathLike)) or not (name := os.fspath(pattern)):
-            raise ConfigError(f"a shard is named by a str or a path; got {pattern!r}")
+            raise ConfigError(f"the name of a shard is a str or a path; got {pattern!r}")
         paths.extend(_expand(name, access))
     for path in paths:
         check_packages(path, shard_kind(path))
@@ -79,45 +80,29 @@ def expand_shards(
     return paths
 
 
-def shard_size(path: str, access: Access = DEFAULT_ACCESS) -> int:
-    """Bytes of a shard as it is stored: compressed ones are counted compressed.
-
-    Args:
-        path: a path, URL or `pipe:` command.
-        access: how it is opened.
-    Returns:
-        0 where it cannot be known: for a pipe, or a server that does not say.
-    Raises:
-        ShardError: the shard is missing or cannot be reached.
-    """
-    return size_of(path, access)
-
-
-def is_rows(source: Any) -> bool:
-    """Whether this is a dataset of rows (mappings) rather than names of shards.
-
-    Such are Hugging Face's `Dataset` and `IterableDataset`, and lists and map-style datasets of dicts.
-    """
-    if isinstance(source, (str, os.PathLike)):
-        return False
-    if hasattr(source, "num_shards") and hasattr(source, "shard"):
-        return True
-    return hasattr(source, "__getitem__") and len(source) > 0 and isinstance(source[0], Mapping)
-
-
-# --- paths ------------------------------------------------------------------------------------------------------------
+# --- endings ----------------------------------------------------------------------------------------------------------
 
 
 class ShardKind(NamedTuple):
-    """What a shard's name says: the format, how it is packed ("gz", "zst", ""), and the file's name without endings."""
+    """What the name of a shard says.
 
-    name: str
-    packing: str
+    Attributes:
+        format: "tar", "jsonl", "ndjson", "csv", "tsv", "txt" or "parquet"; "rows" for a dataset that is no shard.
+        compression: "gz", "zst", or "" for none.
+        stem: the file's name without its endings.
+    """
+
+    format: str
+    compression: str
     stem: str
 
 
 def shard_kind(path: str) -> ShardKind:
-    """What a shard's name says about it; ConfigError where the ending is unknown."""
+    """Read format, compression and stem from the name of a shard.
+
+    Raises:
+        ConfigError: the ending is unknown.
+    """
     name = path
     if is_pipe(path):
         name = path.split()[-1].strip("'\"()")
@@ -126,37 +111,43 @@ def shard_kind(path: str) -> ShardKind:
     base = re.split(r"[/\\]", name)[-1]
     match = _ENDING.search(base)
     if match is None:
-        raise ConfigError(f"the ending of {path!r} is not known; known are {_ENDINGS}")
-    name, packing = (match["kind"] or match["whole"]).lower(), (match["packing"] or "").lower()
-    return ShardKind(*(("tar", "gz") if name == "tgz" else (name, packing)), base[: match.start()])
+        raise ConfigError(f"the ending of {path!r} is unknown; known are {_ENDINGS}")
+    shard_format, compression = (match["format"] or match["whole"]).lower(), (match["compression"] or "").lower()
+    if shard_format == "tgz":
+        shard_format, compression = "tar", "gz"
+    return ShardKind(shard_format, compression, base[: match.start()])
 
 
 def check_packages(path: str, kind: ShardKind) -> None:
-    """ConfigError where the format needs a package that is not installed, or a file where a pipe is named."""
-    if kind.packing == "zst":
+    """Refuse a shard that this installation, or a pipe, cannot read.
+
+    Raises:
+        ConfigError: a package for its format or compression is not installed, or it is Parquet from a pipe.
+    """
+    if kind.compression == "zst":
         check_installed(path, "zstandard", "zstd")
-    if kind.name == "parquet":
+    if kind.format == "parquet":
         check_installed(path, "pyarrow", "parquet")
         if is_pipe(path):
             raise ConfigError(f"{path!r}: Parquet is read from its end, which a pipe cannot do: write it to a file")
 
 
 def read_errors(path: str, kind: ShardKind) -> tuple[type[Exception], ...]:
-    """What reading a shard of this kind may raise that is the data's or the network's fault."""
-    # What a file system behind fsspec raises is its own choice, and so is what pyarrow and datasets do.
-    return (Exception,) if is_url(path) or kind.name in ("parquet", "rows") else READ_ERRORS
+    """The exceptions of reading a shard that mean missing or broken data, not a mistake in the program."""
+    # fsspec's file systems, pyarrow and datasets may raise anything.
+    return (Exception,) if is_url(path) or kind.format in ("parquet", "rows") else READ_ERRORS
 
 
 def _expand(pattern: str, access: Access) -> Iterator[str]:
     if is_local(pattern) and os.path.exists(pattern):
         if os.path.isdir(pattern):
-            raise ConfigError(f"{pattern!r} is a folder: name its shards, such as {os.path.join(pattern, '*.tar')!r}")
+            raise ConfigError(f"{pattern!r} is a folder: name its shards, as in {os.path.join(pattern, '*.tar')!r}")
         yield pattern
         return
     try:
         paths = list(braceexpand(pattern, escape=False)) if "{" in pattern else [pattern]
     except ValueError as error:
-        raise ConfigError(f"the braces of {pattern!r} do not match") from error
+        raise ConfigError(f"the braces of {pattern!r} are unbalanced") from error
     for path in paths:
         if is_url(path) and "*" in path:
             matches = list_url(path, access)

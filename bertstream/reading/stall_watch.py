@@ -1,4 +1,4 @@
-"""Small threads that look after a process: which read has been waiting for long, and whether its parent still lives."""
+"""Warnings about reads that stall: a thread names each read of a URL or pipe that has waited too long."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _LONGEST_PAUSE_S = 1.0
 
 
 class Watch:
-    """One open source of bytes. `with watch:` stands around each read that may have to wait.
+    """Watch the reads of one open shard; put `with watch:` around each read that may have to wait.
 
-    A read that takes longer than `limit_s` is named in a warning, and again whenever its time has doubled. Reads of one
-    source never overlap. A watch that is open in a process when it forks watches nothing in the child.
+    A warning names a read that takes longer than `limit_s`, and again each time its wait has doubled. Reads of one
+    shard must not overlap. A watch that is open during a fork watches nothing in the child.
 
     Args:
-        name: the shard, as the warning names it.
-        limit_s: seconds after which a read is named; None is never.
+        name: the shard, for the warning.
+        limit_s: seconds a read may take before a warning; None never warns.
     """
 
     def __init__(self, name: str, limit_s: float | None) -> None:
@@ -39,24 +39,24 @@ class Watch:
         self._since = None
 
     def close(self) -> None:
-        """Watch no more; the thread ends with the last watch."""
+        """Stop watching; the thread ends with the last watch."""
         _watches.remove(self)
 
     @property
     def pause_s(self) -> float:
-        """Seconds until it should be looked at again."""
+        """Seconds until the next `look`."""
         return min(self._limit_s / 4, _LONGEST_PAUSE_S)
 
     def look(self) -> None:
-        """Warn if the read has taken too long."""
-        since = self._since  # once: the reading thread changes it at any time
+        """Warn if the current read has taken too long."""
+        since = self._since  # read once: the reading thread may change it at any time
         if since is not None and (waited_s := time.monotonic() - since) >= self._warn_after_s:
             self._warn_after_s = 2 * waited_s
             logger.warning("%s: one read has been waiting for %.1f s", self._name, waited_s)
 
 
 class _Watches:
-    """All watches of this process, and the thread that looks at them."""
+    """All open watches of this process, and the thread that checks them."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -68,7 +68,7 @@ class _Watches:
             self._open.add(watch)
             if not self._running:
                 self._running = True
-                threading.Thread(target=self._run, name="bertstream-watchdog", daemon=True).start()
+                threading.Thread(target=self._run, name="bertstream-stall-watch", daemon=True).start()
 
     def remove(self, watch: Watch) -> None:
         with self._changed:
@@ -88,7 +88,7 @@ _watches = _Watches()
 
 
 def _forget() -> None:
-    """A forked child has none of its parent's threads, and the lock may have been held by one of them."""
+    """A forked child has none of its parent's threads, and the lock may be held by one of them."""
     global _watches
     _watches = _Watches()
 

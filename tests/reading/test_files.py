@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader
 from bertstream import ConfigError, Encoder, ShardError, StreamConfig, TextStream, TokenBatch
 from bertstream.reading import access, remote
 from bertstream.reading.access import Access
-from bertstream.reading.files import open_bytes, size_of
+from bertstream.reading.files import open_bytes, shard_size
+from bertstream.reading.options import ReadOptions
 from bertstream.reading.pieces import split_shard
-from bertstream.reading.records import ReadOptions, read_records
+from bertstream.reading.records import read_records
 from bertstream.reading.remote import RemoteReadError
 from bertstream.reading.shards import Piece, expand_shards
 
@@ -45,8 +46,8 @@ def lines() -> bytes:
     return b"".join(b"%08d %s\n" % (i, b"x" * (i % 200)) for i in range(90_000))
 
 
-def content(path: str, access: Access = access.DEFAULT_ACCESS, packing: str = "") -> bytes:
-    with open_bytes(path, access, packing) as stream:
+def content(path: str, access: Access = access.DEFAULT_ACCESS, compression: str = "") -> bytes:
+    with open_bytes(path, access, compression) as stream:
         return stream.read()
 
 
@@ -118,14 +119,14 @@ def test_servers_that_are_busy_for_a_while_are_asked_again(lines: bytes) -> None
     with Server({"a.txt": lines}, statuses=[503, 500, 429, 502, 200, 503]) as server:
         assert content(f"{server.url}/a.txt") == lines
     with Server({"a.txt": lines}, statuses=[503] * 4) as server:
-        assert size_of(f"{server.url}/a.txt", Access()) == len(lines)
+        assert shard_size(f"{server.url}/a.txt", Access()) == len(lines)
 
 
 def test_a_server_that_stays_busy_is_not_called_a_missing_file() -> None:
     with Server({"a.txt": b"a\n"}, statuses=[503] * 50) as server:
         assert "503" in str(error_of(f"{server.url}/a.txt").__cause__.__cause__.__cause__)  # type: ignore[union-attr]
         with pytest.raises(ShardError, match="cannot be reached.*gave up"):
-            size_of(f"{server.url}/a.txt", Access())
+            shard_size(f"{server.url}/a.txt", Access())
 
 
 def test_a_server_that_is_gone_is_asked_six_times() -> None:
@@ -242,7 +243,7 @@ def test_s3_is_listed_sized_and_read(s3: dict[str, Any], lines: bytes) -> None:
     s3["client"].put_object(Bucket="shards", Key="1.txt.gz", Body=gzip.compress(b"a\nb\n"))
     access = Access(storage_options=s3["options"])
     assert expand_shards("s3://shards/*.txt*", access) == ["s3://shards/0.txt", "s3://shards/1.txt.gz"]
-    assert size_of("s3://shards/0.txt", access) == len(lines)
+    assert shard_size("s3://shards/0.txt", access) == len(lines)
     assert content("s3://shards/0.txt", access) == lines
     records = read_records(Piece("s3://shards/1.txt.gz"), ReadOptions(access=access))
     assert [record.text for record in records] == ["a", "b"]
@@ -304,7 +305,7 @@ def test_a_cached_shard_is_downloaded_once_and_read_from_disk(lines: bytes, tmp_
         records = [record for piece in pieces for record in read_records(piece, options)]
         assert [record.text for record in records] == lines.decode().splitlines()
         assert records[5].shard == url and records[5].key == "a:5"
-        assert size_of(url, access) == len(lines)
+        assert shard_size(url, access) == len(lines)
         assert len(server.requests) == downloaded
     assert [record.text for record in read_records(pieces[1], options)]  # without the server
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".lock", ".txt"]
@@ -434,7 +435,7 @@ def test_frames_behind_one_another_and_frames_to_skip_are_read(tmp_path: Path) -
     frames = zstandard.compress(b"one\n") + skip + zstandard.compress(b"")
     frames += zstandard.compress(b"two\n" * 100_000) + skip
     (tmp_path / "a.txt.zst").write_bytes(frames)
-    assert content(str(tmp_path / "a.txt.zst"), packing="zst") == b"one\n" + b"two\n" * 100_000
+    assert content(str(tmp_path / "a.txt.zst"), compression="zst") == b"one\n" + b"two\n" * 100_000
 
 
 def test_a_zst_cut_at_any_byte_is_noticed(tmp_path: Path) -> None:
@@ -445,7 +446,7 @@ def test_a_zst_cut_at_any_byte_is_noticed(tmp_path: Path) -> None:
         if cut == first:  # a whole frame: nothing tells it from a whole file
             continue
         with pytest.raises(EOFError, match="inside a zstd frame"):
-            content(str(tmp_path / "a.zst"), packing="zst")
+            content(str(tmp_path / "a.zst"), compression="zst")
 
 
 def test_a_zst_that_is_damaged_or_none_is_an_os_error(tmp_path: Path) -> None:
@@ -454,7 +455,7 @@ def test_a_zst_that_is_damaged_or_none_is_an_os_error(tmp_path: Path) -> None:
     for data in (bytes(packed), b"this is no zstd at all"):
         (tmp_path / "a.zst").write_bytes(data)
         with pytest.raises(OSError, match="damaged, or not zstd"):
-            content(str(tmp_path / "a.zst"), packing="zst")
+            content(str(tmp_path / "a.zst"), compression="zst")
 
 
 def test_what_a_tiny_zst_unpacks_to_is_never_held_at_once(tmp_path: Path) -> None:

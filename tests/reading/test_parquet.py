@@ -17,8 +17,9 @@ from servers import Server
 from bertstream import ConfigError, ShardError
 from bertstream.reading import remote
 from bertstream.reading.access import Access
+from bertstream.reading.options import ReadOptions
 from bertstream.reading.pieces import count_records, split_shard
-from bertstream.reading.records import ReadOptions, read_records
+from bertstream.reading.records import read_records
 from bertstream.reading.shards import Piece, expand_shards
 from bertstream.tokens import Record
 

@@ -19,7 +19,7 @@ def wait_until(count: int, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def thread_names() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "bertstream-watchdog"]
+    return [thread.name for thread in threading.enumerate() if thread.name == "bertstream-stall-watch"]
 
 
 def test_a_read_that_waits_is_named_each_time_its_wait_has_doubled(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,8 @@ from types import ModuleType
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from bertstream.reading.records import ReadOptions, read_records
+from bertstream.reading.options import ReadOptions
+from bertstream.reading.records import read_records
 from bertstream.reading.shards import Piece, expand_shards
 from bertstream.tokens import Record
 

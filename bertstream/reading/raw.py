@@ -1,0 +1,77 @@
+"""Records as a shard stores them, not parsed yet, and the helpers that turn their bytes into values.
+
+Parsing is left for later, so that skipped records cost little and a broken one does not end the shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+BOM = b"\xef\xbb\xbf"
+_DECODER = json.JSONDecoder()
+_JSON_BLANKS = " \t\n\r"
+
+
+class RawRecord(NamedTuple):
+    """A record before parsing.
+
+    Attributes:
+        parse: makes the fields of `source`. Kept apart because a `partial` for each record would cost more.
+        source: what `parse` takes.
+        key: the record's key; None for "<file name>:<index>".
+        offset: byte of the unpacked shard at which the record begins; 0 if reading cannot resume there.
+        records: how many records this is. A reader may jump over those before the first wanted one, as one item.
+    """
+
+    parse: Callable[[Any], dict[str, Any]]
+    source: Any
+    key: str | None = None
+    offset: int = 0
+    records: int = 1
+
+
+class RecordError(Exception):
+    """The record being read is broken; `read_records` turns this into a `ShardError` with the place.
+
+    Attributes:
+        field: the field at fault, or None.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def parse_utf8(data: bytes, name: str | None = None) -> str:
+    """Decode bytes of the field `name`.
+
+    Raises:
+        RecordError: the bytes are not UTF-8.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        near = data[max(error.start - 20, 0) : error.start + 20]
+        raise RecordError(f"not UTF-8: byte 0x{data[error.start]:02x} in {excerpt(near)}", name) from error
+
+
+def parse_json(data: bytes, name: str | None = None) -> Any:
+    """Parse the JSON value of the field `name`.
+
+    Raises:
+        RecordError: the bytes are not UTF-8 or not JSON.
+    """
+    text = parse_utf8(data, name).strip(_JSON_BLANKS)
+    try:
+        value, end = _DECODER.raw_decode(text)  # `decode` finds blanks by regular expressions: a microsecond more
+        return value if end == len(text) else _DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"not JSON: {error}: {excerpt(text)}", name) from error
+
+
+def excerpt(value: object) -> str:
+    """The start of a value's repr for a message, about 80 characters; long values are cut before their repr is made."""
+    text = repr(value[:80] if isinstance(value, (str, bytes, list)) else value)
+    return text if len(text) <= 80 else text[:80] + "..."

@@ -1,0 +1,61 @@
+"""Records of a dataset of rows (mappings), read in place of shards: Hugging Face's datasets, and lists of dicts."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from .raw import RawRecord
+from .shards import Piece
+
+_BATCH_ROWS = 256
+
+
+def is_rows(source: Any) -> bool:
+    """Whether this is a dataset of rows rather than names of shards.
+
+    True for Hugging Face's `Dataset` and `IterableDataset`, and for lists and map-style datasets of dicts.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return False
+    if hasattr(source, "num_shards") and hasattr(source, "shard"):  # of Hugging Face
+        return True
+    return hasattr(source, "__getitem__") and len(source) > 0 and isinstance(source[0], Mapping)
+
+
+def split_rows(rows: Any, parts: int) -> list[tuple[Piece, int]]:
+    """Cut a dataset of rows into pieces.
+
+    Args:
+        rows: the dataset. One with a length is cut into runs of rows. An `IterableDataset` is cut into its shards, and
+            each of them is read from its first row on.
+        parts: how many pieces a dataset with a length is cut into, at most one per row.
+    Returns:
+        The pieces in order, each with its number of rows; 1 for each shard of an `IterableDataset`.
+    """
+    name = type(rows).__name__
+    if not hasattr(rows, "__len__"):
+        return [(Piece(f"{name} shard {number} of {rows.num_shards}"), 1) for number in range(rows.num_shards)]
+    bounds = np.linspace(0, len(rows), min(parts, len(rows)) + 1).astype(int).tolist()
+    return [(Piece(name, start, stop), stop - start) for start, stop in itertools.pairwise(bounds)]
+
+
+def read_rows(rows: Any, piece: Piece) -> Iterator[RawRecord]:
+    """The rows of a piece that `split_rows` made."""
+    if hasattr(rows, "__len__"):
+        if piece.start:
+            yield RawRecord(dict, (), records=piece.start)
+        run = range(piece.start, len(rows) if piece.stop is None else piece.stop)
+        # Hugging Face's own iterator reads many rows at a time.
+        source: Iterable[Any] = rows.select(run) if hasattr(rows, "select") else (rows[i] for i in run)
+    else:
+        number, count = (int(word) for word in piece.path.split()[-3::2])  # "<name> shard <number> of <count>"
+        # By batches: its iterator of single rows would split them among DataLoader workers once more.
+        batches = rows.shard(num_shards=count, index=number).iter(_BATCH_ROWS)
+        source = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
+    for row in source:
+        yield RawRecord(dict, row)  # a copy: the row may be the user's own object
