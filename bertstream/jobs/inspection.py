@@ -24,9 +24,11 @@ from ..encoding.tokenizer import TextTokenizer
 from ..errors import shortened
 from ..pipeline.groups import Groups, group_tokens
 from ..reading.dataset import Shards, StreamConfig, TextStream
-from ..reading.pieces import split_rows
-from ..reading.records import ReadOptions, read_records
-from ..reading.shards import Piece, is_rows, shard_size
+from ..reading.files import shard_size
+from ..reading.options import ReadOptions
+from ..reading.records import read_records
+from ..reading.rows import is_rows, split_rows
+from ..reading.shards import Piece
 from ..tokens import TokenBatch, join, text_bytes
 
 Numbers: TypeAlias = npt.NDArray[Any]
