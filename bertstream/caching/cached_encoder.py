@@ -128,8 +128,8 @@ class CachedEncoder:
         first, _ = distinct(keys)
         texts = first[self._store.missing([keys[i] for i in first])]
         if len(texts):
-            counts = self._encoder.row_counts(batch)[texts]
-            self._compute(batch, texts, [keys[i] for i in texts], counts, identity, wait=True)
+            row_counts = self._encoder.row_counts(batch)[texts]
+            self._compute(batch, texts, [keys[i] for i in texts], row_counts, identity, wait=True)
         return len(texts)
 
     def _identity(self) -> _Identity | None:
@@ -155,18 +155,18 @@ class CachedEncoder:
         """The rows of a batch that is not all in memory."""
         first, slot_of_text = distinct(keys)
         wanted = [keys[i] for i in first]
-        counts = self._encoder.row_counts(batch)[first]
-        found, missing = self._store.lookup(wanted, counts, self._codec.row_bytes, repeats=len(keys) - len(wanted))
+        row_counts = self._encoder.row_counts(batch)[first]
+        found, missing = self._store.lookup(wanted, row_counts, self._codec.row_bytes, repeats=len(keys) - len(wanted))
         if len(missing):
             names = [wanted[i] for i in missing.tolist()]
-            rows = self._compute(batch, first[missing], names, counts[missing], identity, max_forward_tokens)
+            rows = self._compute(batch, first[missing], names, row_counts[missing], identity, max_forward_tokens)
             found.append((missing, rows))
         parts = [rows for _, rows in found if len(rows)] or [found[0][1]]
         pool = parts[0] if len(parts) == 1 else torch.cat(parts)
         slots_in_pool = np.concatenate([slots for slots, _ in found])
-        places = np.empty(len(wanted), np.int64)
-        places[slots_in_pool] = np.arange(len(wanted))
-        index = rows_of(places[slot_of_text], cumulate(counts[slots_in_pool]))
+        positions = np.empty(len(wanted), np.int64)
+        positions[slots_in_pool] = np.arange(len(wanted))
+        index = rows_of(positions[slot_of_text], cumulate(row_counts[slots_in_pool]))
         return pool.index_select(0, to_device(index, pool.device))
 
     def _compute(
@@ -174,7 +174,7 @@ class CachedEncoder:
         batch: TokenBatch,
         texts: npt.NDArray[Any],
         keys: list[bytes],
-        counts: npt.NDArray[Any],
+        row_counts: npt.NDArray[Any],
         identity: _Identity,
         max_forward_tokens: int | None = None,
         *,
@@ -182,13 +182,13 @@ class CachedEncoder:
     ) -> Tensor:
         """Encode these texts and add their rows to the store."""
         computed = self._store.compute(
-            lambda: self._codec.pack(self._encode(batch.picked(texts), max_forward_tokens).values),
+            lambda: self._codec.pack(self._encode(batch.pick(texts), max_forward_tokens).values),
             hold_writes=self.device.type == "cpu",
         )
         self.compute_s += computed.seconds
         # Where training began meanwhile, the rows may be of other weights: use them once and keep none.
         if self._identity() == identity:
-            self._store.add(keys, counts, computed, wait=wait)
+            self._store.add(keys, row_counts, computed, wait=wait)
         return computed.rows
 
 

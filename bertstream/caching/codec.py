@@ -1,4 +1,4 @@
-"""Rows of vectors as bytes and back: as they are, in bfloat16, or in 8 bits with a scale for every 32 dimensions."""
+"""Rows of vectors as bytes and back: in their own dtype, in bfloat16, or in 8 bits with a scale per 32 dimensions."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 Storage: TypeAlias = Literal["auto", "float32", "bfloat16", "int8"]
 
 _GROUP = 32
-"""Dimensions that share a scale. One scale for a whole vector of all-MiniLM-L6-v2 gives 2.6 % of error, because a few
-dimensions are large; and a number is off by up to half a step of 1/127 of its group's largest, which of 32 dimensions
-is at most 1.3 % of the group where rounding errors are spread evenly."""
+"""Dimensions that share a scale. One scale per vector gives an error of 2.6 % for all-MiniLM-L6-v2, because a few
+dimensions are large. A number is off by up to half a step of 1/127 of its group's largest; for 32 dimensions with
+evenly spread rounding errors that is at most 1.3 % of the group."""
 
 
 class Codec:
     """How one encoder's rows are stored.
 
     Args:
-        storage: "auto" is the dtype that the encoder gives, bit for bit.
+        storage: how to store them; "auto" keeps the encoder's dtype, bit for bit.
         row_shape: the shape of one row.
-        dtype: the dtype that the encoder gives.
+        dtype: the dtype of the encoder's rows.
     Attributes:
-        name: what is stored, and how: rows of another name cannot be read.
+        name: shape and storage; a codec of another name cannot read these rows.
         row_bytes: bytes of one stored row.
     """
 
@@ -43,19 +43,31 @@ class Codec:
         self.name = f"{stored} {row_shape}" + (f" by {_GROUP}" if self._stored is None else "")
 
     def pack(self, values: Tensor) -> Tensor:
-        """[N, *row_shape] on any device to [N, row_bytes] uint8 there; the same memory where nothing is converted."""
-        if not len(values):  # numpy gives arrays without rows strides that torch cannot read in another dtype
+        """Convert rows to bytes.
+
+        Args:
+            values: [N, *row_shape] on any device.
+        Returns:
+            [N, row_bytes] uint8, same device; the same memory where nothing is converted.
+        """
+        if not len(values):  # NumPy's arrays without rows have strides that torch cannot view as another dtype
             return torch.zeros(0, self.row_bytes, dtype=torch.uint8, device=values.device)
         flat = values.detach().reshape(len(values), self._size)
         return self._quantized(flat) if self._stored is None else flat.to(self._stored).contiguous().view(torch.uint8)
 
     def unpack(self, rows: Tensor) -> Tensor:
-        """[N, row_bytes] uint8 on any device to [N, *row_shape] there; the same memory where nothing is converted."""
+        """Convert bytes back to rows.
+
+        Args:
+            rows: [N, row_bytes] uint8 on any device.
+        Returns:
+            [N, *row_shape] in the encoder's dtype, same device; the same memory where nothing is converted.
+        """
         flat = self._dequantized(rows) if self._stored is None else rows.view(self._stored)
         return flat.to(self._dtype).view(len(rows), *self._row_shape)
 
     def _quantized(self, flat: Tensor) -> Tensor:
-        """Whole numbers from -127 to 127, and behind them a bfloat16 scale a group, rounded up so that none is cut."""
+        """Integers from -127 to 127, then a bfloat16 scale per group, rounded up so that no number is clipped."""
         padded = F.pad(flat.float(), (0, self._groups * _GROUP - self._size)).view(-1, self._groups, _GROUP)
         scales = (padded.abs().amax(-1) * ((1 + 2**-7) / 127)).to(torch.bfloat16)
         divisors = scales.float().clamp(min=torch.finfo(torch.float32).tiny)
@@ -64,7 +76,7 @@ class Codec:
 
     def _dequantized(self, stored: Tensor) -> Tensor:
         numbers = stored[:, : self._size].view(torch.int8).float()
-        # A copy, because two bytes a number want an even address.
+        # Copied, because a view as bfloat16 needs an even address.
         scales = stored[:, self._size :].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
         padded = F.pad(numbers, (0, self._groups * _GROUP - self._size)).view(-1, self._groups, _GROUP)
         return (padded * scales[..., None]).flatten(1)[:, : self._size]

@@ -172,9 +172,9 @@ class RowStore:
                 missing = np.delete(missing, here)
         in_memory = len(here)
         if self._disk is not None and len(missing) and self._judge.may_read():
-            places, rows = self._read(self._disk, [keys[i] for i in missing.tolist()], row_counts[missing], row_bytes)
-            found.append((missing[places], rows))
-            missing = np.delete(missing, places)
+            indices, rows = self._read(self._disk, [keys[i] for i in missing.tolist()], row_counts[missing], row_bytes)
+            found.append((missing[indices], rows))
+            missing = np.delete(missing, indices)
         with self._lock:
             self._counts.memory_hits += in_memory
             self._counts.disk_hits += len(keys) - in_memory - len(missing)
@@ -320,11 +320,11 @@ class RowStore:
     ) -> tuple[list[int], Tensor]:
         """The indices of the texts that the disk holds, and their rows on `device`."""
         started = time.perf_counter()
-        places, data = disk.read(keys, (row_counts * row_bytes).tolist())
+        indices, data = disk.read(keys, (row_counts * row_bytes).tolist())
         rows = to_device(data, self.device).view(len(data) // row_bytes, row_bytes)
         self._judge.read(len(rows), time.perf_counter() - started)
-        self._remember([keys[i] for i in places], row_counts[places], rows)
-        return places, rows
+        self._remember([keys[i] for i in indices], row_counts[indices], rows)
+        return indices, rows
 
     def _remember(self, keys: Sequence[bytes], row_counts: npt.NDArray[Any], rows: Tensor) -> None:
         with self._lock:

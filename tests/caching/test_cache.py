@@ -1,4 +1,4 @@
-"""With a cache and without one a loader gives the same vectors, whatever was held, evicted, changed or broken."""
+"""A loader yields the same vectors with and without a cache, whatever it holds, evicts, changes or loses."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ some_texts = st.lists(st.lists(st.integers(1, 4), max_size=4), max_size=6)
 
 
 @given(st.lists(some_texts, max_size=12), st.sampled_from([1, 700, 1500, 100_000]))
-def test_any_batches_and_any_bound_give_what_the_encoder_gives(batches: list[list[list[int]]], memory: int) -> None:
+def test_any_batches_and_bound_return_what_the_encoder_returns(batches: list[list[list[int]]], memory: int) -> None:
     encoder, plain = FakeEncoder(), FakeEncoder()
     with EmbeddingCache(memory=memory) as cache:
         cached = cache.of(encoder)
@@ -108,7 +108,7 @@ def test_any_batches_and_any_bound_give_what_the_encoder_gives(batches: list[lis
     st.lists(st.tuples(some_texts, st.booleans()), max_size=8),
     st.sampled_from([0, 700, 100_000]),
 )
-def test_that_holds_with_a_disk_too(
+def test_the_same_is_true_with_a_disk(
     tmp_path_factory: pytest.TempPathFactory, batches: list[tuple[list[list[int]], bool]], memory: int
 ) -> None:
     encoder, plain = FakeEncoder(), FakeEncoder()
@@ -122,7 +122,7 @@ def test_that_holds_with_a_disk_too(
             batch = batch_of(*texts)
             assert equal(cache.of(encoder).encode(batch), plain.encode(batch))
             cache.flush()
-        # All of it was written, so nothing was computed twice.
+        # Everything was written, so nothing was computed twice.
         texts = [text for texts in encoder.encoded for text in texts]
         assert len(texts) == len(set(texts))
     finally:
@@ -157,7 +157,7 @@ def tiny(tokenizer: Any, **options: Any) -> Encoder:
     ],
     ids=str,
 )
-def test_every_kind_of_output_comes_back_whole(tokenizer: Any, options: dict[str, Any]) -> None:
+def test_every_kind_of_output_survives_the_cache(tokenizer: Any, options: dict[str, Any]) -> None:
     encoder = tiny(tokenizer, **options)
     words: list[Text] = [["The", "bank", "", "raised", "its", "unbelievable", "rates"], [], ["a", "\ufffd"], ["a"]]
     pair: list[Text] = [(["a", "bank"], ["of", "the", "river"]), (["a"], ["bank"])]
@@ -175,7 +175,7 @@ def test_every_kind_of_output_comes_back_whole(tokenizer: Any, options: dict[str
     assert cache.stats()["memory_hits"] > len(batches)
 
 
-def test_a_row_read_back_is_the_row_that_was_handed_out(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_hit_equals_the_row_that_was_first_returned(tokenizer: Any, tmp_path: Path) -> None:
     encoder = tiny(tokenizer)
     batch = encoder.tokenizer.batch(["The bank raised its rates.", "They moored at the bank."])
     storages: list[Storage] = ["auto", "float32", "bfloat16", "int8"]
@@ -192,7 +192,7 @@ def test_a_row_read_back_is_the_row_that_was_handed_out(tokenizer: Any, tmp_path
         assert exact == (storage in ("auto", "float32"))
 
 
-def test_what_is_handed_out_may_be_written_to(tmp_path: Path) -> None:
+def test_writing_to_returned_rows_does_not_change_the_cache(tmp_path: Path) -> None:
     encoder, batch = FakeEncoder(), batch_of([1, 2], [3])
     right = encoder.encode(batch)
     with EmbeddingCache("1MiB", tmp_path, "16MiB") as cache:
@@ -208,7 +208,7 @@ def test_what_is_handed_out_may_be_written_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
-def test_the_callers_modes_do_not_reach_the_vectors(tokenizer: Any, mode: Callable[[], Any]) -> None:
+def test_vectors_are_independent_of_the_callers_grad_mode(tokenizer: Any, mode: Callable[[], Any]) -> None:
     encoder = tiny(tokenizer)
     batch = encoder.tokenizer.batch(["a bank", "a river"])
     with mode():
@@ -216,7 +216,7 @@ def test_the_callers_modes_do_not_reach_the_vectors(tokenizer: Any, mode: Callab
         cached.encode(batch)
         values = cached.encode(batch).values
     layer = torch.nn.Linear(16, 1)
-    layer(values).sum().backward()  # a tensor of inference mode would raise here
+    layer(values).sum().backward()  # an inference tensor would raise here
     cached.encode(encoder.tokenizer.batch(["a bank", "another"]))  # and so would writing to one
     assert layer.weight.grad is not None and not values.requires_grad
 
@@ -224,7 +224,7 @@ def test_the_callers_modes_do_not_reach_the_vectors(tokenizer: Any, mode: Callab
 # --- what is computed -------------------------------------------------------------------------------------------------
 
 
-def test_only_missing_texts_are_encoded_each_once_in_one_call(tmp_path: Path) -> None:
+def test_each_missing_text_is_encoded_once_in_one_call(tmp_path: Path) -> None:
     encoder = FakeEncoder()
     with EmbeddingCache("1MiB", tmp_path, "16MiB") as cache:
         cached = cache.of(encoder)
@@ -241,7 +241,7 @@ def test_only_missing_texts_are_encoded_each_once_in_one_call(tmp_path: Path) ->
         assert (stats["misses"], stats["memory_hits"], stats["repeats"], stats["disk_hits"]) == (1, 3, 0, 2)
 
 
-def test_the_least_recently_used_is_computed_again() -> None:
+def test_the_least_recently_used_text_is_computed_again() -> None:
     encoder = FakeEncoder()
     cache = EmbeddingCache(3 * (320 + 16 + 8))
     cached = cache.of(encoder)
@@ -251,7 +251,7 @@ def test_the_least_recently_used_is_computed_again() -> None:
     assert cache.stats()["memory_evictions"] == 2
 
 
-def test_other_weights_never_hit(tmp_path: Path) -> None:
+def test_rows_of_other_weights_are_never_hits(tmp_path: Path) -> None:
     encoder, batch = FakeEncoder(1.0), batch_of([1], [2, 3])
     with EmbeddingCache("1MiB", tmp_path, "16MiB") as cache:
         for weight in (1.0, 2.0, 1.0):
@@ -260,7 +260,7 @@ def test_other_weights_never_hit(tmp_path: Path) -> None:
         assert len(encoder.encoded) == 2 and cache.stats()["memory_hits"] == 2
 
 
-def test_while_a_parameter_requires_a_gradient_the_cache_is_off(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_cache_is_off_while_parameters_require_gradients_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     encoder, batch = FakeEncoder(), batch_of([1], [2, 3])
     cache = EmbeddingCache("1MiB")
     cached = cache.of(encoder)
@@ -276,7 +276,7 @@ def test_while_a_parameter_requires_a_gradient_the_cache_is_off(caplog: pytest.L
     assert cache.stats()["memory_hits"] == 2
 
 
-def test_rows_are_not_kept_where_training_began_while_they_were_encoded() -> None:
+def test_rows_are_not_kept_if_training_starts_while_they_are_encoded() -> None:
     encoder, batch = FakeEncoder(), batch_of([1], [2, 3])
     cache = EmbeddingCache("1MiB")
 
@@ -288,7 +288,7 @@ def test_rows_are_not_kept_where_training_began_while_they_were_encoded() -> Non
     assert cache.stats()["memory_texts"] == 0
 
 
-def test_an_error_of_the_encoder_names_the_texts_of_the_whole_batch(tokenizer: Any) -> None:
+def test_an_encoder_error_names_indices_of_the_whole_batch(tokenizer: Any) -> None:
     encoder = tiny(tokenizer, max_length=6)
     cache = EmbeddingCache("1MiB")
     good = encoder.tokenizer.batch(["a", "b"])
@@ -303,7 +303,7 @@ def test_an_error_of_the_encoder_names_the_texts_of_the_whole_batch(tokenizer: A
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
-def test_whatever_enters_the_model_is_in_the_key() -> None:
+def test_everything_that_enters_the_model_changes_the_key() -> None:
     def text(**more: Any) -> TokenizedText:
         return TokenizedText(np.array([7, 8, 9], np.int32), **more)
 
@@ -326,7 +326,7 @@ def test_whatever_enters_the_model_is_in_the_key() -> None:
     ]
     keys = text_keys(TokenBatch.from_texts(different), b"prefix..", b"one")
     assert len(set(keys)) == len(different) and {len(key) for key in keys} == {24}
-    # The same, said otherwise, and alone instead of with others.
+    # The same keys for texts that come alone, and for defaults that are written out.
     alone = [text_keys(TokenBatch.from_texts([one]), b"prefix..", b"one")[0] for one in different]
     assert alone == keys
     explicit = text(
@@ -336,13 +336,13 @@ def test_whatever_enters_the_model_is_in_the_key() -> None:
     assert not set(keys) & set(text_keys(TokenBatch.from_texts(different), b"prefix..", b"two"))
 
 
-def test_picked_texts_are_as_they_were_alone(tokenizer: Any) -> None:
+def test_picked_texts_equal_the_same_texts_batched_alone(tokenizer: Any) -> None:
     encoder = tiny(tokenizer, output="words", overflow="windows", max_length=8, stride=2)
     texts = encoder.tokenizer([["The", "unbelievable", "bank", "of", "the", "river"], [], ["a"], ["raised"] * 12])
     whole = TokenBatch.from_texts([TokenizedText(np.zeros(0, np.int32)), *texts])
-    for places in ([3, 0, 4], [2], [1, 4], []):
-        found = whole.picked(np.array(places, np.int64))
-        right = TokenBatch.from_texts([[TokenizedText(np.zeros(0, np.int32)), *texts][i] for i in places])
+    for picked in ([3, 0, 4], [2], [1, 4], []):
+        found = whole.pick(np.array(picked, np.int64))
+        right = TokenBatch.from_texts([[TokenizedText(np.zeros(0, np.int32)), *texts][i] for i in picked])
         assert text_keys(found, b"", b"") == text_keys(right, b"", b"")
         assert found.window_lengths is not None and found.num_words.tolist() == right.num_words.tolist()
         if right.window_lengths is not None:
@@ -352,7 +352,7 @@ def test_picked_texts_are_as_they_were_alone(tokenizer: Any) -> None:
 # --- the loader -------------------------------------------------------------------------------------------------------
 
 
-def test_a_loader_gives_the_same_with_and_without_and_says_what_was_held() -> None:
+def test_a_loader_yields_the_same_with_a_cache_and_reports_its_stats() -> None:
     batches = [{"text": [f"batch {b % 3} " + "word " * i for i in range(4)], "n": b} for b in range(9)]
     encoder = FakeEncoder()
     cache = EmbeddingCache("1MiB")
@@ -367,9 +367,9 @@ def test_a_loader_gives_the_same_with_and_without_and_says_what_was_held() -> No
     assert "cache_misses" not in plain.stats()
 
 
-def test_minilm_through_a_cache_is_within_its_tolerance(minilm: Encoder, sentences: list[str], tmp_path: Path) -> None:
+def test_cached_minilm_vectors_are_within_tolerance(minilm: Encoder, sentences: list[str], tmp_path: Path) -> None:
     batches = [sentences[i : i + 8] for i in range(0, 48, 8)]
-    other = [sentences[i : i + 6] for i in range(0, 48, 6)]  # other neighbours, so other last bits
+    other = [sentences[i : i + 6] for i in range(0, 48, 6)]  # different batches, so different last bits
     with EmbeddingCache("8MiB", tmp_path, "64MiB") as cache:
         for _ in bertstream.wrap(batches, minilm, cache=cache):
             pass
@@ -379,7 +379,7 @@ def test_minilm_through_a_cache_is_within_its_tolerance(minilm: Encoder, sentenc
         assert cache.stats()["misses"] == 48
 
 
-def test_two_loaders_at_once_share_a_cache() -> None:
+def test_several_loaders_share_a_cache_at_the_same_time() -> None:
     batches = [[f"text {'word ' * ((b * 7 + i) % 50)}" for i in range(8)] for b in range(60)]
     encoder, plain = FakeEncoder(), FakeEncoder()
     cache = EmbeddingCache(8000)  # far too small
@@ -398,7 +398,7 @@ def test_two_loaders_at_once_share_a_cache() -> None:
     assert wrong == [] and cache.stats()["memory_evictions"] > 0
 
 
-def test_a_disk_that_breaks_stops_nothing(tmp_path: Path) -> None:
+def test_a_closed_cache_computes_everything(tmp_path: Path) -> None:
     encoder, plain, batch = FakeEncoder(), FakeEncoder(), batch_of([1], [2, 2])
     cache = EmbeddingCache(0, tmp_path, "16MiB")
     cached = cache.of(encoder)
@@ -409,7 +409,7 @@ def test_a_disk_that_breaks_stops_nothing(tmp_path: Path) -> None:
     cache.flush()
 
 
-def test_a_disk_that_is_slower_than_computing_stands_aside(
+def test_lookups_skip_a_disk_that_is_slower_than_computing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("bertstream.caching.store._JUDGED_ROWS", 10)
@@ -421,7 +421,7 @@ def test_a_disk_that_is_slower_than_computing_stands_aside(
         cache.flush()
         cached.encode(batch_of([1] * 20))
         assert cache.stats()["disk_hits"] == 1 and cache.stats()["disk_aside"] == 0
-        cache._store._judge.read(20, 1000.0)  # as if that had been slow
+        cache._store._judge.read(20, 1000.0)  # as if reading were slow
         cached.encode(batch_of([1] * 20))
         assert cache.stats()["disk_hits"] == 1 and cache.stats()["disk_aside"] == 1
         for _ in range(3):
@@ -436,7 +436,7 @@ def test_a_disk_that_is_slower_than_computing_stands_aside(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_a_forked_child_opens_the_folder_anew_and_locks_that_were_held_do_not_matter(tmp_path: Path) -> None:
+def test_a_forked_child_reopens_the_folder_even_while_the_parent_holds_the_lock(tmp_path: Path) -> None:
     encoder, plain, batch = FakeEncoder(), FakeEncoder(), batch_of([1], [2, 2])
     with EmbeddingCache("1MiB", tmp_path, "16MiB") as cache:
         cached = cache.of(encoder)
@@ -462,7 +462,7 @@ def test_a_forked_child_opens_the_folder_anew_and_locks_that_were_held_do_not_ma
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_a_forked_child_that_cannot_open_the_folder_goes_on_without_it(tmp_path: Path) -> None:
+def test_a_forked_child_that_cannot_open_the_folder_works_without_it(tmp_path: Path) -> None:
     encoder, plain, batch = FakeEncoder(), FakeEncoder(), batch_of([1], [2, 2])
     with EmbeddingCache("1MiB", tmp_path, "16MiB") as cache:
         cached = cache.of(encoder)
@@ -481,7 +481,7 @@ def test_a_forked_child_that_cannot_open_the_folder_goes_on_without_it(tmp_path:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_what_it_holds_does_not_count_as_encoded(minilm: Encoder) -> None:
+def test_hits_do_not_count_as_encoded(minilm: Encoder) -> None:
     with EmbeddingCache("1MiB") as cache:
         loader = bertstream.wrap([["a bank", "a bass"], ["a bank"]], minilm, cache=cache)
         list(loader)
@@ -493,7 +493,7 @@ def test_what_it_holds_does_not_count_as_encoded(minilm: Encoder) -> None:
         assert "cache_misses" in str(bertstream.wrap([["a bank"]], minilm, cache=cache).stats())
 
 
-def test_a_cache_that_is_pickled_has_its_settings_and_nothing_else(tmp_path: Path) -> None:
+def test_a_pickled_cache_keeps_its_settings_only(tmp_path: Path) -> None:
     cache = EmbeddingCache("1MiB", tmp_path, "16MiB", dtype="int8")
     cache.of(FakeEncoder()).encode(batch_of([1]))
     data = pickle.dumps(cache)
@@ -504,7 +504,7 @@ def test_a_cache_that_is_pickled_has_its_settings_and_nothing_else(tmp_path: Pat
     assert pickle.loads(pickle.dumps(EmbeddingCache("1MiB", device="meta"))).device == torch.device("meta")
 
 
-def test_a_cache_that_is_closed_stays_closed_in_other_processes(tmp_path: Path) -> None:
+def test_a_closed_cache_stays_closed_in_other_processes(tmp_path: Path) -> None:
     cache = EmbeddingCache("1MiB", tmp_path / "cache", "16MiB")
     cache.close()
     shutil.rmtree(tmp_path / "cache")
@@ -519,7 +519,7 @@ def test_a_cache_that_is_closed_stays_closed_in_other_processes(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("disk", [False, True])
-def test_fingerprints_are_counted_and_dropped(tmp_path: Path, disk: bool) -> None:
+def test_fingerprints_can_be_counted_and_dropped(tmp_path: Path, disk: bool) -> None:
     one, two = FakeEncoder(1), FakeEncoder(2)
     with EmbeddingCache("1MiB", tmp_path if disk else None, "16MiB") as cache:
         cache.of(one).encode(batch_of([1], [2]))
@@ -535,7 +535,7 @@ def test_fingerprints_are_counted_and_dropped(tmp_path: Path, disk: bool) -> Non
             cache.drop("x")
 
 
-def test_a_read_only_cache_of_another_encoder_is_refused(tmp_path: Path) -> None:
+def test_a_read_only_cache_refuses_an_encoder_it_holds_nothing_of(tmp_path: Path) -> None:
     one, two = FakeEncoder(1), FakeEncoder(2)
     with EmbeddingCache(0, tmp_path, "16MiB") as cache:
         cache.of(one).encode(batch_of([1]))
@@ -549,7 +549,7 @@ def test_a_read_only_cache_of_another_encoder_is_refused(tmp_path: Path) -> None
             cache.drop(str(name))
 
 
-def test_encoders_whose_rows_differ_in_size_do_not_share_memory() -> None:
+def test_encoders_with_different_row_sizes_cannot_share_memory() -> None:
     cache = EmbeddingCache("1MiB")
     cache.of(FakeEncoder())
     wide = FakeEncoder()
@@ -580,12 +580,12 @@ def test_bad_arguments_are_refused_before_a_folder_is_made(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sizes_are_read_as_they_are_written() -> None:
+def test_sizes_may_be_numbers_or_strings_with_units() -> None:
     sizes = {"2GiB": 2 << 30, "1.5 MiB": 3 << 19, "500MB": 500 * 10**6, "64k": 64000, "12": 12, 7: 7}
     assert {size: EmbeddingCache(size).memory_bytes for size in sizes} == sizes
 
 
-def test_an_encoder_that_cannot_be_cached_is_refused() -> None:
+def test_an_encoder_that_cannot_be_cached_is_refused_with_what_it_lacks() -> None:
     class Bare:
         device, max_forward_tokens = torch.device("cpu"), 1
         tokenizer = encode = staticmethod(lambda texts: texts)
@@ -594,7 +594,7 @@ def test_an_encoder_that_cannot_be_cached_is_refused() -> None:
         bertstream.wrap([["a"]], Bare(), cache=EmbeddingCache("1MiB"))  # type: ignore[arg-type]
 
 
-def test_a_real_encoder_goes_off_and_on_as_its_weights_are_trained(tokenizer: Any) -> None:
+def test_training_a_real_encoder_turns_the_cache_off_and_freezing_turns_it_on(tokenizer: Any) -> None:
     encoder = tiny(tokenizer)
     cache = EmbeddingCache("1MiB")
     cached, batch = cache.of(encoder), encoder.tokenizer.batch(["a bank"])
@@ -610,7 +610,7 @@ def test_a_real_encoder_goes_off_and_on_as_its_weights_are_trained(tokenizer: An
     assert bool((after == encoder.encode(batch).values).all()) and not torch.allclose(before, after)
 
 
-def test_a_batch_without_texts_has_no_rows(tokenizer: Any) -> None:
+def test_a_batch_without_texts_or_tokens_has_no_rows(tokenizer: Any) -> None:
     cached = EmbeddingCache("1MiB").of(tiny(tokenizer))
     for texts in ([], [TokenizedText(np.zeros(0, np.int32))]):
         found = cached.encode(TokenBatch.from_texts(texts))
@@ -618,12 +618,12 @@ def test_a_batch_without_texts_has_no_rows(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "int8"])
-def test_rows_kept_on_a_device_never_leave_it_and_the_host_never_waits(
+def test_rows_kept_on_a_device_stay_there_and_the_host_never_waits(
     minilm_folder: str, sentences: list[str], monkeypatch: pytest.MonkeyPatch, dtype: Any
 ) -> None:
     encoder = Encoder.from_pretrained(minilm_folder, dtype="bfloat16", device="cpu")
     some, more = encoder.tokenizer.batch(sentences[:8]), encoder.tokenizer.batch(sentences[4:12])
-    monkeypatch.setattr(encoder, "fingerprint", lambda: b"weights")  # which have no content here
+    monkeypatch.setattr(encoder, "fingerprint", lambda: b"weights")  # fake tensors have no content to hash
     with fake_cuda(encoder, monkeypatch), EmbeddingCache("64MiB", dtype=dtype, device=CUDA) as cache:
         cached = cache.of(encoder)
         for batch in (some, some, more):
@@ -633,9 +633,7 @@ def test_rows_kept_on_a_device_never_leave_it_and_the_host_never_waits(
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_on_cuda_rows_come_back_to_the_device_from_wherever_they_were(
-    sentences: list[str], tmp_path: Path, device: str
-) -> None:
+def test_rows_from_host_or_disk_return_to_cuda(sentences: list[str], tmp_path: Path, device: str) -> None:
     encoder = Encoder.from_pretrained("all-MiniLM-L6-v2", dtype="float32", device="cuda", output="words")
     batches = [sentences[i : i + 8] for i in range(0, 48, 8)]
     right = [encoder(texts).values for texts in batches]

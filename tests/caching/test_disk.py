@@ -1,4 +1,4 @@
-"""The disk tier: what is read is what was written, whatever happens to the folder, its processes and the disk."""
+"""The disk tier returns what was written, whatever happens to the folder, its processes and the disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bertstream.caching import disk
 from bertstream.caching.disk import Bytes, DiskTier
 
 KILLS = int(os.environ.get("CACHE_KILLS", "3"))
-"""How often a writer is killed; 20 before a release."""
+"""How many writers are killed; 20 before a release."""
 
 MIB = 1 << 20
 
@@ -35,7 +35,7 @@ def key(text: int) -> bytes:
 
 
 def rows(text: int, size: int = 3000) -> Bytes:
-    """Of each text its own bytes."""
+    """Bytes that differ from text to text."""
     return np.resize(np.frombuffer(f"{text},".encode(), np.uint8), size)
 
 
@@ -44,9 +44,9 @@ def write(tier: DiskTier, *texts: int, size: int = 3000, wait: bool = True) -> N
 
 
 def held(tier: DiskTier, texts: range, size: int = 3000) -> list[int]:
-    """Which of these are there; each must be right."""
-    places, data = tier.read([key(t) for t in texts], [size] * len(texts))
-    found = [texts[i] for i in places]
+    """Which of these texts are there; their rows must be right."""
+    indices, data = tier.read([key(t) for t in texts], [size] * len(texts))
+    found = [texts[i] for i in indices]
     assert (data == np.concatenate([np.zeros(0, np.uint8), *(rows(t, size) for t in found)])).all()
     return found
 
@@ -61,7 +61,7 @@ def opened(path: Path, limit: int = 16 * MIB, read_only: bool = False) -> Iterat
 
 
 def forked(work: Callable[[], None]) -> int:
-    """A child that does this work; its exit status is 0 where that went well."""
+    """Fork a child that does this work and exits with 0 if it succeeds."""
     child = os.fork()
     if child:
         return child
@@ -82,7 +82,7 @@ def ended_well(child: int) -> bool:
 # --- what is read -----------------------------------------------------------------------------------------------------
 
 
-def test_rows_come_back_bit_for_bit_now_and_after_opening_again(tmp_path: Path) -> None:
+def test_rows_are_the_same_bit_for_bit_before_and_after_reopening(tmp_path: Path) -> None:
     with opened(tmp_path / "a" / "cache") as tier:
         write(tier, *range(50))
         tier.flush()
@@ -93,22 +93,22 @@ def test_rows_come_back_bit_for_bit_now_and_after_opening_again(tmp_path: Path) 
         assert tier.missing([key(49), key(50), key(0)]) == [1]
 
 
-def test_a_text_without_rows_is_one_that_is_known(tmp_path: Path) -> None:
+def test_a_text_without_rows_is_found(tmp_path: Path) -> None:
     with opened(tmp_path) as tier:
         tier.write([key(1), key(2)], [0, 5], rows(2, 5))
         tier.flush()
-        places, data = tier.read([key(1), key(2), key(3)], [0, 5, 0])
-        assert places == [0, 1] and (data == rows(2, 5)).all()
+        indices, data = tier.read([key(1), key(2), key(3)], [0, 5, 0])
+        assert indices == [0, 1] and (data == rows(2, 5)).all()
 
 
-def test_an_entry_of_another_size_is_no_entry(tmp_path: Path) -> None:
+def test_an_entry_of_another_size_counts_as_wrong(tmp_path: Path) -> None:
     with opened(tmp_path) as tier:
         write(tier, 1)
         tier.flush()
         assert held(tier, range(1, 2), size=2999) == [] and tier.wrong == 1
 
 
-def test_texts_of_one_prefix_can_be_dropped(tmp_path: Path) -> None:
+def test_texts_with_a_prefix_can_be_dropped(tmp_path: Path) -> None:
     with opened(tmp_path) as tier:
         write(tier, 1, 2)
         tier.write([b"another." + key(3)[8:]], [10], rows(3, 10))
@@ -123,7 +123,7 @@ def test_texts_of_one_prefix_can_be_dropped(tmp_path: Path) -> None:
 # --- the bound --------------------------------------------------------------------------------------------------------
 
 
-def test_the_oldest_leave_and_the_file_stays_within_its_limit(tmp_path: Path) -> None:
+def test_the_oldest_texts_are_evicted_and_the_file_stays_within_its_limit(tmp_path: Path) -> None:
     with opened(tmp_path, limit=4 * MIB) as tier:
         for start in range(0, 5000, 50):  # more than four times what fits
             write(tier, *range(start, start + 50))
@@ -150,7 +150,7 @@ def test_entries_of_all_sizes_turn_over_without_filling_the_map(tmp_path: Path) 
         assert tier.read(*last)[0] == [0]
 
 
-def test_a_map_that_is_full_evicts_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_map_evicts_and_writes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(tmp_path, limit=4 * MIB) as tier:
         write(tier, *range(100))
         tier.flush()
@@ -176,10 +176,10 @@ def test_a_text_that_is_too_large_is_dropped_and_counted(tmp_path: Path) -> None
         assert tier.dropped_writes == 1 and held(tier, range(3)) == [2]
 
 
-# --- the writer behind ------------------------------------------------------------------------------------------------
+# --- the background writer --------------------------------------------------------------------------------------------
 
 
-def test_a_full_queue_drops_and_counts_and_never_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_drops_and_counts_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(tmp_path, limit=64 * MIB) as tier:
         go_on = threading.Event()
         monkeypatch.setattr(tier, "_put", lambda group: go_on.wait(30))
@@ -193,7 +193,7 @@ def test_a_full_queue_drops_and_counts_and_never_waits(tmp_path: Path, monkeypat
         assert 900 <= tier.dropped_writes < 1000
 
 
-def test_what_comes_while_it_closes_is_dropped_and_what_came_before_is_written(
+def test_closing_writes_what_is_queued_and_drops_what_comes_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(tmp_path) as tier:
@@ -209,7 +209,7 @@ def test_what_comes_while_it_closes_is_dropped_and_what_came_before_is_written(
         writing.wait(30)
         closing = threading.Thread(target=tier.close)
         closing.start()
-        closing.join(0.2)  # by now it waits for the writer
+        closing.join(0.2)  # by now it is waiting for the writer
         write(tier, 2)
         assert tier.dropped_writes == 1
         go_on.set()
@@ -219,7 +219,7 @@ def test_what_comes_while_it_closes_is_dropped_and_what_came_before_is_written(
         assert held(tier, range(5)) == [1]
 
 
-def test_a_text_that_waits_to_be_written_is_not_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_queued_text_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(tmp_path) as tier:
         put, go_on = tier._put, threading.Event()
         monkeypatch.setattr(tier, "_put", lambda group: (go_on.wait(30), put(group)))
@@ -233,13 +233,11 @@ def test_a_text_that_waits_to_be_written_is_not_absent(tmp_path: Path, monkeypat
         tier.flush()
         assert tier.missing([key(3)]) == [0]
         tier._writer.close()
-        write(tier, 4)  # not taken
+        write(tier, 4)  # refused
         assert tier.missing([key(4)]) == [0]
 
 
-def test_a_child_that_is_forked_while_its_parent_writes_does_not_wait_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_child_forked_while_its_parent_writes_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(tmp_path) as tier:
         make_room, writing, go_on = tier._make_room, threading.Event(), threading.Event()
 
@@ -265,7 +263,7 @@ def test_a_child_that_is_forked_while_its_parent_writes_does_not_wait_for_it(
         assert held(tier, range(3)) == [1]
 
 
-def test_a_lock_that_another_process_holds_stops_nothing(tmp_path: Path) -> None:
+def test_a_write_lock_of_another_process_does_not_block_reading(tmp_path: Path) -> None:
     ready, release = os.pipe(), os.pipe()
 
     def hold() -> None:
@@ -290,7 +288,7 @@ def test_a_lock_that_another_process_holds_stops_nothing(tmp_path: Path) -> None
     assert ended_well(child)
 
 
-def test_two_processes_write_and_both_read_it_all(tmp_path: Path) -> None:
+def test_two_processes_write_to_one_folder(tmp_path: Path) -> None:
     def work(own: range) -> None:
         with opened(tmp_path) as tier:
             for text in own:
@@ -298,14 +296,14 @@ def test_two_processes_write_and_both_read_it_all(tmp_path: Path) -> None:
             tier.flush()
 
     with opened(tmp_path):
-        pass  # so that both find it made
+        pass  # make it before both open it
     children = [forked(lambda own=own: work(own)) for own in (range(200), range(150, 400))]  # type: ignore[misc]
     assert [ended_well(child) for child in children] == [True, True]
     with opened(tmp_path) as tier:
         assert held(tier, range(400)) == [*range(400)]
 
 
-def test_a_folder_is_opened_once_in_a_process(tmp_path: Path) -> None:
+def test_a_folder_can_be_open_only_once_per_process(tmp_path: Path) -> None:
     with opened(tmp_path), pytest.raises(CacheError, match="share one EmbeddingCache") as caught:
         DiskTier(tmp_path, limit_bytes=16 * MIB, read_only=False)
     assert caught.value.path == str(tmp_path)
@@ -315,7 +313,7 @@ def test_a_folder_is_opened_once_in_a_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
-def test_a_writer_that_is_killed_leaves_only_right_entries(tmp_path: Path, kill: int) -> None:
+def test_a_killed_writer_leaves_only_valid_entries(tmp_path: Path, kill: int) -> None:
     ready = os.pipe()
 
     def work() -> None:
@@ -328,7 +326,7 @@ def test_a_writer_that_is_killed_leaves_only_right_entries(tmp_path: Path, kill:
 
     child = forked(work)
     written = 0
-    while written < 2000:  # by then it evicts, too
+    while written < 2000:  # by then it evicts as well
         written = int.from_bytes(os.read(ready[0], 4), "big")
     time.sleep(0.05 * kill / KILLS)
     os.kill(child, signal.SIGKILL)
@@ -336,7 +334,7 @@ def test_a_writer_that_is_killed_leaves_only_right_entries(tmp_path: Path, kill:
     with opened(tmp_path, limit=4 * MIB) as tier:
         assert tier.verify() == 0
         here = held(tier, range(written + 5000))
-        # What was flushed is there, but for what had to go, and what comes after it has no gap.
+        # Everything flushed and not evicted is there, and what follows has no gap.
         assert len(here) > 400 and here == [*range(here[0], here[-1] + 1)] and here[-1] >= written
         write(tier, 10**6 + 1)
         tier.flush()
@@ -344,7 +342,7 @@ def test_a_writer_that_is_killed_leaves_only_right_entries(tmp_path: Path, kill:
 
 
 def damage(path: Path, text: int, times: int = 1) -> None:
-    """Change a byte in the midst of a text's rows."""
+    """Change a byte in the middle of a text's rows."""
     data = bytearray((path / "data.mdb").read_bytes())
     place = -1
     for _ in range(times):
@@ -353,7 +351,7 @@ def damage(path: Path, text: int, times: int = 1) -> None:
     (path / "data.mdb").write_bytes(data)
 
 
-def test_a_damaged_entry_is_missing_and_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_entry_counts_as_missing_and_is_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with opened(tmp_path) as tier:
         write(tier, *range(100, 110))
     damage(tmp_path, 104)
@@ -367,7 +365,7 @@ def test_a_damaged_entry_is_missing_and_deleted(tmp_path: Path, caplog: pytest.L
         assert held(tier, range(100, 110)) == [*range(100, 110)]
 
 
-def test_verify_finds_what_is_damaged(tmp_path: Path) -> None:
+def test_verify_finds_damaged_entries(tmp_path: Path) -> None:
     with opened(tmp_path) as tier:
         write(tier, *range(100, 110))
     damage(tmp_path, 107)
@@ -377,7 +375,7 @@ def test_verify_finds_what_is_damaged(tmp_path: Path) -> None:
         assert tier.verify() == 1 and tier.verify() == 0 and tier.sizes()["disk_texts"] == 9
 
 
-def test_a_file_that_was_cut_off_loses_what_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_truncated_file_loses_only_its_missing_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with opened(tmp_path) as tier:
         for start in range(0, 1000, 100):
             write(tier, *range(start, start + 100))
@@ -391,7 +389,7 @@ def test_a_file_that_was_cut_off_loses_what_is_missing(tmp_path: Path, caplog: p
         assert "cut off" in caplog.text and tier.wrong + tier.failures > 0
 
 
-def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
+def test_anything_but_a_cache_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "data.mdb").write_bytes(b"no database " * 2000)
     with pytest.raises(CacheError, match="damaged or no cache: delete it"):
@@ -408,7 +406,7 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "missing").exists()
 
 
-def test_another_format_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+def test_another_format_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     with opened(tmp_path) as tier:
         write(tier, 1)
     with lmdb.open(str(tmp_path)) as env, env.begin(write=True) as transaction:
@@ -420,7 +418,7 @@ def test_another_format_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "data.mdb").read_bytes() == before
 
 
-def test_read_only_reads_and_never_writes(tmp_path: Path) -> None:
+def test_a_read_only_folder_is_never_written_to(tmp_path: Path) -> None:
     with opened(tmp_path) as tier:
         write(tier, 1, 2)
     before = (tmp_path / "data.mdb").read_bytes()
@@ -433,7 +431,7 @@ def test_read_only_reads_and_never_writes(tmp_path: Path) -> None:
     assert (tmp_path / "data.mdb").read_bytes() == before
 
 
-def test_a_folder_that_may_not_be_written_to_says_so_and_can_be_read() -> None:
+def test_a_folder_without_write_permission_can_be_opened_read_only() -> None:
     with tempfile.TemporaryDirectory() as above:  # pytest's own folders are closed to other users
         folder = Path(above, "cache")
         with opened(folder) as tier:
@@ -443,7 +441,7 @@ def test_a_folder_that_may_not_be_written_to_says_so_and_can_be_read() -> None:
             path.chmod(mode)
 
         def work() -> None:
-            if os.geteuid() == 0:  # whom no mode stops
+            if os.geteuid() == 0:  # root ignores modes
                 os.setuid(65534)
             with pytest.raises(CacheError, match="read_only=True"):
                 DiskTier(folder, limit_bytes=16 * MIB, read_only=False)
@@ -456,7 +454,7 @@ def test_a_folder_that_may_not_be_written_to_says_so_and_can_be_read() -> None:
             folder.chmod(0o755)
 
 
-def test_a_disk_that_is_full_drops_and_counts_and_reading_goes_on(tmp_path: Path) -> None:
+def test_a_full_disk_drops_and_counts_while_reading_still_works(tmp_path: Path) -> None:
     def work() -> None:
         logging.disable()
         with opened(tmp_path, limit=64 * MIB) as tier:
@@ -479,7 +477,7 @@ def test_a_disk_that_is_full_drops_and_counts_and_reading_goes_on(tmp_path: Path
     assert ended_well(forked(work))
 
 
-def test_reading_that_fails_is_counted_and_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_reads_are_counted_and_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Failing:
         def begin(self, *arguments: object, **options: object) -> None:
             raise lmdb.CorruptedError("mdb_get: MDB_CORRUPTED")
@@ -497,7 +495,7 @@ def test_reading_that_fails_is_counted_and_said_once(tmp_path: Path, caplog: pyt
         assert tier.failures == 2 and caplog.text.count("MDB_CORRUPTED") == 1
 
 
-def test_dropping_that_fails_and_reading_that_is_closed_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_drop_and_a_read_after_close_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(tmp_path) as tier:
         write(tier, *range(10))
         tier.flush()
@@ -516,7 +514,7 @@ def test_dropping_that_fails_and_reading_that_is_closed_say_so(tmp_path: Path, m
             list(keys)
 
 
-def test_after_closing_nothing_is_found_and_nothing_breaks(tmp_path: Path) -> None:
+def test_a_closed_tier_finds_nothing_and_raises_nothing(tmp_path: Path) -> None:
     with opened(tmp_path) as tier:
         write(tier, 1)
     assert held(tier, range(3)) == [] and tier.sizes() == {}
@@ -526,9 +524,7 @@ def test_after_closing_nothing_is_found_and_nothing_breaks(tmp_path: Path) -> No
     assert tier.dropped_writes == 1
 
 
-def test_writing_is_not_begun_during_a_forward_but_not_put_off_for_good(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_writes_wait_for_a_forward_but_not_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(tmp_path) as tier:
         with tier.hold_writes():
             write(tier, 1)

@@ -1,4 +1,4 @@
-"""The memory tier: the least recently used leave, rows come back as they were, and the bound holds."""
+"""The memory tier returns what was put, evicts the least recently used texts, and keeps its bound."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def key(text: int) -> bytes:
 
 
 def rows(*texts: tuple[int, int]) -> Tensor:
-    """Of each text, so many."""
+    """Random rows; each text is (its number, how many rows)."""
     draw = torch.Generator()
     made = [torch.randint(256, (count, ROW), dtype=torch.uint8, generator=draw.manual_seed(t)) for t, count in texts]
     return torch.cat([torch.zeros((0, ROW), dtype=torch.uint8), *made])
@@ -40,7 +40,7 @@ def put(tier: MemoryTier, *texts: tuple[int, int]) -> None:
 
 
 def gives(tier: MemoryTier, *texts: tuple[int, int]) -> bool:
-    """Whether they are all there, and right."""
+    """Whether all of them are there with the right rows."""
     found = tier.gather([key(text) for text, _ in texts])
     return found is not None and found.device == tier.device and found.cpu().equal(rows(*texts))
 
@@ -50,14 +50,14 @@ def held(tier: MemoryTier) -> list[int]:
     return [int.from_bytes(k[8:], "big") for k in tier.keys()]  # noqa: SIM118
 
 
-def test_rows_come_back_bit_for_bit_in_the_order_that_is_asked_for(device: torch.device) -> None:
+def test_rows_come_back_bit_for_bit_in_the_order_of_the_keys(device: torch.device) -> None:
     tier = MemoryTier(100_000, ROW, device)
     put(tier, (1, 3), (2, 0), (3, 5))
     assert gives(tier, (3, 5), (1, 3), (2, 0), (3, 5))
     assert tier.gather([key(1), key(4)]) is None
 
 
-def test_what_is_handed_out_is_a_copy(device: torch.device) -> None:
+def test_gathered_rows_are_a_copy(device: torch.device) -> None:
     tier = MemoryTier(100_000, ROW, device)
     put(tier, (1, 3))
     for _ in range(2):
@@ -66,7 +66,7 @@ def test_what_is_handed_out_is_a_copy(device: torch.device) -> None:
         found.zero_()
 
 
-def test_the_least_recently_used_text_leaves_first(device: torch.device) -> None:
+def test_the_least_recently_used_text_is_evicted_first(device: torch.device) -> None:
     tier = MemoryTier(3 * (2 * EACH + TEXT_BYTES), ROW, device)
     for text in (1, 2, 3):
         put(tier, (text, 2))
@@ -85,14 +85,14 @@ def test_a_miss_does_not_count_as_use(device: torch.device) -> None:
     assert held(tier) == [2, 3]
 
 
-def test_a_text_that_is_larger_than_all_evicts_nothing(device: torch.device) -> None:
+def test_a_text_larger_than_the_bound_evicts_nothing(device: torch.device) -> None:
     tier = MemoryTier(3 * (2 * EACH + TEXT_BYTES), ROW, device)
     put(tier, (1, 2))
     put(tier, (2, 2), (3, 1000), (4, 2))
     assert held(tier) == [1, 2, 4] and tier.evictions == 0
 
 
-def test_of_a_batch_that_is_larger_than_all_the_last_texts_stay(device: torch.device) -> None:
+def test_a_batch_larger_than_the_bound_keeps_its_last_texts(device: torch.device) -> None:
     tier = MemoryTier(3 * (2 * EACH + TEXT_BYTES), ROW, device)
     put(tier, *((text, 2) for text in range(10)))
     assert held(tier) == [7, 8, 9]
@@ -107,7 +107,7 @@ def test_dropping_a_prefix_makes_room_without_eviction(device: torch.device) -> 
     assert gives(tier, (4, 1), (5, 1), (6, 1)) and tier.evictions == 0
 
 
-def test_dropping_the_most_of_it_leaves_the_rest_where_it_is(device: torch.device) -> None:
+def test_dropping_most_texts_leaves_the_others_unchanged(device: torch.device) -> None:
     tier = MemoryTier(100_000, ROW, device)
     tier.put([b"another." + key(0)[8:]], [3], rows((0, 3)).to(device))
     put(tier, *((text, 4) for text in range(1, 20)))
@@ -118,7 +118,7 @@ def test_dropping_the_most_of_it_leaves_the_rest_where_it_is(device: torch.devic
     assert tier.evictions == 0
 
 
-def test_short_texts_find_room_where_long_ones_had_it(device: torch.device) -> None:
+def test_short_texts_reuse_the_memory_of_long_ones(device: torch.device) -> None:
     tier = MemoryTier(200 * (EACH + TEXT_BYTES), ROW, device)
     put(tier, (0, (tier.limit_bytes - TEXT_BYTES) // EACH))
     for text in range(1, 1001):
@@ -134,12 +134,12 @@ def test_short_texts_find_room_where_long_ones_had_it(device: torch.device) -> N
     ),
     st.integers(0, 12 * (3 * EACH + TEXT_BYTES)),
 )
-def test_any_sequence_leaves_the_bound_kept_and_the_rows_right(
+def test_any_sequence_keeps_the_bound_and_the_rows(
     device: torch.device, steps: list[tuple[bool, list[tuple[int, int]]]], limit: int
 ) -> None:
     tier = MemoryTier(limit, ROW, device)
     count_of: dict[int, int] = {}
-    order: OrderedDict[int, None] = OrderedDict()  # by last use, as far as still here
+    order: OrderedDict[int, None] = OrderedDict()  # texts that are still here, by last use
     for puts, drawn in steps:
         texts = {text: count_of.setdefault(text, count) for text, count in drawn}
         if puts:
@@ -157,13 +157,13 @@ def test_any_sequence_leaves_the_bound_kept_and_the_rows_right(
         assert tier.num_bytes <= limit
 
 
-def test_the_index_takes_no_more_than_is_counted_for_it(device: torch.device) -> None:
+def test_the_index_takes_no_more_than_it_is_counted_as(device: torch.device) -> None:
     limit = 4 << 20
     tier = MemoryTier(limit, ROW, device)
     count, same = 0, torch.zeros((3 * 100, ROW), dtype=torch.uint8, device=device)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    # Ten times more than fit: what was freed on the way must not pile up either.
+    # Ten times more than fit, so that freed memory which piles up shows.
     while tier.evictions < 9 * max(1, len(tier)):
         counts = [1 + text % 3 for text in range(count, count + 100)]
         tier.put([key(text) for text in range(count, count + 100)], counts, same[: sum(counts)])
@@ -199,13 +199,13 @@ print((resident() - before) / limit, tier.num_bytes / limit, tier.evictions > 8 
     assert 0.9 < float(taken) < 1.1
 
 
-def test_on_the_host_a_large_bound_takes_nothing_until_it_is_used(device: torch.device) -> None:
+def test_a_large_bound_on_the_host_takes_nothing_until_used(device: torch.device) -> None:
     if device.type != "cpu":
-        pytest.skip("elsewhere all of it is taken at once")
+        pytest.skip("on other devices all of it is allocated up front")
     code = """
 import resource, torch
 from bertstream.caching.memory import MemoryTier
-torch.use_deterministic_algorithms(True)  # torch.empty fills what it gives
+torch.use_deterministic_algorithms(True)  # torch.empty then fills its memory
 torch.set_default_device("meta")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 tier = MemoryTier(4 << 30, 1536)
