@@ -241,6 +241,20 @@ def test_each_missing_text_is_encoded_once_in_one_call(tmp_path: Path) -> None:
         assert (stats["misses"], stats["memory_hits"], stats["repeats"], stats["disk_hits"]) == (1, 3, 0, 2)
 
 
+def test_the_forward_size_of_a_call_reaches_the_encoder_only_if_given() -> None:
+    class Sized(FakeEncoder):
+        def encode(self, batch: TokenBatch, **options: Any) -> Embeddings:
+            given.append(options)
+            return super().encode(batch)
+
+    given: list[dict[str, Any]] = []
+    cached = EmbeddingCache("1MiB").of(Sized())
+    cached.encode(batch_of([1]))
+    cached.encode(batch_of([2]), max_forward_tokens=7)
+    cached.encode(batch_of([1], [2]), max_forward_tokens=8)  # both are in memory
+    assert given == [{}, {"max_forward_tokens": 7}]
+
+
 def test_the_least_recently_used_text_is_computed_again() -> None:
     encoder = FakeEncoder()
     cache = EmbeddingCache(3 * (320 + 16 + 8))
