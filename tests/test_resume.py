@@ -12,11 +12,12 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import ForkServer
 from soak import train_and_kill
 
 import bertstream
@@ -100,24 +101,35 @@ print(json.dumps(loader.stats()), file=sys.stderr)
 """
 
 
-def start(**options: Any) -> subprocess.Popen[str]:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-c", RANK, json.dumps(options)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+SERVER = ForkServer(ENVIRONMENT)
 
 
-def run(tmp_path: Path, world_size: int, each: Sequence[dict[str, Any]] = (), **options: Any) -> list[Any]:
-    """What every rank printed, (lines, errors, exit status)."""
+@pytest.fixture(scope="module", autouse=True)
+def _server_ends() -> Iterator[None]:
+    yield
+    SERVER.close()
+
+
+def run(
+    tmp_path: Path, world_size: int, each: Sequence[dict[str, Any]] = (), *, fresh: bool = False, **options: Any
+) -> list[Any]:
+    """What every rank printed: (lines, errors, exit status). Fresh ranks are interpreters of their own."""
     store = str(tmp_path / f"store-{time.monotonic_ns()}")
-    ranks = [
-        start(rank=rank, world_size=world_size, store=store, **options | (each[rank] if each else {}))
+    given = [
+        json.dumps({"rank": rank, "world_size": world_size, "store": store} | options | (each[rank] if each else {}))
         for rank in range(world_size)
     ]
-    found = []
-    for process in ranks:
-        out, errors = process.communicate(timeout=100)
-        found.append(([json.loads(line) for line in out.splitlines()], errors, process.returncode))
-    return found
+    if fresh:
+        command, pipe = [sys.executable, "-c", RANK], subprocess.PIPE
+        ranks = [
+            subprocess.Popen([*command, one], stdout=pipe, stderr=pipe, text=True, env=os.environ | ENVIRONMENT)
+            for one in given
+        ]
+        ended = [(*process.communicate(timeout=100), process.returncode) for process in ranks]
+    else:
+        ended = [program.finish() for program in [SERVER.start(RANK, one) for one in given]]
+    return [([json.loads(line) for line in out.splitlines()], errors, status) for out, errors, status in ended]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +149,7 @@ def test_every_record_comes_once_when_ranks_and_workers_change(
 
 
 def test_ranks_go_on_in_their_own_order_with_any_number_of_workers(shards: list[str], tmp_path: Path) -> None:
-    whole = run(tmp_path, 2, shards=shards, workers=0)
+    whole = run(tmp_path, 2, shards=shards, workers=0, fresh=True)
     first = run(tmp_path, 2, shards=shards, workers=2, stop=7)
     rest = run(tmp_path, 2, shards=shards, workers=1, state=first[0][0][-1])
     for rank in range(2):
@@ -160,7 +172,7 @@ def test_a_state_taken_while_a_rank_was_padded_goes_on(tmp_path: Path, world_siz
 
 def test_all_ranks_have_the_same_state_at_every_step(shards: list[str], tmp_path: Path) -> None:
     """Also while lanes end on one of them, of which the others do not hear."""
-    ranks = run(tmp_path, 2, shards=shards, workers=0, states=True, reading={"lanes": 5})
+    ranks = run(tmp_path, 2, shards=shards, workers=0, states=True, reading={"lanes": 5}, fresh=True)
     states = [[line["queues"] for line in lines if isinstance(line, dict)] for lines, _, _ in ranks]
     assert len(states[0]) > 20 and states[0] == states[1]
 
@@ -178,17 +190,8 @@ def test_ranks_with_unequal_shards_end_together(tmp_path: Path, uneven: str) -> 
     long = ["word " * 300] * 20  # in steps of one: neither may wait for the other to read on before it handed out
     paths = write_shards(tmp_path / "large", TEXTS, shards=1) + write_shards(tmp_path / "small", long, shards=1)
     script = DDP.replace("UNEVEN", uneven)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(tmp_path / "store"), *paths],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        for rank in range(2)
-    ]
-    found = [json.loads(rank.communicate(timeout=100)[0]) for rank in ranks]
+    ranks = [SERVER.start(script, str(rank), str(tmp_path / "store"), *paths) for rank in range(2)]
+    found = [json.loads(rank.finish()[0]) for rank in ranks]
     steps, seen, left = zip(*found, strict=True)
     assert steps[0] == steps[1] == (50 if uneven == "pad" else 3)
     assert sum(seen) + sum(left) == COUNT + 20

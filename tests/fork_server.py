@@ -1,0 +1,93 @@
+"""Python programs that start in milliseconds: forked from a process that has already imported torch and bertstream.
+
+A test of several ranks starts many short processes, and in each of them these imports take longer than the work. Forked
+processes share one seed of Python's string hashes, so a test whose law is that processes agree starts fresh ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+# A forked child leaves the loop and then runs as any program does: tracebacks, exit status, atexit.
+SERVER = """
+import json, os, sys
+import torch.distributed
+import bertstream.testing
+
+program = None
+for line in sys.stdin:
+    request = json.loads(line)
+    if "wait" in request:
+        answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+    else:
+        answer = os.fork()
+    if answer == 0 and "program" in request:
+        program = request["program"]
+        sys.argv = ["-c", *request["arguments"]]
+        for descriptor, path in ((0, os.devnull), (1, request["out"]), (2, request["errors"])):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
+        break
+    print(answer, flush=True)
+if program is not None:
+    exec(program, {"__name__": "__main__"})
+"""
+
+
+class ForkServer:
+    """Starts programs; the process that it forks them from begins with the first one.
+
+    Args:
+        environment: variables of that process and of its programs.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self._process: subprocess.Popen[str] | None = None
+        self._folder = tempfile.TemporaryDirectory()
+        self._started: list[Program] = []
+
+    def start(self, program: str, *arguments: str) -> Program:
+        """Run the source of a program, with `arguments` in its `sys.argv`."""
+        if self._process is None:
+            command = [sys.executable, "-c", SERVER]
+            environment = os.environ | self._environment
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            )
+        out, errors = (Path(self._folder.name, f"{len(self._started)}-{name}") for name in ("out", "errors"))
+        request = {"program": program, "arguments": arguments, "out": str(out), "errors": str(errors)}
+        self._started.append(Program(self, self.ask(request), out, errors))
+        return self._started[-1]
+
+    def ask(self, request: object) -> int:
+        """Send one request and return the answer."""
+        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.communicate()
+        self._folder.cleanup()
+
+
+class Program:
+    """A program that was started."""
+
+    def __init__(self, server: ForkServer, pid: int, out: Path, errors: Path) -> None:
+        self.pid = pid
+        self._server = server
+        self._out, self._errors = out, errors
+
+    def finish(self) -> tuple[str, str, int]:
+        """Wait for its end: what it printed on standard output and standard error, and its exit status."""
+        status = self._server.ask({"wait": self.pid})
+        return self._out.read_text(), self._errors.read_text(), status
