@@ -1,4 +1,4 @@
-"""Real servers on loopback that misbehave as the world does."""
+"""Real servers on the loopback interface that fail as servers on the network do."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ class Request(NamedTuple):
     method: str
     name: str
     start: int
-    """The first byte that was asked for, 0 without a Range."""
+    """The first byte requested; 0 without a Range."""
     sent: int
     """Bytes of the body that were sent."""
 
 
 @dataclass
 class Server:
-    """An HTTP server of the files in `files`, by name. Its lists say what it does wrong, one entry a request."""
+    """An HTTP server of files by name. Each list of failures is used up, one entry per request."""
 
     files: dict[str, bytes]
     ranges: bool = True
     says_size: bool = True
     cuts: list[int | None] = field(default_factory=list)
-    """Of GETs: how many bytes of the body are sent before the connection is cut."""
+    """For GETs: bytes of the body to send before cutting the connection; None sends all."""
     always_cut_at: int | None = None
     statuses: list[int] = field(default_factory=list)
-    """Of all requests: answered instead."""
+    """For all requests: the status to answer with; 200 sends the file."""
     vanish_after: int | None = None
-    """How many GETs are answered before all files are gone."""
+    """Number of GETs to answer before all files are gone."""
     stalls: list[float] = field(default_factory=list)
-    """Of GETs: seconds before the body is sent."""
+    """For GETs: seconds to wait after the first byte of the body, at most until `released` is set."""
     requests: list[Request] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
 
@@ -89,7 +89,7 @@ class Server:
                 self.wfile.write(data[:cut])
 
             def handle(self) -> None:
-                with suppress(BrokenPipeError, ConnectionResetError):  # the reader has gone
+                with suppress(BrokenPipeError, ConnectionResetError):  # the client has closed the connection
                     super().handle()
 
             def log_message(self, *arguments: object) -> None:
@@ -116,7 +116,7 @@ class Server:
 
 
 class CuttingProxy:
-    """Passes connections on to another server; when it has answered as many bytes as `cuts` says, it cuts one."""
+    """Forwards connections to a server, and cuts one each time the total of bytes answered reaches the next cut."""
 
     def __init__(self, host: str, port: int, cuts: Iterable[int]) -> None:
         cuts = list(cuts)
@@ -126,7 +126,7 @@ class CuttingProxy:
             def handle(self) -> None:
                 nonlocal passed
                 with socket.create_connection((host, port)) as upstream, suppress(OSError):
-                    asking = threading.Thread(target=self.pass_on, args=(upstream,))
+                    asking = threading.Thread(target=self.forward, args=(upstream,))
                     asking.start()
                     while data := upstream.recv(1 << 16):
                         left = cuts[0] - passed if cuts else len(data) + 1
@@ -140,7 +140,7 @@ class CuttingProxy:
                             side.shutdown(socket.SHUT_RDWR)
                     asking.join()
 
-            def pass_on(self, upstream: socket.socket) -> None:
+            def forward(self, upstream: socket.socket) -> None:
                 with suppress(OSError):
                     while data := self.request.recv(1 << 16):
                         upstream.sendall(data)
@@ -148,7 +148,7 @@ class CuttingProxy:
                     upstream.shutdown(socket.SHUT_RDWR)
 
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True  # clients keep idle connections, which nobody should wait for
+        self._server.daemon_threads = True  # clients keep idle connections: do not wait for them
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
 
     def __enter__(self) -> str:

@@ -1,436 +1,38 @@
-"""Remote bytes arrive whole however connections break, and what cannot be had is said in its own words."""
+"""Compressed files and the output of commands are read whole, and failures raise."""
 
 from __future__ import annotations
 
 import gzip
-import logging
-import multiprocessing
 import os
-import pickle
-import re
-import sys
-import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import zstandard
-from servers import CuttingProxy, Server
-from torch.utils.data import DataLoader
+from shard_files import children, open_files, processes, texts, texts_tar, write
 
-from bertstream import ConfigError, Encoder, ShardError, StreamConfig, TextStream, TokenBatch
-from bertstream.reading import access, remote
-from bertstream.reading.access import Access
+from bertstream.errors import ShardError
+from bertstream.reading.access import DEFAULT_ACCESS, Access
 from bertstream.reading.files import open_bytes, shard_size
 from bertstream.reading.options import ReadOptions
-from bertstream.reading.pieces import split_shard
 from bertstream.reading.records import read_records
-from bertstream.reading.remote import RemoteReadError
 from bertstream.reading.shards import Piece, expand_shards
+from bertstream.tokens import Record
 
 MIB = 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.001)
-
-
-@pytest.fixture(scope="module")
-def lines() -> bytes:
-    """Text that is longer than two of the blocks that are read at once, no line twice."""
-    return b"".join(b"%08d %s\n" % (i, b"x" * (i % 200)) for i in range(90_000))
-
-
-def content(path: str, access: Access = access.DEFAULT_ACCESS, compression: str = "") -> bytes:
+def content(path: str, access: Access = DEFAULT_ACCESS, compression: str = "") -> bytes:
     with open_bytes(path, access, compression) as stream:
         return stream.read()
-
-
-def error_of(path: str, access: Access = access.DEFAULT_ACCESS, text: str = "text") -> ShardError:
-    with pytest.raises(ShardError) as caught:
-        list(read_records(Piece(path), ReadOptions(text=text, access=access)))
-    assert caught.value.path == path and path in str(caught.value)
-    return caught.value
-
-
-# --- connections that break -------------------------------------------------------------------------------------------
-
-
-def test_a_read_that_is_cut_goes_on_at_the_byte_where_it_broke_off(
-    lines: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
-    with Server({"a.txt": lines}, cuts=[None, 1000, 0]) as server:
-        assert content(f"{server.url}/a.txt") == lines
-        first, *again = [request.start for request in server.gets()[1:4]]
-        assert 4 * MIB <= again[0] == again[1] <= first < again[0] + access.BUFFER_BYTES
-        assert sum(request.sent for request in server.gets()) < len(lines) + MIB  # the block of the first try was four
-    said = [record.getMessage() for record in caplog.records if record.name == "bertstream.reading.remote"]
-    assert len(said) == 2
-    for number, message in enumerate(said, 1):
-        assert f"{server.url}/a.txt: try {number} of 6 failed at byte {again[0]} of {len(lines)} with" in message
-
-
-def test_a_server_that_cuts_every_connection_early_is_read_in_smaller_blocks(lines: bytes) -> None:
-    with Server({"a.txt": lines}, always_cut_at=MIB) as server:
-        assert content(f"{server.url}/a.txt") == lines
-        assert sum(request.sent for request in server.gets()) < len(lines) + 3 * MIB
-
-
-@pytest.mark.parametrize("says_size", [True, False], ids=["size known", "size unknown"])
-def test_without_range_a_shard_is_one_stream(lines: bytes, says_size: bool) -> None:
-    with Server({"a.txt": lines}, ranges=False, says_size=says_size) as server:
-        assert content(f"{server.url}/a.txt") == lines
-        assert len(server.gets()) <= 3
-
-
-def test_without_range_a_cut_shard_is_read_again_up_to_the_byte(lines: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    with Server({"a.txt": lines}, ranges=False, cuts=[None, None, 6 * MIB, 7 * MIB]) as server:
-        assert content(f"{server.url}/a.txt") == lines
-        assert [request.start for request in server.gets()] == [0] * 5
-    places = re.findall(r"try (\d) of 6 failed at byte (\d+)", caplog.text)
-    assert [number for number, _ in places] == ["1", "1"]  # each began a new count: there was progress between them
-    assert 4 * MIB < int(places[0][1]) < int(places[1][1]) <= 7 * MIB
-
-
-def test_a_server_that_always_cuts_is_given_up_after_six_tries(lines: bytes) -> None:
-    with Server({"a.txt": lines}, always_cut_at=100) as server:
-        error = error_of(f"{server.url}/a.txt")
-        assert len(server.gets()) == 6
-    assert error.index == 0 and isinstance(error.__cause__, RemoteReadError)
-    assert f"gave up at byte 0 of {len(lines)} after 6 tries" in str(error)
-
-
-def test_records_before_a_lasting_failure_are_handed_out(lines: bytes) -> None:
-    with Server({"a.txt": lines}, cuts=[None, *[10] * 6]) as server:
-        records = []
-        with pytest.raises(ShardError, match=r"from record (\d+) on.*gave up at byte \d+ of") as caught:
-            for record in read_records(Piece(f"{server.url}/a.txt"), ReadOptions()):
-                records.append(record)
-    assert caught.value.index == len(records) > 30_000
-    assert records[-1].text == lines.splitlines()[len(records) - 1].decode()
-
-
-def test_servers_that_are_busy_for_a_while_are_asked_again(lines: bytes) -> None:
-    with Server({"a.txt": lines}, statuses=[503, 500, 429, 502, 200, 503]) as server:
-        assert content(f"{server.url}/a.txt") == lines
-    with Server({"a.txt": lines}, statuses=[503] * 4) as server:
-        assert shard_size(f"{server.url}/a.txt", Access()) == len(lines)
-
-
-def test_a_server_that_stays_busy_is_not_called_a_missing_file() -> None:
-    with Server({"a.txt": b"a\n"}, statuses=[503] * 50) as server:
-        assert "503" in str(error_of(f"{server.url}/a.txt").__cause__.__cause__.__cause__)  # type: ignore[union-attr]
-        with pytest.raises(ShardError, match="cannot be reached.*gave up"):
-            shard_size(f"{server.url}/a.txt", Access())
-
-
-def test_a_server_that_is_gone_is_asked_six_times() -> None:
-    with Server({}) as server:
-        url = f"{server.url}/a.txt"
-    assert "gave up at byte 0 after 6 tries" in str(error_of(url))
-
-
-def test_a_read_that_times_out_is_tried_again(lines: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    import aiohttp
-
-    access = Access(storage_options={"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_read=0.2)}})
-    with Server({"a.txt": lines}, stalls=[30]) as server:
-        assert content(f"{server.url}/a.txt", access) == lines
-    assert len(re.findall("try 1 of 6 failed at byte 0 of", caplog.text)) == 1
-
-
-@pytest.mark.parametrize("status", [404, 403, 410])
-def test_what_the_server_refuses_is_asked_for_once(status: int, caplog: pytest.LogCaptureFixture) -> None:
-    with Server({"a.txt": b"a\n"}, statuses=[status] * 50) as server:
-        error = error_of(f"{server.url}/a.txt")
-        assert [request.method for request in server.requests] == ["HEAD", "GET"]
-    assert "gave up" not in str(error) and "tries" not in caplog.text
-    assert isinstance(error.__cause__, FileNotFoundError)
-
-
-@pytest.mark.parametrize("cuts", [[], [None, 10]], ids=["between reads", "in a read"])
-def test_a_shard_that_vanishes_while_it_is_read_is_not_waited_for(lines: bytes, cuts: list[int | None]) -> None:
-    with Server({"a.txt": lines}, cuts=cuts) as server:
-        server.vanish_after = len(cuts) or 1
-        error = error_of(f"{server.url}/a.txt")
-    assert isinstance(error.__cause__, FileNotFoundError) and error.index
-    assert "gave up" not in str(error) and len(server.gets()) == server.vanish_after + 1
-
-
-@pytest.mark.parametrize("change", [b"0", b""], ids=["longer", "same size"])
-def test_a_shard_that_changes_while_it_is_read_is_an_error(lines: bytes, change: bytes) -> None:
-    with Server({"a.txt": lines}, cuts=[None, 10]) as server:
-        records = read_records(Piece(f"{server.url}/a.txt"), ReadOptions())
-        next(records)
-        server.files["a.txt"] = lines[::-1] + change
-        message = f"it changed while it was read: {len(lines)} bytes.*at first, {len(lines) + len(change)} bytes"
-        with pytest.raises(ShardError, match=message):
-            list(records)
-
-
-def test_a_shard_that_shrinks_while_it_is_read_is_an_error(lines: bytes) -> None:
-    with Server({"a.txt": lines}) as server:
-        records = read_records(Piece(f"{server.url}/a.txt"), ReadOptions())
-        next(records)
-        server.files["a.txt"] = lines[:1000]
-        with pytest.raises(ShardError, match="it changed while it was read.*1000 bytes"):
-            list(records)
-
-
-def test_a_broken_connection_a_cut_file_and_a_broken_tar_are_told_apart() -> None:
-    noise = os.urandom(5000).hex().encode()
-    zipped, squeezed = gzip.compress(noise), zstandard.compress(noise)
-    whole = {"cut.txt.gz": zipped[:2000], "cut.txt.zst": squeezed[:2000], "broken.tar": b"x" * 5000, "a.txt.gz": zipped}
-    with Server(whole) as server:
-        of_gz = str(error_of(f"{server.url}/cut.txt.gz"))
-        of_zst = str(error_of(f"{server.url}/cut.txt.zst"))
-        of_tar = str(error_of(f"{server.url}/broken.tar", text="txt"))
-        server.always_cut_at = 2000
-        of_connection = str(error_of(f"{server.url}/a.txt.gz"))
-    words = {
-        "gave up at byte": of_connection,
-        "end-of-stream": of_gz,
-        "inside a zstd frame": of_zst,
-        "no valid tar header": of_tar,
-    }
-    for word, message in words.items():
-        assert [other for other in words.values() if word in other] == [message]
-
-
-def test_a_remote_file_is_sought_as_a_local_one(lines: bytes, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(lines)
-    for ranges in (True, False):
-        with (
-            Server({"a.txt": lines}, ranges=ranges, cuts=[None, 5]) as server,
-            open_bytes(f"{server.url}/a.txt", Access()) as remote,
-            open(tmp_path / "a.txt", "rb") as local,
-        ):
-            for offset, whence in [(-10, 2), (7 * MIB, 0), (100, 1), (-5 * MIB, 1), (0, 0), (5, 2), (0, 1)]:
-                assert remote.seek(offset, whence) == local.seek(offset, whence)
-                assert remote.read(300) == local.read(300)
-            with pytest.raises(OSError, match="no byte -1"):
-                remote.raw.seek(-1)  # type: ignore[attr-defined]
-
-
-# --- S3 ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[dict[str, Any]]:
-    """Storage options for a bucket called "shards" of a server of moto's."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys)
-    client.create_bucket(Bucket="shards")
-    options = {"key": "a", "secret": "b", "client_kwargs": {"endpoint_url": f"http://{host}:{port}"}}
-    yield {"client": client, "options": options, "host": host, "port": port}
-    client.close()
-    server.stop()
-
-
-def test_s3_is_listed_sized_and_read(s3: dict[str, Any], lines: bytes) -> None:
-    s3["client"].put_object(Bucket="shards", Key="0.txt", Body=lines)
-    s3["client"].put_object(Bucket="shards", Key="1.txt.gz", Body=gzip.compress(b"a\nb\n"))
-    access = Access(storage_options=s3["options"])
-    assert expand_shards("s3://shards/*.txt*", access) == ["s3://shards/0.txt", "s3://shards/1.txt.gz"]
-    assert shard_size("s3://shards/0.txt", access) == len(lines)
-    assert content("s3://shards/0.txt", access) == lines
-    records = read_records(Piece("s3://shards/1.txt.gz"), ReadOptions(access=access))
-    assert [record.text for record in records] == ["a", "b"]
-    missing = error_of("s3://shards/none.txt", access)
-    assert isinstance(missing.__cause__, FileNotFoundError)
-
-
-def test_s3_reads_that_are_cut_go_on_at_the_byte(
-    s3: dict[str, Any], lines: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import s3fs
-
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # its own, which this test would otherwise not get past
-    s3["client"].put_object(Bucket="shards", Key="cut.txt", Body=lines)
-    with CuttingProxy(s3["host"], s3["port"], [6 * MIB, 6 * MIB + 100_000, 6 * MIB + 200_000]) as endpoint:
-        options = {**s3["options"], "client_kwargs": {"endpoint_url": endpoint}, "skip_instance_cache": True}
-        assert content("s3://shards/cut.txt", Access(storage_options=options)) == lines
-    places = re.findall(r"cut.txt: try (\d) of 6 failed at byte (\d+)", caplog.text)
-    assert [number for number, _ in places] == ["1", "2", "3"]
-    assert 4 * MIB <= int(places[0][1]) < 6 * MIB and len({byte for _, byte in places}) == 1
-
-
-def test_an_s3_shard_that_changes_is_noticed_though_its_listing_is_cached(s3: dict[str, Any], lines: bytes) -> None:
-    s3["client"].put_object(Bucket="shards", Key="changing.txt", Body=lines)
-    with CuttingProxy(s3["host"], s3["port"], [6 * MIB]) as endpoint:
-        access = Access(storage_options={**s3["options"], "client_kwargs": {"endpoint_url": endpoint}})
-        (path,) = expand_shards("s3://shards/chang*.txt", access)
-        records = read_records(Piece(path), ReadOptions(access=access))
-        next(records)
-        s3["client"].put_object(Bucket="shards", Key="changing.txt", Body=lines + b"0")
-        with pytest.raises(ShardError, match="it changed while it was read"):
-            list(records)
-
-
-def test_an_s3_server_that_always_cuts_is_given_up(
-    s3: dict[str, Any], lines: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import s3fs
-
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    s3["client"].put_object(Bucket="shards", Key="cut.txt", Body=lines)
-    with CuttingProxy(s3["host"], s3["port"], range(10_000, 1_000_000, 10_000)) as endpoint:
-        options = {**s3["options"], "client_kwargs": {"endpoint_url": endpoint}, "skip_instance_cache": True}
-        error = error_of("s3://shards/cut.txt", Access(storage_options=options))
-    assert f"gave up at byte 0 of {len(lines)} after 6 tries" in str(error)
-
-
-# --- copies -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_cached_shard_is_downloaded_once_and_read_from_disk(lines: bytes, tmp_path: Path) -> None:
-    access = Access(shard_cache=tmp_path / "cache")
-    with Server({"a.txt": lines}, cuts=[None, 1000]) as server:
-        url = f"{server.url}/a.txt?token=x/y"
-        pieces = split_shard(url, 4, access)
-        assert len(pieces) == 4 and {piece.path for piece in pieces} == {url}
-        downloaded = len(server.requests)
-        options = ReadOptions(access=access)
-        records = [record for piece in pieces for record in read_records(piece, options)]
-        assert [record.text for record in records] == lines.decode().splitlines()
-        assert records[5].shard == url and records[5].key == "a:5"
-        assert shard_size(url, access) == len(lines)
-        assert len(server.requests) == downloaded
-    assert [record.text for record in read_records(pieces[1], options)]  # without the server
-    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".lock", ".txt"]
-
-
-def length_of(url: str, folder: Path) -> int:
-    return len(content(url, Access(shard_cache=folder)))
-
-
-def test_many_threads_and_processes_download_a_shard_once_between_them(lines: bytes, tmp_path: Path) -> None:
-    with Server({"a.txt": lines}) as server, multiprocessing.get_context("fork").Pool(3) as processes:
-        url = f"{server.url}/a.txt"
-        in_processes = processes.starmap_async(length_of, [(url, tmp_path)] * 3)
-        with ThreadPoolExecutor(3) as threads:
-            in_threads = list(threads.map(length_of, [url] * 3, [tmp_path] * 3))
-        assert in_threads == in_processes.get() == [len(lines)] * 3
-        assert sum(request.sent for request in server.gets()) == len(lines)
-
-
-def test_a_download_that_fails_leaves_nothing_behind_that_could_be_read(lines: bytes, tmp_path: Path) -> None:
-    access = Access(shard_cache=tmp_path)
-    with Server({"a.txt": lines}, cuts=[None], always_cut_at=10) as server:
-        assert "gave up at byte" in str(error_of(f"{server.url}/a.txt", access))
-        assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
-        server.always_cut_at = None
-        assert content(f"{server.url}/a.txt", access) == lines
-
-
-def test_a_cache_that_cannot_be_written_is_a_shard_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with Server({"a.txt": b"a\n"}) as server:
-        assert "file" in str(error_of(f"{server.url}/a.txt", Access(shard_cache=tmp_path / "file")))
-
-
-def test_local_shards_and_pipes_are_not_copied(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"a\n")
-    access = Access(shard_cache=tmp_path / "cache", allow_pipe=True)
-    assert content(str(tmp_path / "a.txt"), access) == content(f"pipe:cat {tmp_path}/a.txt", access) == b"a\n"
-    assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize("cached", [False, True], ids=["remote", "cached"])
-def test_workers_stream_from_a_server(minilm: Encoder, tmp_path: Path, cached: bool) -> None:
-    shards = {f"{n}.txt": "".join(f"text {n} {i}\n" for i in range(50)).encode() for n in range(3)}
-    with Server(shards) as server:
-        paths = [f"{server.url}/{name}" for name in shards]
-        reading = StreamConfig(lanes=4 if cached else 2, shard_cache=tmp_path if cached else None)
-        stream = TextStream(paths, minilm, reading=reading)
-        loader = DataLoader(stream, batch_size=None, num_workers=2)
-        places = [
-            place
-            for batch in loader
-            if isinstance(batch, TokenBatch)
-            for place in zip(batch.fields["__shard__"], batch.fields["__index__"].tolist(), strict=True)
-        ]
-    assert sorted(places) == sorted((path, i) for path in paths for i in range(50))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"shard_cache": ""}, "shard_cache=''"),
-        ({"shard_cache": 3}, "shard_cache=3"),
-        ({"stall_warning_s": 0}, "stall_warning_s=0"),
-        ({"stall_warning_s": "x"}, "stall_warning_s='x'"),
-    ],
-)
-def test_bad_settings_are_refused_with_their_value(options: dict[str, Any], message: str) -> None:
-    for config in (Access, StreamConfig):
-        with pytest.raises(ConfigError, match=message):
-            config(**options)
-
-
-def test_a_stream_config_pickles_and_hides_passwords() -> None:
-    reading = StreamConfig(window=3, storage_options={"password": "xyzzy"}, shard_cache="a")
-    assert pickle.loads(pickle.dumps(reading)) == reading
-    assert "xyzzy" not in repr(reading)
-
-
-# --- readers that stall -----------------------------------------------------------------------------------------------
-
-
-def stalls(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "bertstream.reading.stall_watch"]
-
-
-def test_a_server_that_sleeps_is_named_while_it_sleeps(lines: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    with Server({"a.txt": lines}, stalls=[60]) as server:
-        reader = threading.Thread(target=content, args=(f"{server.url}/a.txt", Access(stall_warning_s=0.1)))
-        reader.start()
-        deadline = time.monotonic() + 20
-        while not stalls(caplog) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert re.fullmatch(rf"{server.url}/a.txt: one read has been waiting for 0\.\d s", stalls(caplog)[0])
-        assert reader.is_alive()
-        server.released.set()
-        reader.join()
-
-
-def test_a_command_that_sleeps_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    access = Access(allow_pipe=True, stall_warning_s=0.1)
-    assert content("pipe:sleep 0.5; echo a # .txt", access) == b"a\n"
-    assert stalls(caplog) and stalls(caplog)[0].startswith("pipe:sleep 0.5; echo a # .txt: one read")
-
-
-def test_reads_that_do_not_stall_are_not_named(lines: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    with Server({"a.txt": lines}) as server:
-        assert content(f"{server.url}/a.txt", Access(stall_warning_s=10)) == lines
-    assert stalls(caplog) == []
-
-
-def test_local_files_start_no_thread(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"a\n")
-    before = threading.enumerate()
-    with open_bytes(str(tmp_path / "a.txt"), Access()):
-        assert threading.enumerate() == before
-    with open_bytes("pipe:echo a", Access(allow_pipe=True, stall_warning_s=None)):
-        assert threading.enumerate() == before
 
 
 # --- zstd -------------------------------------------------------------------------------------------------------------
 
 
-def test_frames_behind_one_another_and_frames_to_skip_are_read(tmp_path: Path) -> None:
+def test_several_frames_and_skippable_frames_are_read(tmp_path: Path) -> None:
     skip = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
     frames = zstandard.compress(b"one\n") + skip + zstandard.compress(b"")
     frames += zstandard.compress(b"two\n" * 100_000) + skip
@@ -438,27 +40,27 @@ def test_frames_behind_one_another_and_frames_to_skip_are_read(tmp_path: Path) -
     assert content(str(tmp_path / "a.txt.zst"), compression="zst") == b"one\n" + b"two\n" * 100_000
 
 
-def test_a_zst_cut_at_any_byte_is_noticed(tmp_path: Path) -> None:
-    packed = zstandard.ZstdCompressor(write_checksum=True).compress(os.urandom(50)) + zstandard.compress(b"b" * 1000)
-    first = len(packed) - len(zstandard.compress(b"b" * 1000))
-    for cut in range(1, len(packed)):
-        (tmp_path / "a.zst").write_bytes(packed[:cut])
-        if cut == first:  # a whole frame: nothing tells it from a whole file
+def test_a_zst_cut_off_at_any_byte_raises(tmp_path: Path) -> None:
+    whole = zstandard.ZstdCompressor(write_checksum=True).compress(os.urandom(50)) + zstandard.compress(b"b" * 1000)
+    first = len(whole) - len(zstandard.compress(b"b" * 1000))
+    for cut in range(1, len(whole)):
+        (tmp_path / "a.zst").write_bytes(whole[:cut])
+        if cut == first:  # between two frames: this is a valid file
             continue
         with pytest.raises(EOFError, match="inside a zstd frame"):
             content(str(tmp_path / "a.zst"), compression="zst")
 
 
-def test_a_zst_that_is_damaged_or_none_is_an_os_error(tmp_path: Path) -> None:
-    packed = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(b"abc" * 100))
-    packed[-1] ^= 1
-    for data in (bytes(packed), b"this is no zstd at all"):
+def test_a_damaged_zst_and_a_file_that_is_not_zst_are_os_errors(tmp_path: Path) -> None:
+    damaged = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(b"abc" * 100))
+    damaged[-1] ^= 1
+    for data in (bytes(damaged), b"this is no zstd at all"):
         (tmp_path / "a.zst").write_bytes(data)
         with pytest.raises(OSError, match="damaged, or not zstd"):
             content(str(tmp_path / "a.zst"), compression="zst")
 
 
-def test_what_a_tiny_zst_unpacks_to_is_never_held_at_once(tmp_path: Path) -> None:
+def test_a_tiny_zst_of_large_contents_is_never_held_whole(tmp_path: Path) -> None:
     (tmp_path / "a.zst").write_bytes(zstandard.compress(bytes(200 * MIB)))
     tracemalloc.start()
     try:
@@ -469,15 +71,55 @@ def test_what_a_tiny_zst_unpacks_to_is_never_held_at_once(tmp_path: Path) -> Non
         tracemalloc.stop()
 
 
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def piped(command: str, text: str = "text") -> Iterator[Record]:
+    return read_records(Piece(f"pipe:{command}"), ReadOptions(text=text, access=Access(allow_pipe=True)))
+
+
+def test_an_allowed_pipe_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", texts_tar("x" * 3_000_000, "b"))
+    write(tmp_path / "0.txt", "one\n")
+    write(tmp_path / "1.txt.gz", gzip.compress(b"two\n"))
+    assert texts(list(piped(f"cat {tmp_path}/a.tar", "txt"))) == ["x" * 3_000_000, "b"]
+    assert texts(list(piped(f"cat '{tmp_path}/1.txt.gz'"))) == ["two"]
+    assert texts(list(piped(f"gzip -dc {tmp_path}/1.txt.gz # .txt"))) == ["two"]
+    assert expand_shards(f"pipe:cat {tmp_path}/{{0..1}}.txt", Access(allow_pipe=True)) == [
+        f"pipe:cat {tmp_path}/0.txt",
+        f"pipe:cat {tmp_path}/1.txt",
+    ]
+    assert shard_size(f"pipe:cat {tmp_path}/0.txt") == 0
+
+
 @pytest.mark.parametrize(
-    ("package", "name", "extra"), [("zstandard", "a.txt.zst", "zstd"), ("pyarrow", "a.parquet", "parquet")]
+    ("command", "index", "status"),
+    [
+        ("echo a; exit 3 # .txt", 1, 3),
+        ("exit 4 # .tar", 0, 4),
+        ("head -c 1000 {tar}; exit 5 # .tar", 0, 5),
+        ("cat {tar}; exit 6 # .tar", 2, 6),
+        ("nosuchcommand 2> {tar}.log # .jsonl.gz", 0, 127),
+    ],
 )
-def test_a_missing_package_is_named_with_its_extra(
-    package: str, name: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_command_that_fails_is_an_error_with_its_status(
+    tmp_path: Path, command: str, index: int, status: int
 ) -> None:
-    (tmp_path / name).write_bytes(b"x")
-    for module in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
-        monkeypatch.setitem(sys.modules, module, None)
-    for call in (expand_shards, lambda path: list(read_records(Piece(path), ReadOptions()))):
-        with pytest.raises(ConfigError, match=rf"{name}.*needs the package {package}.*bertstream\[{extra}\]"):
-            call(str(tmp_path / name))
+    tar = write(tmp_path / "a.tar", texts_tar("a", "b"))
+    with pytest.raises(ShardError, match=f"ended with status {status}") as caught:
+        list(piped(command.format(tar=tar), "txt" if command.endswith(".tar") else "text"))
+    assert caught.value.index == index
+
+
+@pytest.mark.parametrize("command", ["yes a # .txt", "yes a | cat # .txt", "echo a; sleep 4321.25; : .txt"])
+def test_closing_a_pipe_early_kills_its_processes(command: str) -> None:
+    before, files = children(), open_files()
+    records = piped(command)
+    assert next(records).text == "a"
+    started = time.monotonic()
+    records.close()  # type: ignore[attr-defined]
+    while any(b"4321.25" in command for _, _, command in processes()):  # a child of the shell, not of this process
+        assert time.monotonic() - started < 5
+        time.sleep(0.01)
+    assert time.monotonic() - started < 5
+    assert children() == before and open_files() == files

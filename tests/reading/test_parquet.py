@@ -1,4 +1,4 @@
-"""Parquet rows are records: read whole, in pieces, from any row on, and broken ones say where and why."""
+"""Rows of Parquet are read whole, in pieces and from any row on, and broken ones name their place."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers import Server
+from shard_files import LINES, read
 
-from bertstream import ConfigError, ShardError
+from bertstream import ShardError
 from bertstream.reading import remote
 from bertstream.reading.access import Access
 from bertstream.reading.options import ReadOptions
@@ -23,17 +24,11 @@ from bertstream.reading.records import read_records
 from bertstream.reading.shards import Piece, expand_shards
 from bertstream.tokens import Record
 
-LINES = ReadOptions()
-
 
 def written(path: Path, columns: dict[str, Any] | pa.Table, rows_a_group: int = 1000, **options: Any) -> str:
     table = columns if isinstance(columns, pa.Table) else pa.table(columns)
     pq.write_table(table, path, row_group_size=rows_a_group, **options)
     return str(path)
-
-
-def read(path: str, options: ReadOptions = LINES, *, skip: int = 0, **piece: Any) -> list[Record]:
-    return list(read_records(Piece(path, **piece), options, skip=skip))
 
 
 def error_of(path: str, options: ReadOptions = LINES, **piece: Any) -> ShardError:
@@ -71,7 +66,7 @@ def test_a_text_may_be_a_list_of_words(tmp_path: Path) -> None:
     assert [record.text for record in read(path)] == [["New", "York"], []]
 
 
-def test_rows_are_counted_without_reading_them(tmp_path: Path) -> None:
+def test_rows_are_counted_without_being_read(tmp_path: Path) -> None:
     assert count_records(written(tmp_path / "a.parquet", {"text": ["a"] * 7}, rows_a_group=3), LINES) == 7
     broken = tmp_path / "b.parquet"
     broken.write_bytes(b"no parquet")
@@ -79,7 +74,7 @@ def test_rows_are_counted_without_reading_them(tmp_path: Path) -> None:
         count_records(str(broken), LINES)
 
 
-def test_only_the_columns_that_are_wanted_are_read(tmp_path: Path) -> None:
+def test_only_wanted_columns_are_read(tmp_path: Path) -> None:
     rows = 3000
     columns = {"text": [f"text {i}" for i in range(rows)], "a.b": list(range(rows)), "other": [bytes(1000)] * rows}
     columns["other"] = [i.to_bytes(4, "big") * 500 for i in range(rows)]
@@ -95,7 +90,7 @@ def test_only_the_columns_that_are_wanted_are_read(tmp_path: Path) -> None:
         assert sum(request.sent for request in server.gets()) < size / 3
 
 
-def test_pieces_are_row_groups_and_hold_the_whole(tmp_path: Path) -> None:
+def test_pieces_are_row_groups_and_hold_all_rows(tmp_path: Path) -> None:
     path = written(tmp_path / "a.parquet", {"text": [f"text {i}" for i in range(1050)]}, rows_a_group=100)
     whole = read(path)
     assert [record.index for record in whole] == list(range(1050))
@@ -110,7 +105,7 @@ def test_pieces_are_row_groups_and_hold_the_whole(tmp_path: Path) -> None:
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_skipping_is_dropping_and_pieces_are_slices(
+def test_pieces_and_skipping_give_slices_of_the_rows(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     groups = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any))
@@ -131,7 +126,7 @@ def test_skipping_is_dropping_and_pieces_are_slices(
     assert read(str(path), start=start, skip=skip) == whole[start:][skip:]
 
 
-def test_what_is_skipped_or_behind_the_piece_is_not_even_read(tmp_path: Path) -> None:
+def test_row_groups_before_and_after_the_wanted_rows_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     texts = [f"{i:04} " + "x" * 50 for i in range(100)]
     written(path, {"text": texts}, rows_a_group=10, compression="none", use_dictionary=False, write_statistics=False)
@@ -145,7 +140,7 @@ def test_what_is_skipped_or_behind_the_piece_is_not_even_read(tmp_path: Path) ->
     assert error_of(str(path)).index == 30 and error_of(str(path), start=20).index == 30
 
 
-def test_a_null_text_or_a_value_python_has_no_type_for_names_row_and_field(tmp_path: Path) -> None:
+def test_a_null_text_and_a_value_without_a_python_type_name_row_and_field(tmp_path: Path) -> None:
     path = written(tmp_path / "a.parquet", {"text": ["a", None, "c"]})
     error = error_of(path)
     assert (error.index, error.field) == (1, "text") and "not None" in str(error)
@@ -159,7 +154,7 @@ def test_a_null_text_or_a_value_python_has_no_type_for_names_row_and_field(tmp_p
     assert (error.index, error.field) == (1, "time")
 
 
-def test_columns_that_are_missing_or_named_twice_are_named(tmp_path: Path) -> None:
+def test_missing_and_repeated_columns_are_named(tmp_path: Path) -> None:
     path = written(tmp_path / "a.parquet", {"text": ["a"], "label": [1]})
     error = error_of(path, ReadOptions(text="txt"))
     assert error.field == "txt" and "['text', 'label']" in str(error)
@@ -169,7 +164,7 @@ def test_columns_that_are_missing_or_named_twice_are_named(tmp_path: Path) -> No
     assert [record.text for record in read(twice, ReadOptions(fields=[]))] == ["a"]
 
 
-def test_a_file_that_is_cut_or_is_none_is_a_shard_error(tmp_path: Path) -> None:
+def test_a_truncated_file_and_a_file_that_is_not_parquet_are_shard_errors(tmp_path: Path) -> None:
     path = Path(written(tmp_path / "a.parquet", {"text": ["a", "b"]}))
     data = path.read_bytes()
     for part in (b"", b"x", data[: len(data) // 2], data[:-1], b"x" * 1000):
@@ -181,15 +176,8 @@ def test_a_file_that_is_cut_or_is_none_is_a_shard_error(tmp_path: Path) -> None:
     assert "holds no record" in str(error_of(empty)) and split_shard(empty, 3) == [Piece(empty)]
 
 
-def test_a_pipe_cannot_be_parquet() -> None:
-    path, access = "pipe:cat a.parquet", Access(allow_pipe=True)
-    for call in (lambda: expand_shards(path, access), lambda: read(path, ReadOptions(access=access))):
-        with pytest.raises(ConfigError, match="which a pipe cannot do"):
-            call()
-
-
 @pytest.mark.parametrize("ranges", [True, False], ids=["range", "no range"])
-def test_remote_parquet_is_split_and_survives_cuts(
+def test_remote_parquet_is_cut_into_pieces_and_survives_broken_connections(
     tmp_path: Path, ranges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.001)
@@ -201,7 +189,7 @@ def test_remote_parquet_is_split_and_survives_cuts(
         assert [record.text for piece in pieces for record in read_records(piece, LINES)] == rows
 
 
-def test_a_server_that_breaks_off_for_good_is_no_broken_parquet(
+def test_a_server_that_always_cuts_is_not_reported_as_broken_parquet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.001)
@@ -211,7 +199,7 @@ def test_a_server_that_breaks_off_for_good_is_no_broken_parquet(
     assert "gave up at byte" in str(error) and isinstance(error.__cause__, remote.RemoteReadError)
 
 
-def test_a_server_that_does_not_say_the_size_asks_for_a_cache(tmp_path: Path) -> None:
+def test_a_server_that_does_not_say_the_size_needs_a_shard_cache(tmp_path: Path) -> None:
     path = Path(written(tmp_path / "a.parquet", {"text": ["a"]}))
     with Server({"a.parquet": path.read_bytes()}, ranges=False, says_size=False) as server:
         url = f"{server.url}/a.parquet"
