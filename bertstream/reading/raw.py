@@ -21,7 +21,7 @@ class RawRecord(NamedTuple):
         parse: makes the fields of `source`. Kept apart because a `partial` for each record would cost more.
         source: what `parse` takes.
         key: the record's key; None for "<file name>:<index>".
-        offset: byte of the unpacked shard at which the record begins; 0 if reading cannot resume there.
+        offset: byte of the decompressed shard at which the record begins; 0 if reading cannot resume there.
         records: how many records this is. A reader may jump over those before the first wanted one, as one item.
     """
 
