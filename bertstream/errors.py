@@ -105,7 +105,7 @@ def check_choice(name: str, value: object, choices: object) -> None:
 def check_at_least(name: str, value: object, least: int) -> None:
     """Refuse anything but a whole number of at least `least`.
 
-    NumPy's integers pass. A bool is refused, and so is a float, even a whole one: the arguments checked here are counts.
+    NumPy's integers pass. A bool is refused, and so is a float, even a whole one: the values checked here are counts.
 
     Args:
         name: the argument, as the user writes it.
