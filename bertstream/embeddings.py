@@ -1,4 +1,4 @@
-"""Texts as vectors, the layouts they come in, and what an encoder must offer.
+"""Texts as vectors, their layouts, and the protocols of an encoder.
 
 Shapes: B texts, T tokens of the longest text, N rows in all, H hidden size.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .errors import ConfigError, check_choice, shortened
 from .system.cuda import to_device
-from .tokens import Int32Array, SupportsTokenize, TokenBatch
+from .tokens import Indices, Int32Array, SupportsTokenize, TokenBatch, axis, cumulate, picked, rows_of
 
 Output: TypeAlias = Literal["tokens", "words", "sentence"]
 Layout: TypeAlias = Literal["padded", "nested", "packed_sequence", "flat"]
@@ -27,29 +27,29 @@ Layout: TypeAlias = Literal["padded", "nested", "packed_sequence", "flat"]
 class Embeddings:
     """A batch of texts as vectors, without padding.
 
-    It owns its tensors; on CUDA they are safe to use on the stream that was current when the batch was handed out.
+    It owns its tensors; on CUDA they are safe to use on the stream that was current when the loop received the batch.
 
     Attributes:
         values: [N, H] one row a token or a word, texts one after the other, or [B, H] one row a text for sentence
             output; [N, K, H] where K layers are stacked.
         cu_seqlens: [B + 1] int32, device of `values`; text i owns rows cu_seqlens[i]:cu_seqlens[i + 1].
-        lengths: [B] int64 on the CPU, rows of each text (what `pack_padded_sequence` asks for).
+        lengths: [B] int64 on the CPU, rows of each text (what `pack_padded_sequence` takes).
         tokens: the texts as tokens, on the host.
-        output: "tokens", "words" or "sentence": what a row stands for.
-        word_ids: [N] int32 on the host, the word of each row, -1 where a row stands for none or for a word that was
-            cut; None where no text is a list of words.
-        present: [N] bool, device of `values`: False for a word without a vector, because it was cut or no token stands
-            for it (a blank, say); its row is zeros. None for tokens and sentences, which all have one.
-        layers: which layers of the model the rows were made of, counted from 0; empty where that is not known.
+        output: "tokens", "words" or "sentence": what a row is of.
+        word_ids: [N] int32 on the host, the word of each row, -1 for a row of no word or of a word that was cut; None
+            if no text is a list of words.
+        present: [N] bool, device of `values`: False for a word without a vector, because it was cut or has no token (a
+            blank, for example); its row is zeros. None for tokens and sentences, which all have one.
+        layers: the layers of the model that the rows were made of, counted from 0; empty if not known.
     """
 
-    values: Tensor
+    values: Tensor = field(metadata=axis("rows"))
     cu_seqlens: Tensor
     lengths: Tensor
     tokens: TokenBatch
     output: Output
-    word_ids: Int32Array | None = None
-    present: Tensor | None = None
+    word_ids: Int32Array | None = field(default=None, metadata=axis("host rows"))
+    present: Tensor | None = field(default=None, metadata=axis("rows"))
     layers: tuple[int, ...] = ()
 
     def __len__(self) -> int:
@@ -82,23 +82,35 @@ class Embeddings:
         return self.values
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """Every text filled up with zeros to the longest.
+        """Each text padded with zeros to the longest.
 
         Returns:
-            [B, T, H] in the dtype of `values`, and the mask [B, T] bool, True where a text has a row.
+            [B, T, H] in the dtype of `values`, and the mask [B, T] bool, True where a text has a row. torch's attention
+            layers take the opposite mask: `key_padding_mask`.
         """
         self._refuse_sentence("padded")
         device, total, sizes = self.values.device, len(self.values), self.values.shape[1:]
         longest = int(self.lengths.max()) if len(self) else 0
         lengths = self.cu_seqlens.diff()
-        # Device arithmetic alone, so that the CPU never waits for the vectors.
+        # Device arithmetic only: the CPU never waits for the vectors.
         texts = torch.arange(len(self), device=device).repeat_interleave(lengths, output_size=total)
         rows = torch.arange(total, device=device) - self.cu_seqlens[texts] + texts * longest
         flat = self.values.new_zeros(len(self) * longest, *sizes).index_copy_(0, rows, self.values)
         return flat.view(len(self), longest, *sizes), torch.arange(longest, device=device) < lengths[:, None]
 
+    def key_padding_mask(self) -> Tensor:
+        """[B, T] bool, True where attention must ignore a place of `padded()`: torch's meaning of a mask.
+
+        For `nn.MultiheadAttention(..., key_padding_mask=)` and `nn.TransformerEncoder(..., src_key_padding_mask=)`. It
+        is the opposite of the mask of `padded()`. A text without any row is True throughout, and attention gives NaN
+        for it.
+        """
+        self._refuse_sentence("key_padding_mask")
+        longest = int(self.lengths.max()) if len(self) else 0
+        return torch.arange(longest, device=self.values.device) >= self.cu_seqlens.diff()[:, None]
+
     def padded_present(self) -> Tensor:
-        """[B, T] bool beside `padded()`: True where a row stands for a vector, False for a word without one, too."""
+        """[B, T] bool beside `padded()`: True where a row has a vector; False for padding and words without one."""
         present = torch.ones_like(self.values[:, 0], dtype=torch.bool) if self.present is None else self.present
         return dataclasses.replace(self, values=present).padded()[0]
 
@@ -106,7 +118,7 @@ class Embeddings:
         """A jagged nested tensor [B, j, H] over the same memory."""
         self._refuse_sentence("nested")
         if not len(self):
-            raise ConfigError("an empty batch has no nested form")
+            raise ConfigError("a batch without texts has no nested form")
         return torch.nested.nested_tensor_from_jagged(
             self.values,
             self.cu_seqlens.to(torch.int64),
@@ -115,10 +127,10 @@ class Embeddings:
         )
 
     def packed_sequence(self) -> PackedSequence:
-        """What `nn.LSTM` and `nn.GRU` take, built without padding and without `enforce_sorted` worries.
+        """A PackedSequence for `nn.LSTM` and `nn.GRU`, built without padding; texts may be in any order.
 
         Raises:
-            ConfigError: a text has no row at all (PackedSequence has no such texts).
+            ConfigError: a text has no row, which a PackedSequence cannot express.
         """
         self._refuse_sentence("packed_sequence")
         empty = torch.nonzero(self.lengths == 0).flatten().tolist()
@@ -128,7 +140,7 @@ class Embeddings:
         order = np.argsort(-lengths, kind="stable")
         ranks = np.argsort(order)
         steps = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        # Step by step, and within a step the longest text first.
+        # Step by step, longest text first within a step.
         gather = np.lexsort((np.repeat(ranks, lengths), steps))
         device = self.values.device
         return PackedSequence(
@@ -139,8 +151,10 @@ class Embeddings:
         )
 
     def as_layout(self, layout: Layout) -> Any:
-        """Plain tensors: (values, mask), a nested tensor, a PackedSequence, or (values, cu_seqlens); sentence output is
-        one [B, H] in every layout."""
+        """Plain tensors: (values, mask), a nested tensor, a PackedSequence, or (values, cu_seqlens).
+
+        Sentence output is one [B, H] in every layout.
+        """
         check_choice("layout", layout, Layout)
         if self.output == "sentence":
             return self.values
@@ -149,19 +163,20 @@ class Embeddings:
         return getattr(self, layout)()
 
     def align(self, tags: Sequence[Sequence[float] | Tensor], pad: float = -100) -> Tensor:
-        """Lay one number a word out as the vectors are.
+        """Lay one number a word out like the vectors.
 
-        Word output: each word's row gets its number. Token output: a word gives its number to its first token; the
-        others and the special tokens get `pad` (what `F.cross_entropy` ignores), as does the padding. Numbers of words
-        that truncation cut are dropped, and in token output those of words without any token (a blank, say) too.
+        Word output: each word's row gets its number. Token output: a word's number goes to its first token; the other
+        tokens, the special tokens and the padding get `pad` (which `F.cross_entropy` ignores by default). Numbers of
+        words that truncation cut are dropped, and in token output those of words without a token (a blank, for
+        example).
 
         Args:
-            tags: for each text, one number a word of the text as it was given.
-            pad: what rows without a number get.
+            tags: for each text, one number for each word of the original text.
+            pad: the number of rows without one.
         Returns:
-            [B, T] on the device of `values`: int64 where all numbers, `pad` included, are whole, float32 otherwise.
+            [B, T] on the device of `values`: int64 if all numbers, `pad` included, are whole, else float32.
         Raises:
-            ConfigError: the texts were not lists of words, or a text has another count of words than of tags.
+            ConfigError: the texts were not lists of words, or a text has another number of words than of tags.
         """
         self._refuse_sentence("align")
         word_ids = self.word_ids
@@ -175,12 +190,12 @@ class Embeddings:
         if len(wrong):
             i = int(wrong[0])
             fields = self.tokens.fields
-            stood = f" (record {fields['__index__'][i]} of {fields['__shard__'][i]})" if "__shard__" in fields else ""
+            source = f" (record {fields['__index__'][i]} of {fields['__shard__'][i]})" if "__shard__" in fields else ""
             padded = (counts >= self.tokens.num_words).all() and len(set(counts.tolist())) == 1 < len(counts)
-            way_out = ": padded tags? Give those of each text alone" if padded else ""
+            way_out = ": padded tags? Pass each text's own tags only" if padded else ""
             words = self.tokens.num_words[i]
-            raise ConfigError(f"text {i} of the batch{stood} has {words} words but {counts[i]} tags{way_out}")
-        # An empty list has no dtype to say: as float32 it would turn the other texts' integers into floats.
+            raise ConfigError(f"text {i} of the batch{source} has {words} words but {counts[i]} tags{way_out}")
+        # An empty list becomes float32, which would turn the other texts' integers into floats.
         flat = torch.cat([row for row in rows_of_tags if len(row)] or [torch.zeros(0, dtype=torch.int64)])
         whole = not flat.is_floating_point() and float(pad).is_integer()
         flat = flat.to(torch.int64 if whole else torch.float32)
@@ -193,6 +208,27 @@ class Embeddings:
         steps = rows - (np.cumsum(lengths) - lengths)[texts[rows]]
         out[torch.from_numpy(texts[rows]), torch.from_numpy(steps)] = flat[torch.from_numpy(word_of_row[rows])]
         return to_device(out, self.values.device)
+
+    def pick(self, indices: Indices, tokens: TokenBatch) -> Embeddings:
+        """The rows of these texts, [b] indices, as the embeddings of `tokens`; a text may come several times.
+
+        Args:
+            indices: on the host.
+            tokens: the picked texts, which may say less than `self.tokens` does: `word_ids` follow theirs.
+        """
+        lengths = self.lengths.numpy()
+        device = self.values.device
+        rows = rows_of(indices, cumulate(lengths))
+        found = picked(self, {"rows": to_device(rows, device), "host rows": rows})
+        if tokens.word_ids is None and self.output != "words":
+            found["word_ids"] = None
+        return dataclasses.replace(
+            self,
+            cu_seqlens=to_device(cumulate(lengths[indices]), device),
+            lengths=torch.from_numpy(lengths[indices]),
+            tokens=tokens,
+            **found,
+        )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Embeddings:
         """The same batch with its tensors on another device; `lengths` stay on the CPU."""

@@ -1,12 +1,12 @@
-"""The things that flow: a text as read, texts as tokens, texts as vectors.
+"""What flows before the model: a text as read, texts as tokens, and a stream's cursor.
 
 Shapes: B texts, T tokens of the longest text, N tokens in all, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
@@ -27,7 +27,7 @@ Indices: TypeAlias = npt.NDArray[np.int64]
 
 @dataclass(slots=True)
 class Record:
-    """One text as it was read, with its place.
+    """One text as it was read, and where.
 
     Attributes:
         text: the text, a list of words, or a pair of texts.
@@ -35,7 +35,7 @@ class Record:
         key: a name that is unique in its shard.
         shard: the path or URL of the shard.
         index: position in the shard, counted from 0, broken records included.
-        offset: byte of the shard at which the record begins; 0 where reading cannot begin anew there.
+        offset: byte of the shard at which the record begins; 0 if reading cannot start there.
     """
 
     text: Text
@@ -46,34 +46,50 @@ class Record:
     offset: int = 0
 
 
+def axis(name: str, absent: object = None) -> dict[str, object]:
+    """Metadata of a dataclass field that holds an array: what an entry of it belongs to.
+
+    `picked` and `concatenated` follow from it, so a new field is declared here and nowhere else.
+
+    Args:
+        name: "tokens", "words", "windows" or "texts"; of `Embeddings`, "rows" on the device or "host rows".
+        absent: the entry of a text without this array in a batch where others have it.
+    """
+    return {"axis": name, "absent": absent}
+
+
 @dataclass(slots=True)
 class TokenizedText:
     """The token ids of one text, special tokens included.
 
-    A text that is longer than the model takes may come as several windows, one after the other, which overlap.
+    A text that is longer than the model takes may come as several overlapping windows, one after the other.
 
     Attributes:
         input_ids: [L] int32.
         special: [L] bool, the special tokens that frame a text; None for none.
         token_type_ids: [L] int32, the segment of each token in a pair of texts; None for a single text.
-        word_ids: [L] int32, the word each token belongs to, -1 for special tokens; None unless the text was a list of
-            words. Words of a pair are counted through both.
-        num_words: how many words the text had, those that were cut included; 0 unless it was a list of words.
+        word_ids: [L] int32, the word of each token, -1 for special tokens; None unless the text was a list of words.
+            The words of a pair are counted through both texts.
+        num_words: how many words the text had, including those that were cut; 0 unless it was a list of words.
         cut_tokens: how many tokens truncation dropped.
-        words_cut: [num_words] bool, the words that truncation left without a token; None where none was cut.
+        words_cut: [num_words] bool, the words that truncation left without a token; None if there are none.
         window_lengths: [W] int32, the tokens of each window; None for a single one.
-        owned: [L] bool, the tokens whose vectors are used, each of the text's tokens in one window; None for all.
+        owned: [L] bool, the tokens whose vectors are used: each of the text's tokens in one window; None for all.
     """
 
-    input_ids: Int32Array
-    special: BoolArray | None = None
-    token_type_ids: Int32Array | None = None
-    word_ids: Int32Array | None = None
+    input_ids: Int32Array = field(metadata=axis("tokens"))
+    special: BoolArray | None = field(default=None, metadata=axis("tokens", False))
+    token_type_ids: Int32Array | None = field(default=None, metadata=axis("tokens", np.int32(0)))
+    word_ids: Int32Array | None = field(default=None, metadata=axis("tokens", np.int32(-1)))
     num_words: int = 0
     cut_tokens: int = 0
-    words_cut: BoolArray | None = None
-    window_lengths: Int32Array | None = None
-    owned: BoolArray | None = None
+    words_cut: BoolArray | None = field(default=None, metadata=axis("words", False))
+    window_lengths: Int32Array | None = field(default=None, metadata=axis("windows"))
+    owned: BoolArray | None = field(default=None, metadata=axis("tokens", True))
+
+    def pick(self, tokens: npt.NDArray[Any]) -> TokenizedText:
+        """The text with these of its tokens only, [L] bool or indices; what was cut and its windows are left out."""
+        return TokenizedText(num_words=self.num_words, **picked(self, {"tokens": tokens}))
 
 
 class OpenPiece(NamedTuple):
@@ -82,7 +98,7 @@ class OpenPiece(NamedTuple):
     Attributes:
         piece: which of the lane's pieces.
         records: how many of its records were read, broken ones included.
-        offset: byte of the shard at which the last of these begins; 0 where reading cannot begin anew there.
+        offset: byte of the shard at which the last of these begins; 0 if reading cannot start there.
     """
 
     piece: int
@@ -92,14 +108,14 @@ class OpenPiece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """A lane's place: what it yields next is a pure function of this and of the stream's settings.
+    """Where a lane is: what it yields next is a pure function of this and of the stream's settings.
 
     Attributes:
         epoch: counted from 0.
         lane: which lane of the stream.
-        next_piece: the first of the lane's pieces (a shard, or a part of one) that was not begun before the window.
-        open: the pieces that were being read where the window starts, the next one to be read first.
-        batch: how many of the window's batches were handed out.
+        next_piece: the first of the lane's pieces that was not begun before the bucket.
+        open: the pieces that were open at the start of the bucket, the next one to read first.
+        batch: how many of the bucket's batches the loop has received.
     """
 
     epoch: int
@@ -111,11 +127,11 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class ReadReport:
-    """What the reading of a window met; the window's first batch carries it.
+    """What reading a bucket met; the bucket's first batch carries it.
 
     Attributes:
         read: records that were read, broken ones included.
-        bad: the broken records that were passed over, and the broken shards whose rest was.
+        bad: the broken records that were skipped, and the broken shards whose rest was.
     """
 
     read: int
@@ -131,6 +147,7 @@ _ONLY_EMBEDDINGS_HAVE = frozenset(
         "layers",
         "padded",
         "padded_present",
+        "key_padding_mask",
         "nested",
         "packed_sequence",
         "as_layout",
@@ -139,7 +156,7 @@ _ONLY_EMBEDDINGS_HAVE = frozenset(
         "pin_memory",
     )
 )
-"""Public names of `Embeddings` that `TokenBatch` lacks; a test compares."""
+"""Public names of `Embeddings` that `TokenBatch` lacks; a test compares them."""
 
 
 @dataclass(eq=False)
@@ -149,38 +166,38 @@ class TokenBatch:
     Attributes:
         input_ids: [N] int32, the texts one after the other.
         cu_seqlens: [B + 1] int32; text i owns tokens cu_seqlens[i]:cu_seqlens[i + 1].
-        special: [N] bool, the special tokens that frame texts; None where there are none.
-        token_type_ids: [N] int32 segment ids, or None where every text is a single one.
-        word_ids: [N] int32, the word of each token, -1 for none; None where no text is a list of words.
-        num_words: [B] int32, words of each text, those that were cut included.
+        special: [N] bool, the special tokens that frame texts; None if there are none, or it is not known.
+        token_type_ids: [N] int32 segment ids, or None if every text is a single one.
+        word_ids: [N] int32, the word of each token, -1 for none; None if no text is a list of words.
+        num_words: [B] int32, words of each text, including those that were cut.
         cut_tokens: [B] int32, tokens of each text that truncation dropped.
-        words_cut: [sum of num_words] bool, the words that truncation left without a token; None where none was cut.
-        window_lengths: [W] int32, tokens of each window of each text, W >= B; None where every text is one window.
+        words_cut: [sum of num_words] bool, the words that truncation left without a token; None if there are none.
+        window_lengths: [W] int32, tokens of each window of each text, W >= B; None if every text is one window.
         owned: [N] bool, the tokens whose vectors are used, where windows overlap; None for all.
         fields: the records' other fields by name, one entry a text: an array [B] of numbers, or a list.
-        cursor: the stream's place after this batch; None for a batch that no stream made.
-        report: what the reading of the batch's window met, on the first batch of a window.
+        cursor: the stream's cursor after this batch; None for a batch that no stream made.
+        report: what reading the batch's bucket met, on the first batch of a bucket.
     """
 
-    input_ids: Int32Array
+    input_ids: Int32Array = field(metadata=axis("tokens"))
     cu_seqlens: Int32Array
-    special: BoolArray | None
-    token_type_ids: Int32Array | None
-    word_ids: Int32Array | None
-    num_words: Int32Array
-    cut_tokens: Int32Array
-    words_cut: BoolArray | None = None
-    window_lengths: Int32Array | None = None
-    owned: BoolArray | None = None
+    special: BoolArray | None = field(metadata=axis("tokens", False))
+    token_type_ids: Int32Array | None = field(metadata=axis("tokens", np.int32(0)))
+    word_ids: Int32Array | None = field(metadata=axis("tokens", np.int32(-1)))
+    num_words: Int32Array = field(metadata=axis("texts"))
+    cut_tokens: Int32Array = field(metadata=axis("texts"))
+    words_cut: BoolArray | None = field(default=None, metadata=axis("words", False))
+    window_lengths: Int32Array | None = field(default=None, metadata=axis("windows"))
+    owned: BoolArray | None = field(default=None, metadata=axis("tokens", True))
     fields: dict[str, Any] = field(default_factory=dict)
     cursor: Cursor | None = None
     report: ReadReport | None = None
 
     def __getattr__(self, name: str) -> NoReturn:
-        """Explain why vectors are missing: a trained encoder's loader yields tokens, and the model computes them."""
+        """Explain why vectors are missing: a trained encoder's loader yields tokens, and the model embeds them."""
         way_out = (
-            ": these are tokens, not vectors; a loader hands them out while its encoder is trained, for "
-            "bertstream.BertEmbedding(encoder) to embed inside the model"
+            ": these are tokens, not vectors; a loader yields them while its encoder is trained, and "
+            "bertstream.BertEmbedding(encoder) embeds them inside the model"
             if name in _ONLY_EMBEDDINGS_HAVE
             else ""
         )
@@ -188,39 +205,44 @@ class TokenBatch:
 
     @classmethod
     def from_texts(cls, texts: Sequence[TokenizedText]) -> TokenBatch:
-        """Lay texts out one after the other; what a text lacks and others have is filled in."""
-        lengths = np.fromiter((len(text.input_ids) for text in texts), np.int32, len(texts))
+        """Texts one after the other; an array that some have and others lack is filled in."""
+        lengths = np.fromiter([len(text.input_ids) for text in texts], np.int32, len(texts))
         num_words = np.fromiter([text.num_words for text in texts], np.int32, len(texts))
-
-        def lay_out(name: str, absent: Any, sizes: Int32Array = lengths) -> Any:
-            parts = list(map(attrgetter(name), texts))
-            lacking = [part is None for part in parts]
-            if all(lacking):
-                return None
-            if any(lacking):
-                parts = [np.full(n, absent) if part is None else part for part, n in zip(parts, sizes, strict=True)]
-            return np.concatenate(parts)
-
-        windows = None
-        if any(text.window_lengths is not None for text in texts):
-            windows = np.concatenate(
-                [
-                    lengths[i : i + 1] if text.window_lengths is None else text.window_lengths
-                    for i, text in enumerate(texts)
-                ]
-            )
         return cls(
-            input_ids=np.concatenate([text.input_ids for text in texts]) if texts else np.zeros(0, np.int32),
             cu_seqlens=cumulate(lengths),
-            special=lay_out("special", False),
-            token_type_ids=lay_out("token_type_ids", np.int32(0)),
-            word_ids=lay_out("word_ids", np.int32(-1)),
-            window_lengths=windows,
-            owned=lay_out("owned", True),
             num_words=num_words,
             cut_tokens=np.fromiter([text.cut_tokens for text in texts], np.int32, len(texts)),
-            words_cut=lay_out("words_cut", False, num_words),
+            **concatenated(texts, {"tokens": lengths, "words": num_words}, lambda i: lengths[i : i + 1]),
         )
+
+    @classmethod
+    def concat(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
+        """The texts of several batches, without fields and cursors; a missing array is filled in as in `from_texts`.
+
+        Except for special tokens: if one batch does not say which they are, the whole does not either.
+
+        Args:
+            batches: at least one.
+        """
+        sizes = {
+            "tokens": [batch.num_tokens for batch in batches],
+            "words": [int(batch.num_words.sum()) for batch in batches],
+            "texts": [len(batch) for batch in batches],
+        }
+        columns = concatenated(batches, sizes, lambda i: batches[i].lengths)
+        if any(batch.special is None and batch.num_tokens for batch in batches):
+            columns["special"] = None
+        return cls(cu_seqlens=cumulate(np.concatenate([batch.lengths for batch in batches])), **columns)
+
+    def pick(self, indices: npt.NDArray[np.integer[Any]]) -> TokenBatch:
+        """These of its texts, [b] indices, without fields and cursor; a text may come several times."""
+        entries: dict[str, npt.NDArray[Any]] = {"tokens": rows_of(indices, self.cu_seqlens), "texts": indices}
+        if self.words_cut is not None:
+            entries["words"] = rows_of(indices, cumulate(self.num_words))
+        if self.window_lengths is not None:
+            counts = np.bincount(self._window_texts(), minlength=len(self))
+            entries["windows"] = rows_of(indices, cumulate(counts))
+        return TokenBatch(cu_seqlens=cumulate(self.lengths[indices]), **picked(self, entries))
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
@@ -236,10 +258,10 @@ class TokenBatch:
 
     @classmethod
     def from_padded(cls, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> TokenBatch:
-        """Data that is tokenized already, padded on either side.
+        """A batch of texts that came as padded token ids.
 
         Args:
-            input_ids: [B, T] integers.
+            input_ids: [B, T] integers, padded on either side.
             attention_mask: [B, T], other than 0 where a token is real.
             token_type_ids: [B, T] segment ids, or None.
         Raises:
@@ -258,31 +280,6 @@ class TokenBatch:
             word_ids=None,
             num_words=nothing,
             cut_tokens=nothing,
-        )
-
-    def picked(self, texts: npt.NDArray[np.integer[Any]]) -> TokenBatch:
-        """These of its texts, by their places, without fields and cursor."""
-        tokens = rows_of(texts, self.cu_seqlens)
-        words = None if self.words_cut is None else rows_of(texts, cumulate(self.num_words))
-        windows = None
-        if self.window_lengths is not None:
-            counts = np.bincount(self._window_texts(), minlength=len(self))
-            windows = self.window_lengths[rows_of(texts, cumulate(counts))]
-
-        def pick(array: Any, places: Any) -> Any:
-            return None if array is None else array[places]
-
-        return TokenBatch(
-            input_ids=self.input_ids[tokens],
-            cu_seqlens=cumulate(self.lengths[texts]),
-            special=pick(self.special, tokens),
-            token_type_ids=pick(self.token_type_ids, tokens),
-            word_ids=pick(self.word_ids, tokens),
-            num_words=self.num_words[texts],
-            cut_tokens=self.cut_tokens[texts],
-            words_cut=pick(self.words_cut, words),
-            window_lengths=windows,
-            owned=pick(self.owned, tokens),
         )
 
     def _window_texts(self) -> npt.NDArray[Any]:
@@ -306,15 +303,67 @@ class TokenBatch:
         return np.diff(self.cu_seqlens)
 
 
+_COLUMNS: dict[type, list[tuple[str, str, Any, Callable[[Any], Any]]]] = {}
+
+
+def _columns(kind: type) -> list[tuple[str, str, Any, Callable[[Any], Any]]]:
+    """Name, axis, absent entry and getter of each field that has an axis."""
+    known = _COLUMNS.get(kind)
+    if known is None:
+        declared = [(f.name, f.metadata) for f in fields(kind) if "axis" in f.metadata]
+        known = [(name, about["axis"], about["absent"], attrgetter(name)) for name, about in declared]
+        _COLUMNS[kind] = known
+    return known
+
+
+def picked(owner: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """These entries of each field that has an axis; a field whose axis is not in `entries` is left out.
+
+    Args:
+        owner: a dataclass whose fields declare their `axis`.
+        entries: by axis, a mask or indices, on the device of its fields.
+    """
+    return {
+        name: None if (array := get(owner)) is None else array[entries[of]]
+        for name, of, _, get in _columns(type(owner))
+        if of in entries
+    }
+
+
+def concatenated(
+    parts: Sequence[Any], sizes: Mapping[str, Sequence[int] | Int32Array], window: Callable[[int], Int32Array]
+) -> dict[str, Any]:
+    """Each field that has an axis, of all parts one after the other; a field that all parts lack is None.
+
+    Args:
+        parts: dataclasses of one kind whose fields declare their `axis`; all have the fields that declare no absent
+            entry.
+        sizes: by axis, how many entries each part has.
+        window: lengths of the windows of part i where it has none, but others do: each of its texts is one window.
+    """
+    out: dict[str, Any] = {}
+    for name, of, absent, get in _columns(type(parts[0]) if parts else TokenizedText):
+        arrays = list(map(get, parts))
+        missing = [array is None for array in arrays]
+        if all(missing):
+            out[name] = None if parts or name != "input_ids" else np.zeros(0, np.int32)
+            continue
+        if any(missing):
+            for i in np.flatnonzero(missing).tolist():
+                arrays[i] = window(i) if of == "windows" else np.full(sizes[of][i], absent)
+        out[name] = np.concatenate(arrays)
+    return out
+
+
 def cumulate(lengths: npt.NDArray[Any]) -> Int32Array:
-    """[B + 1] int32: where each text begins, and after the last one where it ends."""
+    """[B + 1] int32: where each text begins, and where the last one ends."""
     cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
     return cu_seqlens
 
 
 def rows_of(texts: npt.NDArray[Any], cu_seqlens: Int32Array) -> npt.NDArray[Any]:
-    """Where the rows of these texts lie, text by text, if text i owns rows cu_seqlens[i]:cu_seqlens[i + 1]."""
+    """Indices of the rows of these texts, text by text, if text i owns rows cu_seqlens[i]:cu_seqlens[i + 1]."""
     lengths = np.diff(cu_seqlens)[texts]
     rows: npt.NDArray[Any] = steps(lengths) + np.repeat(cu_seqlens[:-1][texts], lengths)
     return rows
@@ -327,59 +376,24 @@ def steps(lengths: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 class SupportsTokenize(Protocol):
-    """What a stream asks of a tokenizer: light, and safe to send to worker processes."""
+    """What a stream needs of a tokenizer: light, and safe to send to worker processes."""
 
     def __call__(self, texts: Sequence[Text]) -> list[TokenizedText]: ...
 
 
-def join(batches: Sequence[TokenBatch]) -> TokenBatch:
-    """The batches one after the other, without fields and cursors; what one lacks and others have is filled in.
-
-    But for the special tokens: where one batch does not say which they are, it is not known of the whole.
-    """
-    texts = [len(batch) for batch in batches]
-    tokens = [batch.num_tokens for batch in batches]
-    words = [int(batch.num_words.sum()) for batch in batches]
-
-    def lay_out(name: str, absent: Any, sizes: Sequence[int]) -> Any:
-        parts = [getattr(batch, name) for batch in batches]
-        if all(part is None for part in parts):
-            return None
-        return np.concatenate(
-            [np.full(n, absent) if part is None else part for part, n in zip(parts, sizes, strict=True)]
-        )
-
-    unknown = any(batch.special is None and batch.num_tokens for batch in batches)
-    windows = None
-    if any(batch.window_lengths is not None for batch in batches):
-        windows = np.concatenate([b.lengths if b.window_lengths is None else b.window_lengths for b in batches])
-    return TokenBatch(
-        input_ids=lay_out("input_ids", np.int32(0), tokens),
-        cu_seqlens=cumulate(np.concatenate([batch.lengths for batch in batches])),
-        special=None if unknown else lay_out("special", False, tokens),
-        token_type_ids=lay_out("token_type_ids", np.int32(0), tokens),
-        word_ids=lay_out("word_ids", np.int32(-1), tokens),
-        num_words=lay_out("num_words", np.int32(0), texts),
-        cut_tokens=lay_out("cut_tokens", np.int32(0), texts),
-        words_cut=lay_out("words_cut", False, words),
-        window_lengths=windows,
-        owned=lay_out("owned", True, tokens),
-    )
-
-
 def distinct(texts: Sequence[Hashable]) -> tuple[Indices, Indices]:
-    """Where each distinct text comes first, and which of these each text is."""
+    """Index of the first text of each distinct kind, and for each text which of these it equals."""
     slots: dict[Hashable, int] = {}
     slot_of_text = np.fromiter((slots.setdefault(text, len(slots)) for text in texts), np.int64, len(texts))
     return np.unique(slot_of_text, return_index=True)[1], slot_of_text
 
 
 def text_bytes(batch: TokenBatch) -> list[bytes]:
-    """All that enters the model for each text, as bytes: the same for the same text, in whatever batch it comes.
+    """All that enters the model for each text, as bytes: the same for the same text in any batch.
 
-    That is its token ids, segment ids, words, special tokens and windows; what is not said is said as its default.
+    That is its token ids, segment ids, words, special tokens and windows; a missing array counts as its default.
     """
-    starts = batch.cu_seqlens[:-1] + np.arange(len(batch))  # one row more before each text
+    starts = batch.cu_seqlens[:-1] + np.arange(len(batch))  # an extra row before each text
     rows = np.zeros((batch.num_tokens + len(batch), 4), np.int32)
     tokens = np.ones(len(rows), np.bool_)
     tokens[starts] = False
@@ -391,7 +405,7 @@ def text_bytes(batch: TokenBatch) -> list[bytes]:
     if batch.window_lengths is not None:
         windows = np.cumsum(batch.window_lengths) - batch.window_lengths
         flags[windows[batch.window_lengths > 0]] += 4
-        # A text in one window is the same text where no other has several.
+        # A text in one window is the same text in a batch without windows.
         flags[batch.cu_seqlens[:-1][batch.lengths > 0]] &= ~4
     rows[tokens, 0] = batch.input_ids
     if batch.token_type_ids is not None:

@@ -21,7 +21,7 @@ import transformers
 
 import bertstream
 from bertstream import EmbeddingCache, Encoder, cli
-from bertstream.encoding import pretrained as loading
+from bertstream.encoding import pretrained
 from bertstream.testing import write_shards
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def test_every_option_of_an_encoder_has_one_on_the_command_line(call: Call) -> N
     names = set(Encoder.__init__.__kwdefaults__ or ()) | set(Encoder.from_pretrained.__kwdefaults__ or ())
     shown = re.findall(r"--(?:no-)?([\w-]+)", call("embed", "--help")[1])
     # A function cannot be typed, and `packed` is for tests.
-    assert {name.replace("_", "-") for name in names - {"split", "packed"}} <= set(shown)
+    assert {name.replace("_", "-") for name in names - {"word_splitter", "split", "packed"}} <= set(shown)
 
 
 def test_inspect_tells_what_the_library_finds(call: Call, shard: str, tmp_path: Path) -> None:
@@ -147,12 +147,17 @@ def test_doctor_knows_models_and_fails_for_those_that_it_cannot_load(call: Call)
 
 def test_a_model_that_is_no_text_encoder_is_told_beside_the_others(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     images = transformers.ViTModel(transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
-    others = {"images": images, "linear": torch.nn.Linear(1, 1)}
-    load = loading.load_pretrained
-    monkeypatch.setattr(
-        "bertstream.encoding.encoder.load_pretrained",
-        lambda name: (others[name], None, None) if name in others else load(name),
-    )
+    others: dict[str, torch.nn.Module] = {"images": images, "linear": torch.nn.Linear(1, 1)}
+    find = pretrained.find_pretrained
+
+    def find_others(name: str) -> pretrained.Pretrained:
+        if name not in others:
+            return find(name)
+        config = getattr(others[name], "config", None)
+        pretrained.check_config(config, type(others[name]).__name__)
+        return pretrained.Pretrained(name, name, config, None, None)
+
+    monkeypatch.setattr("bertstream.encoding.encoder.find_pretrained", find_others)
     status, out, _ = call("doctor", "--model", *others, "all-MiniLM-L6-v2", "--dtype", "float32", "--json")
     models = json.loads(out)["models"]
     assert status == 1 and "Linear is no transformers text encoder" in models["linear"]["error"]

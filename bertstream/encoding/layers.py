@@ -1,14 +1,14 @@
-"""Which layers a forward keeps, and where it stops.
+"""Which hidden states a forward keeps, and at which layer it starts and stops.
 
-Layers are counted as transformers counts `hidden_states`: 0 is what the embedding layer gives, L what the last layer
-gives. Layer k < L is taken as the input of entry k of the model's list of layers, not as the output of entry k - 1:
-some models (deberta-v2) work on it in between.
+Layers are counted as transformers counts `hidden_states`: 0 is the output of the embedding layer, L that of the last
+layer. Layer k < L is read as the input of entry k in the model's list of layers, not as the output of entry k - 1: some
+models (deberta-v2) change it in between.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,16 +18,26 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 
 
-def resolve_layers(layers: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """Layers counted from 0, of a model with `count` of them behind its embedding layer; -1 is the last.
+def name_layers(layers: int | Sequence[int]) -> tuple[int, ...]:
+    """One or several layers as a tuple, before the model's number of layers is known.
 
     Raises:
-        ConfigError: none is named, one is out of range, or one is named twice.
+        ConfigError: none is named, or one is not a whole number.
     """
-    named = (layers,) if isinstance(layers, int) else tuple(layers)
-    resolved = tuple(layer + count + 1 if layer < 0 else layer for layer in named if isinstance(layer, int))
-    in_range = all(0 <= layer <= count for layer in resolved) and len(resolved) == len(named)
-    if not resolved or not in_range or len(set(resolved)) < len(resolved):
+    named = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+    if not named or not all(isinstance(layer, int) for layer in named):
+        raise ConfigError(f"layers={layers!r}: name one or several layers by number; 0 is the embeddings, -1 the last")
+    return named
+
+
+def resolve_layers(layers: Sequence[int], count: int) -> tuple[int, ...]:
+    """Layers counted from 0, of a model with `count` of them after its embedding layer; -1 is the last.
+
+    Raises:
+        ConfigError: one is out of range, or one is named twice.
+    """
+    resolved = tuple(layer + count + 1 if layer < 0 else layer for layer in layers)
+    if not all(0 <= layer <= count for layer in resolved) or len(set(resolved)) < len(resolved):
         raise ConfigError(
             f"layers={layers!r}: the model has the layers 0 (embeddings) to {count}, or {-count - 1} to -1 (the "
             "last); name one or several, none twice"
@@ -35,11 +45,11 @@ def resolve_layers(layers: int | Sequence[int], count: int) -> tuple[int, ...]:
     return resolved
 
 
-def stop_behind(model: nn.Module, layer: int) -> None:
-    """Cut a model off behind a layer, so that its forward ends there; what stands above is let go.
+def stop_after(model: nn.Module, layer: int) -> None:
+    """Cut a model off after a layer, so that its forward ends there, and drop the weights above.
 
     Args:
-        model: an encoder of the caller's own, structure and config.
+        model: an encoder that shares neither structure nor config with the user's.
         layer: counted from 0, below the number of layers.
     """
     config: Any = model.config
@@ -49,14 +59,14 @@ def stop_behind(model: nn.Module, layer: int) -> None:
     config.num_hidden_layers = layer + 1  # some loops count by the config, not by the list
     if hasattr(config, "num_hidden_groups"):
         config.num_hidden_groups = layer + 1
-    _let_go(model, layer)
+    _drop_unused(model, layer)
 
 
 def begin_at(model: nn.Module, layer: int, keep_pooler: bool) -> None:
-    """Make a model's forward begin at a layer, with what `begun_with` hands in; what stands below is let go.
+    """Make a model's forward begin at a layer, with the hidden states of `begun_with`, and drop the weights below.
 
     Args:
-        model: an encoder of the caller's own, structure and config, each layer with its entry (see `unroll`).
+        model: an encoder that shares neither structure nor config with the user's, one entry a layer (see `unroll`).
         layer: counted from 0, above 0 and below the number of layers.
         keep_pooler: whether the model's pooler is used.
     """
@@ -67,12 +77,12 @@ def begin_at(model: nn.Module, layer: int, keep_pooler: bool) -> None:
     layers[layer] = _Begin(layers[layer])
     weight = next(layers[layer].parameters())
     with begun_with(model, torch.zeros(1, 4, cast(Any, model.config).hidden_size).to(weight)):
-        _let_go(model, None, keep=[model.pooler] if keep_pooler else [])
+        _drop_unused(model, None, keep=[model.pooler] if keep_pooler else [])
 
 
 @contextmanager
 def begun_with(model: nn.Module, hidden_states: Tensor) -> Iterator[None]:
-    """Inside this context a forward of a model that begins at a layer gives that layer these hidden states."""
+    """A context in which a model that begins at a layer gives that layer these hidden states."""
     (begin,) = (layer for layer in layer_list(model) if isinstance(layer, _Begin))
     begin.hidden_states = hidden_states
     try:
@@ -83,7 +93,7 @@ def begun_with(model: nn.Module, hidden_states: Tensor) -> Iterator[None]:
 
 @contextmanager
 def kept_inputs(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Inside this context a forward leaves the input of these entries of the model's list of layers in the dict."""
+    """A context in which a forward puts the input of these entries of the model's list of layers into the dict."""
     kept: dict[int, Tensor] = {}
     entries: Sequence[nn.Module] = list(_layer_list(model)[2]) if layers else []
 
@@ -102,7 +112,7 @@ def kept_inputs(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, T
 
 
 class _Through(nn.Module):
-    """Stands for a layer: hands its input on, in the form that the loop around it expects."""
+    """In place of a layer: returns its input, in the form that the model's loop expects."""
 
     def __init__(self, gives_tuple: bool, layer: nn.Module) -> None:
         super().__init__()
@@ -115,9 +125,9 @@ class _Through(nn.Module):
 
 
 class _Begin(nn.Module):
-    """Stands around a layer: gives it the hidden states that were handed in, whatever the loop has.
+    """Around a layer: gives it the hidden states of `begun_with` instead of the loop's.
 
-    The layer gets them as an argument. Gradient checkpointing, which runs it again in the backward, keeps that.
+    The layer receives them as an argument, which gradient checkpointing keeps for its second run.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -127,12 +137,12 @@ class _Begin(nn.Module):
         self.hidden_states: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
-        """What the layer makes of the hidden states that were handed in."""
+        """The layer's output for the hidden states of `begun_with`."""
         return self.layer(self.hidden_states, *arguments, **named)
 
 
 class _StandIn(nn.Module):
-    """Stands for a module that has no say in the result: gives numbers of the same shape, and has no weights."""
+    """In place of a module that does not affect the result: returns numbers of the same shape, without weights."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -147,11 +157,11 @@ class _StandIn(nn.Module):
         return first if first.shape[-1] == self.size else first.new_zeros(*first.shape[:-1], self.size)
 
 
-def _let_go(model: nn.Module, layer: int | None, keep: Sequence[object] = ()) -> None:
-    """Put stand-ins where a forward passes through modules whose weights have no say in a layer; None is the last.
+def _drop_unused(model: nn.Module, layer: int | None, keep: Sequence[object] = ()) -> None:
+    """Replace modules whose weights do not affect a layer's hidden states by stand-ins; None is the last layer.
 
-    What has a say is what the layer's hidden states are connected to in the graph that autograd keeps. The model's own
-    layers, what is to be kept, and modules that were not called (they may be, for another batch) are left as they are.
+    A weight affects them if autograd's graph connects the two. The model's own layers, the modules in `keep`, and
+    modules that the probe does not call (another batch may call them) stay as they are.
     """
     sizes: dict[nn.Module, int] = {}
 
@@ -159,7 +169,7 @@ def _let_go(model: nn.Module, layer: int | None, keep: Sequence[object] = ()) ->
         if isinstance(out, Tensor):
             sizes[module] = out.shape[-1]
 
-    # Leaves of their own over the same memory: whether the parameters themselves require gradients is not touched.
+    # Separate leaves over the same memory leave requires_grad of the parameters alone.
     named = [*model.named_parameters(), *model.named_buffers()]
     hooks = [module.register_forward_hook(note) for module in model.modules()]
     try:
@@ -179,7 +189,7 @@ def _let_go(model: nn.Module, layer: int | None, keep: Sequence[object] = ()) ->
             hook.remove()
     layers = layer_list(model)
     parameter = next(model.parameters())
-    entrance = cast(Any, model).get_input_embeddings()  # where it stands, transformers looks for it
+    entrance = cast(Any, model).get_input_embeddings()  # transformers looks for it at its place
 
     def visit(parent: nn.Module) -> None:
         for name, child in parent.named_children():
@@ -196,7 +206,7 @@ def _let_go(model: nn.Module, layer: int | None, keep: Sequence[object] = ()) ->
 
 
 def _leaves(result: Tensor) -> Iterator[Tensor]:
-    """The tensors that a gradient of the result would flow to."""
+    """The tensors that a gradient of the result flows to."""
     waiting, seen = [result.grad_fn], set()
     while waiting:
         node: Any = waiting.pop()
@@ -209,10 +219,11 @@ def _leaves(result: Tensor) -> Iterator[Tensor]:
 
 
 def unroll(model: nn.Module) -> None:
-    """Give albert, whose groups of layers are run several times, one entry a layer over the groups' own parameters.
+    """Give albert, which runs its groups of layers several times, one entry a layer over the groups' parameters.
 
     Args:
-        model: an encoder of the caller's own, structure and config; left as it is if each layer has its entry.
+        model: an encoder that shares neither structure nor config with the user's; unchanged if it has one entry a
+            layer already.
     """
     config: Any = model.config
     groups = getattr(config, "num_hidden_groups", None)
@@ -220,7 +231,7 @@ def unroll(model: nn.Module) -> None:
         return
     owner, name, entries = _layer_list(model)
     shared: dict[int, Any] = {id(parameter): parameter for parameter in entries.parameters()}
-    shared[id(config)] = config  # in which each layer looks up its attention function
+    shared[id(config)] = config  # each layer looks its attention function up there
     each = config.num_hidden_layers / groups
     layers = [copy.deepcopy(entries[int(i / each)], dict(shared)) for i in range(config.num_hidden_layers)]
     setattr(owner, name, nn.ModuleList(layers))
@@ -228,8 +239,32 @@ def unroll(model: nn.Module) -> None:
 
 
 def layer_list(model: nn.Module) -> nn.ModuleList:
-    """The model's layers, the first one at the bottom; where it was cut off, what stands for the rest at the end."""
+    """The model's layers, bottom first; a model that was cut off ends with the entry that replaces the rest."""
     return _layer_list(model)[2]
+
+
+def parameters_by_layer(model: nn.Module, with_pooler: bool) -> list[list[nn.Parameter]]:
+    """The parameters of each used layer, top first, then all others; none twice (albert's layers share theirs).
+
+    Args:
+        model: an encoder.
+        with_pooler: whether the pooler is used, so that its parameters belong to the top layer; else they are in no
+            group.
+    """
+    pooler = getattr(model, "pooler", None)
+    top = list(pooler.parameters()) if pooler is not None else []
+    groups = [list(layer.parameters()) for layer in layer_list(model)][::-1]
+    groups = [group for group in groups if group]
+    seen = {id(parameter) for group in (top, *groups) for parameter in group}
+    groups.append([parameter for parameter in model.parameters() if id(parameter) not in seen])
+    if with_pooler:
+        groups[0] = top + groups[0]
+    seen.clear()
+    out = []
+    for group in groups:
+        out.append([parameter for parameter in group if id(parameter) not in seen])
+        seen |= {id(parameter) for parameter in group}
+    return [group for group in out[:-1] if group] + out[-1:]
 
 
 def _layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
@@ -241,7 +276,7 @@ def _layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
             owner, _, name = path.rpartition(".")
             return model.get_submodule(owner), name, module
     raise ConfigError(
-        f"{type(model).__name__} has no list of {config.num_hidden_layers} layers, so only its last can be had: "
+        f"{type(model).__name__} has no list of {config.num_hidden_layers} layers, so only the last is available: "
         "leave layers= out"
     )
 

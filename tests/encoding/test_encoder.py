@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 import shutil
@@ -407,7 +408,7 @@ def test_a_call_with_its_own_forward_tokens_leaves_the_encoder_as_it_is(
     sizes.clear()
     torch.testing.assert_close(encoder.encode(batch).values, own)
     assert len(sizes) == -(-batch.num_tokens // 4096)
-    encoder._lower_budget(500)
+    encoder._lower_size(500)
     sizes.clear()
     encoder.encode(batch, max_forward_tokens=encoder.default_forward_tokens)
     assert max(sizes) <= encoder.max_forward_tokens == 256 and encoder.default_forward_tokens == 2048
@@ -435,7 +436,7 @@ def test_a_forward_that_finds_no_memory_is_split_and_later_ones_are_smaller(
     found = encoder(sentences[:100])
     assert torch.allclose(found.values, right.values, atol=1e-5)
     assert max(sizes) > 300 and encoder.max_forward_tokens <= 300
-    assert "found no memory" in caplog.text and f"max_forward_tokens={encoder.max_forward_tokens}" in caplog.text
+    assert "ran out of memory" in caplog.text and f"max_forward_tokens={encoder.max_forward_tokens}" in caplog.text
     sizes.clear()
     encoder(sentences[:100])
     assert max(sizes) <= 300
@@ -470,10 +471,10 @@ def test_what_a_forward_without_memory_had_computed_is_let_go_before_the_cache_i
 
     def lower(tokens: int) -> None:
         alive.append(computed[-1]() is not None)
-        encoder._forward_tokens_limit = tokens // 2
+        encoder._size.limit = tokens // 2
 
     monkeypatch.setattr(encoder.model, "forward", forward)
-    monkeypatch.setattr(encoder, "_lower_budget", lower)
+    monkeypatch.setattr(encoder, "_lower_size", lower)
     encoder(sentences[:100])
     assert alive and not any(alive)
 
@@ -604,14 +605,94 @@ def test_a_single_layer_needs_no_tuple(minilm_folder: str) -> None:
         Encoder.from_pretrained(minilm_folder, layers=("last",))
 
 
-def test_texts_that_are_handed_to_encode_are_told_where_to_go(minilm: Encoder) -> None:
-    with pytest.raises(EncoderError, match=r"not a list: for texts call encoder\(texts\)"):
-        minilm.encode(["a bank"])  # type: ignore[arg-type]
+def test_encode_takes_texts_as_a_call_does(minilm: Encoder) -> None:
+    texts: list[Text] = ["a bank", ["two", "words"], ("a", "pair")]
+    right = minilm(texts).values
+    for given in (texts, tuple(texts), minilm.tokenizer.batch(texts)):
+        assert torch.equal(minilm.encode(given).values, right)
+        torch.testing.assert_close(minilm.embed(given).values, right, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("a bank", r"one string: pass a list of texts, \[text\]"),
+        (
+            {"text": ["a bank"]},
+            r"texts is a dict with the keys \['text'\]: pass the list of texts under one of its keys",
+        ),
+        ({"a bank"}, "texts is a set: pass a list of texts"),
+        (torch.ones(1, 2), "texts is a Tensor: pass a list of texts"),
+        (iter(["a bank"]), "texts is a list_iterator: pass a list of texts"),
+        (None, "texts is a NoneType: pass a list of texts"),
+    ],
+)
+def test_anything_but_a_list_of_texts_is_refused_with_the_way_out(minilm: Encoder, texts: Any, message: str) -> None:
+    for call in (minilm, minilm.encode, minilm.embed, minilm.tokenizer.batch):
+        with pytest.raises(ConfigError, match=message):
+            call(texts)
+
+
+def test_the_output_of_a_transformers_tokenizer_is_refused_with_the_way_out(minilm: Encoder, tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"texts is a BatchEncoding .*TokenBatch.from_padded\(input_ids"):
+        minilm.encode(tokenizer(["a bank"]))
+
+
+def test_options_are_checked_before_weights_are_loaded(monkeypatch: pytest.MonkeyPatch, minilm_folder: str) -> None:
+    monkeypatch.setattr(pretrained.Pretrained, "load_model", lambda self: pytest.fail("weights were loaded"))
+    bad: list[dict[str, Any]] = [
+        {"output": "vectors"},
+        {"layers": 7},
+        {"layers": "last"},
+        {"combine": "max"},
+        {"output": "words", "pooling": "cls"},
+        {"output": "sentence", "pooling": "pooler", "layers": 2},
+        {"output": "words", "special_tokens": False},
+        {"normalize": True},
+        {"word_splitter": str.split},
+        {"dtype": "int8"},
+        {"device": "gpu"},
+        {"output_dtype": "float32"},
+        {"overflow": "cut"},
+        {"stride": 4},
+        {"stride": -1, "overflow": "windows"},
+        {"max_length": 0},
+        {"max_length": 513},
+        {"max_forward_tokens": 0},
+    ]
+    for options in bad:
+        with pytest.raises(ConfigError):
+            Encoder.from_pretrained(minilm_folder, **options)
+
+
+def test_from_pretrained_takes_every_option_of_the_class_by_name() -> None:
+    own = inspect.signature(Encoder).parameters
+    loaded = inspect.signature(Encoder.from_pretrained).parameters
+    options = [name for name in own if name not in ("model", "tokenizer")]
+    assert [name for name in loaded if name != "name"] == options
+    assert all(loaded[name].kind is inspect.Parameter.KEYWORD_ONLY for name in options)
+    assert {name for name in options if loaded[name].default != own[name].default} == {"normalize"}
+
+
+def test_the_old_name_of_word_splitter_still_works_and_warns(minilm_folder: str, tokenizer: Any) -> None:
+    def by_dash(text: str) -> list[str]:
+        return text.split("-")
+
+    right = Encoder(tiny_bert(), tokenizer, output="words", word_splitter=by_dash)
+    with pytest.warns(FutureWarning, match="split= is now word_splitter=") as caught:
+        found = Encoder(tiny_bert(), tokenizer, output="words", split=by_dash)
+    with pytest.warns(FutureWarning, match="split= is now word_splitter=") as later:
+        loaded = Encoder.from_pretrained(minilm_folder, output="words", split=by_dash)
+    assert [Path(warning.filename) for warning in (*caught, *later)] == [Path(__file__)] * 2
+    assert right.tokenizer.identity == found.tokenizer.identity
+    assert loaded(["a-b c"]).lengths.tolist() == found(["a-b c"]).lengths.tolist() == [2]
+    with pytest.raises(ConfigError, match="old name of word_splitter="):
+        Encoder(tiny_bert(), tokenizer, output="words", word_splitter=by_dash, split=by_dash)
 
 
 def test_what_has_no_effect_is_refused(minilm_folder: str) -> None:
     of_words: dict[str, Any] = {"output": "words", "special_tokens": False}
-    for options in ({"normalize": True}, {"split": str.split}, {"stride": 4}, of_words):
+    for options in ({"normalize": True}, {"word_splitter": str.split}, {"stride": 4}, of_words):
         with pytest.raises(ConfigError, match="has no effect"):
             Encoder.from_pretrained(minilm_folder, **options)
 

@@ -28,6 +28,25 @@ def tiny_bert(seed: int = 0, **options: Any) -> nn.Module:
     return BertModel(BertConfig(vocab_size=30522, **sizes | options)).eval().requires_grad_(False)
 
 
+@pytest.mark.parametrize(
+    ("options", "right"),
+    [
+        ({}, "a1efbbc8e89e6667dcfabf46e40bced4"),
+        ({"output": "words", "layers": (2,)}, "87f91df256e56fe69a90cd185c28551a"),
+        ({"output": "sentence"}, "79cb5963707bc38bebadae0cf21f56ca"),
+    ],
+)
+def test_a_fingerprint_stays_what_it_was_when_caches_were_filled(options: dict[str, Any], right: str) -> None:
+    """Computed by f85df61; if one changes, every cache on disk is lost."""
+    encoder = Encoder.from_pretrained("all-MiniLM-L6-v2", dtype="float32", device="cpu", **options)
+    assert (encoder.fingerprint() or b"").hex() == right
+
+
+def test_the_fingerprint_of_a_lower_half_stays_what_it_was() -> None:
+    lower, _ = Encoder.from_pretrained("all-MiniLM-L6-v2", dtype="float32", device="cpu").split(at=4)
+    assert (lower.fingerprint() or b"").hex() == "a4856d3cd8cd934a7aff77adb0f4ddfa"
+
+
 def test_everything_that_changes_the_vectors_changes_it(tokenizer: Any) -> None:
     makes: list[tuple[nn.Module, dict[str, Any]]] = [
         (tiny_bert(), {}),

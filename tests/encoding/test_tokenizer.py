@@ -349,7 +349,7 @@ def test_one_string_is_refused_where_a_list_of_texts_is_meant(auto: Any) -> None
     [
         ({"max_length": 0}, "max_length=0"),
         ({"max_length": -5}, "max_length=-5"),
-        ({"max_length": 2}, "max_length=2: the special tokens of a pair of texts alone take 3"),
+        ({"max_length": 2}, "max_length=2: a pair's special tokens alone take 3"),
         ({"max_length": 16, "overflow": "cut"}, "overflow='cut': write one of 'error', 'truncate', 'windows'"),
     ],
 )

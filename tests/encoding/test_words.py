@@ -230,15 +230,15 @@ def test_strings_are_split_by_blanks_or_as_the_user_says(kind: Kind) -> None:
     lists: list[Text] = [["The", "river", "banks,"], [], [], (["the", "banks"], ["of", "a", "river"])]
     torch.testing.assert_close(kind.words(strings).values, kind.words(lists).values)
     assert kind.words(strings).lengths.tolist() == [3, 0, 0, 5]
-    by_comma = kind.encoder(output="words", split=lambda text: text.split(","))
+    by_comma = kind.encoder(output="words", word_splitter=lambda text: text.split(","))
     found = by_comma(["the river,,banks", ["kept, as it is"]])
     torch.testing.assert_close(found.values, kind.words([["the river", "", "banks"], ["kept, as it is"]]).values)
 
 
-@pytest.mark.parametrize(("split", "seen"), [(str.strip, "'a b'"), (lambda text: [text, 1], "1")])
-def test_a_split_that_gives_no_words_is_refused(split: Any, seen: str) -> None:
-    encoder = Kind("WordPiece").encoder(output="words", split=split)
-    with pytest.raises(ConfigError, match=f"split made .*{seen}.* of text 1"):
+@pytest.mark.parametrize(("splitter", "seen"), [(str.strip, "'a b'"), (lambda text: [text, 1], "1")])
+def test_a_word_splitter_that_returns_no_list_of_words_is_refused(splitter: Any, seen: str) -> None:
+    encoder = Kind("WordPiece").encoder(output="words", word_splitter=splitter)
+    with pytest.raises(ConfigError, match=f"word_splitter returned .*{seen}.* for text 1"):
         encoder([["a", "b"], "a b"])
 
 

@@ -68,7 +68,7 @@ def test_what_was_computed_before_a_stop_is_not_computed_again(
         return encode(batch)
 
     monkeypatch.setattr(minilm, "encode", stopped)
-    monkeypatch.setattr(minilm, "_max_forward_tokens", 300)
+    monkeypatch.setattr(minilm._size, "given", 300)
     with EmbeddingCache(0, tmp_path / "cache", "64MiB") as cache, pytest.raises(KeyboardInterrupt):
         bertstream.warm(shard, minilm, cache, progress=False)
     monkeypatch.setattr(minilm, "encode", encode)
@@ -82,7 +82,7 @@ def test_nothing_is_dropped_however_slow_the_disk(
     minilm: Encoder, shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bertstream.caching.disk._QUEUE_BYTES", 1)
-    monkeypatch.setattr(minilm, "_max_forward_tokens", 100)
+    monkeypatch.setattr(minilm._size, "given", 100)
     with EmbeddingCache(0, tmp_path / "cache", "64MiB") as cache:
         bertstream.warm(shard, minilm, cache, progress=False)
         assert cache.stats()["disk_texts"] == 40 and cache.stats()["disk_dropped_writes"] == 0

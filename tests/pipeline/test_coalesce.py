@@ -18,7 +18,7 @@ from bertstream import Embeddings, Encoder, EncoderError, TokenBatch
 from bertstream.embeddings import Output
 from bertstream.pipeline.coalesce import encode_together
 from bertstream.testing import FakeEncoder
-from bertstream.tokens import Text, TokenizedText, distinct, join, text_bytes
+from bertstream.tokens import Text, TokenizedText, distinct, text_bytes
 
 
 class TellingEncoder(FakeEncoder):
@@ -117,10 +117,10 @@ def test_together_is_what_each_is_alone(batches: list[TokenBatch], once: bool) -
 
 @given(TOKEN_BATCHES)
 def test_joined_batches_can_be_picked_apart_again(batches: list[TokenBatch]) -> None:
-    whole = join(batches)
+    whole = TokenBatch.concat(batches)
     bounds = np.cumsum([0, *map(len, batches)]).tolist()
     for batch, (start, end) in zip(batches, pairwise(bounds), strict=True):
-        found = whole.picked(np.arange(start, end))
+        found = whole.pick(np.arange(start, end))
         assert found.cu_seqlens.tolist() == batch.cu_seqlens.tolist()
         absent = {"special": False, "token_type_ids": 0, "word_ids": -1, "owned": True, "words_cut": False}
         for name in ("input_ids", "num_words", "cut_tokens", *absent):
