@@ -123,7 +123,9 @@ class CachedEncoder:
         """
         identity = self._identity()
         if identity is None:
-            raise ConfigError("the cache is off while parameters of the encoder require gradients: encoder.freeze()")
+            raise ConfigError(
+                "the cache is off while parameters of the encoder require gradients: call encoder.freeze() first"
+            )
         keys = text_keys(batch, identity.prefix, identity.fingerprint)
         first, _ = distinct(keys)
         texts = first[self._store.missing([keys[i] for i in first])]
@@ -158,8 +160,8 @@ class CachedEncoder:
         row_counts = self._encoder.row_counts(batch)[first]
         found, missing = self._store.lookup(wanted, row_counts, self._codec.row_bytes, repeats=len(keys) - len(wanted))
         if len(missing):
-            names = [wanted[i] for i in missing.tolist()]
-            rows = self._compute(batch, first[missing], names, row_counts[missing], identity, max_forward_tokens)
+            computed = [wanted[i] for i in missing.tolist()]
+            rows = self._compute(batch, first[missing], computed, row_counts[missing], identity, max_forward_tokens)
             found.append((missing, rows))
         parts = [rows for _, rows in found if len(rows)] or [found[0][1]]
         pool = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -186,7 +188,7 @@ class CachedEncoder:
             hold_writes=self.device.type == "cpu",
         )
         self.compute_s += computed.seconds
-        # Where training began meanwhile, the rows may be of other weights: use them once and keep none.
+        # If training started meanwhile, the rows may mix old and new weights: return them and keep none.
         if self._identity() == identity:
             self._store.add(keys, row_counts, computed, wait=wait)
         return computed.rows
