@@ -31,7 +31,7 @@ from bertstream.tokens import Text, TokenizedText
 
 
 class FakeEncoder(testing.FakeEncoder):
-    """A fake that caches take: column 3 of its rows is `weight`, and it has a fingerprint while it is `frozen`."""
+    """A fake for caches: column 3 of its rows is `weight`, and it has a fingerprint while it is `frozen`."""
 
     row_shape = (4,)
     output_dtype = torch.float32
@@ -68,7 +68,7 @@ def batch_of(*texts: Sequence[int]) -> TokenBatch:
 
 
 def equal(found: Embeddings, right: Embeddings) -> bool:
-    """Everything about two batches, bit for bit."""
+    """Whether two batches are equal in every part, bit for bit."""
     arrays = [(found.values, right.values), (found.cu_seqlens, right.cu_seqlens), (found.lengths, right.lengths)]
     same = all(a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all()) for a, b in arrays)
     for a, b in ((found.present, right.present), (found.word_ids, right.word_ids)):
@@ -77,7 +77,7 @@ def equal(found: Embeddings, right: Embeddings) -> bool:
 
 
 @contextmanager
-def said(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
     messages: list[str] = []
     with caplog.at_level(logging.WARNING, "bertstream.caching"):
         yield messages
@@ -280,7 +280,7 @@ def test_the_cache_is_off_while_parameters_require_gradients_and_says_so_once(ca
     cached = cache.of(encoder)
     cached.encode(batch)
     encoder.frozen = False
-    with said(caplog) as messages:
+    with logged(caplog) as messages:
         for _ in range(2):
             assert equal(cached.encode(batch), encoder.encode(batch))
     assert [message.partition(" while")[0] for message in messages] == ["the cache is off"]
@@ -429,7 +429,7 @@ def test_lookups_skip_a_disk_that_is_slower_than_computing(
     monkeypatch.setattr("bertstream.caching.store._JUDGED_ROWS", 10)
     monkeypatch.setattr("bertstream.caching.store._ASIDE_LOOKUPS", 3)
     encoder = FakeEncoder()
-    with EmbeddingCache(0, tmp_path, "16MiB") as cache, said(caplog) as messages:
+    with EmbeddingCache(0, tmp_path, "16MiB") as cache, logged(caplog) as messages:
         cached = cache.of(encoder)
         cached.encode(batch_of([1] * 20))
         cache.flush()
