@@ -46,6 +46,10 @@ class Record:
     offset: int = 0
 
 
+ONE_WINDOW = object()
+"""Absent entry of `window_lengths`: a text without any is one window."""
+
+
 def axis(name: str, absent: object = None) -> dict[str, object]:
     """Metadata of a dataclass field that holds an array: what an entry of it belongs to.
 
@@ -53,7 +57,7 @@ def axis(name: str, absent: object = None) -> dict[str, object]:
 
     Args:
         name: "tokens", "words", "windows" or "texts"; of `Embeddings`, "rows" on the device or "host rows".
-        absent: the entry of a text without this array in a batch where others have it.
+        absent: the entry of a text that lacks the array where others have it; None if no text lacks it.
     """
     return {"axis": name, "absent": absent}
 
@@ -84,7 +88,7 @@ class TokenizedText:
     num_words: int = 0
     cut_tokens: int = 0
     words_cut: BoolArray | None = field(default=None, metadata=axis("words", False))
-    window_lengths: Int32Array | None = field(default=None, metadata=axis("windows"))
+    window_lengths: Int32Array | None = field(default=None, metadata=axis("windows", ONE_WINDOW))
     owned: BoolArray | None = field(default=None, metadata=axis("tokens", True))
 
     def pick(self, tokens: npt.NDArray[Any]) -> TokenizedText:
@@ -187,7 +191,7 @@ class TokenBatch:
     num_words: Int32Array = field(metadata=axis("texts"))
     cut_tokens: Int32Array = field(metadata=axis("texts"))
     words_cut: BoolArray | None = field(default=None, metadata=axis("words", False))
-    window_lengths: Int32Array | None = field(default=None, metadata=axis("windows"))
+    window_lengths: Int32Array | None = field(default=None, metadata=axis("windows", ONE_WINDOW))
     owned: BoolArray | None = field(default=None, metadata=axis("tokens", True))
     fields: dict[str, Any] = field(default_factory=dict)
     cursor: Cursor | None = None
@@ -206,12 +210,13 @@ class TokenBatch:
     @classmethod
     def from_texts(cls, texts: Sequence[TokenizedText]) -> TokenBatch:
         """Texts one after the other; an array that some have and others lack is filled in."""
-        lengths = np.fromiter([len(text.input_ids) for text in texts], np.int32, len(texts))
-        num_words = np.fromiter([text.num_words for text in texts], np.int32, len(texts))
+        count = len(texts)
+        lengths = np.fromiter([len(text.input_ids) for text in texts], np.int32, count)
+        num_words = np.fromiter([text.num_words for text in texts], np.int32, count)
         return cls(
             cu_seqlens=cumulate(lengths),
             num_words=num_words,
-            cut_tokens=np.fromiter([text.cut_tokens for text in texts], np.int32, len(texts)),
+            cut_tokens=np.fromiter([text.cut_tokens for text in texts], np.int32, count),
             **concatenated(texts, {"tokens": lengths, "words": num_words}, lambda i: lengths[i : i + 1]),
         )
 
@@ -324,10 +329,14 @@ def picked(owner: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
         entries: by axis, a mask or indices, on the device of its fields.
     """
     return {
-        name: None if (array := get(owner)) is None else array[entries[of]]
+        name: None if (array := get(owner)) is None else _take(array, entries[of])
         for name, of, _, get in _columns(type(owner))
         if of in entries
     }
+
+
+def _take(array: Any, entries: Any) -> Any:
+    return array.index_select(0, entries) if isinstance(array, Tensor) else array[entries]
 
 
 def concatenated(
@@ -336,22 +345,22 @@ def concatenated(
     """Each field that has an axis, of all parts one after the other; a field that all parts lack is None.
 
     Args:
-        parts: dataclasses of one kind whose fields declare their `axis`; all have the fields that declare no absent
-            entry.
+        parts: dataclasses of one kind whose fields declare their `axis`.
         sizes: by axis, how many entries each part has.
         window: lengths of the windows of part i where it has none, but others do: each of its texts is one window.
     """
     out: dict[str, Any] = {}
     for name, of, absent, get in _columns(type(parts[0]) if parts else TokenizedText):
         arrays = list(map(get, parts))
-        missing = [array is None for array in arrays]
-        if all(missing):
-            out[name] = None if parts or name != "input_ids" else np.zeros(0, np.int32)
-            continue
-        if any(missing):
-            for i in np.flatnonzero(missing).tolist():
-                arrays[i] = window(i) if of == "windows" else np.full(sizes[of][i], absent)
-        out[name] = np.concatenate(arrays)
+        if absent is not None:
+            missing = [array is None for array in arrays]
+            if all(missing):
+                out[name] = None
+                continue
+            if any(missing):
+                for i in np.flatnonzero(missing).tolist():
+                    arrays[i] = window(i) if absent is ONE_WINDOW else np.full(sizes[of][i], absent)
+        out[name] = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
     return out
 
 

@@ -1,5 +1,5 @@
 """Token batches in, embeddings out.
 
-Read in this order: tokenizer (text to ids); pretrained and autotune (loading); attention, layers, pooling and forward
-(one forward); encoder and upper.
+Read in this order: tokenizer (texts to ids); output_spec (what comes out); pretrained and own_model (a model by name,
+and the encoder's copy of it); attention, layers, pooling and forward (one forward); freezing, encoder and upper.
 """

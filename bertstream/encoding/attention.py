@@ -1,8 +1,8 @@
-"""Packed attention: several texts in one row, each attending to itself alone.
+"""Packed attention: several texts in one row, each attending only to itself.
 
 transformers' encoders look their attention function up by name, so a packed forward needs no change to a model: this
-module registers one more name. The self-test in `probe_batching` decides which models may use it; a list of model
-names would be wrong for somebody (several encoders accept the name and silently mix neighbouring texts).
+module registers one more name. The self-test in `probe_batching` decides which models may use it. A list of model names
+could not: several encoders accept the name and silently mix neighbouring texts.
 
 Shapes: N tokens in all, d size of one head.
 """
@@ -27,7 +27,7 @@ from ..errors import EncoderError
 from ..tokens import Int32Array, cumulate
 
 PACKED = "bertstream_packed"
-"""The name under which transformers finds `packed_attention`; free of the substrings that it treats specially."""
+"""transformers' name for `packed_attention`, without the substrings that transformers treats specially."""
 
 _LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 """Numbers of float32 in a vector register of this CPU."""
@@ -38,7 +38,7 @@ class Packing:
     """Where the texts of one packed row begin and end.
 
     Attributes:
-        lengths: [B] int32 on the host, tokens of each text; equal lengths stand side by side.
+        lengths: [B] int32 on the host, tokens of each text; equal lengths are neighbours.
         cu_seqlens: [B + 1] int32 on the device.
     """
 
@@ -70,17 +70,17 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a packed row, in the form that transformers' attention interface asks for.
+    """Attention over a packed row, as a function of transformers' attention interface.
 
     Args:
         module: the attention layer.
-        query: [1, heads, N, d]; `key` and `value` likewise, or of fewer heads, which groups of query heads share.
+        query: [1, heads, N, d]; `key` and `value` likewise, or with fewer heads that groups of query heads share.
         attention_mask: must be None; a packed row has no padding.
         scaling: factor of the scores; 1 / sqrt(d) if None.
         dropout: probability, applied to the attention weights.
-        packing: where the texts lie; handed to `model(..., packing=...)`.
-        sliding_window: a token sees those fewer than this many places away; None for all.
-        kwargs: what else the model passes along; the self-test shows whether any of it mattered.
+        packing: where the texts begin and end; the argument of `model(..., packing=...)`.
+        sliding_window: a token sees the tokens fewer than this many positions away; None for all.
+        kwargs: other arguments of the model; the self-test shows whether any of them matters.
     Returns:
         ([1, N, heads, d], None), contiguous.
     Raises:
@@ -116,10 +116,10 @@ def packed_attention(
 
 
 def _is_ragged(query: Tensor) -> bool:
-    """Whether attention over [texts, heads, L, d] is faster with the keys filled up to whole vector registers.
+    """Whether attention over [texts, heads, L, d] is faster with keys padded to whole vector registers.
 
-    torch's kernel for CPUs takes the exponentials of what is left over one by one. With 16 lanes, of which four or more
-    are left over, the attention over texts of 5 to 130 tokens took 0.53 to 1.03 of its time, 0.75 on average.
+    torch's CPU kernel computes the exponentials of an incomplete register one by one. With 16 lanes and four or more
+    left over, padding brought attention over texts of 5 to 130 tokens to 0.53 to 1.03 of its time, 0.75 on average.
     """
     if query.is_cuda or query.dtype != torch.float32 or torch.is_grad_enabled():
         return False
@@ -127,9 +127,9 @@ def _is_ragged(query: Tensor) -> bool:
 
 
 def _with_neighbours(x: Tensor, start: int, texts: int, length: int, more: int) -> Tensor:
-    """[texts, heads, length + more, d] of x [1, heads, N, d]: each text from `start` on, and what follows in the row.
+    """[texts, heads, length + more, d] of x [1, heads, N, d]: each text from `start`, and what follows it in the row.
 
-    A view, so that filling up costs no copy: a mask hides the neighbours' keys, whose weights are exactly 0.
+    A view, so padding costs no copy; a mask hides the neighbours' keys, so their weights are exactly 0.
     """
     rows = x[0, :, start:]
     if rows.shape[1] < texts * length + more:  # the last texts of the row, which are its shortest
@@ -151,7 +151,7 @@ def _varlen(
     from torch.nn.attention import varlen
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    farthest = -1 if sliding_window is None else sliding_window - 1  # places to either side; -1 is all
+    farthest = -1 if sliding_window is None else sliding_window - 1  # positions to either side; -1 is all
     cu_seqlens, longest = packing.cu_seqlens, packing.max_length
     found = varlen.varlen_attn(
         q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(farthest, farthest)
@@ -160,7 +160,7 @@ def _varlen(
 
 
 def register() -> None:
-    """Make `packed_attention` known to transformers under the name `PACKED`."""
+    """Register `packed_attention` with transformers under the name `PACKED`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED, packed_attention)
@@ -168,11 +168,11 @@ def register() -> None:
 
 @dataclass(frozen=True)
 class BatchingSupport:
-    """How the self-test found that texts may share a forward.
+    """How texts may share a forward, as the self-test found.
 
     Attributes:
         way: "packed" in one row; "padded" to the longest; "grouped", texts of equal length only.
-        reason: why, in words, with the errors seen.
+        reason: why, in words, with the measured errors.
         first_position: the position id of a text's first token (RoBERTa's family counts from padding_idx + 1).
     """
 
@@ -184,19 +184,18 @@ class BatchingSupport:
 def probe_batching(model: nn.Module, packed: bool | None = None) -> BatchingSupport:
     """Run three texts together and one by one, and compare.
 
-    The model is left with its packed attention if it passes packed, and with its own attention otherwise. It must be
-    in eval mode; its config is changed, so it must not be shared with the user.
+    A model that passes packed keeps the packed attention; any other keeps its own. It must be in eval mode, and must
+    not share its config, which changes, with the user.
 
     Args:
         model: a transformers encoder.
         packed: True refuses a model that cannot be packed, False does not try.
     Returns:
-        The fastest way that is right. A way passes if no text is off by more than a relative L2 error of 1e-4 in
-        float32; in half precision by more than 8 times what separates the model's eager attention from
-        scaled_dot_product_attention.
+        The fastest correct way. A way passes if no text has a relative L2 error above 1e-4 in float32; in half
+        precision, above 8 times the difference between the model's eager attention and scaled_dot_product_attention.
     Raises:
         EncoderError: the model is no encoder, or does not run in its precision; or `packed` is True and packed texts
-            do not come out as they do one by one.
+            differ from one by one.
     """
     register()
     config: Any = model.config
@@ -226,13 +225,13 @@ def probe_batching(model: nn.Module, packed: bool | None = None) -> BatchingSupp
 
 @contextmanager
 def plain_mode(device: torch.device) -> Iterator[None]:
-    """No gradients, no inference tensors and no autocast, whatever mode the caller is in."""
+    """A context without gradients, inference tensors and autocast, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
 def _first_position(model: nn.Module) -> int:
-    """RoBERTa's family counts positions from behind its padding id."""
+    """Position id of a text's first token; RoBERTa's family counts from padding_idx + 1."""
     for path, module in model.named_modules():
         if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.padding_idx + 1
@@ -240,9 +239,9 @@ def _first_position(model: nn.Module) -> int:
 
 
 def _probe_texts(config: Any, first_position: int) -> list[Tensor]:
-    """Three texts, no two of one length, told apart in every token by a different stride through the vocabulary.
+    """Three texts of different lengths, each starting in another part of the vocabulary.
 
-    The longest reaches beyond the sliding window of a model that has one.
+    The longest is longer than the sliding window of a model that has one.
     """
     windows = [getattr(config, name, None) or 0 for name in ("sliding_window", "local_attention")]
     longest = max(11, *(window + 1 for window in windows))
@@ -260,7 +259,7 @@ def _one_by_one(model: nn.Module, ids: list[Tensor]) -> list[Tensor]:
         found = [model(input_ids=row, attention_mask=torch.ones_like(row)).last_hidden_state[0].float() for row in ids]
     except AttributeError as error:
         raise EncoderError(
-            f"{name} gives no last_hidden_state ({error}): pass the encoder alone, as AutoModel loads it or as "
+            f"{name} gives no last_hidden_state ({error}): pass the encoder alone, as AutoModel loads it or "
             "model.base_model holds it"
         ) from error
     except RuntimeError as error:
@@ -274,13 +273,13 @@ def _one_by_one(model: nn.Module, ids: list[Tensor]) -> list[Tensor]:
 def _try_packed(
     model: nn.Module, ids: list[Tensor], alone: list[Tensor], first_position: int, tolerance: float
 ) -> tuple[bool, str]:
-    """Whether packed texts come out as they do one by one, and what was seen."""
+    """Whether packed texts equal one by one, and why."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False, f"{type(model).__name__} takes no position_ids, so positions cannot restart"
     try:
         model.set_attn_implementation(PACKED)  # type: ignore[operator]
         worst = _packed_error(model, ids, alone, first_position)
-    except Exception as error:  # whatever a model that cannot be packed does: the verdict says it
+    except Exception as error:  # a model that cannot be packed may raise anything; the reason says what
         return False, f"the packed self-test raised {type(error).__name__}: {error}"
     if worst <= tolerance:
         return True, f"packed equals one by one (worst relative L2 error {worst:.1e})"
@@ -289,7 +288,7 @@ def _try_packed(
 
 def _worst_error(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, right, strict=True)]
-    return max(errors) if all(map(math.isfinite, errors)) else math.inf  # max() passes over a NaN
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf  # max() ignores a NaN
 
 
 def _packed_error(model: nn.Module, ids: list[Tensor], alone: list[Tensor], first_position: int) -> float:
@@ -311,7 +310,7 @@ def _padded_error(model: nn.Module, ids: list[Tensor], alone: list[Tensor]) -> f
 
 
 def _noise(model: nn.Module, ids: list[Tensor], alone: list[Tensor], native: str, other: str) -> float:
-    """How far two of the model's own attention functions lie apart in its precision."""
+    """The difference between two of the model's own attention functions in its precision."""
     try:
         model.set_attn_implementation(other)  # type: ignore[operator]
         found = [model(input_ids=row, attention_mask=torch.ones_like(row)).last_hidden_state[0] for row in ids]

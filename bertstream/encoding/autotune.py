@@ -1,4 +1,4 @@
-"""The fastest dtype and forward size of this machine, measured when an encoder is loaded."""
+"""Measurements of this machine: the fastest dtype at load, the fastest forward size when a loader starts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..system.process import on_one_core
 
 
 def fastest_dtype(device: torch.device, hidden_size: int) -> torch.dtype:
-    """bfloat16 where it is worth its loss of precision, else float32.
+    """bfloat16 if it is worth its loss of precision, else float32.
 
-    On CUDA that is what the device says. On a CPU the flag is not enough: processors that list AVX512_BF16 were
-    measured from 0.55 to 2.9 times the float32 rate. So the feed-forward product of the model is timed in both, and
-    bfloat16 is taken if it is at least 1.5 times as fast. What is timed is one core's own time: by the clock on the
-    wall, two products on all cores came out at 0.5 to 1.7 beside other programs, on a processor where it is 0.55.
+    On CUDA the device says. On a CPU its flag is not enough: processors that list AVX512_BF16 ran at 0.55 to 2.9 times
+    the float32 rate. So the model's feed-forward product is timed in both dtypes, and bfloat16 is chosen if it is at
+    least 1.5 times as fast. The time is one core's thread time: by wall clock, on all cores and beside other programs,
+    the ratio came out at 0.5 to 1.7 on a processor where it is 0.55.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
@@ -32,7 +32,7 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _product_seconds(dtype: torch.dtype, hidden_size: int) -> float:
-    """The calling thread's own time for a feed-forward product over as many tokens as the longest text has."""
+    """The calling thread's CPU time for a feed-forward product over 512 tokens."""
     rows = torch.ones(512, hidden_size, dtype=dtype, device="cpu")
     weight, bias = rows.new_ones(4 * hidden_size, hidden_size), rows.new_ones(4 * hidden_size)
     times = []
@@ -46,15 +46,15 @@ def _product_seconds(dtype: torch.dtype, hidden_size: int) -> float:
 def fastest_forward_tokens(
     candidates: Sequence[int], run: Callable[[int], object], device: torch.device, default: int
 ) -> int:
-    """How many tokens a forward should have, by the time that each number of them takes for a token.
+    """The number of tokens whose forward takes the least time a token.
 
     Args:
-        candidates: numbers of tokens, rising.
-        run: does for so many tokens what is to be timed.
+        candidates: numbers of tokens, ascending.
+        run: the work to time, for so many tokens.
         device: where it runs.
-        default: one of the candidates, taken unless another is at least a twentieth faster.
+        default: one of the candidates, chosen unless another is at least 5 % faster.
     """
-    candidates = _those_with_memory(candidates, run, device)  # which warms up
+    candidates = _fitting(candidates, run, device)  # which warms up
     if default not in candidates:
         return max(candidates, default=default)
     times: dict[int, list[float]] = {tokens: [] for tokens in candidates}
@@ -65,17 +65,17 @@ def fastest_forward_tokens(
         if time.perf_counter() > until:
             break
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the largest took more than what is chosen may need
+        torch.cuda.empty_cache()  # the largest took more memory than the chosen one needs
     quickest = min(candidates, key=lambda tokens: min(times[tokens]))
     return quickest if min(times[quickest]) < 0.95 * min(times[default]) else default
 
 
 _MEASURED_S = 0.5
-"""No round is begun after so long."""
+"""No round starts after so long."""
 
 
-def _those_with_memory(candidates: Sequence[int], run: Callable[[int], object], device: torch.device) -> list[int]:
-    """The candidates, but for those that are too large for what memory is left beside the user's own model."""
+def _fitting(candidates: Sequence[int], run: Callable[[int], object], device: torch.device) -> list[int]:
+    """The candidates that fit into the memory left beside the user's own model."""
     found = []
     for tokens in candidates:
         try:

@@ -1,4 +1,4 @@
-"""What an encoder's vectors depend on, as one hash: the content of its weights, its config, its settings."""
+"""One hash of all that an encoder's vectors depend on: the content of its weights, its config, its settings."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import torch
 from torch import Tensor, nn
 
 _REVISION = 1
-"""To be raised when a change of this package changes the vectors that the same weights give."""
+"""Raise it when a change of this package changes the vectors of the same weights."""
 
-# What a config says about where it came from and how it is run, not about what is computed.
-_NO_MATTER = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+# Entries of a config about where it came from and how it runs, not about what it computes.
+_IGNORED = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
 
 _TIMES_TRAINED = "_bertstream_times_trained"
 
 
 def hash_weights(model: nn.Module, settings: str, config: Mapping[str, Any]) -> bytes:
-    """16 bytes that tell apart models, by the content of parameters and buffers, in whatever process and on any device.
+    """16 bytes that identify a model by the content of its parameters and buffers, in any process and on any device.
 
     Args:
-        model: all of its weights are read once, which takes about a second for each GB.
-        settings: what else changes the vectors.
-        config: the model's, as a dict; its path and its versions are left out.
+        model: all of its weights are read once, about a second for each GB.
+        settings: other things that change the vectors.
+        config: the model's, as a dict; its path and versions are ignored.
     """
     digest = hashlib.blake2b(digest_size=16)
-    kept = {name: value for name, value in config.items() if name not in _NO_MATTER}
+    kept = {name: value for name, value in config.items() if name not in _IGNORED}
     about = (_REVISION, type(model).__name__, settings, json.dumps(kept, sort_keys=True, default=repr))
     digest.update(repr(about).encode())
     tensors = _tensors(model)
@@ -42,22 +42,22 @@ def hash_weights(model: nn.Module, settings: str, config: Mapping[str, Any]) -> 
 
 
 def note_training(parameters: Iterable[nn.Parameter]) -> None:
-    """Of parameters that will be trained, or were until now: they may change without a trace.
+    """Note that these parameters will be trained, or were until now, so they may change without a trace.
 
-    Fused optimizers leave a tensor's version as it is. The count stands on the parameter itself, because another
-    encoder may share it.
+    Fused optimizers do not raise a tensor's version. The count is on the parameter itself, because another encoder may
+    share it.
     """
     for parameter in parameters:
         parameter.__dict__[_TIMES_TRAINED] = parameter.__dict__.get(_TIMES_TRAINED, 0) + 1
 
 
 def weights_state(model: nn.Module) -> list[tuple[object, ...]] | None:
-    """What changes when a tensor is written to in place, moved, converted or exchanged, or was noted as trained.
+    """A value that changes when a tensor is written in place, moved, converted, replaced, or noted as trained.
 
-    It is cheap enough for every batch.
+    Cheap enough for every batch.
 
     Returns:
-        None where a parameter requires a gradient: optimizers may change it without a trace.
+        None while a parameter requires a gradient: optimizers may change it without a trace.
     """
     tensors = _tensors(model)
     if any(tensor.requires_grad for _, tensor in tensors):
@@ -70,8 +70,8 @@ def weights_state(model: nn.Module) -> list[tuple[object, ...]] | None:
 
 
 def _adapters(model: nn.Module, tensors: Sequence[tuple[str, Tensor]]) -> list[tuple[object, ...]]:
-    """What is no tensor in the layers that PEFT has adapted: which adapters are on, how strong, and merged or not."""
-    if not any(".base_layer." in name for name, _ in tensors):  # as nearly always: modules are many
+    """The settings of PEFT's adapted layers that are no tensors: active adapters, their scaling, merged or not."""
+    if not any(".base_layer." in name for name, _ in tensors):  # the common case, without a loop over all modules
         return []
     names = ("active_adapters", "scaling", "merged_adapters", "disable_adapters")
     return [

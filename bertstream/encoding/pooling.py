@@ -1,4 +1,4 @@
-"""From token vectors to the vectors that were asked for: subwords to words, tokens to sentences, layers to one.
+"""Token vectors to rows: subwords to words, tokens to sentences, several layers to one.
 
 Shapes: B texts, W words, N tokens in all, H hidden size, K layers.
 """
@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_at_least
 
 WordPooling: TypeAlias = Literal["first", "last", "mean", "max", "first_last"]
 SentencePooling: TypeAlias = Literal["cls", "mean", "max", "weighted_mean", "pooler"]
@@ -28,7 +28,7 @@ def pool_runs(values: Tensor, offsets: Tensor, how: WordPooling | SentencePoolin
             which the k-th row of a run weighs k.
     Returns:
         [S, ...], twice as wide for "first_last"; float32 for means, which are summed in float32, else the dtype of
-        `values`. A run without a row gives zeros.
+        `values`. A run without rows gives zeros.
     Source: Reimers and Gurevych 2019 (Sentence-BERT), section 3; weights as in Muennighoff 2022 (SGPT), equation 2.
     """
     if how == "first_last":
@@ -57,7 +57,7 @@ def pool_runs(values: Tensor, offsets: Tensor, how: WordPooling | SentencePoolin
 
 
 def combine_layers(layers: Sequence[Tensor], how: Combine) -> Tensor:
-    """Several layers as one.
+    """Combine several layers into one tensor.
 
     Args:
         layers: K tensors [N, H].
@@ -85,13 +85,12 @@ class ScalarMix(nn.Module):
 
     def __init__(self, num_layers: int) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ConfigError(f"num_layers={num_layers}: write a number of at least 1")
+        check_at_least("num_layers", num_layers, 1)
         self.weights = nn.Parameter(torch.zeros(num_layers))
         self.gamma = nn.Parameter(torch.ones(()))
 
     def extra_repr(self) -> str:
-        """What `print` shows: how much of each layer the mix takes."""
+        """The share of each layer, for `print`."""
         shares = self.weights.detach().softmax(0).tolist()
         return f"shares={[round(share, 3) for share in shares]}, gamma={self.gamma.item():.3g}"
 
@@ -100,6 +99,6 @@ class ScalarMix(nn.Module):
         if values.dim() < 2 or values.shape[-2] != len(self.weights):
             raise ConfigError(
                 f"values are {list(values.shape)}: the last dimension but one must be the {len(self.weights)} layers, "
-                "as combine='stack' gives them"
+                "as combine='stack' returns them"
             )
         return self.gamma * torch.einsum("k,...kh->...h", self.weights.softmax(0).to(values.dtype), values)

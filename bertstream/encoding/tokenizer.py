@@ -332,7 +332,7 @@ def _kept(sequence_ids: Int32Array, max_length: int) -> BoolArray:
 
 
 def _check_texts(texts: Any) -> None:
-    """Refuse what is no list of texts, by the way out: a tokenizer of strings would take the keys of a dict for texts.
+    """Refuse anything but a list of texts, and say what to pass; a dict would otherwise be read as its keys.
 
     Raises:
         ConfigError: `texts` is one string, a mapping, a set, or nothing that has a length and an order.

@@ -1,8 +1,7 @@
-"""`Embeddings` hands the same rows out in every form, and lays per-word numbers out as it lays out the rows."""
+"""`Embeddings` gives the same rows in every layout, and lays per-word numbers out like the rows."""
 
 from __future__ import annotations
 
-import copy
 import math
 import pickle
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from bertstream.embeddings import Embeddings, Layout
 from bertstream.errors import ConfigError
-from bertstream.tokens import Cursor, Record, TokenBatch, TokenizedText, cumulate
+from bertstream.tokens import TokenBatch, TokenizedText
 
 H = 3
 LENGTHS = st.lists(st.integers(0, 9), max_size=8)
@@ -77,6 +76,25 @@ def test_padded_holds_each_texts_rows_and_zeros_behind_them(lengths: list[int]) 
     assert same([row[real] for row, real in zip(values, mask, strict=True)], rows_of(embeddings))
     assert same([row[:length] for row, length in zip(values, lengths, strict=True)], rows_of(embeddings))
     assert not values[~mask].any()
+
+
+@given(LENGTHS)
+@example([])
+@example([0, 2])
+def test_the_key_padding_mask_is_the_opposite_of_the_mask_of_padded(lengths: list[int]) -> None:
+    embeddings = tokens_of(lengths)
+    found = embeddings.key_padding_mask()
+    assert found.dtype == torch.bool and torch.equal(found, ~embeddings.padded()[1])
+
+
+def test_attention_with_the_key_padding_mask_ignores_the_padding() -> None:
+    torch.manual_seed(0)
+    embeddings = tokens_of([2, 4], torch.randn(6, 4))
+    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    x, _ = embeddings.padded()
+    found, _ = attention(x, x, x, key_padding_mask=embeddings.key_padding_mask())
+    alone = embeddings[0][None]
+    torch.testing.assert_close(found[:1, :2], attention(alone, alone, alone)[0])
 
 
 @given(LENGTHS.filter(len))
@@ -200,7 +218,14 @@ def test_sentence_output_is_one_vector_a_text_in_every_layout() -> None:
 
 
 @pytest.mark.parametrize(
-    "form", [Embeddings.padded, Embeddings.nested, Embeddings.packed_sequence, lambda e: e.align([[1]])]
+    "form",
+    [
+        Embeddings.padded,
+        Embeddings.key_padding_mask,
+        Embeddings.nested,
+        Embeddings.packed_sequence,
+        lambda e: e.align([[1]]),
+    ],
 )
 def test_sentence_output_refuses_forms_of_several_rows(form: Callable[[Embeddings], Any]) -> None:
     with pytest.raises(ConfigError, match="use .vectors"):
@@ -331,23 +356,12 @@ def test_align_names_the_record_of_a_text_that_a_stream_read() -> None:
         embeddings.align([[1, 2], [3]])
 
 
-def test_tokens_that_are_asked_for_vectors_say_who_makes_them() -> None:
-    batch = two_texts().tokens
-    with pytest.raises(AttributeError, match=r"no attribute 'padded': .*BertEmbedding"):
-        batch.padded()
-    with pytest.raises(AttributeError, match=r"no attribute 'values': .*BertEmbedding"):
-        batch.values  # noqa: B018
-    with pytest.raises(AttributeError, match="no attribute 'other'$"):
-        batch.other  # noqa: B018
-    assert copy.deepcopy(batch).num_tokens == pickle.loads(pickle.dumps(batch)).num_tokens == batch.num_tokens
-
-
 def test_align_refuses_plain_strings() -> None:
     with pytest.raises(ConfigError, match="plain strings"):
         tokens_of([2]).align([[1, 2]])
 
 
-# Where it lives.
+# Rows of some texts, other devices and processes.
 
 
 def test_to_moves_the_tensors_and_leaves_the_lengths_on_the_cpu() -> None:
@@ -376,7 +390,8 @@ def test_no_form_makes_the_cpu_wait_for_the_device() -> None:
     def forms(embeddings: Embeddings) -> list[Tensor]:
         values, mask = embeddings.padded()
         packed = embeddings.packed_sequence()
-        return [values, mask, packed.data, embeddings.nested().values(), embeddings.align([[7, 8], []])]
+        aligned, ignored = embeddings.align([[7, 8], []]), embeddings.key_padding_mask()
+        return [values, mask, packed.data, embeddings.nested().values(), aligned, ignored]
 
     here = two_texts()
     there = here.to("cuda")
@@ -386,65 +401,29 @@ def test_no_form_makes_the_cpu_wait_for_the_device() -> None:
     assert same([tensor.cpu() for tensor in found], forms(here))
 
 
-# Texts as tokens.
+@given(word_batches(), st.data())
+def test_picked_texts_keep_their_rows(texts: list[TokenizedText], data: st.DataObject) -> None:
+    embeddings = embeddings_of(texts)
+    embeddings.present = torch.arange(len(embeddings.values)) % 2 == 0
+    indices = np.array(data.draw(st.lists(st.integers(0, len(texts) - 1))), np.int64)
+    tokens = embeddings.tokens.pick(indices)
+    found = embeddings.pick(indices, tokens)
+    assert found.tokens is tokens and found.lengths.tolist() == embeddings.lengths[indices].tolist()
+    assert found.cu_seqlens.dtype == torch.int32
+    assert same(list(found), [embeddings[i] for i in indices.tolist()])
+    rows = [np.arange(*embeddings.cu_seqlens[i : i + 2].tolist()) for i in indices.tolist()]
+    flat = np.concatenate([np.zeros(0, np.int64), *rows])
+    assert embeddings.word_ids is not None and found.present is not None
+    np.testing.assert_array_equal(found.word_ids, embeddings.word_ids[flat])
+    assert found.present.tolist() == embeddings.present[flat].tolist()
+    assert embeddings.pick(indices, tokens_of(found.lengths.tolist()).tokens).word_ids is None
 
 
-@given(LENGTHS)
-@example([])
-def test_cumulate_says_where_each_text_begins_and_the_last_one_ends(lengths: list[int]) -> None:
-    cu_seqlens = cumulate(np.array(lengths, np.int64))
-    assert cu_seqlens.dtype == np.int32
-    assert cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.booleans()), max_size=6))
-def test_a_token_batch_holds_each_texts_ids_one_after_the_other(shapes: list[tuple[int, bool, bool]]) -> None:
-    texts = [
-        TokenizedText(
-            np.arange(length, dtype=np.int32) + 10 * number,
-            token_type_ids=np.ones(length, np.int32) if pair else None,
-            word_ids=np.arange(length, dtype=np.int32) if words else None,
-            num_words=length if words else 0,
-            cut_tokens=number,
-        )
-        for number, (length, pair, words) in enumerate(shapes)
-    ]
-    batch = TokenBatch.from_texts(texts)
-    assert len(batch) == len(texts) and batch.num_tokens == len(batch.input_ids)
-    assert batch.lengths.tolist() == [length for length, _, _ in shapes]
-    assert (batch.token_type_ids is None) == (not any(pair for _, pair, _ in shapes))
-    assert (batch.word_ids is None) == (not any(words for _, _, words in shapes))
-    for i, text in enumerate(texts):
-        place = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
-        assert batch.input_ids[place].tolist() == text.input_ids.tolist()
-        if batch.token_type_ids is not None:
-            assert batch.token_type_ids[place].tolist() == [int(shapes[i][1])] * shapes[i][0]
-        if batch.word_ids is not None:
-            assert batch.word_ids[place].tolist() == (
-                list(range(shapes[i][0])) if shapes[i][2] else [-1] * shapes[i][0]
-            )
-    assert batch.num_words.tolist() == [text.num_words for text in texts]
-    assert batch.cut_tokens.tolist() == list(range(len(texts)))
-    arrays = (batch.input_ids, batch.token_type_ids, batch.word_ids, batch.num_words, batch.cut_tokens)
-    assert all(array is None or array.dtype == np.int32 for array in arrays)
-
-
-def test_what_flows_can_be_sent_to_another_process() -> None:
-    record = Record("a text", {"label": 1}, "key", "a.tar", 3)
-    assert pickle.loads(pickle.dumps(record)) == record
-    cursor = Cursor(1, 2, 3, 4, 5)
-    assert pickle.loads(pickle.dumps(cursor)) == cursor
-    batch = TokenBatch.from_texts([text_of(2), text_of(0)])
-    batch.fields, batch.cursor = {"label": np.array([1, 2])}, cursor
-    back = pickle.loads(pickle.dumps(batch))
-    assert back.cu_seqlens.tolist() == [0, 2, 2] and back.fields["label"].tolist() == [1, 2] and back.cursor == cursor
+def test_embeddings_can_be_sent_to_another_process() -> None:
     embeddings = tokens_of([2, 1])
     assert torch.equal(pickle.loads(pickle.dumps(embeddings)).values, embeddings.values)
 
 
-def test_their_representations_say_what_they_hold_in_a_line() -> None:
+def test_the_representation_is_one_line() -> None:
     embeddings = tokens_of([2, 1], torch.zeros(3, H, dtype=torch.bfloat16))
     assert repr(embeddings) == "Embeddings(2 texts, tokens [3, 3], bfloat16, cpu)"
-    assert repr(embeddings.tokens) == "TokenBatch(2 texts, 3 tokens)"
-    embeddings.tokens.fields["label"] = [1, 2]
-    assert repr(embeddings.tokens) == "TokenBatch(2 texts, 3 tokens, fields=['label'])"

@@ -1,0 +1,161 @@
+"""`TokenBatch` keeps texts flat and apart, whatever is joined, picked or filled in."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from bertstream import tokens
+from bertstream.embeddings import Embeddings
+from bertstream.tokens import Cursor, Record, TokenBatch, TokenizedText, cumulate
+
+LENGTHS = st.lists(st.integers(0, 9), max_size=8)
+
+
+def text_of(length: int) -> TokenizedText:
+    return TokenizedText(np.zeros(length, np.int32))
+
+
+@st.composite
+def any_text(draw: st.DrawFn) -> TokenizedText:
+    """A text with or without each array that a text may have, every entry drawn."""
+    windows = draw(st.lists(st.integers(1, 3), max_size=3))
+    length, words = sum(windows), draw(st.integers(0, 4))
+
+    def array(size: int, kind: type) -> np.ndarray | None:
+        drawn = draw(st.lists(st.integers(0, 1), min_size=size, max_size=size))
+        return np.array(drawn, kind) if draw(st.booleans()) else None
+
+    return TokenizedText(
+        np.array(draw(st.lists(st.integers(0, 99), min_size=length, max_size=length)), np.int32),
+        special=array(length, np.bool_),
+        token_type_ids=array(length, np.int32),
+        word_ids=array(length, np.int32),
+        num_words=words,
+        cut_tokens=draw(st.integers(0, 3)),
+        words_cut=array(words, np.bool_),
+        window_lengths=np.array(windows, np.int32) if length and draw(st.booleans()) else None,
+        owned=array(length, np.bool_),
+    )
+
+
+def same(found: TokenBatch, right: TokenBatch) -> bool:
+    for field in dataclasses.fields(TokenBatch):
+        a, b = getattr(found, field.name), getattr(right, field.name)
+        if isinstance(a, np.ndarray) and not (a.dtype == b.dtype and np.array_equal(a, b)):
+            return False
+        if not isinstance(a, np.ndarray) and a != b:
+            return False
+    return True
+
+
+@given(st.lists(st.lists(any_text(), max_size=4), min_size=1, max_size=4))
+def test_concatenated_batches_equal_one_batch_of_all_texts(groups: list[list[TokenizedText]]) -> None:
+    found = TokenBatch.concat([TokenBatch.from_texts(group) for group in groups])
+    right = TokenBatch.from_texts([text for group in groups for text in group])
+    if any(len(text.input_ids) and text.special is None for group in groups for text in group):
+        found.special = right.special  # a batch of texts that do not say makes the whole say nothing
+    assert same(found, right)
+
+
+@given(st.lists(any_text(), min_size=1, max_size=5), st.data())
+def test_picked_texts_equal_a_batch_of_these_texts(texts: list[TokenizedText], data: st.DataObject) -> None:
+    indices = data.draw(st.lists(st.integers(0, len(texts) - 1), max_size=6))
+    whole = TokenBatch.from_texts(texts)
+    whole.fields, whole.cursor = {"label": list(range(len(texts)))}, Cursor(0, 0)
+    found = whole.pick(np.array(indices, np.int64))
+    alone = TokenBatch.from_texts([*texts, *(texts[i] for i in indices)])  # all texts: the same arrays are filled in
+    rest = np.arange(len(texts), len(alone))
+    assert same(found, alone.pick(rest)) and not found.fields and found.cursor is None
+    assert found.lengths.tolist() == [len(texts[i].input_ids) for i in indices]
+    ids = [id for i in indices for id in texts[i].input_ids.tolist()]
+    assert found.input_ids.tolist() == ids and found.num_words.tolist() == [texts[i].num_words for i in indices]
+
+
+def test_every_array_declares_its_axis() -> None:
+    """Else `pick` and `concat` would leave it out."""
+    for kind, others in ((TokenizedText, set()), (TokenBatch, {"cu_seqlens"}), (Embeddings, {"cu_seqlens", "lengths"})):
+        arrays = {field.name for field in dataclasses.fields(kind) if "Array" in field.type or "Tensor" in field.type}
+        declared = {field.name for field in dataclasses.fields(kind) if "axis" in field.metadata}
+        assert declared == arrays - others, kind
+
+
+def test_names_that_only_embeddings_have_are_listed() -> None:
+    def public(kind: type) -> set[str]:
+        names = {*dir(kind), *(field.name for field in dataclasses.fields(kind))}
+        return {name for name in names if not name.startswith("_")}
+
+    assert public(Embeddings) - public(TokenBatch) - {"tokens"} == tokens._ONLY_EMBEDDINGS_HAVE
+
+
+def test_tokens_explain_that_the_model_makes_the_vectors() -> None:
+    batch = TokenBatch.from_texts([text_of(2)])
+    with pytest.raises(AttributeError, match=r"no attribute 'padded': .*BertEmbedding"):
+        batch.padded()
+    with pytest.raises(AttributeError, match=r"no attribute 'values': .*BertEmbedding"):
+        batch.values  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'other'$"):
+        batch.other  # noqa: B018
+    assert copy.deepcopy(batch).num_tokens == pickle.loads(pickle.dumps(batch)).num_tokens == batch.num_tokens
+
+
+@given(LENGTHS)
+@example([])
+def test_cumulate_gives_the_start_of_each_text_and_the_end_of_the_last(lengths: list[int]) -> None:
+    cu_seqlens = cumulate(np.array(lengths, np.int64))
+    assert cu_seqlens.dtype == np.int32
+    assert cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.booleans()), max_size=6))
+def test_a_token_batch_holds_each_texts_ids_one_after_the_other(shapes: list[tuple[int, bool, bool]]) -> None:
+    texts = [
+        TokenizedText(
+            np.arange(length, dtype=np.int32) + 10 * number,
+            token_type_ids=np.ones(length, np.int32) if pair else None,
+            word_ids=np.arange(length, dtype=np.int32) if words else None,
+            num_words=length if words else 0,
+            cut_tokens=number,
+        )
+        for number, (length, pair, words) in enumerate(shapes)
+    ]
+    batch = TokenBatch.from_texts(texts)
+    assert len(batch) == len(texts) and batch.num_tokens == len(batch.input_ids)
+    assert batch.lengths.tolist() == [length for length, _, _ in shapes]
+    assert (batch.token_type_ids is None) == (not any(pair for _, pair, _ in shapes))
+    assert (batch.word_ids is None) == (not any(words for _, _, words in shapes))
+    for i, text in enumerate(texts):
+        rows = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
+        assert batch.input_ids[rows].tolist() == text.input_ids.tolist()
+        if batch.token_type_ids is not None:
+            assert batch.token_type_ids[rows].tolist() == [int(shapes[i][1])] * shapes[i][0]
+        if batch.word_ids is not None:
+            assert batch.word_ids[rows].tolist() == (list(range(shapes[i][0])) if shapes[i][2] else [-1] * shapes[i][0])
+    assert batch.num_words.tolist() == [text.num_words for text in texts]
+    assert batch.cut_tokens.tolist() == list(range(len(texts)))
+    arrays = (batch.input_ids, batch.token_type_ids, batch.word_ids, batch.num_words, batch.cut_tokens)
+    assert all(array is None or array.dtype == np.int32 for array in arrays)
+
+
+def test_records_cursors_and_batches_can_be_sent_to_another_process() -> None:
+    record = Record("a text", {"label": 1}, "key", "a.tar", 3)
+    assert pickle.loads(pickle.dumps(record)) == record
+    cursor = Cursor(1, 2, 3, 4, 5)
+    assert pickle.loads(pickle.dumps(cursor)) == cursor
+    batch = TokenBatch.from_texts([text_of(2), text_of(0)])
+    batch.fields, batch.cursor = {"label": np.array([1, 2])}, cursor
+    back = pickle.loads(pickle.dumps(batch))
+    assert back.cu_seqlens.tolist() == [0, 2, 2] and back.fields["label"].tolist() == [1, 2] and back.cursor == cursor
+
+
+def test_the_representation_is_one_line() -> None:
+    batch = TokenBatch.from_texts([text_of(2), text_of(1)])
+    assert repr(batch) == "TokenBatch(2 texts, 3 tokens)"
+    batch.fields["label"] = [1, 2]
+    assert repr(batch) == "TokenBatch(2 texts, 3 tokens, fields=['label'])"
