@@ -145,9 +145,15 @@ def plain_minilm(minilm_folder: str) -> Callable[[Text], torch.Tensor]:
     """Encode one text with plain transformers, in eager attention, float32, unbatched and unpadded: [L, H]."""
     model = AutoModel.from_pretrained(minilm_folder, dtype=torch.float32, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder)
+    known: dict[str, torch.Tensor] = {}
+
+    def encode(text: Text) -> torch.Tensor:
+        if repr(text) not in known:
+            known[repr(text)] = computed(text)
+        return known[repr(text)]
 
     @torch.no_grad()
-    def encode(text: Text) -> torch.Tensor:
+    def computed(text: Text) -> torch.Tensor:
         if isinstance(text, tuple):
             inputs = tokenizer(*text, return_tensors="pt")
         else:

@@ -1,4 +1,4 @@
-"""The helpers for users' own tests: they find what they are there to find."""
+"""The helpers for users' tests fail when they should."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ def test_fake_vectors_say_which_token_they_are_of() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("window", [20, 400])
-@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+@pytest.mark.parametrize(("workers", "window"), [(0, 20), (0, 400), (1, 20), (4, 20)])
 def test_a_stream_resumes_exactly(shards: list[str], window: int, workers: int) -> None:
     def make(num_workers: int = workers) -> EmbeddingLoader:
         reading = StreamConfig(window=window, lanes=3)
@@ -49,9 +48,9 @@ def test_a_stream_resumes_exactly(shards: list[str], window: int, workers: int) 
 
     if not workers:
         assert_resumes_exactly(make)
-    else:  # processes are slow to start: some cuts, each resumed with another number of them
+    else:  # worker processes start slowly, so a few cuts, each resumed with another number of workers
         assert_resumes_exactly(make, cuts=[0, 5], resume_with=lambda: make(0))
-        assert_resumes_exactly(lambda: make(0), cuts=[1, 9, 14], resume_with=make)
+        assert_resumes_exactly(lambda: make(0), cuts=[1, 14], resume_with=make)
 
 
 def test_file_order_and_token_budgets_resume_exactly(shards: list[str]) -> None:
@@ -63,7 +62,7 @@ def test_a_stateful_dataloader_resumes_exactly(workers: int) -> None:
     def make() -> EmbeddingLoader:
         return bertstream.wrap(StatefulDataLoader(TEXTS[:60], 8, num_workers=workers), FakeEncoder())
 
-    assert_resumes_exactly(make, cuts=None if not workers else [0, 3, 8])
+    assert_resumes_exactly(make, cuts=None if not workers else [3, 8])
 
 
 def test_what_cannot_say_where_it_is_says_so() -> None:
@@ -72,7 +71,7 @@ def test_what_cannot_say_where_it_is_says_so() -> None:
 
 
 class Forgetful(EmbeddingLoader):
-    """Goes on one batch too late."""
+    """Resumes one batch too late."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

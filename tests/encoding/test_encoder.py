@@ -489,8 +489,8 @@ def test_sentence_vectors_are_sentence_transformers_own(minilm_folder: str, sent
     from sentence_transformers import SentenceTransformer
 
     reference = SentenceTransformer(minilm_folder, device="cpu")
-    texts = [text for text in sentences if len(text) < 600][:500]
-    assert len(texts) == 500
+    texts = [text for text in sentences if len(text) < 600][:200]
+    assert len(texts) == 200
     right = torch.from_numpy(reference.encode(texts))
     found = Encoder.from_pretrained(minilm_folder, output="sentence", dtype="float32")(texts).vectors
     assert float((found - right).abs().max()) <= 1e-5

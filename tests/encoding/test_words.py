@@ -146,7 +146,7 @@ batches = st.lists(word_lists | st.tuples(word_lists, word_lists), min_size=LIST
 law = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example])
 
 
-@settings(law, max_examples=10_000 // LISTS // len(TOKENIZERS))
+@settings(law, max_examples=40)
 @given(texts=batches)
 def test_any_words_have_one_row_each_in_their_order(kind: Kind, texts: list[Text]) -> None:
     found, tokens = kind.words(texts), kind.tokens(texts)
@@ -167,7 +167,7 @@ def test_any_words_have_one_row_each_in_their_order(kind: Kind, texts: list[Text
     torch.testing.assert_close(found.values, torch.cat(rows), atol=1e-6, rtol=1e-5)
 
 
-@settings(law, max_examples=25)
+@settings(law, max_examples=12)
 @given(texts=batches, max_length=st.integers(4, 12))
 def test_words_that_were_cut_are_told_apart(kind: Kind, texts: list[Text], max_length: int) -> None:
     encoder = kind.encoder(output="words", overflow="truncate", max_length=max_length)
@@ -190,7 +190,7 @@ def test_words_that_were_cut_are_told_apart(kind: Kind, texts: list[Text], max_l
     assert found.align(tags).tolist() == padded_by_hand(aligned, -100)
 
 
-@settings(law, max_examples=25)
+@settings(law, max_examples=12)
 @given(texts=batches, overflow=st.sampled_from(["truncate", "windows"]))
 def test_in_token_output_a_words_number_stands_at_its_first_token(kind: Kind, texts: list[Text], overflow: Any) -> None:
     # Beside a first text of this test at most, some room is left for windows over the second.

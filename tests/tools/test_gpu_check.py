@@ -1,4 +1,4 @@
-"""The check for machines with a GPU, as far as a CPU goes."""
+"""The check for machines with a GPU, as far as a CPU can run it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.slow
 def test_the_whole_check_runs_on_a_cpu_with_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "run_tests", lambda select: {"passed": 0, "failed": [], "skipped": 9})
     monkeypatch.setattr(common, "matmul_rate", lambda dtype, device="cpu": 1.0)
-    # Not by a C++ compiler, which takes its time and may not be there.
+    # Traced only: a C++ compiler is slow and may be missing.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    assert gpu_check.main(["--device", "cpu", "--tiny", "--results", str(tmp_path)]) == 0
+    assert gpu_check.main(["--device", "cpu", "--tiny", "--texts", "16", "--results", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "cpu.json").read_text())
     assert found["ran"] and found["benchmarks"].keys() == gpu_check.BENCHMARKS.keys()
     assert found["failed_benchmarks"] == {} and found["machine"]["device"] == "cpu"
-    verdicts = gpu_check.judge(found["benchmarks"], "NVIDIA H100 80GB HBM3")  # every figure is where it is looked for
+    verdicts = gpu_check.judge(found["benchmarks"], "NVIDIA H100 80GB HBM3")  # finds every figure
     assert len(verdicts) == len(gpu_check.TARGETS) and None not in [verdict["value"] for verdict in verdicts.values()]
 
 
@@ -34,7 +34,7 @@ def test_a_test_that_fails_fails_the_check_and_is_named(tmp_path: Path) -> None:
     test.write_text("import pytest\ndef test_a(): assert 0\ndef test_b(): pass\ndef test_c(): pytest.skip('no')\n")
     found = gpu_check.run_tests([str(test), "-c", "/dev/null"])
     assert (found["passed"], found["skipped"]) == (1, 1) and found["failed"][0].endswith("test_a")
-    assert "pytest itself" in gpu_check.run_tests(["--no-such-option"])["failed"][0]
+    assert "pytest itself" in gpu_check.run_tests(["--no-such-option", "-c", "/dev/null"])["failed"][0]
 
 
 def test_a_benchmark_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +44,7 @@ def test_a_benchmark_that_fails_does_not_stop_the_others(tmp_path: Path, monkeyp
         return {"benchmark": arguments[0], "machine": {}}
 
     monkeypatch.setattr(gpu_check.bench, "measure", measure)
+    monkeypatch.setattr(common, "matmul_rate", lambda dtype, device="cpu": 1.0)
     monkeypatch.setattr(gpu_check, "run_tests", lambda select: {"passed": 9, "failed": [], "skipped": 0})
     assert gpu_check.main(["--device", "cpu", "--tiny", "--results", str(tmp_path)]) == 1
     found = json.loads((tmp_path / "cpu.json").read_text())
@@ -59,7 +60,7 @@ def test_targets_are_judged_by_device() -> None:
         }
     }
     held = [verdict["held"] for verdict in gpu_check.judge(found, "NVIDIA H100 80GB HBM3").values()]
-    assert held == [False, True, False]  # the epoch failed, so it reached nothing
+    assert held == [False, True, False]  # the epoch benchmark failed
     assert len(gpu_check.judge(found, "NVIDIA L4")) == 2
 
 
@@ -70,7 +71,7 @@ def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "sees no CUDA device" in capsys.readouterr().err
 
 
-def test_its_texts_are_as_many_as_asked_for_and_none_comes_twice(tmp_path: Path) -> None:
+def test_its_texts_are_distinct_and_as_many_as_asked_for(tmp_path: Path) -> None:
     gpu_check.write_corpus(tmp_path / "c.jsonl", 20_000)
     texts = [json.loads(line)["text"] for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     assert len(texts) == len(set(texts)) == 20_000
