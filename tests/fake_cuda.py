@@ -1,7 +1,7 @@
-"""A CUDA device without one: tensors that have a device, a shape and a dtype, and no content.
+"""A fake CUDA device: tensors with a device, a shape and a dtype, but no content.
 
-It shows what a CPU hides: an operation over tensors of two devices, and a value that the host asks for, which on a
-real device would make it wait. What is computed it does not show.
+It catches mistakes that a CPU hides: an operation over tensors of two devices, and a value that the host reads, for
+which it would wait on a real device. It does not check the numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CUDA = torch.device("cuda", 0)
 
 @contextmanager
 def fake_cuda(encoder: BatchedForward, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Inside this context the encoder is on the device, which has the flash kernel; its weights are lost."""
+    """A context in which the encoder is on the device, which has the flash kernel; its weights are lost."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _checked(varlen_attn))
     monkeypatch.setattr(InTurn, "use", lambda self, device, *shared: nullcontext())
@@ -49,7 +49,7 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 
 class _Device(TorchFunctionMode):
-    """What a build of torch without CUDA refuses: to pin memory, to copy to a device, to index what is there."""
+    """Allows operations that torch without CUDA refuses: pinning, copies to a device, indexing on a device."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _Device(TorchFunctionMode):
 
 
 def _checked(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The flash kernel's stand-in does not look where the offsets are."""
+    """Check devices of the arguments, which the fake flash kernel does not."""
 
     def checked(*args: Any, **kwargs: Any) -> Tensor:
         assert all(tensor.device == CUDA for tensor in args[:5])
@@ -80,14 +80,14 @@ def _checked(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return checked
 
 
-# The methods look for CUDA themselves, the operations behind them do not.
+# The methods check for CUDA themselves, the operations that they call do not.
 _UNGUARDED = {torch.Tensor.copy_: torch.ops.aten.copy_.default, torch.Tensor.fill_: torch.ops.aten.fill_.Scalar}
 
 
 def _item(tensor: Tensor, index: tuple[Any, ...]) -> Tensor:
     """`tensor[index]`, by operations that need no device."""
     dim = 0
-    for place, one in enumerate(index, 1):
+    for position, one in enumerate(index, 1):
         if one is None:
             tensor, dim = tensor.unsqueeze(dim), dim + 1
         elif isinstance(one, int):
@@ -97,7 +97,7 @@ def _item(tensor: Tensor, index: tuple[Any, ...]) -> Tensor:
                 tensor = torch.ops.aten.slice.Tensor(tensor, dim, one.start, one.stop, one.step or 1)
             dim += 1
         elif isinstance(one, EllipsisType):
-            dim = tensor.ndim - sum(following is not None for following in index[place:])
+            dim = tensor.ndim - sum(following is not None for following in index[position:])
         else:
             tensor, dim = torch.ops.aten.index.Tensor(tensor, [None] * dim + [one]), dim + 1
     return tensor

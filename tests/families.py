@@ -1,4 +1,4 @@
-"""Tiny models of every family with random weights, and the tokenizer that they share."""
+"""Tiny models of every family with random weights, and a tokenizer for all of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make(name: str) -> nn.Module:
     kind = name.removeprefix("Grouped")  # heads that share keys and values
     config = getattr(transformers, f"{kind}Config")(**SIZES | OWN.get(name, {}))
     model = getattr(transformers, f"{kind}Model")(config).eval()
-    with torch.no_grad():  # as spread as trained weights: at their initial ones attention hardly looks anywhere
+    with torch.no_grad():  # spread like trained weights: with the initial ones attention is nearly uniform
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
@@ -50,7 +50,7 @@ def make(name: str) -> nn.Module:
 
 
 class Tokenizer:
-    """MiniLM's tokenizer, said to belong to another family."""
+    """MiniLM's tokenizer, presented as another family's."""
 
     def __init__(self, folder: str, model: nn.Module) -> None:
         own = transformers.AutoTokenizer.from_pretrained(folder)
@@ -61,7 +61,7 @@ class Tokenizer:
 
 
 def loss_of(rows: list[Tensor]) -> Tensor:
-    """A number that every element of every row has a say of its own in."""
+    """A loss that depends on every element of every row, each with its own weight."""
     flat = torch.cat([row.reshape(-1) for row in rows])
     weights = torch.randn(len(flat), generator=torch.Generator().manual_seed(1))
     return (flat * weights).sum() + (flat**2).sum()

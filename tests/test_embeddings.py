@@ -68,7 +68,7 @@ def same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
 @given(LENGTHS)
 @example([])
 @example([0, 0])
-def test_padded_holds_each_texts_rows_and_zeros_behind_them(lengths: list[int]) -> None:
+def test_padded_holds_each_texts_rows_and_zeros_after_them(lengths: list[int]) -> None:
     embeddings = tokens_of(lengths)
     values, mask = embeddings.padded()
     assert values.shape == (len(lengths), max(lengths, default=0), H)
@@ -154,7 +154,7 @@ def test_every_layout_keeps_the_dtype(dtype: torch.dtype) -> None:
 
 
 def test_pad_ids_and_zero_vectors_are_no_padding() -> None:
-    """Trap 11: a pad token may equal another one, so that lengths come from cu_seqlens alone."""
+    """Trap 11: a pad id may equal another token's, so lengths come from cu_seqlens only."""
     embeddings = tokens_of([3, 1], torch.zeros(4, H))  # every id is 0, BERT's [PAD]
     assert embeddings.padded()[1].tolist() == [[True, True, True], [True, False, False]]
 
@@ -184,7 +184,7 @@ def test_a_packed_sequence_refuses_texts_without_a_row_and_names_them(lengths: l
 
 
 @pytest.mark.parametrize("form", ["nested", "packed_sequence"])
-def test_an_empty_batch_is_refused_where_torch_has_no_form_for_it(form: str) -> None:
+def test_an_empty_batch_is_refused_by_layouts_that_torch_cannot_express(form: str) -> None:
     with pytest.raises(ConfigError):
         getattr(tokens_of([]), form)()
 

@@ -58,7 +58,7 @@ OUTPUTS: dict[str, tuple[dict[str, Any], Callable[[list[Tensor], TokenBatch], Te
 
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert", "ModernBert"])
-def test_loss_and_gradients_are_those_of_a_plain_loop(family: str, output: str, minilm_folder: str) -> None:
+def test_loss_and_gradients_equal_those_of_a_plain_loop(family: str, output: str, minilm_folder: str) -> None:
     model = make(family)
     options, of_hidden = OUTPUTS[output]
     encoder = encoder_of(copy.deepcopy(model), minilm_folder, max_forward_tokens=16, **options).unfreeze()
@@ -92,7 +92,7 @@ def test_loss_and_gradients_are_those_of_a_plain_loop(family: str, output: str, 
     assert compared >= 20
 
 
-def test_it_takes_whatever_a_loader_hands_out_and_gives_the_loaders_rows(minilm: Encoder) -> None:
+def test_a_bert_embedding_takes_all_that_a_loader_yields(minilm: Encoder) -> None:
     texts = ["a bank", "the river bank"]
     (from_loader,) = bertstream.wrap([texts], minilm)
     embed = BertEmbedding(minilm)
@@ -103,7 +103,7 @@ def test_it_takes_whatever_a_loader_hands_out_and_gives_the_loaders_rows(minilm:
     assert embed.embedding_dim == minilm.embedding_dim
 
 
-def test_an_encoder_that_is_called_has_gradients_once_it_is_unfrozen(minilm_folder: str) -> None:
+def test_calling_an_unfrozen_encoder_gives_gradients(minilm_folder: str) -> None:
     encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", output="sentence")
     assert not encoder(["a bank"]).vectors.requires_grad
     assert encoder.unfreeze(1)(["a bank"]).vectors.requires_grad
@@ -116,7 +116,7 @@ def test_vectors_of_another_encoder_are_refused(minilm: Encoder, minilm_folder: 
         BertEmbedding(minilm)(words([["a", "bank"]]))
 
 
-def test_with_a_layout_it_stands_in_a_sequential(minilm_folder: str) -> None:
+def test_with_a_layout_a_bert_embedding_fits_into_a_sequential(minilm_folder: str) -> None:
     encoder = Encoder.from_pretrained(minilm_folder, output="sentence", dtype="float32")
     model = nn.Sequential(BertEmbedding(encoder, layout="padded"), nn.Linear(encoder.embedding_dim, 2))
     assert model(["a", "b c", "d"]).shape == (3, 2)
@@ -124,7 +124,7 @@ def test_with_a_layout_it_stands_in_a_sequential(minilm_folder: str) -> None:
     assert values.shape[:2] == mask.shape == (2, 4)
 
 
-def test_a_frozen_encoder_is_repeatable_inside_a_training_model_and_dropout_is_on_where_it_is_trained(
+def test_dropout_is_on_in_trained_layers_and_off_in_frozen_ones(
     minilm_folder: str,
 ) -> None:
     encoder = Encoder.from_pretrained(minilm_folder, dtype="float32")
@@ -143,7 +143,7 @@ def test_a_frozen_encoder_is_repeatable_inside_a_training_model_and_dropout_is_o
     assert embed(["a bank"]).values.equal(embed(["a bank"]).values) and not embed(["a bank"]).values.requires_grad
 
 
-def test_the_mode_that_was_asked_for_last_holds_where_it_is_trained_later(minilm_folder: str) -> None:
+def test_layers_unfrozen_later_get_the_last_requested_mode(minilm_folder: str) -> None:
     encoder = encoder_of(make("Bert"), minilm_folder)
     dropouts = [m for m in encoder.model.modules() if isinstance(m, nn.Dropout)]
     assert not encoder.training and not encoder.unfreeze().training and not any(m.training for m in dropouts)
@@ -161,7 +161,7 @@ def test_the_mode_that_was_asked_for_last_holds_where_it_is_trained_later(minilm
     assert not encoder.freeze().unfreeze().training
 
 
-def test_an_embedding_that_is_trained_alone_brings_no_dropout_into_the_layers(minilm_folder: str) -> None:
+def test_training_only_the_embedding_layer_leaves_dropout_off_in_the_layers(minilm_folder: str) -> None:
     encoder = encoder_of(make("Bert"), minilm_folder).train()
     embeddings, layers = encoder.model.embeddings, encoder.model.encoder.layer  # type: ignore[union-attr]
     encoder.unfreeze(parameters=[embeddings.word_embeddings.weight])  # type: ignore[union-attr,list-item]
@@ -182,7 +182,7 @@ def test_parameters_that_cannot_be_trained_are_refused_before_anything_is_frozen
     assert [p for p in encoder.unfreeze(parameters=[parameter]).parameters() if p.requires_grad] == [parameter]
 
 
-def test_training_in_half_precision_is_warned_of(minilm_folder: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_in_half_precision_warns(minilm_folder: str, caplog: pytest.LogCaptureFixture) -> None:
     encoder_of(make("Bert"), minilm_folder).unfreeze().split(1)
     assert "rounded away" not in caplog.text
     half = encoder_of(make("Bert"), minilm_folder, dtype="bfloat16")
@@ -192,7 +192,7 @@ def test_training_in_half_precision_is_warned_of(minilm_folder: str, caplog: pyt
     assert caplog.text.count("parameters are trained in bfloat16") == 2
 
 
-def test_gradients_that_a_module_around_it_asked_for_in_vain_are_warned_of_once(
+def test_an_outer_requires_grad_without_unfreeze_warns_once(
     minilm_folder: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     embed = BertEmbedding(encoder_of(make("Bert"), minilm_folder).freeze())
@@ -203,7 +203,7 @@ def test_gradients_that_a_module_around_it_asked_for_in_vain_are_warned_of_once(
     assert caplog.text.count("call encoder.unfreeze()") == 1
 
 
-def test_unfreezing_is_from_the_top_and_of_what_is_used(minilm_folder: str) -> None:
+def test_unfreeze_counts_used_layers_from_the_top(minilm_folder: str) -> None:
     encoder = Encoder.from_pretrained(minilm_folder, dtype="float32")
     layers = encoder.model.encoder.layer  # type: ignore[union-attr]
     encoder.unfreeze(2)
@@ -220,9 +220,7 @@ def test_unfreezing_is_from_the_top_and_of_what_is_used(minilm_folder: str) -> N
 
 
 @pytest.mark.parametrize("family", ["Bert", "Albert", "ModernBert"])
-def test_the_groups_of_an_optimizer_hold_each_parameter_once_the_top_layer_first(
-    family: str, minilm_folder: str
-) -> None:
+def test_parameter_groups_hold_each_parameter_once_top_layer_first(family: str, minilm_folder: str) -> None:
     encoder = encoder_of(make(family), minilm_folder, layers=(1, -1))
     groups = encoder.parameter_groups(1e-3, layer_decay=0.5)
     ids = [id(p) for group in groups for p in group["params"]]
@@ -232,7 +230,7 @@ def test_the_groups_of_an_optimizer_hold_each_parameter_once_the_top_layer_first
     torch.optim.AdamW(groups)
 
 
-def test_a_schedule_unfreezes_all_at_once_or_layer_by_layer(minilm_folder: str) -> None:
+def test_a_schedule_unfreezes_all_layers_together_or_one_by_one(minilm_folder: str) -> None:
     encoder = encoder_of(make("Bert"), minilm_folder)
 
     def trained(schedule: UnfreezeSchedule, number: int) -> list[bool]:
@@ -256,9 +254,7 @@ def test_a_schedule_unfreezes_all_at_once_or_layer_by_layer(minilm_folder: str) 
 
 
 @pytest.mark.parametrize("layout", [None, "padded"])
-def test_unfrozen_in_the_middle_of_an_epoch_no_vector_made_before_is_handed_out(
-    minilm_folder: str, layout: Any
-) -> None:
+def test_after_unfreezing_inside_an_epoch_no_older_vector_is_yielded(minilm_folder: str, layout: Any) -> None:
     encoder = Encoder.from_pretrained(minilm_folder, dtype="float32")
     data = [{"text": [f"the bank number {i}", "a river"], "n": i} for i in range(12)]
     with EmbeddingCache("16MiB") as cache:
@@ -290,7 +286,7 @@ def test_unfrozen_in_the_middle_of_an_epoch_no_vector_made_before_is_handed_out(
             assert torch.allclose(values, own, atol=1e-5), "vectors of the weights before"
 
 
-def test_trained_and_frozen_again_between_two_batches_no_vector_made_before_is_handed_out(minilm_folder: str) -> None:
+def test_after_training_between_two_batches_no_older_vector_is_yielded(minilm_folder: str) -> None:
     encoder = Encoder.from_pretrained(minilm_folder, dtype="float32")
     data = [{"text": [f"the bank number {i}", "a river"]} for i in range(6)]
     for number, batch in enumerate(bertstream.wrap(data, encoder, text="text", prefetch=8)):
@@ -303,7 +299,7 @@ def test_trained_and_frozen_again_between_two_batches_no_vector_made_before_is_h
             encoder.freeze()
 
 
-def test_a_run_that_was_cut_off_goes_on_with_the_losses_of_one_that_was_not(minilm_folder: str) -> None:
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(minilm_folder: str) -> None:
     data = [{"text": " ".join(WORDS[: 1 + n % 9]), "label": n % 2} for n in range(24)]
     cuts: list[tuple[int, int]] = [(0, 1), (1, 0), (1, 4), (2, 2)]  # in a frozen epoch and in trained ones
 
@@ -345,7 +341,7 @@ def test_a_run_that_was_cut_off_goes_on_with_the_losses_of_one_that_was_not(mini
         assert before + after == pytest.approx(whole, abs=1e-6)
 
 
-def test_a_stream_hands_out_its_batches_as_tokens_with_their_fields(minilm_folder: str, tmp_path: Path) -> None:
+def test_a_trained_encoders_stream_yields_tokens_with_their_fields(minilm_folder: str, tmp_path: Path) -> None:
     from bertstream.testing import write_shards
 
     encoder = Encoder.from_pretrained(minilm_folder, dtype="float32").unfreeze()
@@ -387,7 +383,7 @@ def test_gradient_checkpointing_and_autocast_give_the_same_gradients(minilm_fold
     assert 0 < np.median(far) < 0.1
 
 
-def test_what_was_trained_is_saved_for_transformers_and_sentence_transformers(
+def test_a_trained_model_is_saved_for_transformers_and_sentence_transformers(
     minilm_folder: str, tmp_path: Path
 ) -> None:
     from sentence_transformers import SentenceTransformer
@@ -425,7 +421,7 @@ def test_how_sentences_are_pooled_is_saved_with_the_model(
     assert np.allclose(theirs, right, atol=1e-5)
 
 
-def test_what_a_folder_has_no_word_for_leaves_no_other_word_there(
+def test_an_inexpressible_pooling_removes_the_folders_earlier_one(
     minilm_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options: Any = {"output": "sentence", "dtype": "float32"}
@@ -446,7 +442,7 @@ def test_a_model_that_cannot_be_saved_whole_is_refused_with_the_way_out(minilm_f
     Encoder(make("Albert"), AutoTokenizer.from_pretrained(minilm_folder)).save_pretrained(tmp_path)
 
 
-def test_the_adapters_of_peft_are_trained_alone(minilm_folder: str) -> None:
+def test_only_the_adapters_of_peft_are_trained(minilm_folder: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(AutoModel.from_pretrained(minilm_folder), LoraConfig(target_modules=["query", "value"]))
@@ -473,6 +469,6 @@ def test_adapters_that_are_not_in_the_model_are_refused(minilm_folder: str) -> N
         encoder_of(get_peft_model(make("Bert"), config), minilm_folder)
 
 
-def test_what_is_no_encoder_is_refused() -> None:
+def test_a_bert_embedding_refuses_anything_but_an_encoder() -> None:
     with pytest.raises(ConfigError, match="pass a bertstream.Encoder"):
         BertEmbedding(nn.Linear(2, 2))  # type: ignore[arg-type]

@@ -158,7 +158,7 @@ class _StandIn(nn.Module):
 
 
 def _drop_unused(model: nn.Module, layer: int | None, keep: Sequence[object] = ()) -> None:
-    """Replace modules whose weights do not affect a layer's hidden states by stand-ins; None is the last layer.
+    """Replace modules whose weights do not affect a layer's hidden states with `_StandIn`s; None is the last layer.
 
     A weight affects them if autograd's graph connects the two. The model's own layers, the modules in `keep`, and
     modules that the probe does not call (another batch may call them) stay as they are.

@@ -99,7 +99,7 @@ def test_the_flash_kernel_is_called_for_the_same(monkeypatch: pytest.MonkeyPatch
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), window=st.none() | st.integers(1, 9))
-def test_each_text_attends_to_itself_alone(lengths: list[int], window: int | None) -> None:
+def test_each_text_attends_only_to_itself(lengths: list[int], window: int | None) -> None:
     q, k, v = qkv(sum(lengths))
     packing = packing_of(lengths)
     out, _ = packed_attention(nn.Identity(), q, k, v, None, packing=packing, sliding_window=window)
@@ -129,7 +129,7 @@ def test_scores_are_scaled_as_the_model_asks() -> None:
     torch.testing.assert_close(out, right)
 
 
-def test_padded_input_is_refused_instead_of_answered_wrongly() -> None:
+def test_padded_input_is_refused_because_it_would_give_wrong_vectors() -> None:
     model = tiny(BertModel, BertConfig)
     assert probe_batching(model).way == "packed"
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
@@ -137,7 +137,7 @@ def test_padded_input_is_refused_instead_of_answered_wrongly() -> None:
         model(input_ids=ids, attention_mask=(ids > 0).long())
 
 
-def test_bert_is_admitted_and_roberta_with_its_own_first_position() -> None:
+def test_bert_runs_packed_and_roberta_with_its_own_first_position() -> None:
     bert, roberta = tiny(BertModel, BertConfig), tiny(RobertaModel, RobertaConfig, pad_token_id=1)
     assert probe_batching(bert).first_position == 0
     assert probe_batching(roberta).first_position == 2
@@ -196,7 +196,7 @@ def test_the_self_test_judges_half_precision_by_its_own_noise(dtype: torch.dtype
     assert probe_batching(tiny(MPNetModel, MPNetConfig).to(dtype)).way == "padded"
 
 
-def test_a_local_attention_window_holds_in_texts_longer_than_the_window() -> None:
+def test_a_sliding_window_limits_attention_in_longer_texts() -> None:
     model = tiny(ModernBertModel, ModernBertConfig, local_attention=16, global_attn_every_n_layers=2, pad_token_id=0)
     texts = [torch.randint(5, 200, (1, length)) for length in (40, 90)]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What `Encoder` gives equals plain transformers, text by text, whatever the batch."""
+"""`Encoder` equals plain transformers, text by text, in any batch."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ from transformers import (
 
 import bertstream
 from bertstream import ConfigError, Embeddings, Encoder, EncoderError, ScalarMix, TokenBatch
+from bertstream.embeddings import SupportsCache, SupportsTraining
 from bertstream.encoding import autotune, pretrained
 from bertstream.system.cuda import InTurn
+from bertstream.testing import FakeEncoder
 from bertstream.tokens import Text
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -105,7 +107,7 @@ def test_the_cut_into_forwards_changes_nothing_but_the_last_bits(
 
 
 @pytest.mark.parametrize(("model", "config"), [(MPNetModel, MPNetConfig), (DebertaV2Model, DebertaV2Config)])
-def test_a_model_that_cannot_be_packed_is_padded_and_as_exact(
+def test_a_model_that_cannot_be_packed_is_padded_and_equally_exact(
     model: Any, config: Any, tokenizer: Any, sentences: list[str]
 ) -> None:
     torch.manual_seed(0)
@@ -130,7 +132,7 @@ def test_a_text_without_any_token_is_a_row_of_zeros_however_it_is_pooled(tokeniz
 
 
 def test_weights_are_read_and_written_in_turn(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    """On CUDA an optimizer writes to them on another stream than that on which a loader's encoder reads them."""
+    """On CUDA an optimizer writes weights on one stream, and a loader's encoder reads them on another."""
     encoder, turns = Encoder(tiny_bert(), tokenizer).freeze(), []
 
     @contextmanager
@@ -149,9 +151,9 @@ def test_weights_are_read_and_written_in_turn(monkeypatch: pytest.MonkeyPatch, t
 
     assert seen(lambda: encoder(["a bank"])) == [False, False]
     assert seen(encoder.fingerprint) == [False, False]
-    assert seen(encoder.unfreeze)[-2:] == [False, True], "what is trained from here on waits for what was encoded"
+    assert seen(encoder.unfreeze)[-2:] == [False, True], "training after this waits for all earlier encoding"
     assert seen(lambda: encoder(["a bank"])) == [True, True]
-    assert seen(encoder.freeze) == [True, False], "what is encoded from here on waits for what was trained"
+    assert seen(encoder.freeze) == [True, False], "encoding after this waits for all earlier training"
 
 
 def test_an_empty_batch_and_texts_without_any_token_have_defined_rows(minilm: Encoder, tokenizer: Any) -> None:
@@ -166,7 +168,7 @@ def test_an_empty_batch_and_texts_without_any_token_have_defined_rows(minilm: En
     assert not vectors[[0, 2]].any() and vectors[1].all()
 
 
-def test_a_users_own_model_is_shared_and_left_as_it_was(tokenizer: Any) -> None:
+def test_a_users_own_model_is_shared_and_stays_as_it_was(tokenizer: Any) -> None:
     own = tiny_bert().train()
     attention = own.config._attn_implementation
     encoder = Encoder(own, tokenizer)
@@ -194,7 +196,7 @@ def test_frozen_stays_frozen_inside_a_training_model(minilm: Encoder) -> None:
 @pytest.mark.parametrize(
     "mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16), torch.enable_grad]
 )
-def test_the_callers_modes_do_not_reach_the_vectors(minilm: Encoder, mode: Callable[[], Any]) -> None:
+def test_the_callers_modes_do_not_change_the_vectors(minilm: Encoder, mode: Callable[[], Any]) -> None:
     right = minilm(["the callers own modes"]).values
     with mode():
         found = minilm(["the callers own modes"]).values
@@ -241,7 +243,7 @@ def test_it_survives_pickle_and_deepcopy(tokenizer: Any) -> None:
         assert torch.equal(twin(["a text"]).values, right)
 
 
-def test_overflow_is_an_error_or_counted_never_silent(minilm_folder: str, minilm: Encoder) -> None:
+def test_text_that_is_too_long_raises_or_is_counted(minilm_folder: str, minilm: Encoder) -> None:
     long = "word " * 1000
     with pytest.raises(EncoderError, match="1002 tokens, the model takes 512") as caught:
         minilm(["short", long])
@@ -274,7 +276,7 @@ def test_a_bad_argument_is_refused_with_the_value_seen(minilm_folder: str, optio
         Encoder.from_pretrained(minilm_folder, **options)
 
 
-def test_a_name_that_cannot_be_had_says_what_to_do(tmp_path: Path) -> None:
+def test_an_unknown_name_says_how_to_get_the_model(tmp_path: Path) -> None:
     with pytest.raises(EncoderError, match="hf download nobody/nothing --local-dir FOLDER"):
         Encoder.from_pretrained("nobody/nothing")
     with pytest.raises(EncoderError, match=r"'all-MiniLM-L6' \(did you mean 'all-MiniLM-L6-v2'\?\)"):
@@ -323,8 +325,8 @@ def test_the_measured_dtype_is_the_one_that_is_clearly_faster(
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_measuring_changes_nothing_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not its random numbers, not its threads; and that the machine has other work to do is not counted."""
+def test_measuring_leaves_random_numbers_and_threads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it never reads the wall clock, so other programs do not count."""
     monkeypatch.setattr(autotune.sys, "platform", "linux")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(autotune.time, "perf_counter", None)
@@ -333,7 +335,7 @@ def test_measuring_changes_nothing_of_the_program(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(torch.get_rng_state(), random) and torch.get_num_threads() == threads
 
 
-def test_what_finds_no_memory_is_not_chosen_and_nothing_is_measured_of_an_encoder_that_is_trained(
+def test_calibrate_skips_sizes_without_memory_and_trained_encoders(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Any
 ) -> None:
     asked = []
@@ -352,7 +354,7 @@ def test_what_finds_no_memory_is_not_chosen_and_nothing_is_measured_of_an_encode
     assert encoder.freeze().calibrate() == 1024 and asked == [1024, 2048]
 
 
-def test_measuring_takes_no_longer_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measuring_stops_after_half_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     now, rounds = 0.0, []
 
     def run(tokens: int) -> None:
@@ -366,7 +368,7 @@ def test_measuring_takes_no_longer_than_said(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(("seconds_a_token", "chosen"), [({1024: 2, 2048: 3, 4096: 4}, 1024), ({4096: 0.99}, 2048)])
-def test_the_number_of_tokens_of_a_forward_is_the_default_unless_another_is_clearly_faster(
+def test_the_default_forward_size_is_kept_unless_another_is_clearly_faster(
     seconds_a_token: dict[int, float], chosen: int, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
 ) -> None:
     now = 0.0
@@ -414,12 +416,17 @@ def test_a_call_with_its_own_forward_tokens_leaves_the_encoder_as_it_is(
     assert max(sizes) <= encoder.max_forward_tokens == 256 and encoder.default_forward_tokens == 2048
 
 
-def test_both_ways_to_measure_a_forward_run(minilm: Encoder) -> None:
+def test_an_encoder_offers_training_and_a_cache_and_a_fake_one_neither(minilm: Encoder) -> None:
+    assert isinstance(minilm, SupportsTraining) and isinstance(minilm, SupportsCache)
+    assert not isinstance(FakeEncoder(), SupportsTraining) and not isinstance(FakeEncoder(), SupportsCache)
+
+
+def test_both_measured_workloads_run(minilm: Encoder) -> None:
     minilm._feed_forward()(1024)
     assert minilm._dummy_forward(256)[0].shape == (256, 384)
 
 
-def test_a_forward_that_finds_no_memory_is_split_and_later_ones_are_smaller(
+def test_a_forward_that_runs_out_of_memory_is_halved_and_later_ones_are_smaller(
     tokenizer: Any, sentences: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     right = Encoder(tiny_bert(), tokenizer, max_forward_tokens=64)(sentences[:100])
@@ -449,14 +456,16 @@ def test_a_forward_that_finds_no_memory_is_split_and_later_ones_are_smaller(
         return run(**named)
 
     encoder(["a bank"] * 30)
-    assert encoder.max_forward_tokens == min(before, 256), "another's shortage makes no forward of each text for good"
+    assert encoder.max_forward_tokens == min(before, 256), (
+        "a shortage caused elsewhere does not shrink forwards to single texts for good"
+    )
     longest = max(sentences, key=len)
     monkeypatch.setattr(encoder.model, "forward", lambda **named: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(torch.OutOfMemoryError):
         encoder([longest])  # a single text cannot be split
 
 
-def test_what_a_forward_without_memory_had_computed_is_let_go_before_the_cache_is_emptied(
+def test_a_failed_forwards_tensors_are_freed_before_the_cuda_cache_is_emptied(
     tokenizer: Any, sentences: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = Encoder(tiny_bert(), tokenizer, max_forward_tokens=4096)
@@ -518,7 +527,9 @@ def test_a_sentence_transformers_folder_says_how_sentences_are_pooled(
     assert Encoder.from_pretrained(folder).pooling == ()
 
 
-def test_a_folder_whose_pooling_is_not_known_is_refused_until_one_is_chosen(minilm_folder: str, tmp_path: Path) -> None:
+def test_a_folder_with_an_unknown_pooling_is_refused_until_the_user_chooses_one(
+    minilm_folder: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(minilm_folder, folder)
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
@@ -527,7 +538,7 @@ def test_a_folder_whose_pooling_is_not_known_is_refused_until_one_is_chosen(mini
     assert Encoder.from_pretrained(folder, output="sentence", pooling="mean").pooling == ("mean",)
 
 
-def test_layers_that_are_not_asked_for_are_neither_run_nor_kept(minilm_folder: str) -> None:
+def test_layers_above_the_highest_wanted_one_are_dropped(minilm_folder: str) -> None:
     encoder = Encoder.from_pretrained(minilm_folder, layers=(1, 2), combine="mean", dtype="float32")
     assert len(encoder.model.encoder.layer) == 3  # two layers, and the end
     assert sum(p.numel() for p in encoder.model.encoder.parameters()) == 2 * 1_774_464
@@ -546,7 +557,7 @@ def test_a_scalar_mix_learns_which_of_the_stacked_layers_to_take(minilm_folder: 
         mix(torch.zeros(2, 384))
 
 
-def test_padded_ids_are_taken_as_they_are(minilm: Encoder, tokenizer: Any) -> None:
+def test_padded_token_ids_give_the_vectors_of_their_texts(minilm: Encoder, tokenizer: Any) -> None:
     texts = ["a bank", "the spring of the river", ""]
     for side in ("left", "right"):
         tokenizer.padding_side = side
@@ -593,7 +604,7 @@ def test_a_bad_choice_of_vectors_is_refused_with_the_value_seen(
         Encoder.from_pretrained(minilm_folder, **options)
 
 
-def test_the_model_of_another_encoder_is_taken_at_any_layer(minilm: Encoder, tokenizer: Any) -> None:
+def test_another_encoders_model_can_be_used_at_any_layer(minilm: Encoder, tokenizer: Any) -> None:
     found = Encoder(minilm.model, tokenizer, layers=(1,))(["The bank of the river."])
     assert torch.equal(found.values, Encoder(minilm.model, tokenizer, layers=(1,), packed=True)(found.tokens).values)
     assert minilm.batching.way == "packed" and len(minilm(["still works"])) == 1
@@ -690,21 +701,21 @@ def test_the_old_name_of_word_splitter_still_works_and_warns(minilm_folder: str,
         Encoder(tiny_bert(), tokenizer, output="words", word_splitter=by_dash, split=by_dash)
 
 
-def test_what_has_no_effect_is_refused(minilm_folder: str) -> None:
+def test_an_option_without_effect_is_refused(minilm_folder: str) -> None:
     of_words: dict[str, Any] = {"output": "words", "special_tokens": False}
     for options in ({"normalize": True}, {"word_splitter": str.split}, {"stride": 4}, of_words):
         with pytest.raises(ConfigError, match="has no effect"):
             Encoder.from_pretrained(minilm_folder, **options)
 
 
-def test_ids_of_another_vocabulary_are_refused_by_text(minilm: Encoder) -> None:
+def test_token_ids_of_another_vocabulary_are_refused_and_the_text_named(minilm: Encoder) -> None:
     ids = torch.tensor([[101, 102], [101, 99_999]])
     with pytest.raises(EncoderError, match="text 1 has the token id 99999, the model knows 0 to 30521") as caught:
         minilm(TokenBatch.from_padded(ids, torch.ones_like(ids)))
     assert caught.value.records == (1,)
 
 
-def test_weights_that_were_not_saved_are_never_random(minilm_folder: str, tmp_path: Path) -> None:
+def test_missing_weights_are_never_replaced_by_random_ones(minilm_folder: str, tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(minilm_folder)
     AutoTokenizer.from_pretrained(minilm_folder).save_pretrained(tmp_path)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("pooler.")}
@@ -718,12 +729,12 @@ def test_weights_that_were_not_saved_are_never_random(minilm_folder: str, tmp_pa
         Encoder.from_pretrained(tmp_path)
 
 
-def test_a_folders_normalisation_is_for_its_own_layer_alone(minilm_folder: str) -> None:
+def test_a_folders_normalisation_applies_to_its_own_layer_only(minilm_folder: str) -> None:
     assert Encoder.from_pretrained(minilm_folder, output="sentence", layers=(6,)).normalize
     assert not Encoder.from_pretrained(minilm_folder, output="sentence", layers=(2,)).normalize
 
 
-def test_an_unpickled_encoder_works_in_a_process_that_made_none(tokenizer: Any, tmp_path: Path) -> None:
+def test_an_encoder_can_be_unpickled_in_a_new_process(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "encoder.pickle"
     encoder = Encoder(tiny_bert(), tokenizer)
     path.write_bytes(pickle.dumps(encoder))

@@ -67,7 +67,7 @@ def hidden(encoder: Encoder, text: Text, plain: Callable[..., list[Tensor]]) -> 
     return plain(batch.input_ids, batch.token_type_ids)
 
 
-def test_each_family_runs_in_the_fastest_way_that_is_right(family: tuple[str, nn.Module], minilm_folder: str) -> None:
+def test_each_family_runs_in_its_fastest_correct_way(family: tuple[str, nn.Module], minilm_folder: str) -> None:
     encoder = encoder_of(family, minilm_folder)
     assert (encoder.batching.way == "packed") == (family[0] in PACKED), encoder.batching
     assert encoder.batching.reason
@@ -174,7 +174,7 @@ def test_half_precision_stays_close(family: tuple[str, nn.Module], minilm_folder
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("output", ["tokens", "words", "sentence"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_on_a_device_all_is_there_and_the_host_never_waits(
+def test_on_cuda_all_tensors_are_on_the_device_and_the_host_never_waits(
     name: str, minilm_folder: str, monkeypatch: pytest.MonkeyPatch, output: Any, dtype: Any
 ) -> None:
     encoder = encoder_of((name, make(name)), minilm_folder, output=output, dtype=dtype, layers=(1, -1))
@@ -197,7 +197,7 @@ def test_the_users_model_is_never_changed(family: tuple[str, nn.Module], minilm_
 
 
 @pytest.mark.parametrize("name", NOT_PACKED)
-def test_forcing_a_model_to_be_packed_is_refused_and_rightly(name: str, minilm_folder: str) -> None:
+def test_packed_true_is_refused_for_a_model_that_would_be_wrong(name: str, minilm_folder: str) -> None:
     model = make(name)
     with pytest.raises(EncoderError, match="cannot run packed"):
         Encoder(model, Tokenizer(minilm_folder, model), packed=True)
@@ -212,7 +212,7 @@ def test_forcing_a_model_to_be_packed_is_refused_and_rightly(name: str, minilm_f
 
 
 @pytest.mark.parametrize("name", ["ModernBert", "EuroBert"])
-def test_half_precision_leaves_the_angles_of_far_positions_as_they_are(name: str, minilm_folder: str) -> None:
+def test_half_precision_keeps_the_angles_of_far_positions(name: str, minilm_folder: str) -> None:
     model = make(name)
     before = {path: buffer.clone() for path, buffer in model.named_buffers()}
     half = Encoder(model, Tokenizer(minilm_folder, model), dtype="bfloat16")
@@ -221,7 +221,7 @@ def test_half_precision_leaves_the_angles_of_far_positions_as_they_are(name: str
 
 
 @pytest.mark.parametrize("name", ["Roberta", "MPNet"])
-def test_positions_behind_a_padding_id_are_counted_whether_packed_or_not(name: str, minilm_folder: str) -> None:
+def test_positions_after_a_padding_id_count_packed_or_not(name: str, minilm_folder: str) -> None:
     model = make(name)
     for packed in (None, False):
         tokenizer = Tokenizer(minilm_folder, model)

@@ -1,4 +1,4 @@
-"""What tells encoders apart: everything that changes the vectors, and nothing else."""
+"""A fingerprint changes with everything that changes the vectors, and with nothing else."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_fingerprint_of_a_lower_half_stays_what_it_was() -> None:
     assert (lower.fingerprint() or b"").hex() == "a4856d3cd8cd934a7aff77adb0f4ddfa"
 
 
-def test_everything_that_changes_the_vectors_changes_it(tokenizer: Any) -> None:
+def test_everything_that_changes_the_vectors_changes_the_fingerprint(tokenizer: Any) -> None:
     makes: list[tuple[nn.Module, dict[str, Any]]] = [
         (tiny_bert(), {}),
         (tiny_bert(seed=1), {}),
@@ -68,7 +68,7 @@ def test_everything_that_changes_the_vectors_changes_it(tokenizer: Any) -> None:
     assert None not in found and len(set(found)) == len(makes)
 
 
-def test_what_does_not_change_the_vectors_does_not_change_it(tokenizer: Any) -> None:
+def test_options_that_do_not_change_the_vectors_keep_the_fingerprint(tokenizer: Any) -> None:
     named = tiny_bert()
     named.config._name_or_path = "elsewhere"
     encoders = [
@@ -81,7 +81,7 @@ def test_what_does_not_change_the_vectors_does_not_change_it(tokenizer: Any) -> 
     assert len({encoder.fingerprint() for encoder in encoders}) == 1
 
 
-def test_it_is_the_same_in_another_process() -> None:
+def test_the_fingerprint_is_the_same_in_another_process() -> None:
     code = """
 import torch
 from torch import nn
@@ -96,7 +96,7 @@ print(hash_weights(nn.Embedding.from_pretrained(torch.eye(3)), "s", {"b": 1, "a"
     assert done.stdout.strip() == here.hex()
 
 
-def test_weights_that_change_change_it_and_weights_that_come_back_bring_it_back(tokenizer: Any) -> None:
+def test_the_fingerprint_follows_the_weights_there_and_back(tokenizer: Any) -> None:
     encoder = Encoder(tiny_bert(), tokenizer)
     first = encoder.fingerprint()
     weight = next(encoder.model.parameters())
@@ -109,7 +109,7 @@ def test_weights_that_change_change_it_and_weights_that_come_back_bring_it_back(
     assert encoder.fingerprint() not in (first, second)
 
 
-def test_training_without_a_trace_changes_it(tokenizer: Any) -> None:
+def test_training_without_a_trace_changes_the_fingerprint(tokenizer: Any) -> None:
     model = tiny_bert()
     encoder = Encoder(model, tokenizer)
     first = encoder.fingerprint()
@@ -122,7 +122,7 @@ def test_training_without_a_trace_changes_it(tokenizer: Any) -> None:
     assert state is None and encoder.fingerprint() not in (None, first)
 
 
-def test_training_without_a_trace_changes_that_of_every_encoder_that_shares_the_weights(tokenizer: Any) -> None:
+def test_training_changes_the_fingerprint_of_every_encoder_that_shares_the_weights(tokenizer: Any) -> None:
     model = tiny_bert().requires_grad_(False)
     trained, other = Encoder(model, tokenizer), Encoder(model, tokenizer)
     first = other.fingerprint()
@@ -135,7 +135,7 @@ def test_training_without_a_trace_changes_that_of_every_encoder_that_shares_the_
     assert other.fingerprint() == trained.fingerprint() != first
 
 
-def test_a_half_that_was_trained_and_frozen_by_itself_changes_that_of_the_whole(tokenizer: Any) -> None:
+def test_training_an_upper_half_changes_the_fingerprint_of_the_whole(tokenizer: Any) -> None:
     encoder = Encoder(tiny_bert(), tokenizer)
     _, upper = encoder.split(1)
     keys = []
@@ -150,7 +150,7 @@ def test_a_half_that_was_trained_and_frozen_by_itself_changes_that_of_the_whole(
     assert None not in keys and keys[0] != keys[1]
 
 
-def test_freezing_from_outside_changes_it_too(tokenizer: Any) -> None:
+def test_freezing_through_an_outer_module_refreshes_the_fingerprint(tokenizer: Any) -> None:
     encoder = Encoder(tiny_bert(), tokenizer).freeze()
     first = encoder.fingerprint()
     optimizer = torch.optim.AdamW(encoder.unfreeze().parameters(), 0.1, fused=True)
@@ -161,7 +161,7 @@ def test_freezing_from_outside_changes_it_too(tokenizer: Any) -> None:
     assert encoder.fingerprint() not in (None, first)
 
 
-def test_adapters_that_are_on_or_off_or_stronger_change_it(tokenizer: Any) -> None:
+def test_the_fingerprint_depends_on_which_adapters_are_on_and_how_strong(tokenizer: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"], init_lora_weights=False), "en")
@@ -181,14 +181,14 @@ def test_adapters_that_are_on_or_off_or_stronger_change_it(tokenizer: Any) -> No
     assert len(keys) == 4 and None not in keys
 
 
-def test_weights_are_read_once(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_reads_the_weights_once(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = Encoder(tiny_bert(), tokenizer)
     first = encoder.fingerprint()
     monkeypatch.setattr("bertstream.encoding.encoder.hash_weights", lambda *arguments: pytest.fail("read again"))
     assert encoder.fingerprint() == first
 
 
-def test_a_model_made_under_inference_mode_has_one_too(tokenizer: Any) -> None:
+def test_a_model_made_in_inference_mode_has_a_fingerprint(tokenizer: Any) -> None:
     with torch.inference_mode():
         model = tiny_bert()
     assert hash_weights(model, "", {}) == hash_weights(tiny_bert(), "", {})

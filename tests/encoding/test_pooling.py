@@ -47,7 +47,7 @@ def test_an_empty_text_gives_zeros_and_no_nan() -> None:
     assert values.grad is not None and torch.equal(values.grad, torch.full((3, H), 1 / 3))
 
 
-def test_no_text_gives_no_row() -> None:
+def test_pooling_no_texts_gives_no_rows() -> None:
     assert mean_pool(torch.zeros(0, H), offsets([])).shape == (0, H)
 
 
@@ -59,7 +59,7 @@ def test_half_precision_neither_overflows_nor_loses_small_parts() -> None:
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6))
-def test_gradients_are_shared_out_evenly(lengths: list[int]) -> None:
+def test_each_row_gets_an_equal_share_of_the_gradient(lengths: list[int]) -> None:
     values = torch.randn(sum(lengths), H, requires_grad=True)
     weights = torch.randn(len(lengths), H)
     (mean_pool(values, offsets(lengths)) * weights).sum().backward()

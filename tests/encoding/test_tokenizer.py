@@ -84,7 +84,7 @@ def assert_equal(found: TokenizedText, text: Text, right: Any) -> None:
 @settings(max_examples=50)
 @given(texts=st.lists(TEXTS, max_size=6))
 @example(texts=SOME)
-def test_ids_segments_and_words_are_transformers_own_for_kinds_in_any_mix(
+def test_ids_segments_and_words_equal_transformers_for_any_mix_of_texts(
     auto: Any, cutting: Callable[[int], TextTokenizer], texts: list[Text]
 ) -> None:
     found = cutting(512)(texts)
@@ -102,7 +102,7 @@ def test_ids_segments_and_words_are_transformers_own_for_kinds_in_any_mix(
 @example(text=("bank", "river"), max_length=3)
 @example(text=["unbelievable"] * 9, max_length=6)
 @example(text="[SEP] " * 30, max_length=10)
-def test_truncation_is_transformers_own_and_counts_what_it_cut(
+def test_truncation_equals_transformers_and_counts_the_dropped_tokens(
     auto: Any, cutting: Callable[[int], TextTokenizer], text: Text, max_length: int
 ) -> None:
     [whole], [cut] = cutting(512)([text]), cutting(max_length)([text])
@@ -229,7 +229,7 @@ def used(auto: Any) -> TextTokenizer:
     return tokenizer
 
 
-def test_it_pickles_without_what_was_built_and_works_afterwards(used: TextTokenizer) -> None:
+def test_a_used_tokenizer_pickles_without_its_backend(used: TextTokenizer) -> None:
     sent = pickle.dumps(used)
     assert len(sent) < 1_000_000, "a vocabulary's JSON, no weights"
     assert used._json.encode() in sent and len(sent) < len(used._json.encode()) + 1000
@@ -238,7 +238,7 @@ def test_it_pickles_without_what_was_built_and_works_afterwards(used: TextTokeni
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("parallelism", [None, "true"])
-def test_a_forked_child_builds_its_own(
+def test_a_forked_child_builds_its_own_backend(
     used: TextTokenizer, parallelism: str | None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Trap 34: one that was used before a fork would hang in the child, or warn of its lost threads."""
@@ -266,7 +266,7 @@ def test_a_forked_child_builds_its_own(
     assert "forked" not in capfd.readouterr().err
 
 
-def test_a_spawned_child_has_it_from_its_pickle(used: TextTokenizer) -> None:
+def test_a_spawned_child_gets_the_tokenizer_from_its_pickle(used: TextTokenizer) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert ids(pool.submit(used, SOME).result(60)) == ids(used(SOME))
 
@@ -281,7 +281,7 @@ class Parallelism:
         return ids(self.tokenizer(texts)), os.environ.get("TOKENIZERS_PARALLELISM")
 
 
-def test_workers_keep_to_one_thread_and_the_users_process_does_not(
+def test_workers_tokenize_on_one_thread_and_the_main_process_on_several(
     used: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trap 34: the variable is set in the worker alone, and there even over a "true", which hangs after a fork."""
@@ -295,13 +295,13 @@ def test_workers_keep_to_one_thread_and_the_users_process_does_not(
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
 
 
-# What is refused.
+# Refusals.
 
 
 @pytest.mark.parametrize(
     ("text", "tokens"), [("bank " * 400, 402), (["bank"] * 400, 402), (("bank " * 200, "bank " * 200), 403)]
 )
-def test_a_text_that_is_too_long_is_named_and_shown_in_short(auto: Any, text: Text, tokens: int) -> None:
+def test_a_text_that_is_too_long_is_named_and_shown_shortened(auto: Any, text: Text, tokens: int) -> None:
     with pytest.raises(EncoderError) as caught:
         TextTokenizer(auto, max_length=256)(["short", ["short"], text])
     message = str(caught.value)
@@ -325,7 +325,7 @@ def test_a_text_that_is_too_long_is_named_and_shown_in_short(auto: Any, text: Te
     ],
     ids=repr,
 )
-def test_what_is_no_text_is_refused_with_its_place_and_value(auto: Any, text: Any, kind: str) -> None:
+def test_a_value_that_is_no_text_is_refused_with_its_index_and_value(auto: Any, text: Any, kind: str) -> None:
     with pytest.raises(EncoderError) as caught:
         TextTokenizer(auto, max_length=16)(["fine", text])
     assert str(caught.value).startswith(f"text 1 is {text!r} ({kind}): a text is a string, a list of words, or")
@@ -333,13 +333,13 @@ def test_what_is_no_text_is_refused_with_its_place_and_value(auto: Any, text: An
 
 
 @pytest.mark.parametrize("text", ["broken \ud83d", ["broken", "\ud83d"], ("fine", "\ude00")])
-def test_half_a_surrogate_pair_is_refused_with_its_place(auto: Any, text: Text) -> None:
+def test_half_a_surrogate_pair_is_refused_with_its_index(auto: Any, text: Text) -> None:
     with pytest.raises(EncoderError, match=r"text 1 holds half of a surrogate pair.*\\ud") as caught:
         TextTokenizer(auto, max_length=16)(["fine \U0001f600", text])
     assert caught.value.records == (1,)
 
 
-def test_one_string_is_refused_where_a_list_of_texts_is_meant(auto: Any) -> None:
+def test_one_string_instead_of_a_list_is_refused(auto: Any) -> None:
     with pytest.raises(ConfigError, match=r"texts='the bank', one string: pass a list of texts, \[text\]"):
         TextTokenizer(auto, max_length=16)("the bank")
 

@@ -50,9 +50,7 @@ def trained(upper: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_together_the_halves_give_what_the_whole_gives(
-    family: tuple[str, nn.Module], minilm_folder: str, options: str
-) -> None:
+def test_both_halves_together_equal_the_whole(family: tuple[str, nn.Module], minilm_folder: str, options: str) -> None:
     encoder = encoder_of(copy.deepcopy(family[1]), minilm_folder, **OPTIONS[options])
     texts = texts_of(encoder)
     right = encoder(texts)
@@ -76,9 +74,7 @@ def test_the_lower_half_gives_the_hidden_states_of_its_layer(family: tuple[str, 
 
 
 @pytest.mark.parametrize("at", [1, 2])
-def test_gradients_are_those_of_a_plain_loop_over_the_whole(
-    family: tuple[str, nn.Module], minilm_folder: str, at: int
-) -> None:
+def test_gradients_equal_those_of_a_plain_loop(family: tuple[str, nn.Module], minilm_folder: str, at: int) -> None:
     model = family[1]
     encoder = encoder_of(copy.deepcopy(model), minilm_folder, max_forward_tokens=16)
     lower, upper = encoder.split(at)
@@ -135,11 +131,11 @@ def _no_gradients_below(model: nn.Module, at: int) -> None:
 
         layer.forward = forward
     for path, part in model.named_modules():
-        if path in ("embeddings", "encoder.conv"):  # the second is deberta's, behind its first layer
+        if path in ("embeddings", "encoder.conv"):  # the second is deberta's, after its first layer
             part.requires_grad_(False)
 
 
-def test_training_the_upper_half_leaves_the_lower_one_as_it_was(
+def test_training_the_upper_half_does_not_change_the_lower_one(
     family: tuple[str, nn.Module], minilm_folder: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     encoder = encoder_of(copy.deepcopy(family[1]), minilm_folder)
@@ -159,7 +155,7 @@ def test_training_the_upper_half_leaves_the_lower_one_as_it_was(
         torch.testing.assert_close(upper(lower(TEXTS)).values, encoder(TEXTS).values, atol=1e-5, rtol=0)
 
 
-def test_the_fingerprint_of_the_lower_half_is_of_its_own_layers(minilm_folder: str) -> None:
+def test_the_lower_halfs_fingerprint_depends_on_its_own_layers_only(minilm_folder: str) -> None:
     model = make("ModernBert")
 
     def key(changed: nn.Module, at: int = 1, **options: Any) -> bytes | None:
@@ -182,7 +178,7 @@ def test_the_fingerprint_of_the_lower_half_is_of_its_own_layers(minilm_folder: s
 
 
 @pytest.mark.parametrize("name", ["Bert", "ModernBert", "DebertaV2"])
-def test_dropout_and_checkpoints_are_the_upper_halfs_own(name: str, minilm_folder: str) -> None:
+def test_dropout_and_gradient_checkpointing_work_in_the_upper_half(name: str, minilm_folder: str) -> None:
     _, upper = halves = encoder_of(make(name), minilm_folder).split(1)
     model = nn.ModuleDict(dict(zip(("lower", "upper"), halves, strict=True)))
     states, others = model["lower"](TEXTS), model["lower"](["other texts"])
@@ -210,7 +206,7 @@ def test_dropout_and_checkpoints_are_the_upper_halfs_own(name: str, minilm_folde
         assert not upper(states).values.requires_grad
 
 
-def test_a_pooler_is_trained_with_the_upper_half_and_only_where_it_is_used(minilm_folder: str) -> None:
+def test_a_pooler_is_trained_with_the_upper_half_if_it_is_used(minilm_folder: str) -> None:
     encoder = encoder_of(make("Albert"), minilm_folder, output="sentence", pooling="pooler")
     right = encoder(["a bank"])
     lower, upper = encoder.split(2)
@@ -222,9 +218,7 @@ def test_a_pooler_is_trained_with_the_upper_half_and_only_where_it_is_used(minil
     assert not [name for name, _ in upper.named_parameters() if "pooler" in name or "embeddings" in name]
 
 
-def test_the_lower_half_streams_out_of_a_cache_while_the_upper_one_is_trained(
-    minilm_folder: str, tmp_path: Path
-) -> None:
+def test_the_lower_half_streams_from_a_cache_while_the_upper_half_trains(minilm_folder: str, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", [f"the bank number {i} of the river" for i in range(40)], shards=2)
     encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", device="cpu", output="sentence")
     right = {}
@@ -253,7 +247,7 @@ def test_the_lower_half_streams_out_of_a_cache_while_the_upper_one_is_trained(
         assert losses[2] < losses[1] < losses[0]
 
 
-def test_what_cannot_be_split_or_continued_is_refused(minilm: Encoder, minilm_folder: str) -> None:
+def test_a_bad_split_and_foreign_vectors_are_refused(minilm: Encoder, minilm_folder: str) -> None:
     encoder = encoder_of(make("Bert"), minilm_folder, layers=(1, 3))
     for at in (0, -1, 3, 4):
         with pytest.raises(ConfigError, match="write a number from 1 to 2"):

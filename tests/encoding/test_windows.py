@@ -1,4 +1,4 @@
-"""Windows over long texts: every token has one vector, from the window in which its word stands farthest from an edge.
+"""Windows over long texts: every token has one vector, from the window in which its word is farthest from an edge.
 
 Token i of a numbered text has the id i, and a pair's second text counts on from `SECOND`: what a window holds is read
 off its ids.
@@ -92,7 +92,7 @@ class Case:
 
     @property
     def before(self) -> list[int]:
-        """What stands before the sliding tokens of every window."""
+        """The ids before the sliding tokens of every window."""
         return [CLS] if self.first is None else [CLS, *range(sum(word.count(".") + 1 for word in self.first)), SEP]
 
     @property
@@ -136,13 +136,13 @@ def test_windows_cover_the_text_and_overlap_by_the_stride(case: Case) -> None:
 
 
 @given(case=cases())
-def test_every_token_is_owned_once_and_in_its_order(case: Case) -> None:
+def test_every_token_is_owned_once_and_in_order(case: Case) -> None:
     owned = [id for window in case.windows() for id, mine in zip(window.ids, window.owned, strict=True) if mine]
     assert owned == [*case.before, *case.content, SEP]
 
 
 @given(case=cases())
-def test_what_frames_a_text_belongs_to_its_first_and_its_last_window(case: Case) -> None:
+def test_special_tokens_belong_to_the_first_and_last_window(case: Case) -> None:
     windows, before = case.windows(), len(case.before)
     assert [all(window.owned[:before]) for window in windows] == [True] + [False] * (len(windows) - 1)
     assert [any(window.owned[:before]) for window in windows] == [True] + [False] * (len(windows) - 1)
@@ -150,7 +150,7 @@ def test_what_frames_a_text_belongs_to_its_first_and_its_last_window(case: Case)
 
 
 @given(case=cases())
-def test_a_word_is_owned_where_it_stands_farthest_from_an_edge(case: Case) -> None:
+def test_a_word_is_owned_by_the_window_in_which_it_is_farthest_from_an_edge(case: Case) -> None:
     before, content = len(case.before), case.content
     windows = case.windows()
     spans = [range(window.ids[before], window.ids[-2] + 1) for window in windows]
@@ -162,7 +162,7 @@ def test_a_word_is_owned_where_it_stands_farthest_from_an_edge(case: Case) -> No
     }
 
     def distance(unit: range, span: range) -> float:
-        """Tokens between the unit and the nearest edge beyond which the text goes on; negative if it is cut there."""
+        """Tokens between the unit and the nearest edge beyond which the text continues; negative if cut there."""
         left = np.inf if span.start == content.start else unit.start - span.start
         right = np.inf if span.stop == content.stop else span.stop - unit.stop
         return min(left, right)
@@ -289,7 +289,7 @@ def test_texts_that_fit_have_the_same_vectors_bit_for_bit(
     assert torch.equal(windowed()(short).values, minilm(short).values)
 
 
-def test_a_text_of_a_megabyte_takes_seconds(windowed: Callable[..., Encoder]) -> None:
+def test_windows_over_a_megabyte_take_seconds(windowed: Callable[..., Encoder]) -> None:
     encoder = windowed(tiny_bert(), output="words", max_length=512, stride=128)
     text = LONG * (2**20 // len(LONG) + 1)
     started = time.perf_counter()

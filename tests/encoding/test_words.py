@@ -86,7 +86,7 @@ class Kind:
 
     def __init__(self, name: str) -> None:
         self.tokenizer = self._wrapped(TOKENIZERS[name]())
-        # Without a space before them transformers glues a list's words together, so it says what is right with one.
+        # Without a space before each, transformers glues a list's words together. The expected ids have the space.
         self.blank_is_added = name == "byte-level BPE"
         self.right = self._wrapped(byte_bpe(add_prefix_space=True)) if self.blank_is_added else self.tokenizer
         torch.manual_seed(0)
@@ -148,7 +148,7 @@ law = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too
 
 @settings(law, max_examples=40)
 @given(texts=batches)
-def test_any_words_have_one_row_each_in_their_order(kind: Kind, texts: list[Text]) -> None:
+def test_each_word_has_one_row_in_order(kind: Kind, texts: list[Text]) -> None:
     found, tokens = kind.words(texts), kind.tokens(texts)
     assert found.lengths.tolist() == [word_count(text) for text in texts]
     assert found.word_ids is not None and found.present is not None and found.values.isfinite().all()
@@ -169,7 +169,7 @@ def test_any_words_have_one_row_each_in_their_order(kind: Kind, texts: list[Text
 
 @settings(law, max_examples=12)
 @given(texts=batches, max_length=st.integers(4, 12))
-def test_words_that_were_cut_are_told_apart(kind: Kind, texts: list[Text], max_length: int) -> None:
+def test_words_that_were_cut_are_marked(kind: Kind, texts: list[Text], max_length: int) -> None:
     encoder = kind.encoder(output="words", overflow="truncate", max_length=max_length)
     tags = [[100 * i + number for number in range(word_count(text))] for i, text in enumerate(texts)]
     found = encoder(texts)
@@ -192,7 +192,7 @@ def test_words_that_were_cut_are_told_apart(kind: Kind, texts: list[Text], max_l
 
 @settings(law, max_examples=12)
 @given(texts=batches, overflow=st.sampled_from(["truncate", "windows"]))
-def test_in_token_output_a_words_number_stands_at_its_first_token(kind: Kind, texts: list[Text], overflow: Any) -> None:
+def test_in_token_output_a_words_number_goes_to_its_first_token(kind: Kind, texts: list[Text], overflow: Any) -> None:
     # Beside a first text of this test at most, some room is left for windows over the second.
     encoder = kind.encoder(overflow=overflow, max_length=700, stride=1 if overflow == "windows" else 0)
     tags = [[0.5 + number for number in range(word_count(text))] for text in texts]
@@ -214,7 +214,7 @@ def test_a_special_token_inside_a_word_is_part_of_it(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("prepend_scheme", ["never", "first"])
-def test_words_are_not_glued_where_only_a_blank_begins_one(prepend_scheme: Any) -> None:
+def test_words_are_not_glued_together_by_a_tokenizer_that_needs_blanks(prepend_scheme: Any) -> None:
     words = ["the", "river", "[SEP]", "", "banks"]
     tokenizer = unigram()
     found = []
@@ -225,7 +225,7 @@ def test_words_are_not_glued_where_only_a_blank_begins_one(prepend_scheme: Any) 
     assert found[0] == found[1]
 
 
-def test_strings_are_split_by_blanks_or_as_the_user_says(kind: Kind) -> None:
+def test_strings_are_split_at_blanks_or_by_the_users_function(kind: Kind) -> None:
     strings: list[Text] = ["  The river\tbanks, \n", "", " \u3000", ("the banks", "of a river")]
     lists: list[Text] = [["The", "river", "banks,"], [], [], (["the", "banks"], ["of", "a", "river"])]
     torch.testing.assert_close(kind.words(strings).values, kind.words(lists).values)
@@ -253,13 +253,13 @@ def test_a_word_that_is_longer_than_the_model_takes_has_one_row(kind: Kind, over
         assert found.present.all() and found.word_ids.tolist() == [0, 1, 2, 3, 0, 0]
 
 
-def test_half_of_a_surrogate_pair_is_refused_by_name(kind: Kind) -> None:
+def test_half_a_surrogate_pair_in_a_word_is_refused(kind: Kind) -> None:
     with pytest.raises(EncoderError, match=r"text 1 holds half of a surrogate pair.*\\ud83d") as caught:
         kind.words([["fine"], ["the", "ba\ud83dnk"]])
     assert caught.value.records == (1,)
 
 
-def test_where_no_word_is_nothing_is_made_up(kind: Kind) -> None:
+def test_texts_without_words_have_no_rows(kind: Kind) -> None:
     empty: list[list[Text]] = [[], [[]], [[], ([], [])]]
     for texts in empty:
         found = kind.words(texts)
@@ -277,7 +277,7 @@ def test_the_mask_of_words_has_a_padded_form(kind: Kind) -> None:
     assert found.padded_present().tolist() == [[True, False, True], [True, False, False]]
 
 
-def test_tokens_of_strings_that_were_never_split_are_refused(kind: Kind) -> None:
+def test_word_output_refuses_tokens_of_unsplit_strings(kind: Kind) -> None:
     tokenizer = kind.tokens.tokenizer
     assert kind.words.encode(tokenizer.batch([["a", "list"], ""])).lengths.tolist() == [2, 0]
     for texts in (["a string", "another"], [["a", "list"], "a string"], [["a", "list"], "a string", ("of", "two")]):
