@@ -1,4 +1,4 @@
-"""The command line as people type it: what it prints, what it says of mistakes, and what it exits with."""
+"""The command line: what it prints, its errors and its exit status."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_inspect_tells_what_the_library_finds(call: Call, shard: str, tmp_path: 
     assert "packed equals one by one" in out and "  id: 0" in out
 
 
-def test_embed_writes_and_goes_on(call: Call, shard: str, tmp_path: Path, minilm: Encoder) -> None:
+def test_embed_writes_and_continues(call: Call, shard: str, tmp_path: Path, minilm: Encoder) -> None:
     command = ("embed", shard, "--out", tmp_path / "out", *MODEL, "--output", "sentence", "--format", "safetensors")
     status, out, err = call(*command)
     assert (status, err) == (0, "") and "40 vectors of 384 in 1 file in" in out
@@ -92,7 +92,7 @@ def test_embed_writes_and_goes_on(call: Call, shard: str, tmp_path: Path, minilm
     assert status == 0
 
 
-def test_what_was_cut_or_passed_over_is_said(call: Call, tmp_path: Path) -> None:
+def test_cut_texts_and_skipped_records_are_reported(call: Call, tmp_path: Path) -> None:
     (path,) = write_shards(tmp_path, ["word " * 30, "word"])
     with open(path, "a") as file:
         file.write("no json\n")

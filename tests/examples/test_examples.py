@@ -1,4 +1,4 @@
-"""The examples are what a newcomer reads and runs first: short, working as they stand, and right in what they print."""
+"""The examples are short, run without changes, and print what is right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the doctor says is so."""
+"""The doctor reports what is installed and which models load."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_versions_devices_and_models_are_told_as_plain_json(minilm: Encoder) -> 
     assert len(found["devices"]) == 1 + torch.cuda.device_count()
     model = found["models"]["all-MiniLM-L6-v2"]
     assert model["runs"] == minilm.batching.way == "packed"
-    assert model["because"].startswith("packed equals one by one")  # the error behind it depends on the threads
+    assert model["because"].startswith("packed equals one by one")  # the figure after it depends on the threads
     assert (model["max_length"], model["embedding_dim"], model["dtype"]) == (512, 384, "float32")
     assert "no model 'no-such-model'" in found["models"]["no-such-model"]["error"]
 

@@ -1,4 +1,4 @@
-"""Vectors in files: each record's once, whatever stops the run, and equal to what the encoder gives."""
+"""`embed` writes each record's vectors once, equal to the encoder's, whatever stops the run."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_text_of_every_kind_of_length_is_written_in_float16(tokenizer: Any, tm
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("calls", [0, 1, 3, 5])
-def test_a_run_that_was_stopped_goes_on(
+def test_a_stopped_run_continues(
     tokenizer: Any,
     shards: list[str],
     tmp_path: Path,
@@ -161,15 +161,15 @@ def test_a_run_that_was_stopped_goes_on(
     assert done["texts_before"] == before["texts"] and (before["texts"] > 0) == (calls > 1)
     assert done["texts"] == 90
     assert_same(written(tmp_path), right(encoder, shards))
-    # And a third run finds that nothing is left.
+    # A third run finds nothing to do.
     monkeypatch.setattr(encoder, "encode", lambda batch: pytest.fail("encoded"))
     assert bertstream.embed(shards, encoder, tmp_path, **settings) == done | {"texts_before": 90}
 
 
-def test_what_a_killed_run_wrote_behind_its_progress_is_written_again(
+def test_parts_that_a_killed_run_wrote_after_its_last_progress_are_written_again(
     tokenizer: Any, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The moments between a part's name and the progress that counts it, each of them."""
+    """Stops at each moment between a part's final name and the progress file that counts it."""
     encoder = tiny(tokenizer)
     expected = right(encoder, shards)
     replace = os.replace
@@ -192,7 +192,7 @@ def test_what_a_killed_run_wrote_behind_its_progress_is_written_again(
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_and_ends_as_an_undisturbed_one(
+def test_a_killed_run_continues_and_ends_as_an_undisturbed_one(
     minilm: Encoder, sentences: list[str], tmp_path: Path
 ) -> None:
     texts = [text for text in sentences if len(text) < 100][:400]
@@ -300,7 +300,7 @@ def test_a_folder_of_parquet_is_a_dataset_and_its_files_are_about_as_large_as_wa
     assert sorted(sizes)[-1] < 1.25 * 20_000 + 8_000, "with keys and shards"
 
 
-def test_a_run_that_was_killed_while_it_made_its_folder_is_begun_anew(
+def test_a_run_that_was_killed_while_it_made_its_folder_starts_again(
     tokenizer: Any, shards: list[str], tmp_path: Path
 ) -> None:
     for name in (".lock", "._progress.json.unfinished"):

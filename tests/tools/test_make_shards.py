@@ -1,4 +1,4 @@
-"""`tools/make_shards.py`: files in, WebDataset tars out that hold the same records."""
+"""`tools/make_shards.py` turns files into WebDataset tars that hold the same records."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_existing_shards_are_replaced_only_when_asked(tool: ModuleType, table: P
         ("?", "record 1: not JSON"),
     ],
 )
-def test_a_broken_record_leaves_no_shard_behind(tool: ModuleType, tmp_path: Path, row: str, message: str) -> None:
+def test_a_broken_record_leaves_no_shards(tool: ModuleType, tmp_path: Path, row: str, message: str) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "x", "animal": "cat"}\n' + row)
     (tmp_path / "labels.json").write_text('{"cat": 7}')
     arguments = [str(tmp_path / "in.jsonl"), "--out", f"{tmp_path}/out/", "--label", "animal", "--per-shard", "1"]
