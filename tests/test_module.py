@@ -112,7 +112,7 @@ def test_calling_an_unfrozen_encoder_gives_gradients(minilm_folder: str) -> None
 
 def test_vectors_of_another_encoder_are_refused(minilm: Encoder, minilm_folder: str) -> None:
     words = Encoder.from_pretrained(minilm_folder, output="words")
-    with pytest.raises(EncoderError, match=r"another encoder.* are \('words', \(6,\), \(384,\)\), of this one"):
+    with pytest.raises(EncoderError, match=r"another encoder.* are \('words', \(6,\), \(384,\)\), this encoder's are"):
         BertEmbedding(minilm)(words([["a", "bank"]]))
 
 

@@ -11,6 +11,9 @@ from torch import nn
 
 from ..system.process import on_one_core
 
+TRIED_TOKENS = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384, 32768, 65536)}
+"""Sizes of forwards that `Encoder.calibrate` measures."""
+
 
 def fastest_dtype(device: torch.device, hidden_size: int) -> torch.dtype:
     """bfloat16 if it is worth its loss of precision, else float32.

@@ -19,7 +19,7 @@ from ..errors import ConfigError, EncoderError
 from ..system.cuda import resolve_device
 from ..tokens import Text, TokenBatch, cumulate
 from .attention import plain_mode, probe_batching
-from .autotune import fastest_dtype, fastest_forward_tokens
+from .autotune import TRIED_TOKENS, fastest_dtype, fastest_forward_tokens
 from .fingerprint import hash_weights, weights_state
 from .forward_size import FORWARD_TOKENS, ForwardSize
 from .freezing import FreezableForward, warn_of_half
@@ -41,9 +41,6 @@ from .tokenizer import Overflow, TextTokenizer, WordSplitter, check_cutting, ren
 from .upper import UpperEncoder
 
 logger = logging.getLogger(__name__)
-
-# Sizes of forwards that `calibrate` measures.
-_TRIED_TOKENS = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384, 32768, 65536)}
 
 
 class Encoder(FreezableForward):
@@ -139,12 +136,9 @@ class Encoder(FreezableForward):
             stop_after(own, max(spec.layers))
         super().__init__(own, spec, probe_batching(own, packed), num_layers, size)
         logger.info("%s runs %s: %s", type(model).__name__, self.batching.way, self.batching.reason)
-        longest = longest_text(tokenizer, own.config, self.batching.first_position)
-        if max_length is not None and max_length > longest:
-            raise ConfigError(f"max_length={max_length}: the model takes 1 to {longest} tokens")
         self.tokenizer = TextTokenizer(
             tokenizer,
-            max_length=max_length or longest,
+            max_length=longest_text(tokenizer, config, max_length, self.batching.first_position),
             overflow=overflow,
             stride=stride,
             word_splitter=(word_splitter or str.split) if output == "words" else None,
@@ -207,9 +201,7 @@ class Encoder(FreezableForward):
         device = resolve_device(device)
         resolved = None if dtype == "auto" else torch_dtype(dtype)
         found = find_pretrained(str(name))
-        longest = longest_text(found.tokenizer, found.config)
-        if max_length is not None and max_length > longest:
-            raise ConfigError(f"max_length={max_length}: the model takes 1 to {longest} tokens")
+        longest_text(found.tokenizer, found.config, max_length)
         num_layers: int = found.config.num_hidden_layers
         spec = spec.resolved(num_layers)
         folder = found.folder_pooling
@@ -251,7 +243,7 @@ class Encoder(FreezableForward):
         Returns:
             `max_forward_tokens`, as it is from now on.
         """
-        tried = _TRIED_TOKENS.get(self.device.type) if not self.trainable else None
+        tried = TRIED_TOKENS.get(self.device.type) if not self.trainable else None
         if tried is not None and self._size.is_open(self.device):
             run = self._feed_forward() if self.device.type == "cpu" else self._dummy_forward
             with self._weights():
@@ -263,7 +255,7 @@ class Encoder(FreezableForward):
     def _feed_forward(self) -> Callable[[int], object]:
         size = self._hidden_size
         up = torch.zeros(4 * size, size, dtype=self.dtype, device="cpu")
-        rows = torch.zeros(max(_TRIED_TOKENS["cpu"]), size, dtype=self.dtype, device="cpu")
+        rows = torch.zeros(max(TRIED_TOKENS["cpu"]), size, dtype=self.dtype, device="cpu")
         return lambda tokens: F.linear(F.gelu(F.linear(rows[:tokens], up)), up.T)
 
     def _dummy_forward(self, tokens: int) -> object:

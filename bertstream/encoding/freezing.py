@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,10 +14,9 @@ from .fingerprint import note_training
 from .forward import BatchedForward
 from .layers import layer_list
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 logger = logging.getLogger(__name__)
+
+Self = TypeVar("Self", bound="FreezableForward")
 
 
 class FreezableForward(BatchedForward):
@@ -33,7 +32,7 @@ class FreezableForward(BatchedForward):
     _mode = False  # what train() was last called with
     _warned_of_half = False
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self: Self, mode: bool = True) -> Self:
         """Set the mode of trained parameters; frozen layers stay in eval mode, without dropout."""
         self._mode = mode
         super().train(False)
@@ -45,7 +44,7 @@ class FreezableForward(BatchedForward):
                 layer.train(any(parameter.requires_grad for parameter in layer.parameters()))
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
+    def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
         """As in torch, for all parameters; `unfreeze` leaves out the unused ones."""
         if not requires_grad:
             nn.Module.train(self, False)  # before another thread encodes again
@@ -55,11 +54,11 @@ class FreezableForward(BatchedForward):
             self.times_frozen += not requires_grad
         return self.train(self._mode)
 
-    def freeze(self) -> Self:
+    def freeze(self: Self) -> Self:
         """Stop training all parameters; from here on vectors may be cached."""
         return self.requires_grad_(False)
 
-    def unfreeze(self, layers: int | None = None, *, parameters: Iterable[nn.Parameter] | None = None) -> Self:
+    def unfreeze(self: Self, layers: int | None = None, *, parameters: Iterable[nn.Parameter] | None = None) -> Self:
         """Train these parameters, and no others, until `freeze` is called.
 
         Loaders of this encoder then yield `TokenBatch`es, also for batches that were encoded ahead, and use no cache.

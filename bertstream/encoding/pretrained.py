@@ -133,17 +133,24 @@ def check_config(config: Any, whose: str) -> None:
         raise ConfigError(f"{whose} is no transformers text encoder: its config has no {lacking[0]}")
 
 
-def longest_text(tokenizer: Any, config: Any, first_position: int = 0) -> int:
-    """Tokens of the longest text that model and tokenizer allow.
+def longest_text(tokenizer: Any, config: Any, max_length: int | None, first_position: int = 0) -> int:
+    """Tokens of the longest text that model and tokenizer take, or the user's smaller number.
 
     Args:
         tokenizer: a transformers tokenizer.
         config: the model's.
+        max_length: the user's number, or None.
         first_position: the position id of a text's first token (see `BatchingSupport`); 0 gives an upper bound.
+    Raises:
+        ConfigError: `max_length` is larger.
     """
     longest = int(min(getattr(tokenizer, "model_max_length", 1 << 30), 1 << 30))
     positions = getattr(config, "max_position_embeddings", None)
-    return longest if positions is None else min(longest, positions - first_position)
+    if positions is not None:
+        longest = min(longest, positions - first_position)
+    if max_length is not None and max_length > longest:
+        raise ConfigError(f"max_length={max_length}: the model takes 1 to {longest} tokens")
+    return max_length or longest
 
 
 def _bare(name: str) -> str:
