@@ -10,7 +10,8 @@ from .jobs.warm import warm
 from .loader import EmbeddingLoader, stream, wrap
 from .module import BertEmbedding, UnfreezeSchedule
 from .pipeline.collate import TokenCollate
-from .reading.dataset import StreamConfig, TextStream
+from .reading.config import StreamConfig
+from .reading.dataset import TextStream
 from .tokens import TokenBatch
 
 __version__ = "0.1.0"

@@ -29,7 +29,7 @@ from .jobs.inspection import Inspection, inspect_shards
 from .jobs.warm import warm
 from .jobs.writers import PartFormat
 from .pipeline.plots import check_plot, plot_lengths
-from .reading.dataset import StreamConfig
+from .reading.config import StreamConfig
 
 logger = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ def main():
     numbers = {name: number for number, name in enumerate(classes)}
 
     settings = {"text": args.text, "fields": {args.label: numbers.__getitem__}, "num_workers": args.num_workers}
-    mixing = {"shuffle": True, "seed": args.seed, "reading": bertstream.StreamConfig(window=args.window)}
+    mixing = {"shuffle": True, "seed": args.seed, "reading": bertstream.StreamConfig(bucket_size=args.window)}
     train = bertstream.stream(args.train, encoder, **settings, batch_size=args.batch_size, **mixing)
     test = bertstream.stream(args.test, encoder, **settings)
 

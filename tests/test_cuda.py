@@ -178,7 +178,7 @@ def test_a_stream_gives_every_record_its_own_vectors(on_cuda: Encoder, tmp_path:
     path = write_shard(tmp_path, 400)
     right = on_cuda(["word " * (i + 1) for i in range(61)])
     seen = []
-    reading = StreamConfig(lanes=3, window=64)
+    reading = StreamConfig(lanes=3, bucket_size=64)
     for batch in bertstream.stream(
         path, on_cuda, batch_size=16, shuffle=True, num_workers=num_workers, reading=reading
     ):

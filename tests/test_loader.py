@@ -250,7 +250,7 @@ def test_stream_hands_out_every_record_with_its_own_vectors(tmp_path: Path, mini
     for num_workers, options in ((0, {"batch_size": 8}), (2, {"max_tokens": 64})):
         loader = bertstream.stream(
             tmp_path / "a.tar", minilm, text="txt", into="vectors", shuffle=True, num_workers=num_workers,
-            reading=StreamConfig(lanes=3, window=10), **options,
+            reading=StreamConfig(lanes=3, bucket_size=10), **options,
         )  # fmt: skip
         seen = []
         for batch in loader:
@@ -268,7 +268,7 @@ def test_prefetch_and_workers_never_change_a_stream(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"text": "word " * (i % 17), "id": i}) + "\n" for i in range(300)))
 
     def order(**options: Any) -> list[list[int]]:
-        reading = StreamConfig(lanes=5, window=16)
+        reading = StreamConfig(lanes=5, bucket_size=16)
         loader = bertstream.stream(path, FakeEncoder(), batch_size=4, shuffle=True, reading=reading, **options)
         return [batch["id"].tolist() for _ in range(2) for batch in loader]
 
@@ -548,7 +548,7 @@ def test_what_ranks_agreed_on_is_encoded_before_more_is_read(
     path.write_text("".join(json.dumps({"text": "word " * i}) + "\n" for i in range(60)))
     loader = bertstream.stream(
         path, FakeEncoder(lambda batch: encoded.append(len(batch))), batch_size=1, prefetch=prefetch,
-        deterministic=deterministic, reading=StreamConfig(lanes=4, window=16),
+        deterministic=deterministic, reading=StreamConfig(lanes=4, bucket_size=16),
     )  # fmt: skip
     batches = list(loader)
     assert len(batches) == sum(agreed) >= 25 and agreed[-1] == 0
@@ -653,7 +653,7 @@ def test_a_loop_that_asks_on_while_another_thread_closes_hears_why_it_ended(pref
 
 def test_a_loop_that_was_left_does_not_wait_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     """A garbage collection may end it within a forward, whose lock the worker waits for."""
-    monkeypatch.setattr(loading, "_LEFT_WAIT_S", 0.1)
+    monkeypatch.setattr("bertstream.pipeline.epoch._LEFT_WAIT_S", 0.1)
     waiting, go_on = threading.Event(), threading.Event()
 
     def wait(batch: TokenBatch) -> None:
@@ -752,7 +752,7 @@ def test_truncation_is_reported_once_an_epoch(minilm_folder: str, caplog: pytest
     encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", overflow="truncate", max_length=8)
     loader = bertstream.wrap([["many " * 20], ["more " * 30]], encoder)
     list(loader)
-    (record,) = [r for r in caplog.records if r.name == "bertstream.loader"]
+    (record,) = [r for r in caplog.records if r.name == "bertstream.pipeline.epoch"]
     assert "2 of 2 texts" in record.getMessage() and "38 tokens" in record.getMessage()
 
 
@@ -1154,7 +1154,7 @@ def test_a_pair_may_come_from_two_fields(tmp_path: Path, minilm: Encoder) -> Non
     rows = [{"premise": first, "hypothesis": second, "label": i} for i, (first, second) in enumerate(pairs)]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    streamed = bertstream.stream(path, minilm, text="premise", pair="hypothesis", reading=StreamConfig(window=2))
+    streamed = bertstream.stream(path, minilm, text="premise", pair="hypothesis", reading=StreamConfig(bucket_size=2))
     collate = TokenCollate(minilm, text="premise", pair="hypothesis")
     wrapped = bertstream.wrap(DataLoader(rows, 2, collate_fn=collate), minilm, text="premise")
     for loader in (streamed, wrapped):

@@ -305,7 +305,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(minilm_folder: str
 
     def run(stop: tuple[int, int] | None, saved: dict[str, Any] | None = None) -> tuple[list[float], dict[str, Any]]:
         torch.manual_seed(0)
-        encoder = encoder_of(make("Bert"), minilm_folder, output="sentence")
+        encoder = encoder_of(make("Bert"), minilm_folder, output="sentence").freeze()
         model = nn.ModuleDict({"embed": BertEmbedding(encoder), "head": nn.Linear(encoder.embedding_dim, 2)}).eval()
         optimizer = torch.optim.AdamW([{"params": model["head"].parameters()}, *encoder.parameter_groups(1e-3)])
         schedule = UnfreezeSchedule(encoder, start=1, every=1)

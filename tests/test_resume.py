@@ -273,7 +273,7 @@ def test_a_state_that_lacks_other_ranks_lanes_is_refused(shards: list[str], monk
         ({"seed": 1}, "seed"),
         ({"batch_size": 4}, "batch_size"),
         ({"shuffle": False}, "shuffle"),
-        ({"reading": StreamConfig(lanes=4, window=7)}, "window"),
+        ({"reading": StreamConfig(lanes=4, bucket_size=7)}, "window"),
         ({"reading": StreamConfig(lanes=3)}, "lanes"),
     ],
 )
@@ -361,7 +361,7 @@ def test_a_fault_is_an_error_or_is_counted_and_nothing_else_is_lost(
     paths, good, records, broken = broken_shards(tmp_path, fault, place)
 
     def make(max_bad_records: float) -> EmbeddingLoader:
-        reading = StreamConfig(lanes=2, window=16, max_bad_records=max_bad_records)
+        reading = StreamConfig(lanes=2, bucket_size=16, max_bad_records=max_bad_records)
         return bertstream.stream(paths, FakeEncoder(), batch_size=4, shuffle=True, num_workers=workers, reading=reading)
 
     def ids(loader: EmbeddingLoader) -> list[int]:
@@ -386,7 +386,8 @@ def test_above_the_limit_the_error_names_the_first_ones(tmp_path: Path) -> None:
     for i in (3, 20, 30):
         lines[i] = "no json"
     Path(path).write_text("\n".join(lines))
-    loader = bertstream.stream(path, FakeEncoder(), batch_size=4, reading=StreamConfig(max_bad_records=2, window=8))
+    reading = StreamConfig(max_bad_records=2, bucket_size=8)
+    loader = bertstream.stream(path, FakeEncoder(), batch_size=4, reading=reading)
     with pytest.raises(ShardError, match="3 broken records") as caught:
         list(loader)
     assert "record 3" in str(caught.value) and "record 20" in str(caught.value) and caught.value.index == 30
@@ -408,7 +409,7 @@ def test_counts_of_broken_records_go_on_with_the_state(tmp_path: Path) -> None:
     for i in (3, 50):
         lines[i] = "no json"
     Path(path).write_text("\n".join(lines))
-    reading = StreamConfig(max_bad_records=2, window=8)
+    reading = StreamConfig(max_bad_records=2, bucket_size=8)
     loader = bertstream.stream(path, FakeEncoder(), batch_size=4, reading=reading)
     iteration = iter(loader)
     for _ in range(5):
@@ -431,7 +432,7 @@ def test_a_bare_stream_counts_too(tmp_path: Path) -> None:
     lines = Path(path).read_text().splitlines()
     Path(path).write_text("\n".join(["no json", *lines]))
     stream = TextStream(path, FakeEncoder(), reading=StreamConfig(max_bad_records=1))
-    assert sum(map(len, stream)) == 20 and stream.bad_records.records == 1
+    assert sum(map(len, stream)) == 20 and stream.progress.bad.records == 1
 
 
 @pytest.mark.parametrize("value", [-1, 1.5])

@@ -41,7 +41,7 @@ def test_fake_vectors_say_which_token_they_are_of() -> None:
 @pytest.mark.parametrize(("workers", "window"), [(0, 20), (0, 400), (1, 20), (4, 20)])
 def test_a_stream_resumes_exactly(shards: list[str], window: int, workers: int) -> None:
     def make(num_workers: int = workers) -> EmbeddingLoader:
-        reading = StreamConfig(window=window, lanes=3)
+        reading = StreamConfig(bucket_size=window, lanes=3)
         return bertstream.stream(
             shards, FakeEncoder(), batch_size=16, shuffle=True, num_workers=num_workers, reading=reading
         )
@@ -87,7 +87,7 @@ class Forgetful(EmbeddingLoader):
 
 def test_a_loader_that_loses_a_batch_is_found_out(shards: list[str]) -> None:
     def make() -> EmbeddingLoader:
-        loader = bertstream.stream(shards, FakeEncoder(), batch_size=16, reading=StreamConfig(window=16))
+        loader = bertstream.stream(shards, FakeEncoder(), batch_size=16, reading=StreamConfig(bucket_size=16))
         loader.__class__ = Forgetful
         return loader
 

@@ -37,7 +37,7 @@ import bertstream
 from bertstream.testing import FakeEncoder
 
 folder, workers, shards = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-reading = bertstream.StreamConfig(lanes=5, window=30)
+reading = bertstream.StreamConfig(lanes=5, bucket_size=30)
 loader = bertstream.stream(shards, FakeEncoder(), batch_size=4, shuffle=True, num_workers=workers, reading=reading)
 step, path = 0, os.path.join(folder, "checkpoint.json")
 if os.path.exists(path):
@@ -66,7 +66,7 @@ def train_and_kill(folder: Path, shards: list[str], *, kills: int, workers: int,
         checkpoint that was used, then those after the last start) is the undisturbed epoch in its order, and what was
         left behind 15 seconds later: processes, and files of shared memory.
     """
-    reading = bertstream.StreamConfig(lanes=5, window=30)
+    reading = bertstream.StreamConfig(lanes=5, bucket_size=30)
     with closing(bertstream.stream(shards, FakeEncoder(), batch_size=4, shuffle=True, reading=reading)) as loader:
         undisturbed = [batch["id"].tolist() for batch in loader]
     rng = random.Random(seed)

@@ -26,7 +26,8 @@ from ..caching.cache import EmbeddingCache, as_bytes
 from ..embeddings import Embeddings, SupportsCache
 from ..errors import ConfigError, StateError
 from ..loader import EmbeddingLoader, stream
-from ..reading.dataset import Shards, StreamConfig
+from ..reading.config import StreamConfig
+from ..reading.dataset import Shards
 from ..system.distributed import rank_and_world_size
 from .writers import Part, PartFormat, check_format, ending_of, whole_or_nothing, write_part
 

@@ -22,8 +22,9 @@ from ..caching.memory import ROW_INDEX_BYTES, TEXT_BYTES
 from ..encoding.encoder import Encoder
 from ..encoding.tokenizer import TextTokenizer
 from ..errors import shortened
-from ..pipeline.groups import Groups, group_tokens
-from ..reading.dataset import Shards, StreamConfig, TextStream
+from ..pipeline.groups import GroupBudget, gather, group_tokens
+from ..reading.config import StreamConfig
+from ..reading.dataset import Shards, TextStream
 from ..reading.files import shard_size
 from ..reading.options import ReadOptions
 from ..reading.records import read_records
@@ -167,7 +168,7 @@ def inspect_shards(
         fields={text: shortened(example.text)} | {name: shortened(value) for name, value in example.fields.items()},
         texts=len(lengths),
         repeated_texts=len(lengths) - len(once),
-        bad_records=stream.bad_records.records,
+        bad_records=stream.progress.bad.records,
         tokens=int(lengths.sum()),
         lengths=Spread.of(lengths),
         length_edges=edges,
@@ -256,17 +257,17 @@ def _measured(encoder: Encoder, sample: list[TokenBatch], seconds: float) -> flo
     """Tokens a second, of batches that are gathered and encoded together as a loader does it."""
     encoder.calibrate()
     random.Random(0).shuffle(sample)
-    limit = group_tokens(encoder)
-    groups = Groups(iter(sample), weigh=lambda batch: batch.num_tokens, limit=limit, by_the_clock=True)
+    limit = group_tokens(encoder.max_forward_tokens, encoder.device)
+    budget = GroupBudget[TokenBatch](lambda batch: batch.num_tokens, limit=limit, by_the_clock=True)
     encoder.encode(sample[0]).values.cpu()  # the first forward is slower than others
     tokens, took = 0, 0.0
-    for group in groups:
+    for group in gather(iter(sample), budget):
         started = time.perf_counter()
         encoded = encoder.encode(TokenBatch.concat(group)).tokens.num_tokens
         if encoder.device.type == "cuda":
             torch.cuda.synchronize(encoder.device)
         group_s = time.perf_counter() - started
-        groups.encoded(encoded, group_s)
+        budget.encoded(encoded, group_s)
         tokens, took = tokens + encoded, took + group_s
         if took >= seconds:
             break

@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from ..caching.cache import EmbeddingCache
 from ..embeddings import SupportsCache
-from ..errors import BertstreamError, ConfigError
-from ..pipeline.source import in_workers
-from ..reading.dataset import StreamConfig, TextStream
-from ..reading.window import Skip
+from ..errors import ConfigError
+from ..pipeline.source import read_in_workers
+from ..reading.config import StreamConfig
+from ..reading.dataset import TextStream
 
 
 def warm(
@@ -55,21 +55,14 @@ def warm(
     dataset = TextStream(
         shards, encoder, text=text, pair=pair, max_tokens=encoder.max_forward_tokens, fields=(), reading=reading
     )
-    dataset.worker_items = True  # what was passed over is counted here, over all workers
     done = {"texts": 0, "computed": 0}
     total = dataset.count_records() if progress else None
     with tqdm(unit=" texts", total=total, disable=not progress, desc="filling the cache") as bar:
-        for batch in in_workers(dataset, num_workers):
-            if isinstance(batch, BertstreamError):
-                raise batch
-            if batch.report is not None:
-                dataset.bad_records.add(batch.report)
-            if isinstance(batch, Skip):
-                continue
+        for batch in read_in_workers(dataset, num_workers):
             done["texts"] += len(batch)
             done["computed"] += cached.fill(batch)
             bar.update(len(batch))
             bar.set_postfix(computed=done["computed"], refresh=False)
     cache.flush()
-    dataset.bad_records.check_some_were_good()
-    return done | {"bad_records": dataset.bad_records.records, "bad_shards": len(dataset.bad_records.given_up)}
+    bad = dataset.progress.bad
+    return done | {"bad_records": bad.records, "bad_shards": len(bad.given_up)}

@@ -22,7 +22,7 @@ _KEPT_SPANS = 20_000
 """The latest, for the trace: about 4 MB, and some two minutes of a fast loop."""
 
 
-class Stages:
+class StageClocks:
     """A clock for each stage of a loader; each stage runs in one thread at a time.
 
     "read" waits for the source, "tokenize" and "encode" say themselves; "hand_over" puts vectors into the user's batch.

@@ -15,7 +15,7 @@ from ..embeddings import SupportsEncode
 from ..errors import BertstreamError, ConfigError, EncoderError
 from ..reading.bucket import stack_column
 from ..tokens import TokenBatch
-from .fields import Place, as_places, as_tensors, check_pair, describe, get_place, put_places
+from .fields import Field, as_fields, as_tensors, check_pair, describe, get_field, put_fields
 
 
 class TokenCollate:
@@ -33,12 +33,12 @@ class TokenCollate:
     """
 
     def __init__(
-        self, encoder: SupportsEncode, text: Place | Sequence[Place] | None = None, *, pair: Place | None = None
+        self, encoder: SupportsEncode, text: Field | Sequence[Field] | None = None, *, pair: Field | None = None
     ) -> None:
         if not hasattr(encoder, "tokenizer"):
             raise ConfigError(f"encoder is a {type(encoder).__name__} without a tokenizer: pass a bertstream.Encoder")
         self._tokenizer = encoder.tokenizer
-        self._places = as_places(text)
+        self._places = as_fields(text)
         self._pair = pair
         check_pair(pair, self._places)
 
@@ -77,13 +77,13 @@ class TokenCollate:
         rest = {name: tensor_column(values) for name, values in fields.items() if name not in columns}
         if isinstance(first, Mapping):
             return {name: columns[name] if name in columns else rest[name] for name in fields}
-        return put_places(first, columns | rest)
+        return put_fields(first, columns | rest)
 
-    def _text(self, record: Any, place: Place) -> Any:
-        text = get_place(record, place)
-        return text if self._pair is None else (text, get_place(record, self._pair, "pair"))
+    def _text(self, record: Any, place: Field) -> Any:
+        text = get_field(record, place)
+        return text if self._pair is None else (text, get_field(record, self._pair, "pair"))
 
-    def _tokenize(self, texts: Sequence[Any], place: Place | None) -> TokenBatch:
+    def _tokenize(self, texts: Sequence[Any], place: Field | None) -> TokenBatch:
         try:
             return TokenBatch.from_texts(self._tokenizer(texts))
         except EncoderError as error:
@@ -117,7 +117,7 @@ def _in_one_memory(column: list[Any]) -> list[Any]:
     return [next(views) if isinstance(value, Tensor) else value for value in column]
 
 
-def _fields(records: Sequence[Any]) -> dict[Place, list[Any]]:
+def _fields(records: Sequence[Any]) -> dict[Field, list[Any]]:
     """All fields of records of one shape: name or position -> one entry a record."""
     first = records[0]
     if isinstance(first, Mapping):
@@ -134,6 +134,6 @@ def _fields(records: Sequence[Any]) -> dict[Place, list[Any]]:
     return dict(enumerate(map(list, zip(*records, strict=True))))
 
 
-def _position(record: Any, place: Place) -> Place:
+def _position(record: Any, place: Field) -> Field:
     """The position, counted from the front, of a place in a namedtuple, tuple or list."""
     return record._fields.index(place) if isinstance(place, str) else place % len(record)

@@ -1,4 +1,4 @@
-"""The encode stage of a loader: batches go to the encoder in groups, and come out one by one with their vectors."""
+"""Tokens to vectors, group by group: texts are tokenized if they are not yet, encoded together, and parted again."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..caching.cached_encoder import CachedEncoder
-from ..embeddings import Embeddings, SupportsEncode
+from ..embeddings import Embeddings, SupportsEncode, SupportsTraining
 from ..errors import BertstreamError, EncoderError
-from ..reading.window import Skip
+from ..reading.lane_batches import LaneEnd
 from ..system.cuda import SideStream
 from ..system.process import trim_heap
 from ..tokens import TokenBatch
-from .clocks import Stages
+from .clocks import StageClocks
 from .coalesce import encode_together
-from .epoch import Run
-from .fields import Place, texts_of
-from .groups import Groups
+from .fields import Field
+from .groups import GroupBudget
+from .lockstep import LoopStatus
 from .source import Entry
 
 logger = logging.getLogger(__name__)
 
 _TRIM_EVERY_S = 2.0
-"""Between two moments at which the heap's holes are given back, while vectors are made on a CPU."""
+"""Seconds between two times that the heap's holes are returned to the system, while vectors are made on a CPU."""
 
 
 @dataclass
 class EncodeCounts:
-    """What went to the encoder, over the stage's life, where there is no cache; not a text's repeats within a call."""
+    """Encoder calls and tokens without a cache; duplicates in a call count once."""
 
     repeated_texts: int = 0
     encode_calls: int = 0
@@ -42,16 +42,18 @@ class EncodeCounts:
 
 @dataclass
 class Ready:
-    """A batch whose vectors are queued on the side stream, with the event behind them.
+    """A batch whose vectors are queued on the side stream.
 
     Attributes:
         entry: what was read.
-        embeddings: by the place of the texts; tokens where the encoder is trained.
+        embeddings: by the field of the texts; tokens where the encoder is trained.
+        event: recorded after the vectors; None on a CPU.
+        times_frozen: of the encoder when they were made.
         tokens: in all of them.
     """
 
     entry: Entry
-    embeddings: Mapping[Place | None, Embeddings | TokenBatch]
+    embeddings: Mapping[Field | None, Embeddings | TokenBatch]
     event: torch.cuda.Event | None
     times_frozen: int
     tokens: int = field(init=False)
@@ -61,126 +63,63 @@ class Ready:
 
     @property
     def batches(self) -> list[TokenBatch]:
-        """The tokens behind the vectors, place by place."""
+        """The tokens of each field."""
         return [_tokens(embeddings) for embeddings in self.embeddings.values()]
 
 
-class EncodeStage:
-    """What turns the batches of each epoch into batches with vectors, in a thread of its own or not.
+class BatchEncoder:
+    """What makes a loader's vectors, for all of its epochs: the encoder, its cache, its stream, its counts.
 
     Args:
-        encoder: what makes the vectors.
-        cached: the same behind a cache, or None.
-        places: where the texts are in a batch, None where a batch is bare texts.
-        pair: where the second texts of pairs are.
-        stages: the clocks of "tokenize" and "encode".
+        encoder: makes the vectors.
+        cached: the same with a cache in front of it, or None.
+        clocks: the "encode" clock.
+        deterministic: whether forwards have a size that nothing measures.
     """
 
     def __init__(
-        self,
-        encoder: SupportsEncode,
-        cached: CachedEncoder | None,
-        places: tuple[Place, ...] | None,
-        stages: Stages,
-        *,
-        pair: Place | None = None,
+        self, encoder: SupportsEncode, cached: CachedEncoder | None, clocks: StageClocks, *, deterministic: bool = False
     ) -> None:
         self.counts = EncodeCounts()
         self._encoder = encoder
+        self._training = encoder if isinstance(encoder, SupportsTraining) else None
         self._cached = cached
-        self._places = places
-        self._pair = pair
-        self._stages = stages
+        self._clocks = clocks
+        self._deterministic = deterministic
         self._device = encoder.device
         self._side = SideStream(self._device)
         self._said_trainable = False
 
-    def begin(self) -> None:
-        """To be called by the thread that iterates, before `run`: what it did to the weights comes first."""
+    @property
+    def device(self) -> torch.device:
+        """The encoder's."""
+        return self._encoder.device
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens of one forward at most."""
+        fixed = self._fixed_forward_tokens
+        return self._encoder.max_forward_tokens if fixed is None else fixed
+
+    def follow_loop(self) -> None:
+        """Called by the loop's thread as an epoch begins: what it has done to the weights comes first."""
         if self._encoder.device != self._device:  # it was moved
             self._device = self._encoder.device
             self._side = SideStream(self._device)
         self._side.follow()
 
-    def run(
-        self,
-        entries: Iterator[Entry],
-        run: Run,
-        *,
-        limit: int,
-        by_the_clock: bool,
-        in_step: Callable[[Groups[Entry]], Generator[list[Entry], None, None]] = iter,
-    ) -> Generator[Ready | Skip, None, None]:
-        """One epoch: what the worker thread runs, or `next()` itself.
+    def encode_group(self, group: list[Entry]) -> Iterator[Ready | Entry]:
+        """The group's batches with their vectors, by one call of the encoder; `LaneEnd`s as they are.
+
+        If the call fails, batches are encoded one by one, so that the error is that of one batch and in its place.
 
         Args:
-            entries: what is read.
-            run: its worker, once there is one, is told how much one group weighs.
-            limit, by_the_clock: of `Groups`.
-            in_step: from the groups to those that are encoded, where other ranks have a say.
-        """
-        groups = Groups(
-            self._tokenized(entries, run), weigh=lambda entry: entry.weight, limit=limit, by_the_clock=by_the_clock
-        )
-        trimmed = time.perf_counter()
-        steps = in_step(groups)
-        try:
-            for group in steps:
-                if run.is_over:
-                    return
-                started = time.perf_counter()
-                if self._device.type == "cpu" and started - trimmed > _TRIM_EVERY_S:
-                    trim_heap()
-                    trimmed = started
-                weight = sum(entry.weight for entry in group)
-                ready = self._encode(group)
-                del group
-                item = next(ready)  # which encodes them all
-                groups.encoded(weight, time.perf_counter() - started)
-                if run.worker is not None:  # all of it waits while the next group is encoded, or nothing would overlap
-                    run.worker.raise_limit(weight)
-                yield item
-                del item  # its memory is the consumer's now, not ours until the next group
-                yield from ready
-        except Exception as error:
-            steps.throw(error)  # there other ranks are told of it, and it is raised again
-
-    def hand_over(self, item: Ready) -> None:
-        """Make the vectors safe to use here; those of an encoder that is trained are for the model to compute."""
-        if self._hands_out_tokens:
-            item.embeddings = {place: _bare(_tokens(found)) for place, found in item.embeddings.items()}
-            if not self._said_trainable:
-                self._said_trainable = True
-                logger.info("the encoder is trained: batches are handed out as TokenBatches, and a cache is off")
-            return
-        not_encoded = any(isinstance(found, TokenBatch) for found in item.embeddings.values())
-        if not_encoded or item.times_frozen != self._times_frozen:  # it was trained meanwhile, and frozen again
-            item.embeddings = {place: self._alone(_tokens(found)) for place, found in item.embeddings.items()}
-            item.event = self._side.mark()
-        parts = [(e.values, e.cu_seqlens, e.present) for e in item.embeddings.values() if isinstance(e, Embeddings)]
-        self._side.hand_over(item.event, [tensor for part in parts for tensor in part if tensor is not None])
-
-    def _tokenized(self, entries: Iterator[Entry], run: Run) -> Iterator[Entry]:
-        number = 0
-        for entry in entries:
-            if run.is_over:  # whoever ended it waits for us, and not for all that a group takes
-                return
-            if not isinstance(entry.item, Skip):
-                with self._stages.run("tokenize", 1), _numbered(number):
-                    entry.texts = texts_of(entry.item, self._places, self._encoder.tokenizer, self._pair)
-                entry.number = number
-                number += 1
-            yield entry
-
-    def _encode(self, group: list[Entry]) -> Iterator[Ready | Skip]:
-        """The group's batches with their vectors, by one call of the encoder.
-
-        Where that fails they are encoded one by one, so that the error comes in its place, and is of one batch.
+            group: emptied, so that memory is freed as the batches are received.
         """
         texts = [tokens for entry in group for tokens in entry.texts.values()]
         found: deque[Embeddings] | deque[TokenBatch] | None = None
         times_frozen = self._times_frozen
-        if self._hands_out_tokens:
+        if self._yields_tokens:
             found = deque(texts)
         elif texts:
             try:
@@ -194,36 +133,56 @@ class EncodeStage:
         while entries:
             entry = entries.popleft()
             if not entry.texts:
-                yield entry.item
+                yield entry
                 continue
-            embeddings: dict[Place | None, Embeddings | TokenBatch]
+            embeddings: dict[Field | None, Embeddings | TokenBatch]
             if found is None:
                 with _numbered(entry.number):
-                    embeddings = {place: self._alone(tokens) for place, tokens in entry.texts.items()}
+                    embeddings = {name: self._alone(tokens) for name, tokens in entry.texts.items()}
                 event = self._side.mark()
             else:
-                embeddings = {place: found.popleft() for place in entry.texts}
+                embeddings = {name: found.popleft() for name in entry.texts}
             ready = Ready(entry, embeddings, event, times_frozen)
             del entry, embeddings
             yield ready
             del ready  # its memory is the consumer's now, not ours until the next batch
 
-    def _together(self, texts: list[TokenBatch], *, once: bool = True) -> list[Embeddings]:
-        def encode(batch: TokenBatch) -> Embeddings:
-            if self._cached is not None:
-                return self._cached.encode(batch)  # which counts for itself
-            found = self._encoder.encode(batch)
-            self.counts.encode_calls += 1
-            self.counts.encoded_tokens += batch.num_tokens
-            return found
+    def receive(self, item: Ready) -> None:
+        """Make the vectors safe to use in the calling thread; a trained encoder's are for the model to compute."""
+        if self._yields_tokens:
+            item.embeddings = {name: _bare(_tokens(found)) for name, found in item.embeddings.items()}
+            if not self._said_trainable:
+                self._said_trainable = True
+                logger.info("the encoder is trained: loops receive TokenBatches, and a cache is off")
+            return
+        not_encoded = any(isinstance(found, TokenBatch) for found in item.embeddings.values())
+        if not_encoded or item.times_frozen != self._times_frozen:  # it was trained since, and frozen again
+            item.embeddings = {name: self._alone(_tokens(found)) for name, found in item.embeddings.items()}
+            item.event = self._side.mark()
+        parts = [(e.values, e.cu_seqlens, e.present) for e in item.embeddings.values() if isinstance(e, Embeddings)]
+        self._side.hand_over(item.event, [tensor for part in parts for tensor in part if tensor is not None])
 
-        with self._stages.run("encode", len(texts)), self._side.run():
-            found, repeats = encode_together(encode, texts, once=once and self._cached is None)  # a cache looks itself
+    def _together(self, texts: list[TokenBatch], *, once: bool = True) -> list[Embeddings]:
+        with self._clocks.run("encode", len(texts)), self._side.run():
+            # A cache finds repeats itself.
+            found, repeats = encode_together(self._encode, texts, once=once and self._cached is None)
         self.counts.repeated_texts += repeats
         return found
 
+    def _encode(self, batch: TokenBatch) -> Embeddings:
+        fixed = self._fixed_forward_tokens
+        if self._cached is not None:
+            return self._cached.encode(batch, max_forward_tokens=fixed)  # which counts for itself
+        if fixed is not None and self._training is not None:
+            found = self._training.encode(batch, max_forward_tokens=fixed)
+        else:
+            found = self._encoder.encode(batch)
+        self.counts.encode_calls += 1
+        self.counts.encoded_tokens += batch.num_tokens
+        return found
+
     def _alone(self, tokens: TokenBatch) -> Embeddings:
-        """The batch as it is, so that an error names its texts by their places."""
+        """The batch as it is, so that an error names its texts by their indices."""
         try:
             return self._together([tokens], once=False)[0]
         except BertstreamError:
@@ -232,12 +191,73 @@ class EncodeStage:
             raise EncoderError(f"the encoder failed on {tokens!r}: {type(error).__name__}: {error}") from error
 
     @property
-    def _hands_out_tokens(self) -> bool:
-        return getattr(self._encoder, "trainable", False)
+    def _fixed_forward_tokens(self) -> int | None:
+        if not self._deterministic or self._training is None:
+            return None
+        return self._training.default_forward_tokens
+
+    @property
+    def _yields_tokens(self) -> bool:
+        return self._training is not None and self._training.trainable
 
     @property
     def _times_frozen(self) -> int:
-        return getattr(self._encoder, "times_frozen", 0)
+        return 0 if self._training is None else self._training.times_frozen
+
+
+def tokenize(
+    entries: Iterator[Entry],
+    texts_of: Callable[[object], Mapping[Field | None, TokenBatch]],
+    clocks: StageClocks,
+    loop: LoopStatus,
+) -> Iterator[Entry]:
+    """The entries with their texts as tokens, and numbered.
+
+    Args:
+        entries: what was read.
+        texts_of: from a batch to its tokens by field.
+        clocks: the "tokenize" clock.
+        loop: once it is over the entries end, so that nobody waits for a whole group to be read.
+    """
+    number = 0
+    for entry in entries:
+        if loop.is_over:
+            return
+        if not isinstance(entry.item, LaneEnd):
+            with clocks.run("tokenize", 1), _numbered(number):
+                entry.texts = texts_of(entry.item)
+            entry.number = number
+            number += 1
+        yield entry
+
+
+def encode(
+    groups: Iterator[list[Entry]], budget: GroupBudget[Entry], encoder: BatchEncoder, loop: LoopStatus
+) -> Generator[Ready | Entry, None, None]:
+    """The groups' batches one by one, with their vectors.
+
+    Args:
+        groups: batches to encode in one call.
+        budget: is told how long each group took.
+        encoder: makes the vectors.
+        loop: nothing is encoded once it is over.
+    """
+    trimmed = time.perf_counter()
+    for group in groups:
+        if loop.is_over:
+            return
+        started = time.perf_counter()
+        if encoder.device.type == "cpu" and started - trimmed > _TRIM_EVERY_S:
+            trim_heap()
+            trimmed = started
+        weight = sum(entry.weight for entry in group)
+        ready = encoder.encode_group(group)
+        del group
+        item = next(ready)  # which encodes them all
+        budget.encoded(weight, time.perf_counter() - started)
+        yield item
+        del item  # its memory is the consumer's now, not ours until the next group
+        yield from ready
 
 
 @contextmanager
@@ -254,5 +274,5 @@ def _tokens(embeddings: Embeddings | TokenBatch) -> TokenBatch:
 
 
 def _bare(tokens: TokenBatch) -> TokenBatch:
-    """The tokens without what a stream's batch carries beside them."""
+    """The tokens without what a stream's batch carries besides them."""
     return replace(tokens, fields={}, cursor=None, report=None)

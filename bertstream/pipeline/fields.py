@@ -15,11 +15,11 @@ from ..embeddings import Embeddings, Layout
 from ..errors import BertstreamError, ConfigError
 from ..tokens import SupportsTokenize, TokenBatch
 
-Place: TypeAlias = str | int
-"""Where a text stands in a record or batch: a key, a position, or an attribute."""
+Field: TypeAlias = str | int
+"""A part of a record or batch: a key, a position, or an attribute."""
 
 
-def as_places(text: Place | Sequence[Place] | None, option: str = "text") -> tuple[Place, ...] | None:
+def as_fields(text: Field | Sequence[Field] | None, option: str = "text") -> tuple[Field, ...] | None:
     """The user's `text=`, or another option, as a tuple of places; None stays None."""
     if text is None:
         return None
@@ -32,7 +32,7 @@ def as_places(text: Place | Sequence[Place] | None, option: str = "text") -> tup
     return places
 
 
-def check_pair(pair: Place | None, places: tuple[Place, ...] | None) -> None:
+def check_pair(pair: Field | None, places: tuple[Field, ...] | None) -> None:
     """Refuse the place of a second text where it is not clear which one is the first."""
     if pair is not None and places == (pair,):
         raise ConfigError(f"pair={pair!r} is the place of the first text too: name the second's")
@@ -41,7 +41,7 @@ def check_pair(pair: Place | None, places: tuple[Place, ...] | None) -> None:
         raise ConfigError(f"pair={pair!r} for text={text!r}: name the one place of the first text")
 
 
-def get_place(holder: Any, place: Place, option: str = "text") -> Any:
+def get_field(holder: Any, place: Field, option: str = "text") -> Any:
     """What stands at a key of a mapping, a position of a sequence, or an attribute of anything else.
 
     Raises:
@@ -63,7 +63,7 @@ def get_place(holder: Any, place: Place, option: str = "text") -> Any:
     raise ConfigError(f"{option}={place!r} names nothing in {describe(holder)}{way_out}")
 
 
-def put_places(holder: Any, values: Mapping[Any, Any]) -> Any:
+def put_fields(holder: Any, values: Mapping[Any, Any]) -> Any:
     """A shallow copy with other values at these places, of the same type; the holder is left as it was."""
     if hasattr(holder, "_fields"):  # a namedtuple
         names = holder._fields
@@ -87,8 +87,8 @@ def as_tensors(column: Any) -> Any:
 
 
 def texts_of(
-    batch: Any, places: tuple[Place, ...] | None, tokenizer: SupportsTokenize, pair: Place | None = None
-) -> dict[Place | None, TokenBatch]:
+    batch: Any, places: tuple[Field, ...] | None, tokenizer: SupportsTokenize, pair: Field | None = None
+) -> dict[Field | None, TokenBatch]:
     """The texts at these places of somebody's batch, as tokens; at None where the batch is the texts.
 
     Where they were tokenized in a worker process, an error may stand there in their place: it is raised here.
@@ -111,11 +111,11 @@ def texts_of(
         return {None: batch}
     out = {}
     for place in places or (None,):
-        texts = batch if place is None else get_place(batch, place)
+        texts = batch if place is None else get_field(batch, place)
         if isinstance(texts, BertstreamError):  # of a `TokenCollate` within a collate_fn of the user's
             raise texts
         if pair is not None:
-            out[place] = TokenBatch.from_texts(tokenizer(_paired(texts, get_place(batch, pair, "pair"), place, pair)))
+            out[place] = TokenBatch.from_texts(tokenizer(_paired(texts, get_field(batch, pair, "pair"), place, pair)))
             continue
         out[place] = texts if isinstance(texts, TokenBatch) else _tokenized(texts, place, batch, tokenizer)
     return out
@@ -123,10 +123,10 @@ def texts_of(
 
 def with_vectors(
     batch: Any,
-    embeddings: Mapping[Place | None, Embeddings | TokenBatch],
+    embeddings: Mapping[Field | None, Embeddings | TokenBatch],
     *,
-    text: tuple[Place, ...] | None,
-    into: tuple[Place, ...] | None,
+    text: tuple[Field, ...] | None,
+    into: tuple[Field, ...] | None,
     layout: Layout | None,
 ) -> Any:
     """The batch with vectors where its texts were, or at `into`; a `TokenBatch` as a dict of its fields.
@@ -154,10 +154,10 @@ def with_vectors(
         masks = {f"{place}_mask": value[1] for place, value in vectors.items() if isinstance(value, tuple)}
         _check_new(masks, batch, text, "layout='padded'")
         vectors = {p: value[0] if isinstance(value, tuple) else value for p, value in vectors.items()} | masks
-    return put_places(batch, vectors)
+    return put_fields(batch, vectors)
 
 
-def _check_new(names: Iterable[Any], batch: Mapping[Any, Any], text: tuple[Place, ...] | None, option: str) -> None:
+def _check_new(names: Iterable[Any], batch: Mapping[Any, Any], text: tuple[Field, ...] | None, option: str) -> None:
     taken = [name for name in names if name in batch and name not in (text or ())]
     if taken:
         raise ConfigError(f"{option} would write over the batch's own {taken[0]!r}: choose another into=")
@@ -177,7 +177,7 @@ def describe(holder: Any) -> str:
     return kind
 
 
-def _paired(first: Any, second: Any, place: Place | None, pair: Place) -> list[tuple[Any, Any]]:
+def _paired(first: Any, second: Any, place: Field | None, pair: Field) -> list[tuple[Any, Any]]:
     for where, texts in ((f"text={place!r}", first), (f"pair={pair!r}", second)):
         if isinstance(texts, TokenBatch):
             raise ConfigError(f"{where} is tokenized already: give pair= to TokenCollate instead")
@@ -187,7 +187,7 @@ def _paired(first: Any, second: Any, place: Place | None, pair: Place) -> list[t
     return list(zip(first, second, strict=True))
 
 
-def _tokenized(texts: Any, place: Place | None, batch: Any, tokenizer: SupportsTokenize) -> TokenBatch:
+def _tokenized(texts: Any, place: Field | None, batch: Any, tokenizer: SupportsTokenize) -> TokenBatch:
     where = "the batch" if place is None else f"text={place!r}"
     if isinstance(texts, Tensor) and not (isinstance(batch, Mapping) and "attention_mask" in batch):
         raise ConfigError(f"{where} is a tensor: padded ids need their attention_mask beside them, in a dict")

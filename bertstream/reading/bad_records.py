@@ -41,14 +41,12 @@ class BadRecords:
         self.read = self.records = 0
         self.given_up, self.first = [], []
 
-    def add(self, report: ReadReport | None) -> None:
+    def add(self, report: ReadReport) -> None:
         """Count what the reading of a bucket met.
 
         Raises:
             ShardError: the limit is exceeded; the message names the first ones.
         """
-        if report is None:
-            return
         self.read += report.read
         for error in report.bad:
             if not error.gives_up_shard:

@@ -1,4 +1,4 @@
-"""A window of tokenized records -> batches of about equal lengths. Pure: the same window gives the same batches."""
+"""A bucket of tokenized records is cut into batches of about equal lengths; pure: equal buckets give equal batches."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ..tokens import Indices, Record, TokenBatch, TokenizedText
 _DTYPES: dict[type, type] = {bool: np.bool_, int: np.int64, float: np.float64}
 
 
-def cut_window(
+def cut_bucket(
     lengths: npt.NDArray[Any],
     *,
     batch_size: int | None = None,
     max_tokens: int | None = None,
     shuffle: np.random.Generator | None = None,
 ) -> list[Indices]:
-    """Sort a window by length and cut it into batches.
+    """Sort a bucket by length and cut it into batches.
 
     Args:
-        lengths: [W] tokens of each record of the window, special tokens included.
-        batch_size: records in a batch; the window's last batch may have fewer.
-        max_tokens: real tokens in a batch at most, counted without padding; a record that is longer is a batch of its
-            own. Exactly one of `batch_size` and `max_tokens` is given.
+        lengths: [R] tokens of each record of the bucket, special tokens included.
+        batch_size: records in a batch; the bucket's last batch may have fewer.
+        max_tokens: real tokens in a batch at most, counted without padding; a longer record is a batch of its own.
+            Exactly one of `batch_size` and `max_tokens` is given.
         shuffle: mixes records of equal length and the order of the batches; None keeps shorter batches first.
     Returns:
-        For each batch the places of its records in the window, ascending; every place is in exactly one batch.
+        For each batch the indices of its records in the bucket, ascending; every record is in exactly one batch.
     """
     order = np.arange(len(lengths)) if shuffle is None else shuffle.permutation(len(lengths))
     order = order[np.argsort(lengths[order], kind="stable")]
@@ -39,9 +39,9 @@ def cut_window(
     else:
         assert max_tokens is not None
         starts, held = [0], 0
-        for place, length in enumerate(lengths[order].tolist()):
-            if place > starts[-1] and held + length > max_tokens:
-                starts.append(place)
+        for i, length in enumerate(lengths[order].tolist()):
+            if i > starts[-1] and held + length > max_tokens:
+                starts.append(i)
                 held = 0
             held += length
     batches = [np.sort(batch) for batch in np.split(order, starts[1:]) if len(batch)]

@@ -1,8 +1,8 @@
-"""Lanes: the independent streams that share out an epoch's shards, the place of each, and the order they take turns in.
+"""Lanes: the independent sequences that share an epoch's shards, where each is, and the order of their turns.
 
-A lane reads its pieces, several of them open at once, a record each in turn. Its place (`Cursor`) is where its current
-window of records starts and how many of the window's batches were handed out. What comes next of a stream is a pure
-function of its settings and of the queue of lanes with their places, which is all that a checkpoint has to hold.
+A lane reads several pieces at a time, one record from each in turn. Its `Cursor` says where its current bucket starts
+and how many of the bucket's batches the loop has received. What a stream yields next is a pure function of its settings
+and of the queue of lanes with their cursors, so a checkpoint needs nothing else.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .shards import Piece
 
 
 class LaneReader:
-    """The records of a lane's pieces from a place on, `open_shards` pieces at a time, a record of each in turn.
+    """The records of a lane from a cursor on: `open_shards` pieces at a time, one record from each in turn.
 
     Args:
         pieces: the lane's, in order.
         options: how they are read.
-        start: the place; its epoch, lane and batch are left alone.
-        open_shards: how many pieces are open at once.
-        tolerant: whether broken records are passed over and reported, and a broken shard given up; else they raise.
+        start: the cursor; its epoch, lane and batch are ignored.
+        open_shards: how many pieces are open at a time.
+        tolerant: whether to skip and report broken records, and give up a broken shard; otherwise they raise.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class LaneReader:
         self._options = options
         self._tolerant = tolerant
         self._next = start.next_piece
-        self._open = deque(_Opened(*place, start=pieces[place.piece].start) for place in start.open)
+        self._open = deque(_Opened(*opened, start=pieces[opened.piece].start) for opened in start.open)
         self._bad: list[ShardError] = []
         while len(self._open) < open_shards and self._next < len(pieces):
-            self._open.append(self._opened_next())
+            self._open.append(self._open_next())
 
     def read(self) -> Record | None:
-        """The next good record; None behind the last.
+        """The next good record; None after the last.
 
         Raises:
             ShardError: a record or shard is broken, unless `tolerant`.
@@ -57,18 +57,18 @@ class LaneReader:
                 return record
             self._open.popleft()
             if self._next < len(self._pieces):
-                self._open.appendleft(self._opened_next())
+                self._open.appendleft(self._open_next())
         return None
 
-    def place(self, start: Cursor) -> Cursor:
-        """Behind the record read last, at the beginning of a window of the lane and epoch of `start`."""
-        places = tuple(OpenPiece(opened.piece, opened.records, opened.offset) for opened in self._open)
-        return replace(start, next_piece=self._next, open=places, batch=0)
+    def cursor(self, lane: Cursor) -> Cursor:
+        """After the last record read, where a bucket of this lane and epoch would start."""
+        pieces = tuple(OpenPiece(opened.piece, opened.records, opened.offset) for opened in self._open)
+        return replace(lane, next_piece=self._next, open=pieces, batch=0)
 
     def take_bad(self) -> tuple[ShardError, ...]:
-        """The broken records and shards that were passed over since the last call."""
+        """The broken records and shards skipped since the last call."""
         bad = tuple(self._bad)
-        self._bad.clear()  # readers hold the list
+        self._bad.clear()  # in place: readers hold the list
         return bad
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ class LaneReader:
                 opened.reader.close()
                 opened.reader = None
 
-    def _opened_next(self) -> _Opened:
+    def _open_next(self) -> _Opened:
         self._next += 1
         return _Opened(self._next - 1, start=self._pieces[self._next - 1].start)
 
@@ -108,38 +108,38 @@ class _Opened:
     reader: Generator[Record, None, None] | None = None
 
 
-def _rest(piece: Piece, place: _Opened) -> tuple[Piece, int]:
-    """Where to read on: a piece and how many of its records to leap over, one where the last one's place is known."""
-    if not place.offset:
-        return piece, place.records
-    return replace(piece, start=piece.start + place.records - 1, offset=place.offset), 1
+def _rest(piece: Piece, opened: _Opened) -> tuple[Piece, int]:
+    """What is left of a piece, and how many of its records to skip: one where the last one's offset is known."""
+    if not opened.offset:
+        return piece, opened.records
+    return replace(piece, start=piece.start + opened.records - 1, offset=opened.offset), 1
 
 
 class LaneQueue:
-    """The lanes in the order of their turns, the next one first, each with its place.
+    """The lanes in the order of their turns, the next one first, each with its cursor.
 
     Args:
-        cursors: a lane each.
+        cursors: one for each lane.
     """
 
     def __init__(self, cursors: Iterable[Cursor]) -> None:
         self._cursors = deque(cursors)
 
-    def hand_out(self, cursor: Cursor) -> None:
-        """A batch with this cursor was handed out: its lane goes to the end. Lanes before it had none any more."""
+    def advance(self, cursor: Cursor) -> None:
+        """A batch with this cursor was received: its lane moves to the end. Lanes ahead of it were exhausted."""
         while self._cursors and self._cursors.popleft().lane != cursor.lane:
             pass
         self._cursors.append(cursor)
 
     def drop(self, lane: int) -> None:
-        """This lane has no batch any more."""
+        """This lane is exhausted."""
         self._cursors = deque(cursor for cursor in self._cursors if cursor.lane != lane)
 
-    def end(self) -> None:
-        """No lane has a batch any more."""
+    def clear(self) -> None:
+        """All lanes are exhausted."""
         self._cursors.clear()
 
     @property
     def cursors(self) -> list[Cursor]:
-        """The lanes' places, the next one first."""
+        """The lanes' cursors, the next one first."""
         return list(self._cursors)

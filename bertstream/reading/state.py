@@ -1,46 +1,194 @@
-"""A stream's place as plain JSON, and back."""
+"""How far the loop over a stream is: the lanes' cursors and the counts of what was skipped, as JSON and back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ..errors import StateError, shortened
-from ..tokens import Cursor, OpenPiece
+import torch
+
+from ..errors import StateError, check_at_least, shortened
+from ..tokens import Cursor, OpenPiece, ReadReport
 from .bad_records import BadRecords
+from .lanes import LaneQueue
 
 STATE_VERSION = 1
 
+Queues = list[list[Cursor] | None]
+"""For each rank its lanes' cursors, the next one first; None for a rank whose lanes are not known here."""
 
-def pack_state(
-    settings: dict[str, Any], epoch: int, queues: Sequence[Sequence[Cursor] | None], bad: BadRecords
-) -> dict[str, Any]:
-    """A stream's place as plain JSON.
+
+class StreamProgress:
+    """The one owner of how far a stream is: epoch, cursors of all ranks, and what was skipped.
+
+    Only the receiver of batches advances it: a loop over the `TextStream` itself, or the `EmbeddingLoader` that reads
+    ahead of its loop. Reading, here or in workers, just asks where to start.
 
     Args:
-        settings: what the order of batches depends on.
-        epoch: counted from 0.
-        queues: the lanes of each rank, the next one first; None for a rank whose lanes are not known here.
-        bad: what was passed over.
+        num_lanes: of the stream.
+        rank: this process's.
+        world_size: how many ranks share the lanes.
+        bad: the stream's count of broken records.
     """
-    return {
-        "version": STATE_VERSION,
-        "settings": settings,
-        "epoch": epoch,
-        "queues": [None if queue is None else [cursor_to_json(cursor) for cursor in queue] for queue in queues],
-        "bad": bad.to_json(),
-    }
+
+    def __init__(self, num_lanes: int, rank: int, world_size: int, bad: BadRecords) -> None:
+        self.bad = bad
+        self._num_lanes = num_lanes
+        self._rank = rank
+        self._world_size = world_size
+        # Shared memory, because a plain attribute does not reach workers that are kept between epochs.
+        self._epoch = torch.zeros(1, dtype=torch.int64, device="cpu").share_memory_()
+        self._loaded: tuple[int, Queues] | None = None
+        self._running: list[LaneQueue | None] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next iteration reads, counted from 0."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the next iteration's epoch, in running workers too; cursors are kept only if the epoch is theirs."""
+        check_at_least("epoch", epoch, 0)
+        if epoch != self.epoch:
+            self._loaded = self._running = None
+        self._epoch.fill_(epoch)
+
+    def start(self) -> Queues:
+        """Where the next iteration starts, for each rank."""
+        if self._loaded is not None and self._loaded[0] == self.epoch:
+            return self._loaded[1]
+        return [
+            [Cursor(self.epoch, lane) for lane in range(self._num_lanes)[rank :: self._world_size]]
+            for rank in range(self._world_size)
+        ]
+
+    def take_start(self) -> Queues:
+        """`start`, once: later iterations begin their epoch from the top again."""
+        start, self._loaded = self.start(), None
+        return start
+
+    def begin(self, ranks: Iterable[int]) -> None:
+        """An iteration begins from `start`, which its reader has yet to take.
+
+        Args:
+            ranks: whose cursors will be known.
+        """
+        if self._loaded is None:
+            self.bad.reset()
+        known = {*ranks}
+        self._running = [
+            LaneQueue(queue) if queue is not None and rank in known else None for rank, queue in enumerate(self.start())
+        ]
+
+    def running(self) -> Queues | None:
+        """For each rank its cursors in the iteration that is running; None where none is."""
+        if self._running is None:
+            return None
+        return [None if queue is None else queue.cursors for queue in self._running]
+
+    def count(self, report: ReadReport | None) -> None:
+        """Count what reading met; ShardError beyond the limit."""
+        if report is not None:
+            self.bad.add(report)
+
+    def advance(self, cursors: Sequence[Cursor | None]) -> None:
+        """A batch was received.
+
+        Args:
+            cursors: by rank, its batch's; None for a rank that has none. Empty where a user's collate_fn made something
+                else of the batch.
+        """
+        # Nothing is running after a `set_epoch` within the loop.
+        for queue, cursor in zip(self._running or (), cursors, strict=False):
+            if queue is not None and cursor is not None:
+                queue.advance(cursor)
+            elif queue is not None:
+                queue.clear()
+
+    def keep(self, cursors: Iterable[Cursor]) -> None:
+        """Of this rank's lanes, this process reads only these: a worker's share."""
+        assert self._running is not None
+        self._running[self._rank] = LaneQueue(cursors)
+
+    def end_lane(self, lane: int) -> None:
+        """A lane of this rank is exhausted."""
+        own = None if self._running is None else self._running[self._rank]
+        if own is not None:
+            own.drop(lane)
+
+    def end_reading(self) -> None:
+        """All that this rank reads of the epoch was received; the epoch stays, for `set_epoch` to change."""
+        self.advance([None] * self._world_size)
+        self.bad.check_some_were_good()
+
+    def end_epoch(self, epoch: int) -> None:
+        """All of the epoch was received; the next one follows, unless the loop has chosen another already.
+
+        Raises:
+            ShardError: every record was skipped.
+        """
+        self.bad.check_some_were_good()
+        self._running = None
+        if self.epoch == epoch:
+            self.set_epoch(epoch + 1)
+
+    def state_dict(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The place after the batch received last, as plain JSON.
+
+        Args:
+            settings: what the order of batches depends on.
+        """
+        queues = self.running() or self.start()
+        return {
+            "version": STATE_VERSION,
+            "settings": settings,
+            "epoch": self.epoch,
+            "queues": [None if queue is None else [cursor_to_json(cursor) for cursor in queue] for queue in queues],
+            "bad": self.bad.to_json(),
+        }
+
+    def loading(self, state: Any, settings: dict[str, Any]) -> Callable[[], None]:
+        """Check a state, and return what makes the next iteration continue from it.
+
+        Raises:
+            StateError: the state is none, of another version or of a stream with other settings, or it lacks the lanes
+                of other ranks.
+        """
+        parts = ("settings", "queues", "bad")
+        epoch = epoch_of(state, "a stream", parts)
+        for part in parts:
+            if not state[part]:
+                raise StateError(f"this is no state of a stream: its {part!r} is empty", key=part)
+        for name, value in settings.items():
+            saved = state["settings"].get(name)
+            if saved != value:
+                raise StateError(
+                    f"the state was saved with {name}={saved!r}, this stream has {name}={value!r}: make the stream as "
+                    "it was, or start an epoch without the state",
+                    key=name,
+                )
+        queues = [
+            None if queue is None else [cursor_from_json(entry, epoch) for entry in queue] for queue in state["queues"]
+        ]
+        start = _deal(queues, self._rank, self._world_size)
+
+        def load() -> None:
+            self._loaded, self._running = (epoch, start), None
+            self.bad.load(state["bad"])
+            self._epoch.fill_(epoch)
+
+        return load
 
 
 def epoch_of(state: Any, owner: str, parts: Sequence[str]) -> int:
-    """The epoch of a state, once it is known for one that can be read.
+    """The epoch of a state, after a check that it is one.
 
     Args:
         state: whatever was loaded.
-        owner: what it should be of, for the message.
-        parts: what it must have beside its version and epoch.
+        owner: what it should belong to, for the message.
+        parts: what it must have besides its version and epoch.
     Raises:
-        StateError: it is none, or of another version.
+        StateError: it is no state, or of another version.
     """
     for part in ("version", "epoch", *parts):
         if not isinstance(state, dict) or part not in state:
@@ -56,36 +204,11 @@ def epoch_of(state: Any, owner: str, parts: Sequence[str]) -> int:
     return epoch
 
 
-def unpack_state(state: Any, settings: dict[str, Any]) -> tuple[int, list[list[Cursor] | None], dict[str, Any]]:
-    """The epoch, the lanes of each rank, and the counts of broken records of a packed state.
+def _deal(queues: Queues, rank: int, world_size: int) -> Queues:
+    """The lanes of each rank: unchanged for the same number of ranks, else all of them dealt again.
 
     Raises:
-        StateError: the state is none, of another version, or of a stream with other settings.
-    """
-    parts = ("settings", "queues", "bad")
-    epoch = epoch_of(state, "a stream", parts)
-    for part in parts:
-        if not state[part]:
-            raise StateError(f"this is no state of a stream: its {part!r} is empty", key=part)
-    for name, value in settings.items():
-        saved = state["settings"].get(name)
-        if saved != value:
-            raise StateError(
-                f"the state was saved with {name}={saved!r}, this stream has {name}={value!r}: make the stream as it "
-                "was, or start an epoch anew without the state",
-                key=name,
-            )
-    queues = [
-        None if queue is None else [cursor_from_json(entry, epoch) for entry in queue] for queue in state["queues"]
-    ]
-    return epoch, queues, state["bad"]
-
-
-def deal(queues: Sequence[list[Cursor] | None], rank: int, world_size: int) -> list[list[Cursor] | None]:
-    """The lanes of each rank: its own where the number of ranks is what it was, else all of them dealt anew.
-
-    Raises:
-        StateError: lanes that `rank` needs are not in the state.
+        StateError: the state lacks lanes that `rank` needs.
     """
     if len(queues) == world_size and queues[rank] is not None:
         return list(queues)
@@ -94,7 +217,7 @@ def deal(queues: Sequence[list[Cursor] | None], rank: int, world_size: int) -> l
         missing = [other for other, queue in enumerate(queues) if queue is None]
         raise StateError(
             f"the state was saved by one of {len(queues)} ranks and lacks the lanes of ranks {missing}: save each "
-            "rank's, load it on as many ranks, or let torch.distributed be initialised before the loader is iterated",
+            "rank's, load it on as many ranks, or initialise torch.distributed before the loader is iterated",
             key="queues",
         )
     longest = max(map(len, known))
@@ -103,11 +226,11 @@ def deal(queues: Sequence[list[Cursor] | None], rank: int, world_size: int) -> l
 
 
 def cursor_to_json(cursor: Cursor) -> list[Any]:
-    """A lane's place as JSON holds it; the epoch is said once for all."""
-    return [cursor.lane, cursor.next_piece, [list(place) for place in cursor.open], cursor.batch]
+    """A lane's cursor as JSON holds it; the epoch is said once for all."""
+    return [cursor.lane, cursor.next_piece, [list(piece) for piece in cursor.open], cursor.batch]
 
 
 def cursor_from_json(entry: list[Any], epoch: int) -> Cursor:
-    """What `cursor_to_json` was given."""
-    lane, next_piece, places, batch = entry
-    return Cursor(epoch, lane, next_piece, tuple(OpenPiece(*place) for place in places), batch)
+    """The cursor that `cursor_to_json` was given."""
+    lane, next_piece, pieces, batch = entry
+    return Cursor(epoch, lane, next_piece, tuple(OpenPiece(*piece) for piece in pieces), batch)

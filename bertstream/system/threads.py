@@ -36,7 +36,8 @@ class Prefetcher(Generic[T]):
     Args:
         source: the iterator to run. If it has `close()`, the thread calls it when it ends, for whatever reason.
         weigh: gives an item's weight. Less than 1 counts as 1, which keeps the queue bounded.
-        limit: the most weight that may wait in the queue. An empty queue takes any item, so nothing blocks forever.
+        limit: gives the most weight that may wait in the queue. An empty queue takes any item, so nothing blocks
+            forever.
         stage: what the thread does; part of its name and of the note on errors.
     Attributes:
         stage: see Args.
@@ -44,7 +45,7 @@ class Prefetcher(Generic[T]):
         peak_weight: the most weight the queue has held.
     """
 
-    def __init__(self, source: Iterator[T], *, weigh: Callable[[T], int], limit: int, stage: str) -> None:
+    def __init__(self, source: Iterator[T], *, weigh: Callable[[T], int], limit: Callable[[], int], stage: str) -> None:
         self.stage = stage
         self.put_wait_s = 0.0
         self.peak_weight = 0
@@ -60,6 +61,9 @@ class Prefetcher(Generic[T]):
         self._changed = threading.Condition(self._lock)
         # A daemon: a loop that is never closed must not keep the interpreter alive. `_stop_all` stops it before that.
         self._thread = threading.Thread(target=self._run, args=(source,), name=f"bertstream-{stage}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to run ahead: apart from the constructor, so that Ctrl-C never leaves a thread without an owner."""
         _alive.add(self)
         self._thread.start()
 
@@ -81,12 +85,6 @@ class Prefetcher(Generic[T]):
             raise StopIteration if error is None else error
         finally:
             del error  # its traceback refers to this frame: the cycle would keep all objects of its frames alive
-
-    def raise_limit(self, limit: int) -> None:
-        """Let the queue hold at least this much weight from now on; a lower limit changes nothing."""
-        with self._lock:
-            self._limit = max(self._limit, limit)
-            self._changed.notify_all()
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Stop the thread, and wait until it has finished the item in progress.
@@ -120,7 +118,8 @@ class Prefetcher(Generic[T]):
             self._changed.notify_all()
 
     def _ended_within(self, seconds: float) -> bool:
-        self._thread.join(timeout=seconds)
+        if self._thread.ident is not None:  # it was started
+            self._thread.join(timeout=seconds)
         return not self._thread.is_alive()
 
     def _run(self, source: Iterator[T]) -> None:
@@ -145,7 +144,9 @@ class Prefetcher(Generic[T]):
             weight = max(1, self._weigh(item))
             started = time.perf_counter()
             with self._lock:
-                while self._queue and self._weight + weight > self._limit:  # closing empties the queue, which ends this
+                while (
+                    self._queue and self._weight + weight > self._limit()
+                ):  # closing empties the queue, which ends this
                     self._changed.wait()
                 self.put_wait_s += time.perf_counter() - started
                 if self._closing:

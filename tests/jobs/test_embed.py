@@ -266,7 +266,7 @@ def test_broken_and_cut_texts_are_counted(tokenizer: Any, tmp_path: Path) -> Non
         ({"part_bytes": 30_000}, "part_bytes"),
         ({"encoder": {"layers": (1,)}}, "encoder"),
         ({"shards": 2}, "shards"),
-        ({"reading": StreamConfig(window=7)}, "window"),
+        ({"reading": StreamConfig(bucket_size=7)}, "window"),
     ],
     ids=str,
 )

@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import bertstream
 from bertstream.pipeline import clocks as stages
-from bertstream.pipeline.clocks import Stages
+from bertstream.pipeline.clocks import StageClocks
 from bertstream.pipeline.stats import LOOP, WORK, Stats, bottleneck
 from bertstream.testing import FakeEncoder
 
@@ -85,7 +85,7 @@ def test_a_trace_shows_every_stage_in_its_thread(tmp_path: Path, prefetch: int) 
 
 def test_the_latest_spans_are_kept_and_all_seconds_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "_KEPT_SPANS", 10)
-    kept = Stages()
+    kept = StageClocks()
     for number in range(25):
         with kept.run("encode", number):
             pass
@@ -98,7 +98,7 @@ def test_the_latest_spans_are_kept_and_all_seconds_counted(tmp_path: Path, monke
 
 
 def test_a_stage_that_fails_is_timed_too() -> None:
-    timed = Stages()
+    timed = StageClocks()
     with pytest.raises(ZeroDivisionError), timed.run("tokenize"):
         time.sleep(0.01)
         raise ZeroDivisionError

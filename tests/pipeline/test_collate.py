@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from bertstream.encoding.tokenizer import TextTokenizer
 from bertstream.errors import ConfigError, EncoderError
 from bertstream.pipeline.collate import TokenCollate, tensor_column
-from bertstream.pipeline.fields import Place, get_place
+from bertstream.pipeline.fields import Field, get_field
 from bertstream.tokens import TokenBatch
 
 TEXTS = ["the bank", "of the river"]
@@ -89,7 +89,7 @@ def test_tuples_and_lists_become_one_of_their_kind(encoder: Any, kind: Any, plac
 
 
 @pytest.mark.parametrize("place", ["said", 0, -2])
-def test_namedtuples_become_one_of_their_kind(encoder: Any, place: Place) -> None:
+def test_namedtuples_become_one_of_their_kind(encoder: Any, place: Field) -> None:
     batch = TokenCollate(encoder, text=place)([Pair(text, 7) for text in TEXTS])
     assert type(batch) is Pair
     assert holds(encoder, batch.said, TEXTS) and torch.equal(batch.label, torch.tensor([7, 7]))  # type: ignore[arg-type]
@@ -120,11 +120,11 @@ def test_bare_texts_become_bare_tokens(encoder: Any) -> None:
     ],
 )
 def test_a_record_may_hold_several_texts(
-    encoder: Any, text: Any, records: list[Any], found: tuple[Place, Place]
+    encoder: Any, text: Any, records: list[Any], found: tuple[Field, Field]
 ) -> None:
     batch = TokenCollate(encoder, text=text)(records)
-    assert holds(encoder, get_place(batch, found[0]), TEXTS)
-    assert holds(encoder, get_place(batch, found[1]), OTHERS)
+    assert holds(encoder, get_field(batch, found[0]), TEXTS)
+    assert holds(encoder, get_field(batch, found[1]), OTHERS)
 
 
 def test_a_key_that_some_records_lack_is_none_there(encoder: Any) -> None:
@@ -140,7 +140,7 @@ def test_a_key_that_some_records_lack_is_none_there(encoder: Any) -> None:
         ("said", [Sample(["a", "b"], [1, 2]) for _ in range(2)]),
     ],
 )
-def test_records_are_left_as_they_are(encoder: Any, text: Place, records: list[Any]) -> None:
+def test_records_are_left_as_they_are(encoder: Any, text: Field, records: list[Any]) -> None:
     before = copy.deepcopy(records)
     batch = TokenCollate(encoder, text=text)(records)
     for value in batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list) else [batch.label]:
@@ -325,7 +325,7 @@ class Plain:
     ],
 )
 def test_a_place_that_is_not_there_is_refused_with_those_that_are(
-    encoder: Any, record: Any, text: Place, message: str
+    encoder: Any, record: Any, text: Field, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         TokenCollate(encoder, text=text)([record, record])

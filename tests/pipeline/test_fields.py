@@ -16,7 +16,7 @@ from transformers import BatchEncoding
 
 from bertstream import Embeddings, TokenBatch
 from bertstream.errors import ConfigError, EncoderError, ShardError
-from bertstream.pipeline.fields import Place, as_places, as_tensors, get_place, put_places, texts_of, with_vectors
+from bertstream.pipeline.fields import Field, as_fields, as_tensors, get_field, put_fields, texts_of, with_vectors
 from bertstream.testing import FakeEncoder, FakeTokenizer
 from bertstream.tokens import Text
 
@@ -59,14 +59,14 @@ def encoded(*texts: Text) -> Embeddings:
 
 
 def test_places_are_a_tuple() -> None:
-    assert as_places("said") == ("said",) and as_places(-1) == (-1,) and as_places(["q", 0]) == ("q", 0)
-    assert as_places(None) is None
+    assert as_fields("said") == ("said",) and as_fields(-1) == (-1,) and as_fields(["q", 0]) == ("q", 0)
+    assert as_fields(None) is None
 
 
 @pytest.mark.parametrize("text", [True, (), [], 0.5, b"said", ("said", None), ("said", "said"), [["said"]]], ids=repr)
 def test_what_names_no_place_is_refused_with_its_value(text: Any) -> None:
     with pytest.raises(ConfigError) as caught:
-        as_places(text)
+        as_fields(text)
     assert f"text={text!r}: name a key" in str(caught.value)
 
 
@@ -94,12 +94,12 @@ def test_what_names_no_place_is_refused_with_its_value(text: Any) -> None:
         (Plain(), "text", "text='text' names nothing in a Plain"),
     ],
 )
-def test_a_place_that_is_not_there_is_refused_with_those_that_are(holder: Any, text: Place, message: str) -> None:
+def test_a_place_that_is_not_there_is_refused_with_those_that_are(holder: Any, text: Field, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        get_place(holder, text)
+        get_field(holder, text)
 
 
-HOLDERS: list[tuple[Any, Place, Place]] = [
+HOLDERS: list[tuple[Any, Field, Field]] = [
     ({"said": 1, "label": 2}, "said", "label"),
     (OrderedDict(said=1, label=2), "said", "label"),
     (UserDict({"said": 1, "label": 2}), "said", "label"),
@@ -118,19 +118,19 @@ HOLDERS: list[tuple[Any, Place, Place]] = [
 
 
 @pytest.mark.parametrize(("holder", "place", "rest"), HOLDERS, ids=repr)
-def test_putting_makes_a_copy_of_the_same_type(holder: Any, place: Place, rest: Place) -> None:
+def test_putting_makes_a_copy_of_the_same_type(holder: Any, place: Field, rest: Field) -> None:
     before = copy.deepcopy(holder)
-    out = put_places(holder, {place: "new"})
+    out = put_fields(holder, {place: "new"})
     assert type(out) is type(holder) and out is not holder
-    assert get_place(out, place) == "new" and get_place(holder, place) == 1
-    assert get_place(out, rest) == 2
+    assert get_field(out, place) == "new" and get_field(holder, place) == 1
+    assert get_field(out, rest) == 2
     assert holder == before
-    both = put_places(holder, {place: "new", rest: "too"})
-    assert get_place(both, place) == "new" and get_place(both, rest) == "too"
+    both = put_fields(holder, {place: "new", rest: "too"})
+    assert get_field(both, place) == "new" and get_field(both, rest) == "too"
 
 
 def test_a_dict_may_get_new_keys() -> None:
-    assert put_places({"said": 1}, {"vectors": 2}) == {"said": 1, "vectors": 2}
+    assert put_fields({"said": 1}, {"vectors": 2}) == {"said": 1, "vectors": 2}
 
 
 def test_arrays_become_tensors_over_the_same_memory_unless_they_are_read_only() -> None:
@@ -213,23 +213,23 @@ def test_an_error_that_a_worker_process_sent_in_place_of_texts_is_raised(batch_o
 
 @pytest.mark.parametrize(("holder", "place", "rest"), HOLDERS, ids=repr)
 def test_vectors_stand_where_the_texts_were_and_the_rest_is_the_users_own(
-    holder: Any, place: Place, rest: Place
+    holder: Any, place: Field, rest: Field
 ) -> None:
     label, found = object(), encoded("a b", "c")
-    batch = put_places(holder, {place: ["a b", "c"], rest: label})
+    batch = put_fields(holder, {place: ["a b", "c"], rest: label})
     out = with_vectors(batch, {place: found}, text=(place,), into=None, layout=None)
-    assert type(out) is type(batch) and get_place(out, place) is found and get_place(out, rest) is label
+    assert type(out) is type(batch) and get_field(out, place) is found and get_field(out, rest) is label
     out = with_vectors(batch, {place: found}, text=(place,), into=None, layout="padded")
-    assert get_place(out, rest) is label and get_place(batch, place) == ["a b", "c"]
+    assert get_field(out, rest) is label and get_field(batch, place) == ["a b", "c"]
     values, mask = found.padded()
     if isinstance(batch, (dict, UserDict)):
         assert torch.equal(out[place], values) and torch.equal(out[f"{place}_mask"], mask)
     else:
-        assert all(map(torch.equal, get_place(out, place), (values, mask)))
+        assert all(map(torch.equal, get_field(out, place), (values, mask)))
 
 
 def test_no_field_of_the_users_own_is_written_over() -> None:
-    found: dict[Place | None, Embeddings] = {"text": encoded("a b")}
+    found: dict[Field | None, Embeddings] = {"text": encoded("a b")}
     batch = {"text": ["a b"], "text_mask": "mine", "label": "mine"}
     with pytest.raises(ConfigError, match="layout='padded' would write over the batch's own 'text_mask'"):
         with_vectors(batch, found, text=("text",), into=None, layout="padded")
@@ -258,7 +258,7 @@ def test_a_streams_tokens_become_a_dict_of_their_fields() -> None:
 
 
 def test_several_texts_go_to_several_keys_and_no_other_structure_has_room() -> None:
-    embeddings: dict[Place | None, Embeddings] = {"q": encoded("a"), "a": encoded("b")}
+    embeddings: dict[Field | None, Embeddings] = {"q": encoded("a"), "a": encoded("b")}
     out = with_vectors({"q": ["a"], "a": ["b"]}, embeddings, text=("q", "a"), into=("x", "y"), layout=None)
     assert out == {"q": ["a"], "a": ["b"], "x": embeddings["q"], "y": embeddings["a"]}
     with pytest.raises(ConfigError, match=r"into=\('x',\) needs batches that are dicts; this is a list"):

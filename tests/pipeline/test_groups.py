@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bertstream.pipeline.groups import Groups
+from bertstream.pipeline.groups import GroupBudget, gather
 
 Item = tuple[int, int]
 """A number and a weight."""
@@ -30,11 +30,11 @@ def gathered(
 ) -> list[list[Item]]:
     """The groups, each of which takes so many seconds to be encoded."""
     found = [] if found is None else found
-    groups = Groups(iter(items), weigh=lambda item: item[1], limit=limit, by_the_clock=by_the_clock)
-    for group in groups:
+    budget = GroupBudget[Item](lambda item: item[1], limit=limit, by_the_clock=by_the_clock)
+    for group in gather(iter(items), budget):
         found.append(group)
         weight = sum(own for _, own in group)
-        groups.encoded(weight, seconds(weight))
+        budget.encoded(weight, seconds(weight))
     return found
 
 
@@ -183,11 +183,11 @@ def test_an_error_that_was_handled_keeps_nothing_alive() -> None:
 @given(WEIGHTS, st.data())
 def test_what_is_put_back_comes_first_in_the_next_group(weights: list[int], data: st.DataObject) -> None:
     items = list(enumerate(weights))
-    groups = Groups(iter(items), weigh=lambda item: item[1], limit=40, by_the_clock=False)
+    budget = GroupBudget[Item](lambda item: item[1], limit=40, by_the_clock=False)
     kept: list[Item] = []
-    for group in groups:
+    for group in gather(iter(items), budget):
         here = data.draw(st.integers(1, len(group)))
         kept += group[:here]
-        groups.put_back(group[here:])
-        groups.encoded(sum(weight for _, weight in group[:here]), 0.0)
+        budget.put_back(group[here:])
+        budget.encoded(sum(weight for _, weight in group[:here]), 0.0)
     assert kept == items

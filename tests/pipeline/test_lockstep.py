@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 
 from bertstream import TokenBatch
 from bertstream.errors import ConfigError, ShardError
-from bertstream.pipeline.epoch import Run
-from bertstream.pipeline.groups import Groups
-from bertstream.pipeline.lockstep import agreed
+from bertstream.pipeline.groups import GroupBudget, gather
+from bertstream.pipeline.lockstep import LoopStatus, in_lockstep
 from bertstream.pipeline.source import Entry
-from bertstream.reading.window import Skip
+from bertstream.reading.lane_batches import LaneEnd
 from bertstream.testing import FakeEncoder
 from bertstream.tokens import Cursor
 
@@ -41,9 +40,7 @@ class Table:
             self._barrier.wait()
             return offers
 
-        return SimpleNamespace(
-            exchange=exchange, leave=lambda reason: self._barrier.abort() if "not JSON" in reason else None
-        )
+        return SimpleNamespace(exchange=exchange, leave=self._barrier.abort)
 
 
 def own_entry(rank: int, number: int, words: int | ShardError | None) -> Entry:
@@ -51,10 +48,15 @@ def own_entry(rank: int, number: int, words: int | ShardError | None) -> Entry:
     if isinstance(words, ShardError):
         raise words
     if words is None:
-        return Entry(Skip(number))
+        return Entry(LaneEnd(number))
     batch = TokenBatch.from_texts(FakeEncoder().tokenizer(["word " * words]))
     batch = replace(batch, cursor=Cursor(0, rank, batch=number))
     return Entry(batch, texts={None: batch})
+
+
+def some_stream(uneven: str, settings: dict[str, Any] | None = None, **others: Any) -> Any:
+    progress = SimpleNamespace(running=lambda: None)
+    return SimpleNamespace(uneven=uneven, epoch=0, settings=settings or {}, progress=progress, **others)
 
 
 def in_step(
@@ -66,19 +68,21 @@ def in_step(
     def run(rank: int) -> list[list[Entry]]:
         entries, limit = ranks[rank]
         own = (own_entry(rank, number, words) for number, words in enumerate(entries))
-        groups = Groups(own, weigh=lambda entry: entry.weight, limit=limit, by_the_clock=False)
-        stream: Any = SimpleNamespace(
-            uneven=uneven, epoch=0, rank_timeout_s=20, any_batch=lambda: own_entry(rank, -1, 1).item
-        )
+        budget = GroupBudget[Entry](lambda entry: entry.weight, limit=limit, by_the_clock=False)
+        stream = some_stream(uneven, about[rank] if about else {}, any_batch=lambda: own_entry(rank, -1, 1).item)
+        peers = table.seat(rank)
 
         def count_left(texts: int) -> None:
             left[rank] += texts
 
         found = []
-        own_about = about[rank] if about else {}
-        for group in agreed(groups, stream, table.seat(rank), Run(), own_about, count_left):
-            found.append([*group])
-            groups.encoded(sum(entry.weight for entry in group), 0.0)
+        try:
+            for group in in_lockstep(gather(own, budget), budget, stream, peers, LoopStatus(), count_left):
+                found.append([*group])
+                budget.encoded(sum(entry.weight for entry in group), 0.0)
+        except ShardError:
+            peers.leave()  # as the owner of an epoch does
+            raise
         return found
 
     with ThreadPoolExecutor(len(ranks)) as threads:
@@ -119,9 +123,9 @@ def test_ranks_hand_out_equally_many_batches_and_each_its_own_once(
         repeated = [bool(entry.item.fields.get("__repeated__")) for entry in batches_of(entries)]
         assert repeated == [step >= len(numbers[rank]) for step in range(steps)]
         handed_out = [
-            entry.item.lane if isinstance(entry.item, Skip) else entry.item.cursor.batch
+            entry.item.lane if isinstance(entry.item, LaneEnd) else entry.item.cursor.batch
             for entry in entries
-            if isinstance(entry.item, Skip) or not entry.item.fields.get("__repeated__")
+            if isinstance(entry.item, LaneEnd) or not entry.item.fields.get("__repeated__")
         ]
         here = len(ranks[rank][0]) if uneven == "pad" else len(handed_out)
         assert handed_out == list(range(here))
@@ -157,15 +161,15 @@ def test_batches_that_were_handed_over_are_let_go() -> None:
             yield entry
             del entry
 
-    groups = Groups(entries(), weigh=lambda entry: entry.weight, limit=8, by_the_clock=False)
-    stream: Any = SimpleNamespace(uneven="pad", epoch=0, rank_timeout_s=20)
+    budget = GroupBudget[Entry](lambda entry: entry.weight, limit=8, by_the_clock=False)
+    groups = gather(entries(), budget)
     peers: Any = Table(1).seat(0)
     gc.disable()
     try:
-        for group in agreed(groups, stream, peers, Run(), {}, lambda texts: None):
+        for group in in_lockstep(groups, budget, some_stream("pad"), peers, LoopStatus(), lambda texts: None):
             weight = len(group)
             group.clear()
-            groups.encoded(weight, 0.0)
+            budget.encoded(weight, 0.0)
             assert sum(ref() is not None for ref in alive) <= 1, "the one that did not fit"
     finally:
         gc.enable()

@@ -1,4 +1,4 @@
-"""What an epoch reads is timed, arrives in order with where it stood, and is let go."""
+"""What an epoch reads is timed, arrives in order with its state, and is closed."""
 
 from __future__ import annotations
 
@@ -8,50 +8,72 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
-from bertstream.pipeline.clocks import Stages
-from bertstream.pipeline.source import Source, located
+import bertstream
+from bertstream import ConfigError, ShardError, StateError, TextStream
+from bertstream.pipeline.clocks import StageClocks
+from bertstream.pipeline.source import Source, SourceLoop, read, read_in_workers, reading_items, text_stream
+from bertstream.testing import FakeEncoder, write_shards
 
 
-@given(st.integers(0, 6), st.booleans())
-def test_a_source_gives_what_it_reads_with_where_it_stood(count: int, first: bool) -> None:
-    read: list[int] = []
-    numbers = (read.append(i) or i for i in range(count))  # type: ignore[func-returns-value]
-    source = Source(numbers, lambda: len(read), Stages())
-    if first:
-        source.read_first()
-        assert len(read) == min(count, 1), "only the first was asked for"
+class Numbers:
+    """An iterable with a state: how many were read."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.read = 0
+        self.closed = 0
+
+    def __iter__(self) -> Iterator[int]:
+        try:
+            for number in range(self.count):
+                self.read += 1
+                yield number
+        finally:
+            self.closed += 1
+
+    def state_dict(self) -> int:
+        return self.read
+
+    def load_state_dict(self, state: int) -> None:
+        self.read = state
+
+
+def opened(source: Any) -> Source:
+    found = Source(SourceLoop(source), StageClocks())
+    found.open()
+    return found
+
+
+@given(st.integers(0, 6))
+def test_a_source_gives_what_it_reads_with_the_state_after_it(count: int) -> None:
+    numbers = Numbers(count)
+    source = opened(numbers)
+    assert numbers.read == min(count, 1), "only the first is read when it is opened"
     for number, item in enumerate(source):
         assert (item, source.state) == (number, number + 1)
-    assert len(read) == count and next(source, None) is None
+    assert numbers.read == count and next(source, None) is None
 
 
 def test_waiting_for_a_source_is_timed() -> None:
-    stages = Stages()
-    source = Source(iter(range(3)), None, stages)
-    source.read_first()
+    clocks = StageClocks()
+    source = Source(SourceLoop([0, 1, 2]), clocks)
+    source.open()
     assert list(source) == [0, 1, 2] and source.state is None
-    assert 0 < stages.seconds["read"] < 1 and stages.items["read"] >= 3
+    assert 0 < clocks.seconds["read"] < 1 and clocks.items["read"] >= 3
 
 
 def test_closing_a_source_closes_what_it_reads_and_ends_it() -> None:
-    closed = []
-
-    def numbers() -> Iterator[int]:
-        try:
-            yield from range(9)
-        finally:
-            closed.append(True)
-
-    source = Source(numbers(), None, Stages())
-    source.read_first()
+    numbers = Numbers(9)
+    source = opened(numbers)
     source.close()
-    assert closed == [True] and list(source) == []
+    assert numbers.closed == 1 and list(source) == []
     source.close()
 
 
 @pytest.mark.parametrize(("persistent", "ended"), [(False, [True]), (True, [])])
-def test_closing_a_source_ends_workers_that_are_not_to_stay(persistent: bool, ended: list[bool]) -> None:
+def test_closing_a_source_ends_workers_unless_they_are_persistent(persistent: bool, ended: list[bool]) -> None:
     class Workers:
         """What torch's iterator over worker processes has."""
 
@@ -59,18 +81,69 @@ def test_closing_a_source_ends_workers_that_are_not_to_stay(persistent: bool, en
             self._persistent_workers = persistent
             self.ended: list[bool] = []
 
+        def __iter__(self) -> Any:
+            return self
+
         def __next__(self) -> int:
             return 0
 
         def _shutdown_workers(self) -> None:
             self.ended.append(True)
 
-    workers: Any = Workers()
-    Source(workers, None, Stages()).close()
+    workers = Workers()
+    opened(workers).close()
     assert workers.ended == ended
 
 
-def test_a_batch_is_located_by_where_its_source_stood_behind_it() -> None:
-    found = list(located(Source(iter([["a"], ["b"]]), lambda: "here", Stages()), None))
-    assert [entry.item for entry in found] == [["a"], ["b"]]
-    assert {(entry.source_state, tuple(entry.cursors)) for entry in found} == {("here", ())}
+def test_what_can_be_read_only_once_is_refused_the_second_time() -> None:
+    loop = SourceLoop(iter([["a"]]))
+    for _ in range(2):
+        source = Source(loop, StageClocks())
+        if loop.epoch:
+            with pytest.raises(ConfigError, match="can be read only once, and was"):
+                source.open()
+        else:
+            source.open()
+            loop.end_epoch(0)
+
+
+def test_entries_carry_the_state_of_their_source() -> None:
+    numbers = Numbers(3)
+    found = [(entry.item, entry.source_state, entry.cursors) for entry in read(opened(numbers), None)]
+    assert found == [(0, 1, ()), (1, 2, ()), (2, 3, ())]
+
+
+def test_a_source_without_a_state_says_so() -> None:
+    with pytest.raises(StateError, match="a list cannot say where it is"):
+        SourceLoop([1]).state_dict()
+    with pytest.raises(StateError, match="a list cannot say where it is"):
+        SourceLoop([1]).loading({"version": 1, "epoch": 0, "source": 3})
+
+
+def test_a_loader_over_a_stream_is_read_by_items_and_stays_as_it_was(tmp_path: Any) -> None:
+    stream = TextStream(write_shards(tmp_path, ["a", "b b"]), FakeEncoder(), batch_size=1)
+    loader = DataLoader(stream, batch_size=None)
+    reader = reading_items(loader)
+    assert [type(item).__name__ for item in reader] == ["TokenBatch", "TokenBatch", "LaneEnd"]
+    assert [type(item).__name__ for item in loader] == ["TokenBatch", "TokenBatch"]
+    assert text_stream(loader) is text_stream(stream) is loader.dataset is stream
+
+
+def test_a_wrapped_loader_of_our_own_advances_its_stream_itself(tmp_path: Any) -> None:
+    inner = bertstream.stream(write_shards(tmp_path, ["a", "b b"]), FakeEncoder(), batch_size=1)
+    assert inner.dataset.shards and text_stream(inner) is None
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_reading_in_workers_counts_what_is_skipped_once(tmp_path: Any, num_workers: int) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "number {i}"}}\n' if i % 7 else "broken\n" for i in range(40)))
+    reading = bertstream.StreamConfig(lanes=3, max_bad_records=6)
+    stream = TextStream(path, FakeEncoder(), reading=reading)
+    for _ in range(2):
+        assert sum(map(len, read_in_workers(stream, num_workers))) == 34
+        assert stream.progress.bad.records == 6
+    strict = TextStream(path, FakeEncoder())
+    with pytest.raises(ShardError, match="record 0: not JSON") as caught:
+        list(read_in_workers(strict, num_workers))
+    assert caught.value.index == 0 and caught.value.path == str(path)

@@ -30,7 +30,7 @@ def test_bad_settings_are_refused_with_their_value(options: dict[str, Any], mess
 
 
 def test_a_stream_config_pickles_and_hides_passwords() -> None:
-    reading = StreamConfig(window=3, storage_options={"password": "xyzzy"}, shard_cache="a")
+    reading = StreamConfig(bucket_size=3, storage_options={"password": "xyzzy"}, shard_cache="a")
     assert pickle.loads(pickle.dumps(reading)) == reading
     assert "xyzzy" not in repr(reading)
 

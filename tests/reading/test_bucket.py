@@ -1,4 +1,4 @@
-"""A window becomes batches of neighbours in length: every record once, within the budget, the same every time."""
+"""A bucket becomes batches of neighbours in length: every record once, within the budget, the same every time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
-from bertstream.reading.bucket import cut_window, make_batch, stack_column
+from bertstream.reading.bucket import cut_bucket, make_batch, stack_column
 from bertstream.tokens import Record, TokenizedText
 
 WINDOWS = st.lists(st.integers(0, 30), max_size=60)
@@ -22,7 +22,7 @@ SEEDS = st.none() | st.integers(0, 9)
 
 def cut(lengths: list[int], seed: int | None, **sizes: int) -> list[list[int]]:
     shuffle = None if seed is None else np.random.default_rng(seed)
-    return [batch.tolist() for batch in cut_window(np.array(lengths), shuffle=shuffle, **sizes)]
+    return [batch.tolist() for batch in cut_bucket(np.array(lengths), shuffle=shuffle, **sizes)]
 
 
 # Laws 2, 3 and 4.

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 import bertstream
 from bertstream import ConfigError, EmbeddingLoader, Encoder, ShardError, StreamConfig, TextStream, TokenBatch
-from bertstream.reading import dataset
-from bertstream.reading.window import Skip
+from bertstream.reading.dataset import StreamItems
+from bertstream.reading.lane_batches import LaneEnd
 from bertstream.testing import FakeEncoder, assert_resumes_exactly
 from bertstream.tokens import Cursor
 
@@ -64,8 +64,7 @@ def ids(batches: Iterator[TokenBatch]) -> list[int]:
 
 def loaded(stream: TextStream, num_workers: int) -> list[TokenBatch]:
     """All batches through real worker processes, in the order that the embedding loader would see."""
-    stream.worker_items = True
-    loader = DataLoader(stream, batch_size=None, num_workers=num_workers)
+    loader = DataLoader(StreamItems(stream), batch_size=None, num_workers=num_workers)
     return [item for item in loader if isinstance(item, TokenBatch)]
 
 
@@ -82,7 +81,7 @@ def test_every_record_is_in_exactly_one_batch_of_exactly_one_rank(
         paths.append(write_jsonl(tmp_path / f"{number}.jsonl", some_texts(size, number), first))
         first += size
     budget = data.draw(st.sampled_from([{"batch_size": 1}, {"batch_size": 7}, {"max_tokens": 20}, {"max_tokens": 300}]))
-    reading = StreamConfig(lanes=lanes, window=data.draw(st.integers(1, 50)))
+    reading = StreamConfig(lanes=lanes, bucket_size=data.draw(st.integers(1, 50)))
     shuffle, epoch = data.draw(st.booleans()), data.draw(st.integers(0, 3))
     found = []
     for rank in range(world):
@@ -103,7 +102,9 @@ def test_the_order_is_the_same_for_any_number_of_workers(
     shards: list[str], minilm: Encoder, budget: dict[str, int], lanes: int
 ) -> None:
     def stream() -> TextStream:
-        return TextStream(shards, minilm, shuffle=True, seed=3, reading=StreamConfig(lanes=lanes, window=40), **budget)
+        return TextStream(
+            shards, minilm, shuffle=True, seed=3, reading=StreamConfig(lanes=lanes, bucket_size=40), **budget
+        )
 
     right = identity(stream())
     assert sorted(i for batch in right for i in batch[0]) == list(range(403))
@@ -112,7 +113,7 @@ def test_the_order_is_the_same_for_any_number_of_workers(
 
 
 def test_a_plain_dataloader_around_a_stream_sees_batches_alone(shards: list[str], minilm: Encoder) -> None:
-    stream = TextStream(shards, minilm, reading=StreamConfig(lanes=7, window=40))
+    stream = TextStream(shards, minilm, reading=StreamConfig(lanes=7, bucket_size=40))
     batches = list(DataLoader(stream, batch_size=None, num_workers=2))
     assert all(isinstance(batch, TokenBatch) for batch in batches)
     assert sorted(ids(batches)) == list(range(403))
@@ -120,7 +121,7 @@ def test_a_plain_dataloader_around_a_stream_sees_batches_alone(shards: list[str]
 
 def test_the_seed_and_the_epoch_choose_the_order_and_nothing_else_does(shards: list[str], minilm: Encoder) -> None:
     def order(seed: int, epoch: int, shuffle: bool = True) -> list[tuple[Any, ...]]:
-        stream = TextStream(shards, minilm, shuffle=shuffle, seed=seed, reading=StreamConfig(window=64, lanes=4))
+        stream = TextStream(shards, minilm, shuffle=shuffle, seed=seed, reading=StreamConfig(bucket_size=64, lanes=4))
         stream.set_epoch(epoch)
         return [batch[:2] for batch in identity(stream)]
 
@@ -135,24 +136,24 @@ def test_the_seed_and_the_epoch_choose_the_order_and_nothing_else_does(shards: l
 
 
 def test_a_lane_goes_on_from_the_cursor_of_any_batch(shards: list[str], minilm: Encoder) -> None:
-    stream = TextStream(shards, minilm, batch_size=8, shuffle=True, reading=StreamConfig(lanes=3, window=30))
-    for lane, pieces in enumerate(stream._lanes(0)):
-        *whole, end = stream._lane(pieces, Cursor(0, lane))
-        assert isinstance(end, Skip) and end.lane == lane
+    stream = TextStream(shards, minilm, batch_size=8, shuffle=True, reading=StreamConfig(lanes=3, bucket_size=30))
+    for lane, pieces in enumerate(stream._deal(0)):
+        *whole, end = stream._batches.read(pieces, Cursor(0, lane))
+        assert isinstance(end, LaneEnd) and end.lane == lane
         for done in range(len(whole) + 1):
             start = whole[done - 1].cursor if done else Cursor(0, lane)
-            *rest, _ = stream._lane(pieces, start)
+            *rest, _ = stream._batches.read(pieces, start)
             assert identity(rest) == identity(whole[done:])
 
 
-def test_windows_start_staggered_so_that_lanes_do_not_refill_together(tmp_path: Path, minilm: Encoder) -> None:
+def test_first_buckets_differ_in_size_so_that_lanes_do_not_refill_together(tmp_path: Path, minilm: Encoder) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", some_texts(800))
-    stream = TextStream(path, minilm, batch_size=1, reading=StreamConfig(lanes=4, window=40))
-    first_windows = []
-    for lane, pieces in enumerate(stream._lanes(0)):
-        cursors = [batch.cursor for batch in batches_of(stream._lane(pieces, Cursor(0, lane)))]
-        first_windows.append(next(i for i, cursor in enumerate(cursors, 1) if cursor and cursor.batch == 0))
-    assert first_windows == [10, 20, 30, 40]
+    stream = TextStream(path, minilm, batch_size=1, reading=StreamConfig(lanes=4, bucket_size=40))
+    first_buckets = []
+    for lane, pieces in enumerate(stream._deal(0)):
+        cursors = [batch.cursor for batch in batches_of(stream._batches.read(pieces, Cursor(0, lane)))]
+        first_buckets.append(next(i for i, cursor in enumerate(cursors, 1) if cursor and cursor.batch == 0))
+    assert first_buckets == [10, 20, 30, 40]
 
 
 def test_bucketing_leaves_little_padding(tmp_path: Path, minilm: Encoder) -> None:
@@ -162,32 +163,32 @@ def test_bucketing_leaves_little_padding(tmp_path: Path, minilm: Encoder) -> Non
         batches = list(TextStream(path, minilm, batch_size=20, **options))
         return 1 - sum(b.num_tokens for b in batches) / sum(len(b) * int(b.lengths.max()) for b in batches)
 
-    assert padding(reading=StreamConfig(window=500)) < 0.1 < padding(reading=StreamConfig(window=20))
+    assert padding(reading=StreamConfig(bucket_size=500)) < 0.1 < padding(reading=StreamConfig(bucket_size=20))
 
 
 def test_a_window_as_small_as_a_batch_keeps_the_file_order(tmp_path: Path, minilm: Encoder) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", some_texts(100))
-    reading = StreamConfig(window=8, lanes=1)
+    reading = StreamConfig(bucket_size=8, lanes=1)
     assert ids(TextStream(path, minilm, batch_size=8, reading=reading)) == list(range(100))
 
 
 def test_one_large_file_is_read_by_several_lanes(
     tmp_path: Path, minilm: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "_LANE_BYTES", 256 * 1024)
+    monkeypatch.setattr("bertstream.reading.dataset._LANE_BYTES", 256 * 1024)
     path = write_jsonl(tmp_path / "a.jsonl", some_texts(12_000))
     stream = TextStream(path, minilm, max_tokens=4096)
     size = Path(path).stat().st_size
     assert stream.num_lanes == size // (256 * 1024) > 1
-    lanes = enumerate(stream._lanes(0))
-    counts = [sum(map(len, batches_of(stream._lane(pieces, Cursor(0, lane))))) for lane, pieces in lanes]
+    lanes = enumerate(stream._deal(0))
+    counts = [sum(map(len, batches_of(stream._batches.read(pieces, Cursor(0, lane))))) for lane, pieces in lanes]
     assert sum(counts) == 12_000 and max(counts) < 1.2 * min(counts)
 
 
 def test_lanes_share_shards_evenly_by_size(tmp_path: Path, minilm: Encoder) -> None:
     paths = [write_jsonl(tmp_path / f"{i}.jsonl", some_texts(count, i)) for i, count in enumerate([300] + [20] * 30)]
     stream = TextStream(paths, minilm, shuffle=True, reading=StreamConfig(lanes=4))
-    lanes = [{piece.path for piece in lane} for lane in stream._lanes(2)]
+    lanes = [{piece.path for piece in lane} for lane in stream._deal(2)]
     sizes = sorted(sum(Path(path).stat().st_size for path in lane) for lane in lanes)
     assert len(set().union(*lanes)) == 31
     # The one large shard is a third of all; the other lanes share the rest.
@@ -215,7 +216,7 @@ def test_the_default_device_of_the_program_is_not_the_streams(shards: list[str],
 
 
 def test_the_epoch_reaches_workers_that_are_kept(shards: list[str], minilm: Encoder) -> None:
-    stream = TextStream(shards, minilm, shuffle=True, reading=StreamConfig(window=64, lanes=4))
+    stream = TextStream(shards, minilm, shuffle=True, reading=StreamConfig(bucket_size=64, lanes=4))
     loader = DataLoader(stream, batch_size=None, num_workers=1, persistent_workers=True)
     orders = []
     for epoch in (0, 1, 0):
@@ -247,8 +248,7 @@ def test_a_text_that_is_too_long_names_shard_index_and_field(tmp_path: Path, min
     path = write_jsonl(tmp_path / "a.jsonl", ["short"] * 300 + ["long " * 200_000] + ["short"])
     for num_workers in (0, 2):
         stream = TextStream(path, minilm)
-        stream.worker_items = True
-        loader = DataLoader(stream, batch_size=None, num_workers=num_workers)
+        loader = DataLoader(StreamItems(stream), batch_size=None, num_workers=num_workers)
         with pytest.raises(
             ShardError, match=r"a\.jsonl, record 300, field 'text': .*200002 tokens.*long long"
         ) as caught:
@@ -266,10 +266,9 @@ def test_the_batches_before_a_broken_record_arrive_first(tmp_path: Path, minilm:
     lines = [json.dumps({"text": text, "id": i}) for i, text in enumerate(some_texts(40))]
     lines[25] = "{broken"
     path.write_text("\n".join(lines))
-    stream = TextStream(path, minilm, batch_size=5, reading=StreamConfig(window=10, lanes=1))
-    stream.worker_items = True
+    stream = TextStream(path, minilm, batch_size=5, reading=StreamConfig(bucket_size=10, lanes=1))
     items: list[Any] = []
-    loader = DataLoader(stream, batch_size=None, num_workers=num_workers)
+    loader = DataLoader(StreamItems(stream), batch_size=None, num_workers=num_workers)
     try:
         items += loader
     except ShardError as error:
@@ -302,10 +301,17 @@ def test_a_bad_argument_is_refused_before_anything_is_read(minilm: Encoder, opti
 
 
 def test_bad_reading_options_are_refused_with_the_value_seen() -> None:
-    for options in ({"window": 0}, {"lanes": 0}):
-        with pytest.raises(ConfigError, match="=0: write a number of at least 1"):
+    for options in ({"bucket_size": 0}, {"lanes": 0}, {"open_shards": 0}):
+        with pytest.raises(ConfigError, match="=0: write a whole number of at least 1"):
             StreamConfig(**options)
-    assert replace(StreamConfig(), window=5).window == 5
+    assert replace(StreamConfig(), bucket_size=5).bucket_size == 5
+
+
+def test_the_old_name_of_bucket_size_works_and_warns() -> None:
+    with pytest.warns(FutureWarning, match=r"StreamConfig\(window=\) is now StreamConfig\(bucket_size=\)"):
+        reading = StreamConfig(window=5)
+    assert reading.bucket_size == 5
+    assert replace(reading, lanes=2) == StreamConfig(bucket_size=5, lanes=2), "a copy does not warn again"
 
 
 def test_shards_that_are_named_twice_are_read_twice_and_said(
@@ -351,7 +357,7 @@ def test_rows_of_a_dataset_come_once_and_resume_exactly(hugging_face: Any, kind:
     }[kind]()
 
     def make(workers: int = num_workers) -> EmbeddingLoader:
-        reading = StreamConfig(lanes=3, window=40)
+        reading = StreamConfig(lanes=3, bucket_size=40)
         return bertstream.stream(rows, FakeEncoder(), batch_size=16, shuffle=True, num_workers=workers, reading=reading)
 
     found = [i for batch in make() for i in batch["id"].tolist()]

@@ -30,7 +30,9 @@ WEIGHTS = st.lists(st.integers(0, 9), max_size=20)
 
 
 def ahead(source: Iterable[Any], *, limit: int = 4, weigh: Callable[[Any], int] = lambda item: 1) -> Prefetcher[Any]:
-    return Prefetcher(iter(source), weigh=weigh, limit=limit, stage="encode")
+    worker = Prefetcher(iter(source), weigh=weigh, limit=lambda: limit, stage="encode")
+    worker.start()
+    return worker
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -135,13 +137,27 @@ def test_the_time_spent_waiting_for_room_is_measured() -> None:
     assert worker.put_wait_s >= 0.05
 
 
-def test_the_limit_can_be_raised_while_the_thread_waits_for_room() -> None:
-    worker = ahead(range(10), limit=2)
+def test_the_limit_is_asked_for_each_item() -> None:
+    limits = [2]
+
+    def source() -> Iterator[int]:
+        for number in range(10):
+            if number == 4:
+                limits.append(5)  # as where a heavier group than ever is encoded
+            yield number
+
+    worker = Prefetcher(source(), weigh=lambda item: 1, limit=lambda: limits[-1], stage="encode")
+    worker.start()
     wait_until(lambda: worker.peak_weight == 2)
-    worker.raise_limit(5)
+    assert [next(worker), next(worker)] == [0, 1]
     wait_until(lambda: worker.peak_weight == 5)
-    worker.raise_limit(1)
-    assert list(worker) == list(range(10)) and worker.peak_weight == 5
+    assert list(worker) == list(range(2, 10)) and worker.peak_weight == 5
+
+
+def test_a_prefetcher_that_was_never_started_closes() -> None:
+    """Ctrl-C may strike between the two."""
+    worker = Prefetcher(iter([1]), weigh=lambda item: 1, limit=lambda: 1, stage="encode")
+    assert worker.close() and worker.close(0.1)
 
 
 def test_closing_waits_no_longer_than_the_timeout() -> None:
@@ -341,7 +357,9 @@ spec.loader.exec_module(threads)
 assert "torch" not in sys.modules, "the module must not import torch"
 
 def ahead(source):
-    return threads.Prefetcher(source, weigh=lambda item: 1, limit=2, stage="encode")
+    worker = threads.Prefetcher(source, weigh=lambda item: 1, limit=lambda: 2, stage="encode")
+    worker.start()
+    return worker
 """
 
 
@@ -381,7 +399,8 @@ def test_a_stuck_source_does_not_keep_the_process_alive() -> None:
 
     def loop(write=os.write):
         stuck = chain(["item"], iter(threading.Event().wait, None))
-        worker = threads.Prefetcher(stuck, weigh=len, limit=2, stage="encode")
+        worker = threads.Prefetcher(stuck, weigh=len, limit=int, stage="encode")
+        worker.start()
         try:
             yield from worker
         finally:

@@ -1,0 +1,186 @@
+"""One lane: read records, tokenize them, sort a bucket of them by length, cut it into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+
+from ..errors import BertstreamError, EncoderError, ShardError
+from ..tokens import Cursor, Indices, ReadReport, Record, SupportsTokenize, TokenBatch, TokenizedText
+from .bucket import cut_bucket, make_batch
+from .config import StreamConfig
+from .lanes import LaneReader
+from .options import ReadOptions
+from .shards import Piece
+
+# Texts per call of the tokenizer: enough to use its threads, few enough that the first batch comes soon.
+_TOKENIZE_CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class LaneEnd:
+    """What a stream's workers yield in place of a batch for a lane without one, so that they stay in step.
+
+    Attributes:
+        lane: the lane that has just ended; None for one that ended before, or never existed.
+        report: what reading met after the lane's last batch.
+    """
+
+    lane: int | None = None
+    report: ReadReport | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaneBatches:
+    """Makes the batches of a lane: a pure function of these settings, the lane's pieces and a cursor.
+
+    Attributes:
+        tokenizer: texts to ids.
+        options: what is taken from each record.
+        reading: bucket size and tolerance.
+        batch_size, max_tokens: one of the two says where a bucket is cut; see `cut_bucket`.
+        shuffle_seed: None does not shuffle.
+        num_lanes: of the stream.
+        open_shards: pieces that a lane reads in turn.
+        keep_text_as: the field under which the raw text stays in the batch; None drops it.
+    """
+
+    tokenizer: SupportsTokenize
+    options: ReadOptions
+    reading: StreamConfig
+    batch_size: int | None
+    max_tokens: int | None
+    shuffle_seed: int | None
+    num_lanes: int
+    open_shards: int
+    keep_text_as: str | None
+
+    def read(self, pieces: Sequence[Piece], start: Cursor) -> Generator[TokenBatch | LaneEnd, None, None]:
+        """A lane's batches from a cursor on, and finally a `LaneEnd` with the report that no batch could carry.
+
+        While the batches of one bucket are yielded, the next is read and tokenized bit by bit: lanes take turns, and a
+        whole bucket at a time would hold up all of them.
+
+        Args:
+            pieces: the lane's in this epoch, in order.
+            start: where to begin.
+        """
+        reader = LaneReader(pieces, self.options, start, open_shards=self.open_shards, tolerant=self._tolerant)
+        size = self.reading.bucket_size
+        if not (start.next_piece or start.open):
+            # The first bucket of each lane has another size, or all lanes would refill in the same moment.
+            size = max(1, size * (start.lane + 1) // self.num_lanes)
+        bucket = _Bucket(start, size)
+        self._fill(bucket, reader, size)
+        read = 0  # since the last batch, like `bad`
+        bad: list[ShardError] = []
+        try:
+            while True:
+                if bucket.error is not None:
+                    raise bucket.error
+                if not bucket.start.batch:  # otherwise its report was counted before the state was saved
+                    read += bucket.read + sum(not error.gives_up_shard for error in bucket.skipped)
+                    bad += bucket.skipped + bucket.refused
+                if not bucket.read:
+                    yield LaneEnd(start.lane, ReadReport(read, tuple(bad)))
+                    return
+                following = _Bucket(bucket.end, self.reading.bucket_size)
+                batches = self._cut(bucket)
+                for number, batch in enumerate(self._batches_of(bucket, batches), 1 + bucket.start.batch):
+                    batch.report = ReadReport(read, tuple(bad)) if read else None
+                    read, bad = 0, []
+                    yield batch
+                    due = following.size * number // len(batches)
+                    if due - following.read >= _TOKENIZE_CHUNK:
+                        self._fill(following, reader, due)
+                self._fill(following, reader, following.size)
+                bucket = following
+        finally:
+            reader.close()
+
+    @property
+    def _tolerant(self) -> bool:
+        return self.reading.max_bad_records > 0
+
+    def _fill(self, bucket: _Bucket, reader: LaneReader, count: int) -> None:
+        """Read and tokenize until the bucket has `count` records; an error is kept until the bucket's turn."""
+        try:
+            while bucket.read < count and not bucket.at_end and bucket.error is None:
+                chunk = list(islice(iter(reader.read, None), min(_TOKENIZE_CHUNK, count - bucket.read)))
+                bucket.at_end = not chunk
+                bucket.read += len(chunk)
+                bucket.end = reader.cursor(bucket.start)
+                bucket.skipped += reader.take_bad()
+                records, texts, refused = self._tokenized(chunk)
+                bucket.records += records
+                bucket.texts += texts
+                bucket.refused += refused
+        except BertstreamError as error:
+            bucket.error = error
+
+    def _cut(self, bucket: _Bucket) -> list[Indices]:
+        lengths = np.array([len(text.input_ids) for text in bucket.texts])
+        start = bucket.start
+        shuffle = None
+        if self.shuffle_seed is not None:
+            # Without byte offsets: the order is the same whether or not a shard can be sought.
+            opened = [number for piece in start.open for number in (piece.piece, piece.records)]
+            shuffle = np.random.default_rng((self.shuffle_seed, start.epoch, start.lane, start.next_piece, *opened))
+        return cut_bucket(lengths, batch_size=self.batch_size, max_tokens=self.max_tokens, shuffle=shuffle)
+
+    def _batches_of(self, bucket: _Bucket, batches: list[Indices]) -> Iterator[TokenBatch]:
+        for number, chosen in enumerate(batches, 1):
+            if number <= bucket.start.batch:
+                continue
+            indices = chosen.tolist()
+            records, texts = ([column[i] for i in indices] for column in (bucket.records, bucket.texts))
+            batch = make_batch(records, texts, keep_text_as=self.keep_text_as)
+            batch.cursor = bucket.end if number == len(batches) else replace(bucket.start, batch=number)
+            yield batch
+
+    def _tokenized(self, records: list[Record]) -> tuple[list[Record], list[TokenizedText], list[ShardError]]:
+        """The records with their tokens, and the errors of those that were skipped where that is allowed."""
+        refused: list[ShardError] = []
+        while records:
+            try:
+                return records, self.tokenizer([record.text for record in records]), refused
+            except EncoderError as error:
+                if not error.records:
+                    raise
+                at, field = records[error.records[0]], self.options.text
+                refusal = ShardError(
+                    f"{at.shard}, record {at.index}, field {field!r}: {error}",
+                    path=at.shard,
+                    index=at.index,
+                    field=field,
+                )
+                if not self._tolerant:
+                    raise refusal from error
+                refused.append(refusal)
+                records = [record for record in records if record is not at]
+        return [], [], refused
+
+
+class _Bucket:
+    """Records of a lane that are sorted and cut together, as far as they have been read.
+
+    Args:
+        start: the lane's cursor before it.
+        size: how many records it holds when full.
+    """
+
+    def __init__(self, start: Cursor, size: int) -> None:
+        self.start = start
+        self.size = size
+        self.end = start
+        """The lane's cursor after it."""
+        self.read = 0
+        self.at_end = False
+        self.records: list[Record] = []
+        self.texts: list[TokenizedText] = []
+        self.skipped: list[ShardError] = []
+        self.refused: list[ShardError] = []
+        self.error: BertstreamError | None = None

@@ -1,0 +1,146 @@
+"""One epoch: whatever ends it, and wherever that strikes, nothing is left running."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import bertstream
+from bertstream.testing import FakeEncoder
+
+# A strike within a generator that is being freed is reported, not raised.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+PACKAGE = str(Path(bertstream.__file__).parent)
+
+
+class Batches:
+    """Batches of one text each, and how many of its iterators are open."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.open = 0
+
+    def __iter__(self) -> Iterator[list[str]]:
+        self.open += 1
+        try:
+            for number in range(self.count):
+                yield [f"number {number}"]
+        finally:
+            self.open -= 1
+
+
+class Strike:
+    """Raises KeyboardInterrupt at the n-th line (or call) of the package that this thread reaches.
+
+    Only where a signal can be handled: not at a `with` line, which is traced again before the block is left, and not
+    where a generator is resumed, which is inside its `try` already.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+        self.where = ""
+
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
+        file, line = frame.f_code.co_filename, frame.f_lineno
+        if not file.startswith(PACKAGE):
+            return None
+        resumed = event == "call" and frame.f_lasti > 0 and frame.f_code.co_flags & inspect.CO_GENERATOR
+        if event in ("call", "line") and not resumed and not linecache.getline(file, line).lstrip().startswith("with "):
+            self.left -= 1
+            if self.left == 0:
+                self.where = f"{Path(file).name}:{line} ({frame.f_code.co_name}, {event})"
+                raise KeyboardInterrupt
+        return self
+
+
+def loop_struck_at(number: int, prefetch: int) -> tuple[str, int, int]:
+    """Where Ctrl-C struck, and the threads and iterators that are left while it is handled."""
+    source = Batches(6)
+    loader = bertstream.wrap(source, FakeEncoder(), prefetch=prefetch, deterministic=True)
+    iteration = iter(loader)
+    strike = Strike(number)
+    before = threading.active_count()
+    left = (0, 0)
+    try:
+        for _ in range(4):
+            sys.settrace(strike)
+            try:
+                next(iteration)
+            finally:
+                sys.settrace(None)
+    except KeyboardInterrupt:
+        left = threading.active_count() - before, source.open
+    else:
+        del iteration
+    loader.close()
+    return strike.where, *left
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_ctrl_c_at_any_line_leaves_nothing_running_while_it_is_handled(prefetch: int) -> None:
+    found = []
+    for number in range(1, 5000):
+        where, *left = loop_struck_at(number, prefetch)
+        if not where:
+            break
+        found.append((where, left))
+    assert len(found) > 250, "not all of the path was struck"
+    assert [(where, left) for where, left in found if left != [0, 0]] == []
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_ctrl_c_while_an_epoch_is_closed_leaves_nothing_running(prefetch: int) -> None:
+    for number in range(1, 1000):
+        source = Batches(6)
+        loader = bertstream.wrap(source, FakeEncoder(), prefetch=prefetch, deterministic=True)
+        before = threading.active_count()
+        iteration = iter(loader)
+        next(iteration)
+        strike = Strike(number)
+        sys.settrace(strike)
+        try:
+            iteration.close()  # type: ignore[attr-defined]
+        except KeyboardInterrupt:
+            sys.settrace(None)
+            assert (threading.active_count() - before, source.open) == (0, 0), strike.where
+        finally:
+            sys.settrace(None)
+        loader.close()
+        if not strike.where:
+            break
+    assert number > 10
+
+
+def test_a_loop_that_ends_by_itself_stays_ended() -> None:
+    source = Batches(3)
+    iteration = iter(bertstream.wrap(source, FakeEncoder()))
+    assert len(list(iteration)) == 3 and source.open == 0
+    assert next(iteration, None) is None
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_an_error_of_the_source_arrives_once_as_its_own_object(prefetch: int) -> None:
+    error = ZeroDivisionError("theirs")
+
+    class Broken(Batches):
+        def __iter__(self) -> Iterator[list[str]]:
+            yield from super().__iter__()
+            raise error
+
+    source = Broken(3)
+    received = []
+    iteration = iter(bertstream.wrap(source, FakeEncoder(), prefetch=prefetch))
+    with pytest.raises(ZeroDivisionError) as caught:
+        for batch in iteration:
+            received.append(batch)
+    assert caught.value is error and len(received) == 3 and source.open == 0
+    assert next(iteration, None) is None
