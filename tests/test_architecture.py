@@ -189,3 +189,16 @@ def test_only_distributed_reads_the_ranks_environment() -> None:
         named(file): {node.value for node in ast.walk(TREES[file]) if isinstance(node, ast.Constant)} for file in FILES
     }
     assert [name for name, values in strings.items() if values & variables] == ["system.distributed"]
+
+
+WORST_WORDS = r"\bbehind\b|\banew\b|\bstands?\b|\bhanded out\b|\bpassed over\b|\bis through\b|\bwhereof\b|\bthereof\b"
+
+
+def test_the_package_is_written_in_plain_words() -> None:
+    found = [
+        f"{named(file)}:{number}: {line.strip()}"
+        for file in FILES
+        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1)
+        if re.search(WORST_WORDS, line, re.IGNORECASE)
+    ]
+    assert found == []

@@ -225,7 +225,7 @@ def tokenize(
             return
         if not isinstance(entry.item, LaneEnd):
             with clocks.run("tokenize", 1), _numbered(number):
-                entry.texts = texts_of(entry.item)
+                entry.set_texts(texts_of(entry.item))
             entry.number = number
             number += 1
         yield entry

@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from ..embeddings import Layout
@@ -127,6 +128,8 @@ class Epoch:
         """
         parts, loop = self._parts, self._loop
         reason, timeout_s = "it stopped iterating", None
+        if loop.closed_by is not None:  # before the first batch was asked for
+            raise LoaderClosedError(loop.closed_by)
         try:
             try:
                 before, number = replace(parts.counts), parts.progress.epoch
@@ -138,8 +141,10 @@ class Epoch:
                 # the same point of the user's program whatever is prefetched.
                 self._source.open()
 
-                texts = partial(texts_of, places=parts.text, tokenizer=parts.tokenizer, pair=parts.pair)
-                budget = GroupBudget(_weight, limit=self._group_limit(), by_the_clock=not parts.deterministic)
+                texts = partial(texts_of, fields=parts.text, tokenizer=parts.tokenizer, pair=parts.pair)
+                budget = GroupBudget(
+                    attrgetter("weight"), limit=self._group_limit(), by_the_clock=not parts.deterministic
+                )
                 entries = tokenize(read(self._source, parts.stream), texts, parts.clocks, loop)
                 groups = gather(entries, budget)
                 if parts.peers is not None and parts.stream is not None:
@@ -209,7 +214,7 @@ class Epoch:
         device = parts.encoder.device.type
         limit = (parts.prefetch or _PREFETCH.get(device, 2)) * parts.encoder.forward_tokens
         items: Iterator[Ready | Entry] = ready
-        while True:
+        while not self._loop.is_over:
             if self._worker is None and self._runs_ahead():
                 items = self._worker = Prefetcher(
                     _within(torch_modes(), ready),
@@ -264,10 +269,6 @@ class Epoch:
     def _waits(self) -> float:
         self._loop.waits_since = time.monotonic()
         return time.perf_counter()
-
-
-def _weight(entry: Entry) -> int:
-    return entry.weight
 
 
 def _within(modes: AbstractContextManager[object], items: Iterator[T]) -> Iterator[T]:

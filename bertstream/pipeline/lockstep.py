@@ -107,7 +107,7 @@ def in_lockstep(
             last = entry.item
             if pad:
                 entry.item = _marked(last, repeated=has_finished)
-                entry.texts = {None: entry.item}
+                entry.set_texts({None: entry.item})
         agreed_on += count
         del batches, entry, offer, offers  # their memory is the consumer's from now on
         # The others' batches may be light and a repeated one heavy: one group of it could be of any size.

@@ -80,7 +80,8 @@ class Entry:
         cursors: by rank, the cursor of the batch that each yields in this step.
         source_state: the state of the wrapped DataLoader after this batch.
         number: of the batch in the epoch.
-        texts: the batch's, as tokens; a `LaneEnd` has none.
+        texts: the batch's, as tokens, see `set_texts`; a `LaneEnd` has none.
+        weight: tokens in all, at least one for a batch, so that any group is bounded; a `LaneEnd` has none.
     """
 
     item: Any
@@ -88,11 +89,12 @@ class Entry:
     source_state: Any = None
     number: int = 0
     texts: Mapping[Field | None, TokenBatch] = field(default_factory=dict)
+    weight: int = 0
 
-    @property
-    def weight(self) -> int:
-        """Tokens, and at least one, so that any group is bounded; a `LaneEnd` has none."""
-        return max(1, sum(batch.num_tokens for batch in self.texts.values())) if self.texts else 0
+    def set_texts(self, texts: Mapping[Field | None, TokenBatch]) -> None:
+        """The batch's texts as tokens."""
+        self.texts = texts
+        self.weight = max(1, sum(batch.num_tokens for batch in texts.values()))
 
     @property
     def report(self) -> ReadReport | None:

@@ -144,3 +144,18 @@ def test_an_error_of_the_source_arrives_once_as_its_own_object(prefetch: int) ->
             received.append(batch)
     assert caught.value is error and len(received) == 3 and source.open == 0
     assert next(iteration, None) is None
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("received", [0, 1])
+def test_a_loop_whose_loader_was_closed_hears_it_and_starts_nothing(prefetch: int, received: int) -> None:
+    source, before = Batches(6), threading.active_count()
+    loader = bertstream.wrap(source, FakeEncoder(), prefetch=prefetch)
+    iteration = iter(loader)
+    for _ in range(received):
+        next(iteration)
+    loader.close()
+    for error in (bertstream.LoaderClosedError, StopIteration):
+        with pytest.raises(error):
+            next(iteration)
+        assert (source.open, threading.active_count()) == (0, before)

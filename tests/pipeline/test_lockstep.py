@@ -1,4 +1,4 @@
-"""Ranks in step: as many batches on each, every record once, and what differs is named."""
+"""Ranks in lockstep receive equally many batches, every record once; differing settings are named."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bertstream.tokens import Cursor
 
 
 class Table:
-    """Ranks that are threads of this process."""
+    """Connects ranks that are threads of this process."""
 
     def __init__(self, world_size: int) -> None:
         self._offers: list[Any] = [None] * world_size
@@ -44,14 +44,16 @@ class Table:
 
 
 def own_entry(rank: int, number: int, words: int | ShardError | None) -> Entry:
-    """A batch of one text of so many words; the end of a lane where it has none."""
+    """A batch of one text with this many words; the end of a lane for None."""
     if isinstance(words, ShardError):
         raise words
     if words is None:
         return Entry(LaneEnd(number))
     batch = TokenBatch.from_texts(FakeEncoder().tokenizer(["word " * words]))
     batch = replace(batch, cursor=Cursor(0, rank, batch=number))
-    return Entry(batch, texts={None: batch})
+    entry = Entry(batch)
+    entry.set_texts({None: batch})
+    return entry
 
 
 def some_stream(uneven: str, settings: dict[str, Any] | None = None, **others: Any) -> Any:
@@ -62,7 +64,7 @@ def some_stream(uneven: str, settings: dict[str, Any] | None = None, **others: A
 def in_step(
     ranks: Sequence[tuple[Sequence[int | ShardError | None], int]], uneven: str, *about: dict[str, Any]
 ) -> tuple[list[list[list[Entry]]], list[int]]:
-    """By rank, the groups that it encodes and how many texts it leaves; each has its entries and its limit."""
+    """Run ranks, each with its entries and limit; return by rank its groups and the number of texts it leaves."""
     table, left = Table(len(ranks)), [0] * len(ranks)
 
     def run(rank: int) -> list[list[Entry]]:
@@ -98,7 +100,7 @@ RANK = st.tuples(st.lists(st.integers(0, 9) | st.none(), max_size=12), st.intege
 
 @given(st.lists(RANK, min_size=2, max_size=3), st.sampled_from(["pad", "stop"]))
 @settings(deadline=None, max_examples=50)
-def test_ranks_hand_out_equally_many_batches_and_each_its_own_once(
+def test_ranks_yield_equally_many_batches_and_each_its_own_once(
     ranks: list[tuple[list[int | None], int]], uneven: str
 ) -> None:
     found, left = in_step(ranks, uneven)
@@ -111,29 +113,29 @@ def test_ranks_hand_out_equally_many_batches_and_each_its_own_once(
     own_sizes = []
     for groups in found:
         batches = [group for group in map(batches_of, groups) if group]
-        through = [bool(group[0].item.fields.get("__repeated__")) for group in batches]
-        own_sizes.append([len(group) for group, repeats in zip(batches, through, strict=True) if not repeats])
-        assert all(len(group) == 1 for group, repeats in zip(batches, through, strict=True) if repeats)
+        repeated = [bool(group[0].item.fields.get("__repeated__")) for group in batches]
+        own_sizes.append([len(group) for group, repeats in zip(batches, repeated, strict=True) if not repeats])
+        assert all(len(group) == 1 for group, repeats in zip(batches, repeated, strict=True) if repeats)
     longest = max(own_sizes, key=len)
     for own in own_sizes:
-        assert own == longest[: len(own)], "a rank encodes more together than another has agreed to"
+        assert own == longest[: len(own)], "a rank encodes a larger group than another agreed to"
     for rank, groups in enumerate(found):
         entries = [entry for group in groups for entry in group]
         assert [entry.cursors for entry in batches_of(entries)] == cursors
         repeated = [bool(entry.item.fields.get("__repeated__")) for entry in batches_of(entries)]
         assert repeated == [step >= len(numbers[rank]) for step in range(steps)]
-        handed_out = [
+        yielded = [
             entry.item.lane if isinstance(entry.item, LaneEnd) else entry.item.cursor.batch
             for entry in entries
             if isinstance(entry.item, LaneEnd) or not entry.item.fields.get("__repeated__")
         ]
-        here = len(ranks[rank][0]) if uneven == "pad" else len(handed_out)
-        assert handed_out == list(range(here))
+        here = len(ranks[rank][0]) if uneven == "pad" else len(yielded)
+        assert yielded == list(range(here))
         assert left[rank] == (0 if uneven == "pad" else len(numbers[rank]) - steps)
 
 
-def test_what_no_rank_gets_may_be_broken(caplog: pytest.LogCaptureFixture) -> None:
-    """The others are through with the epoch, and would wait for this rank in the next one."""
+def test_records_that_no_rank_receives_may_be_broken(caplog: pytest.LogCaptureFixture) -> None:
+    """The other ranks have finished the epoch, and would wait for this rank in the next one."""
     error = ShardError("not JSON", path="a.jsonl", index=3)
     found, left = in_step([([1] * 3, 1), ([1, 1, 1, 1, 1, error, 1], 1)], "stop")
     assert [sum(map(len, groups)) for groups in found] == [3, 3] and left == [0, 2]
@@ -142,7 +144,7 @@ def test_what_no_rank_gets_may_be_broken(caplog: pytest.LogCaptureFixture) -> No
         in_step([([1, 1, error, 1], 1), ([1] * 9, 1)], "stop")
 
 
-def test_what_no_rank_gets_is_counted_for_a_while_only(
+def test_texts_that_no_rank_receives_are_counted_for_a_limited_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("bertstream.pipeline.lockstep._COUNT_REST_S", 0.0)
@@ -151,7 +153,7 @@ def test_what_no_rank_gets_is_counted_for_a_while_only(
     assert "is not all read: left_texts is too low" in caplog.text
 
 
-def test_batches_that_were_handed_over_are_let_go() -> None:
+def test_yielded_batches_are_released() -> None:
     alive: list[weakref.ref[Entry]] = []
 
     def entries() -> Iterator[Entry]:
@@ -176,15 +178,15 @@ def test_batches_that_were_handed_over_are_let_go() -> None:
 
 
 @pytest.mark.parametrize("name", ["seed", "shards", "state"])
-def test_ranks_that_would_not_share_the_records_out_are_told_so(name: str) -> None:
+def test_ranks_with_different_settings_are_refused(name: str) -> None:
     about = {"seed": 0, "shards": "3 by the digest ab", "state": "cd"}
     with pytest.raises(ConfigError, match=rf"^rank 1 streams with {name}='other', this rank with {name}="):
         in_step([([1], 9)] * 2, "pad", about, about | {name: "other"})
     assert in_step([([1], 9)] * 2, "pad", about, {"seed": 0, "shards": about["shards"]})[1] == [0, 0]
 
 
-def test_ranks_whose_batches_differ_gather_nearly_as_many_as_one_alone() -> None:
-    """What one has more than another waits for its next group, and is not a group by itself."""
+def test_ranks_with_unequal_batches_gather_nearly_as_many_as_one_alone() -> None:
+    """Batches that a rank has beyond the others wait for its next group; they are no group of their own."""
     found, _ = in_step([([3] * 200, 40), ([2, 4] * 100, 40)], "stop")
     assert [len(group) for group in found[0]] == [len(group) for group in found[1]]
     assert len(found[0]) <= 20 and sum(map(len, found[0])) == 200
