@@ -1,4 +1,4 @@
-"""The command line. It reads arguments, calls what the library has for them, and prints what that found."""
+"""The command line: reads arguments, calls the library, prints the result."""
 
 from __future__ import annotations
 
@@ -37,15 +37,17 @@ _EXIT_CODES = """exit status:
   0  done
   1  the data, the model, the cache or the disk is at fault, or a check found something
   2  an argument is at fault
-  130  interrupted (Ctrl-C); `embed` and `warm` go on where they were when they are called again
+  130  interrupted (Ctrl-C); call `embed` or `warm` again to continue
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, and say what the process should exit with.
+    """Run the command line.
 
     Args:
-        arguments: those behind the program's name; None takes the process's own.
+        arguments: without the program's name; None reads `sys.argv`.
+    Returns:
+        The exit status.
     """
     options = _parser().parse_args(arguments)
     handler = logging.StreamHandler()
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found, lines, status = options.run(options)
         print(json.dumps(found) if options.json else "\n".join(lines), flush=True)
         return int(status)
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, `head` for example, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -65,10 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _failed(options, str(error), 2)
     except ShardError as error:
-        named = (
-            error.field is not None and error.field == getattr(options, "text", None) and "has no such " in str(error)
-        )
-        return _failed(options, f"{error}{' (--text names the field of the text)' if named else ''}", 1)
+        no_text = error.field is not None and error.field == options.text and "has no such " in str(error)
+        return _failed(options, f"{error}{' (--text names the field of the text)' if no_text else ''}", 1)
     except (BertstreamError, OSError) as error:
         return _failed(options, str(error), 1)
 
@@ -78,7 +78,7 @@ def _failed(options: argparse.Namespace, message: str, status: int) -> int:
     return status
 
 
-# What a verb gives: an object for --json, lines for people, and the exit status.
+# A verb's result: an object for --json, lines for people, and the exit status.
 _Found = tuple[dict[str, Any], list[str], int]
 
 
@@ -115,16 +115,15 @@ def _inspection_lines(found: Inspection) -> list[str]:
     lengths, texts, tokens = found.lengths, found.batch_texts, found.batch_tokens
     table = {
         "shards": f"{found.shards:,}" + (f", {_size(found.shard_bytes)}" if found.shard_bytes else ""),
-        "texts": f"{found.texts:,}, of which {found.repeated_texts:,} repeat another",
-        "broken": f"{found.bad_records:,} passed over",
+        "texts": f"{found.texts:,}; {found.repeated_texts:,} repeat an earlier one",
+        "broken": f"{found.bad_records:,} skipped",
         "tokens": f"{found.tokens:,}; a text has {lengths.least:,} to {lengths.most:,}, "
         f"half of them {lengths.median:,} at most, 99 % {lengths.p99:,}",
         "too long": f"{found.long_texts:,} texts for this model's {found.max_length:,} tokens; {found.cut_tokens:,} "
-        "tokens are behind that (--overflow truncate loses them, windows keeps them)",
+        "tokens beyond that (--overflow truncate loses them, windows keeps them)",
         "batches": f"{found.batches:,} of {texts.least:,} to {texts.most:,} texts, {tokens.least:,} to {tokens.most:,} "
         "tokens",
-        "padding": f"{found.padding_in_order:.1%} in the file's order, {found.padding_bucketed:.1%} bucketed, "
-        "none packed",
+        "padding": f"{found.padding_in_order:.1%} in file order, {found.padding_bucketed:.1%} bucketed, none packed",
         "encoder": found.batching,
         "an epoch": f"at least {_time(found.encode_s)} without a cache, at {found.tokens_per_s:,.0f} tokens/s",
         "cache": ", ".join(f"{_size(found.cache_bytes[name])} as {name}" for name in ("float32", "bfloat16", "int8")),
@@ -164,13 +163,13 @@ def _embed(options: argparse.Namespace) -> _Found:
         line += f"; {found['texts_before']:,} texts were there already"
     if found["cut_texts"]:
         line += f"; texts cut off: {found['cut_texts']:,}"
-    return found, [line + _passed_over(found)], 0
+    return found, [line + _skipped(found)], 0
 
 
-def _passed_over(found: Mapping[str, int]) -> str:
+def _skipped(found: Mapping[str, int]) -> str:
     return "".join(
         f"; {said}: {found[name]:,}"
-        for name, said in (("bad_records", "broken records passed over"), ("bad_shards", "broken shards given up"))
+        for name, said in (("bad_records", "broken records skipped"), ("bad_shards", "broken shards given up"))
         if found[name]
     )
 
@@ -191,7 +190,7 @@ def _warm(options: argparse.Namespace) -> _Found:
             )
         )
         found |= {"fingerprint": cache.fingerprint(encoder), **cache.stats()}
-    lines = [f"{found['texts']:,} texts, {found['computed']:,} of them computed now{_passed_over(found)}"]
+    lines = [f"{found['texts']:,} texts, {found['computed']:,} of them computed now{_skipped(found)}"]
     lines.append(f"{options.cache}: {_size(found['disk_bytes'])}, {found['disk_texts']:,} texts in all")
     if found["disk_evictions"] or found["disk_dropped_writes"]:
         lines.append(f"{found['disk_evictions'] + found['disk_dropped_writes']:,} found no room: raise --limit")
@@ -261,7 +260,7 @@ def _encoder(options: argparse.Namespace) -> Encoder:
     chosen = {name: getattr(options, name) for name in names}
     chosen["pooling"] = options.pooling[0] if options.pooling and len(options.pooling) == 1 else options.pooling
     if options.normalize:
-        chosen["normalize"] = True  # else what the model's folder says
+        chosen["normalize"] = True  # otherwise the model's folder decides
     return Encoder.from_pretrained(
         options.model,
         layers=tuple(options.layers),
@@ -295,10 +294,10 @@ def _time(seconds: float) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as everything here does."""
+    """Prints a mistake as one line, like every other error of the command line."""
 
     def error(self, message: str) -> NoReturn:
-        """End the program; the verbs' parsers are of this class too."""
+        """End the program; the verbs' parsers call it too."""
         self.exit(2, f"{self.prog}: {message} (--help says what it takes)\n")
 
 
@@ -324,7 +323,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("-v", "--verbose", action="store_true", help="say more, on standard error")
         return verb
 
-    verb = add("inspect", _inspect, "what a corpus means for an encoder: lengths, batches, padding, time, room")
+    verb = add("inspect", _inspect, "lengths, batches, padding, time and cache size of a corpus")
     _add_shards(verb)
     budget = verb.add_mutually_exclusive_group()
     budget.add_argument("--batch-size", type=int, metavar="N", help="texts in a batch (default: 32)")
@@ -332,53 +331,51 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--plot", metavar="FILE", help="draw the lengths and the padding (.png, .svg, .pdf)")
     _add_encoder(verb)
 
-    verb = add("embed", _embed, "write the vectors of all texts to files; goes on where a run was stopped")
+    verb = add("embed", _embed, "write the vectors of all texts to files; continues a stopped run")
     _add_shards(verb)
-    verb.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, or one of a run that was stopped")
+    verb.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, or that of a stopped run")
     verb.add_argument("--format", choices=get_args(PartFormat), default="parquet", help="(default: %(default)s)")
     verb.add_argument("--part-size", default="128MiB", metavar="SIZE", help="vectors in a file (default: %(default)s)")
     _add_workers(verb)
     _add_encoder(verb)
 
-    verb = add("warm", _warm, "fill a cache ahead of training; goes on where a run was stopped")
+    verb = add("warm", _warm, "fill a cache ahead of training; continues a stopped run")
     _add_shards(verb)
-    verb.add_argument("--cache", required=True, metavar="FOLDER", help="of the cache, on a local disk")
-    verb.add_argument("--limit", default="100GiB", metavar="SIZE", help="of the cache's file (default: %(default)s)")
+    verb.add_argument("--cache", required=True, metavar="FOLDER", help="the cache's folder, on a local disk")
+    verb.add_argument("--limit", default="100GiB", metavar="SIZE", help="size of the file (default: %(default)s)")
     verb.add_argument(
-        "--storage", choices=get_args(Storage), default="auto", help="how vectors are kept (default: as they are)"
+        "--storage", choices=get_args(Storage), default="auto", help="how vectors are stored (default: as they are)"
     )
     _add_workers(verb)
     _add_encoder(verb)
 
-    verb = add(
-        "cache", _cache, "how much a cache holds, by the fingerprints of encoders; check it, or forget some of it"
-    )
+    verb = add("cache", _cache, "what a cache holds, by the fingerprints of encoders; check it, or drop some of it")
     verb.add_argument("folder", metavar="FOLDER")
-    verb.add_argument("--verify", action="store_true", help="check every entry, and delete those that are damaged")
+    verb.add_argument("--verify", action="store_true", help="check every entry and delete the damaged ones")
     verb.add_argument(
-        "--drop", nargs="+", metavar="FINGERPRINT", help="forget an encoder's vectors; `all` for everybody's"
+        "--drop", nargs="+", metavar="FINGERPRINT", help="delete an encoder's vectors; `all` for those of all encoders"
     )
 
-    verb = add("doctor", _doctor, "what this machine can do, and how models run on it")
-    verb.add_argument("--model", nargs="+", metavar="NAME_OR_FOLDER", help="load these, and say how they run")
+    verb = add("doctor", _doctor, "what is installed here, and how models run on this machine")
+    verb.add_argument("--model", nargs="+", metavar="NAME_OR_FOLDER", help="load these and show how they run")
     verb.add_argument("--dtype", default="auto", help="of the forward (default: %(default)s)")
     verb.add_argument("--device", default="auto", help="(default: %(default)s)")
     return parser
 
 
 def _add_shards(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("shards", nargs="+", metavar="SHARDS", help="paths or URLs; braces and globs may be quoted")
-    verb.add_argument("--text", default="text", metavar="FIELD", help="what holds the text (default: %(default)s)")
-    verb.add_argument("--pair", metavar="FIELD", help="what holds the second text, where records are pairs")
+    verb.add_argument("shards", nargs="+", metavar="SHARDS", help="paths or URLs; quoted braces and globs are expanded")
+    verb.add_argument("--text", default="text", metavar="FIELD", help="field of the text (default: %(default)s)")
+    verb.add_argument("--pair", metavar="FIELD", help="field of the second text, if records are pairs")
     verb.add_argument(
-        "--max-bad-records", type=float, default=0, metavar="N", help="broken records to pass over (default: 0)"
+        "--max-bad-records", type=float, default=0, metavar="N", help="broken records to skip (default: 0)"
     )
     verb.add_argument("--shard-cache", metavar="FOLDER", help="keep copies of remote shards here")
     verb.add_argument(
         "--progress",
         action=argparse.BooleanOptionalAction,
         default=sys.stderr is not None and sys.stderr.isatty(),
-        help="show a bar on standard error (default: where that is a terminal)",
+        help="show a bar on standard error (default: if that is a terminal)",
     )
 
 
@@ -392,7 +389,7 @@ def _add_encoder(verb: argparse.ArgumentParser) -> None:
     group = verb.add_argument_group("encoder")
     group.add_argument("--model", required=True, metavar="NAME_OR_FOLDER")
     group.add_argument(
-        "--output", choices=get_args(Output), default="tokens", help="a vector for each (default: %(default)s)"
+        "--output", choices=get_args(Output), default="tokens", help="one vector for each (default: %(default)s)"
     )
     group.add_argument(
         "--layers",
@@ -403,29 +400,29 @@ def _add_encoder(verb: argparse.ArgumentParser) -> None:
         help="0 is the embedding layer, -1 the last (default: -1)",
     )
     group.add_argument(
-        "--combine", choices=get_args(Combine), default="concat", help="of several layers (default: %(default)s)"
+        "--combine", choices=get_args(Combine), default="concat", help="for several layers (default: %(default)s)"
     )
     group.add_argument(
-        "--pooling", nargs="+", metavar="HOW", help="of a word's or a text's tokens (default: mean, or the model's own)"
+        "--pooling", nargs="+", metavar="HOW", help="of a word's or text's tokens (default: mean, or the model's own)"
     )
     group.add_argument(
         "--special-tokens",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="count special tokens in (default: yes)",
+        help="include special tokens (default: yes)",
     )
     group.add_argument("--normalize", action="store_true", help="scale sentence vectors to length 1")
     group.add_argument(
         "--overflow",
         choices=get_args(Overflow),
         default="error",
-        help="of texts that are too long (default: %(default)s)",
+        help="for texts that are too long (default: %(default)s)",
     )
     group.add_argument(
         "--stride", type=int, default=0, metavar="N", help="tokens by which windows overlap (default: 0)"
     )
     group.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens of a text or window (default: what the model takes)"
+        "--max-length", type=int, metavar="N", help="tokens of a text or window (default: the model's limit)"
     )
     group.add_argument("--max-forward-tokens", type=int, metavar="N", help="tokens of one forward (default: measured)")
     group.add_argument("--dtype", default="auto", help="of the forward (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""BERT inside a model, in place of `nn.Embedding`: frozen or trained."""
+"""BERT as a layer inside a model, in place of `nn.Embedding`: frozen or trained."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 class BertEmbedding(nn.Module):
-    """Texts to vectors inside a model, with gradients once the encoder is unfrozen.
+    """Turns texts into vectors inside a model, with gradients once the encoder is unfrozen.
 
-    It takes what a loader of the same encoder yields: `Embeddings`, which pass unchanged, or a `TokenBatch` while the
-    encoder is trained. One training script serves both.
+    It also takes what a loader of the same encoder yields: `Embeddings`, which pass unchanged, or a `TokenBatch` while
+    the encoder is trained. So one training script serves both.
 
     Args:
-        encoder: frozen until `encoder.unfreeze()`. Its parameters are this module's: in `parameters()`, the state dict
-            and `.to()`.
-        layout: None gives `Embeddings`; "padded", "nested", "packed_sequence" or "flat" give plain tensors, as for
-            `bertstream.wrap`, so that it fits into an `nn.Sequential`.
+        encoder: frozen until `encoder.unfreeze()`. Its parameters are part of this module: in `parameters()`, the state
+            dict and `.to()`.
+        layout: None returns `Embeddings`; "padded", "nested", "packed_sequence" or "flat" return plain tensors, as for
+            `bertstream.wrap`, for use in an `nn.Sequential`.
     Raises:
         ConfigError: an argument is out of range.
     """
@@ -46,7 +46,7 @@ class BertEmbedding(nn.Module):
 
     @property
     def embedding_dim(self) -> int:
-        """H, the size of the vectors; the name that `nn.Embedding` uses."""
+        """H, the size of the vectors, under the name that `nn.Embedding` uses."""
         return self.encoder.embedding_dim
 
     def forward(self, texts: Sequence[Text] | TokenBatch | Embeddings) -> Any:
@@ -57,7 +57,7 @@ class BertEmbedding(nn.Module):
             autocast, and with dropout in train mode.
         Raises:
             ConfigError: `texts` is none of these.
-            EncoderError: as for `Encoder.encode`; or the `Embeddings` are of another output, other layers or size.
+            EncoderError: as for `Encoder.encode`; or the `Embeddings` have another output, other layers or size.
         """
         if isinstance(texts, Embeddings):
             found = texts
@@ -78,7 +78,7 @@ class BertEmbedding(nn.Module):
             )
 
     def _warn_of_missing_gradients(self) -> None:
-        """Warn once: a surrounding module's `requires_grad_` reaches the parameters, but does not unfreeze."""
+        """Warn once: `requires_grad_` of a surrounding module reaches the parameters but does not unfreeze."""
         if self._said or self.encoder.trainable or not torch.is_grad_enabled():
             return
         if any(parameter.requires_grad for parameter in self.encoder.parameters()):
@@ -90,20 +90,20 @@ class BertEmbedding(nn.Module):
 
 
 class UnfreezeSchedule:
-    """Unfreezes an encoder during training: all layers together, or one after the other from the top.
+    """Unfreezes an encoder during training: all layers together, or one by one from the top.
 
         schedule = UnfreezeSchedule(encoder, start=1)
         for epoch in range(4):
             schedule.set(epoch)  # frozen in epoch 0, trained from epoch 1
             ...
 
-    A DistributedDataParallel averages only the parameters that were trained when it was made: make it again after each
+    DistributedDataParallel averages only the parameters that were trainable when it was made: make a new one after each
     `set` that changes something.
 
     Args:
         encoder: frozen until `start`.
         start: the number given to `set` (an epoch or a step) at which the first layers are unfrozen.
-        every: one more layer is unfrozen every so many epochs or steps; None unfreezes all at `start`.
+        every: epochs or steps from one layer to the next; None unfreezes all at `start`.
     Raises:
         ConfigError: an argument is out of range.
     """
@@ -117,17 +117,17 @@ class UnfreezeSchedule:
         self._encoder = encoder
         self._start = start
         self._every = every
-        self._now: int | None = -1  # trained layers; None for everything
+        self._now: int | None = -1  # trained layers; None means all parameters
         self._said = False
         self._layers = len(encoder.parameter_groups(0.0)) - 1
 
     def set(self, number: int) -> None:
-        """Set the number of the epoch or step that begins, also when resuming from a checkpoint."""
+        """Apply the schedule for the epoch or step that begins; call it after loading a checkpoint too."""
         layers: int | None = 0
         if number >= self._start:
             layers = None if self._every is None else 1 + (number - self._start) // self._every
             layers = None if layers is None or layers > self._layers else layers
-        if layers == self._now and self._encoder.trainable == (layers != 0):  # and nobody froze or unfroze it since
+        if layers == self._now and self._encoder.trainable == (layers != 0):  # not frozen or unfrozen elsewhere
             return
         self._now = layers
         if layers == 0:
@@ -140,5 +140,5 @@ class UnfreezeSchedule:
             self._said = True
             logger.warning(
                 "a DistributedDataParallel made before parameters were unfrozen does not average them over ranks: make "
-                "it again after each set() that changes something"
+                "a new one after each set() that changes something"
             )

@@ -1,4 +1,4 @@
-"""A classifier over BERT's vectors: frozen and cached for some epochs, then trained with the encoder, by one loop.
+"""Train a classifier on frozen, cached BERT vectors for some epochs, then fine-tune BERT too, in one training loop.
 
 python examples/finetune.py
 python examples/finetune.py --train train.csv --test test.csv --text text --label category --frozen 2 --epochs 4
@@ -20,7 +20,7 @@ DATA = Path(__file__).parent / "data"
 class Classifier(nn.Module):
     def __init__(self, encoder, classes):
         super().__init__()
-        self.embed = bertstream.BertEmbedding(encoder)  # vectors pass through; tokens of a trained encoder do not
+        self.embed = bertstream.BertEmbedding(encoder)  # embeds tokens if BERT is trained; vectors pass unchanged
         self.head = nn.Linear(encoder.embedding_dim, classes)
 
     def forward(self, texts):
@@ -35,14 +35,14 @@ def main():
     parser.add_argument("--label", default="sense", help="the field that holds the class (default: %(default)s)")
     parser.add_argument("--model", default="all-MiniLM-L6-v2", help="a name or a folder (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--frozen", type=int, default=2, help="epochs before the encoder is trained as well")
-    parser.add_argument("--layers-every", type=int, help="unfreeze a layer each so many epochs; default: all at once")
-    parser.add_argument("--lr", type=float, default=5e-3, help="of the head")
-    parser.add_argument("--encoder-lr", type=float, default=1e-4, help="of the encoder's top layer")
+    parser.add_argument("--frozen", type=int, default=2, help="epochs before the encoder is trained too")
+    parser.add_argument("--layers-every", type=int, help="epochs between layers to unfreeze; default: all together")
+    parser.add_argument("--lr", type=float, default=5e-3, help="learning rate of the head")
+    parser.add_argument("--encoder-lr", type=float, default=1e-4, help="learning rate of the encoder's top layer")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    # In half precision small steps would be rounded away; on a GPU train it under torch.autocast.
+    # Train float32 weights: bfloat16 rounds small updates away. On a GPU, use torch.autocast for speed.
     encoder = bertstream.Encoder.from_pretrained(args.model, output="sentence", normalize=False, dtype="float32")
     labelled = bertstream.TextStream(args.train, encoder, text=args.text, fields=[args.label])
     classes = sorted(set(itertools.chain.from_iterable(batch.fields[args.label] for batch in labelled)))
@@ -66,7 +66,7 @@ def main():
             optimizer.step()
         decay.step()
 
-    encoder.freeze()  # test vectors are computed once, packed and without gradients
+    encoder.freeze()  # the loader then yields vectors again
     right = total = 0
     with torch.no_grad():
         for batch in tqdm(test, desc="test", unit="batch"):

@@ -1,6 +1,6 @@
-"""River bank or money bank? Trains on contextual vectors while they stream, and on static vectors beside them.
+"""River bank or money bank? Train on contextual vectors as they stream, and on static vectors for comparison.
 
-Each of six words has two senses; linear layers learn to tell them apart from the sentences in examples/data.
+Each of six words has two senses; linear layers learn to tell them apart in the sentences of examples/data.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from tqdm import tqdm
 import bertstream
 
 DATA = Path(__file__).parent / "data"
-SENSES = ["bank/money", "bank/river", "bass/fish", "bass/music", "bat/animal", "bat/club"]  # two a word, side by side
+SENSES = ["bank/money", "bank/river", "bass/fish", "bass/music", "bat/animal", "bat/club"]  # pairs
 SENSES += ["crane/bird", "crane/machine", "seal/animal", "seal/closure", "spring/coil", "spring/season"]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,30 +24,30 @@ args = parser.parse_args()
 torch.manual_seed(args.seed)
 
 encoder = bertstream.Encoder.from_pretrained(args.model, output="tokens")
-fields = {"position": int, "sense": SENSES.index}  # what a batch carries beside the words, and as which number
+fields = {"position": int, "sense": SENSES.index}  # other fields of a batch, as numbers
 settings = {"text": "words", "into": "vectors", "fields": fields, "batch_size": 32}
 train = bertstream.stream(DATA / "senses-train.jsonl", encoder, **settings, shuffle=True, seed=args.seed)
 test = bertstream.stream(DATA / "senses-test.jsonl", encoder, **settings)
 
-table = encoder.model.get_input_embeddings().weight.detach().float()  # what `nn.Embedding` would look up
+table = encoder.model.get_input_embeddings().weight.detach().float()  # static vectors, one a token
 heads = nn.ModuleList(nn.Linear(encoder.embedding_dim, len(SENSES)) for _ in range(5)).to(encoder.device)
 optimizer = torch.optim.AdamW(heads.parameters(), lr=1.5e-2)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
 
 
 def static(texts):
-    """The mean of the rows that each text's tokens have in the table, without [CLS] and [SEP]: [B, H]."""
+    """Mean static vector of each text's tokens, without [CLS] and [SEP]: [B, H]."""
     return torch.stack([table[text.input_ids[1:-1]].mean(0) for text in encoder.tokenizer(texts)])
 
 
 def views(batch):
-    """What there is to know about each sentence's ambiguous word, in five ways: [B, H] each."""
+    """Five representations of each sentence's ambiguous word, [B, H] each."""
     vectors, _ = batch["vectors"].padded()  # [B, T, H]
     word_of_token = batch["vectors"].align([range(len(words)) for words in batch["words"]])  # [B, T]
     contextual = vectors[word_of_token == batch["position"][:, None].to(encoder.device)]
     places = list(zip(batch["words"], batch["position"].tolist(), strict=True))
     return {
-        "majority class": torch.zeros_like(contextual),  # from nothing, a linear layer learns just that
+        "majority class": torch.zeros_like(contextual),  # zeros leave only the bias to learn
         "the word's static vector": static([[words[i]] for words, i in places]),
         "mean static vector, 5 words each side": static([w[max(0, i - 5) : i] + w[i + 1 : i + 6] for w, i in places]),
         "mean static vector, whole sentence": static(batch["words"]),
@@ -56,7 +56,7 @@ def views(batch):
 
 
 def logits_and_sense(batch):
-    """For each view the logits of the two senses that the word has, [B, 2]; and which of the two is right, [B]."""
+    """The logits of the word's two senses for each view, [B, 2]; and the index of the right one, [B]."""
     sense = batch["sense"].to(encoder.device)
     pairs = {view: head(x).view(len(x), -1, 2) for head, (view, x) in zip(heads, views(batch).items(), strict=True)}
     return {view: x[torch.arange(len(x)), sense // 2] for view, x in pairs.items()}, sense % 2

@@ -1,6 +1,6 @@
-"""Encoders as Ray actors feed two training workers: on one machine here, on as many as there are in a cluster.
+"""Encoders as Ray actors feed two training workers: on this machine, or on all machines of a cluster.
 
-Each worker trains a linear layer on its share of the sentences, while the actors encode; the mean of the two is tested.
+Each worker trains a linear layer on its share of the sentences while the actors encode; the mean of both is tested.
 """
 
 import argparse
@@ -19,21 +19,21 @@ WORDS = ["bank", "bass", "bat", "crane", "seal", "spring"]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="all-MiniLM-L6-v2", help="a name or a folder (default: %(default)s)")
-parser.add_argument("--actors", type=int, default=2, help="how many encode (default: %(default)s)")
-parser.add_argument("--gpus", type=float, default=0, help="that each actor takes (default: %(default)s)")
+parser.add_argument("--actors", type=int, default=2, help="number of encoders (default: %(default)s)")
+parser.add_argument("--gpus", type=float, default=0, help="GPUs per actor (default: %(default)s)")
 parser.add_argument("--epochs", type=int, default=2)
 args = parser.parse_args()
 
 
 def sentences(split):
-    """Rows of text and label: which ambiguous word it is about."""
+    """Rows of text and label; the label is the ambiguous word."""
     rows = map(json.loads, (DATA / f"senses-{split}.jsonl").read_text("utf-8").splitlines())
     return [{"text": " ".join(row["words"]), "label": WORDS.index(row["word"])} for row in rows]
 
 
 @ray.remote(num_cpus=0)
 def train(share, size):
-    """A linear layer that has seen the share `epochs` times, and how many rows that were."""
+    """Train a linear layer on the share; return its state dict and the number of rows it has seen."""
     torch.manual_seed(0)
     head, rows = nn.Linear(size, len(WORDS)), 0
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
@@ -59,7 +59,7 @@ vectors = (
         },
         compute=ray.data.ActorPoolStrategy(size=args.actors),
         num_gpus=args.gpus,
-        batch_size=64,  # of a large corpus: 1024
+        batch_size=64,  # 1024 for a large corpus
     )
     .drop_columns(["text"])
 )

@@ -1,4 +1,4 @@
-"""A tagger that was written for GloVe vectors, and the lines that change when BERT takes their place.
+"""A tagger written for GloVe vectors, and the lines to change for BERT.
 
 python examples/replace_glove.py --vectors static
 python examples/replace_glove.py --vectors bert
@@ -19,7 +19,7 @@ DATA = Path(__file__).parent / "data"
 
 
 class SenseTagger(nn.Module):
-    """The model as it was: a BiLSTM over one vector a word. It asks its embedding for its size, and no more."""
+    """The unchanged model: a BiLSTM over one vector per word. Of its embedding it needs only `embedding_dim`."""
 
     def __init__(self, embedding, senses):
         super().__init__()
@@ -34,7 +34,7 @@ class SenseTagger(nn.Module):
 
 
 class StaticEmbedding(nn.Embedding):
-    """What stood there before: a vector for each word of a vocabulary (trained here; GloVe's would be loaded)."""
+    """The embedding before: one vector per word of a vocabulary, trained here where GloVe's would be loaded."""
 
     def __init__(self, vocabulary, size):
         super().__init__(len(vocabulary) + 1, size)

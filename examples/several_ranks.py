@@ -1,4 +1,4 @@
-"""Shards dealt to ranks, and a model with a trained BERT inside under DistributedDataParallel (gloo, on this machine).
+"""Stream shards to several ranks and fine-tune BERT under DistributedDataParallel (gloo, on this machine).
 
 python examples/several_ranks.py --ranks 2
 """
@@ -32,7 +32,7 @@ def train(rank, ranks, meeting_point, epochs):
     torch.set_num_threads(1)
     encoder = bertstream.Encoder.from_pretrained("all-MiniLM-L6-v2", output="sentence", device="cpu", dtype="float32")
     words = ["bank", "bass", "bat", "crane", "seal", "spring"]
-    lanes = bertstream.StreamConfig(lanes=2 * ranks)  # the data are small: by default they would be one lane
+    lanes = bertstream.StreamConfig(lanes=2 * ranks)  # by default, data this small gets one lane
     loader = bertstream.stream(
         str(DATA / "senses-train.jsonl"), encoder, text="words", batch_size=16, shuffle=True,
         fields={"word": words.index}, reading=lanes,
@@ -42,10 +42,10 @@ def train(rank, ranks, meeting_point, epochs):
     optimizer = torch.optim.AdamW(groups)
     unfreezing = bertstream.UnfreezeSchedule(encoder, start=1, every=1)
     for epoch in range(epochs):
-        unfreezing.set(epoch)  # from epoch 1 on batches come as tokens, and the model embeds them
-        model = nn.parallel.DistributedDataParallel(classifier)  # averages what is trained from here on
+        unfreezing.set(epoch)  # from epoch 1 on, batches hold tokens and the model embeds them
+        model = nn.parallel.DistributedDataParallel(classifier)  # averages the parameters trainable now
         steps = 0
-        for batch in loader:  # every rank has as many: one that is through repeats its last
+        for batch in loader:  # equally many per rank: one that has finished repeats its last
             loss = nn.functional.cross_entropy(model(batch["words"]), batch["word"])
             if batch.get("__repeated__", False):
                 loss = 0 * loss

@@ -1,4 +1,4 @@
-"""Train BERT's upper layers while the lower ones, frozen, are computed once and then come from a cache.
+"""Train BERT's upper layers; the frozen lower ones are computed once and then read from a cache.
 
 python examples/split_finetune.py
 python examples/split_finetune.py --train train.csv --test test.csv --text text --label category --at 4
@@ -25,15 +25,15 @@ def main():
     parser.add_argument("--text", default="words", help="the field that holds the text (default: %(default)s)")
     parser.add_argument("--label", default="sense", help="the field that holds the class (default: %(default)s)")
     parser.add_argument("--model", default="all-MiniLM-L6-v2", help="a name or a folder (default: %(default)s)")
-    parser.add_argument("--at", type=int, default=4, help="the first layer that is trained")
+    parser.add_argument("--at", type=int, default=4, help="number of frozen layers")
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--lr", type=float, default=5e-3, help="of the head")
-    parser.add_argument("--encoder-lr", type=float, default=2e-4, help="of the encoder's upper half")
+    parser.add_argument("--lr", type=float, default=5e-3, help="learning rate of the head")
+    parser.add_argument("--encoder-lr", type=float, default=2e-4, help="learning rate of the upper layers")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    # In half precision small steps would be rounded away; on a GPU train it under torch.autocast.
+    # Train float32 weights: bfloat16 rounds small updates away. On a GPU, use torch.autocast for speed.
     encoder = bertstream.Encoder.from_pretrained(args.model, output="sentence", normalize=False, dtype="float32")
     lower, upper = encoder.split(at=args.at)
     labelled = bertstream.TextStream(args.train, lower, text=args.text, fields=[args.label])

@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--window", type=int, default=16384, help="records mixed at once; more if sorted by class")
+    parser.add_argument("--bucket-size", type=int, default=16384, help="records mixed together; raise for sorted data")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that read and tokenize")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -32,13 +32,13 @@ def main():
 
     encoder = bertstream.Encoder.from_pretrained(args.model, output="sentence", pooling="mean")
 
-    # A pass without vectors, over token batches, to see which classes there are.
+    # Read the data once without encoding it, to collect the classes.
     labelled = bertstream.TextStream(args.train, encoder, text=args.text, fields=[args.label])
     classes = sorted(set(itertools.chain.from_iterable(batch.fields[args.label] for batch in labelled)))
-    numbers = {name: number for number, name in enumerate(classes)}
+    index = {name: i for i, name in enumerate(classes)}
 
-    settings = {"text": args.text, "fields": {args.label: numbers.__getitem__}, "num_workers": args.num_workers}
-    mixing = {"shuffle": True, "seed": args.seed, "reading": bertstream.StreamConfig(bucket_size=args.window)}
+    settings = {"text": args.text, "fields": {args.label: index.__getitem__}, "num_workers": args.num_workers}
+    mixing = {"shuffle": True, "seed": args.seed, "reading": bertstream.StreamConfig(bucket_size=args.bucket_size)}
     train = bertstream.stream(args.train, encoder, **settings, batch_size=args.batch_size, **mixing)
     test = bertstream.stream(args.test, encoder, **settings)
 

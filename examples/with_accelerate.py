@@ -18,7 +18,7 @@ DATA = Path(__file__).parent / "data"
 
 
 class Classifier(nn.Module):
-    """Over plain tensors: vectors [B, T, H] with their mask [B, T]; it gives its loss where there are labels."""
+    """Takes plain tensors, vectors [B, T, H] and mask [B, T]; with labels it returns its loss too."""
 
     def __init__(self, size, classes):
         super().__init__()
@@ -35,7 +35,7 @@ parser.add_argument("--epochs", type=int, default=8)
 args = parser.parse_args()
 torch.manual_seed(0)
 encoder = bertstream.Encoder.from_pretrained("all-MiniLM-L6-v2")
-cache = bertstream.EmbeddingCache("1GiB")  # later epochs compute no vector again
+cache = bertstream.EmbeddingCache("1GiB")  # later epochs read the vectors from it
 lines = {part: (DATA / f"senses-{part}.jsonl").read_text("utf-8").splitlines() for part in ("train", "test")}
 sets = {part: list(map(json.loads, found)) for part, found in lines.items()}
 senses = sorted({row["sense"] for row in sets["train"]})
@@ -44,12 +44,12 @@ for part, rows in sets.items():
     data = [{"inputs_embeds": row["words"], "labels": senses.index(row["sense"])} for row in rows]
     collate = bertstream.TokenCollate(encoder, text="inputs_embeds")
     plain = DataLoader(data, 16, shuffle=part == "train", collate_fn=collate)
-    # "padded" puts [B, T, H] under the text's name, and [B, T] under the name with _mask.
+    # "padded" puts vectors [B, T, H] under the text's name, and their mask [B, T] under that name plus "_mask".
     loaders[part] = bertstream.wrap(plain, encoder, text="inputs_embeds", layout="padded", cache=cache)
 model = Classifier(encoder.embedding_dim, len(senses)).to(encoder.device)
 
 accelerator = Accelerator(cpu=True)
-# Not the loader: its vectors are on the device already, and with several ranks `stream` deals out the shards itself.
+# Do not prepare the loader: its vectors are on the device already, and `stream` shares out shards to ranks itself.
 model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), 1e-2))
 for _ in range(args.epochs):
     for batch in loaders["train"]:

@@ -1,4 +1,4 @@
-"""Streamed vectors in a Hugging Face Trainer, which asks a method for its loader (pip install accelerate).
+"""Streamed vectors in a Hugging Face Trainer, through its `get_train_dataloader` (pip install accelerate).
 
 python examples/with_trainer.py
 """
@@ -19,7 +19,7 @@ DATA = Path(__file__).parent / "data"
 
 
 class Classifier(nn.Module):
-    """Over plain tensors: vectors [B, T, H] with their mask [B, T]; it gives its loss where there are labels."""
+    """Takes plain tensors, vectors [B, T, H] and mask [B, T]; with labels it returns its loss too."""
 
     def __init__(self, size, classes):
         super().__init__()
@@ -41,7 +41,7 @@ parser.add_argument("--epochs", type=int, default=8)
 args = parser.parse_args()
 torch.manual_seed(0)
 encoder = bertstream.Encoder.from_pretrained("all-MiniLM-L6-v2")
-cache = bertstream.EmbeddingCache("1GiB")  # later epochs compute no vector again
+cache = bertstream.EmbeddingCache("1GiB")  # later epochs read the vectors from it
 lines = {part: (DATA / f"senses-{part}.jsonl").read_text("utf-8").splitlines() for part in ("train", "test")}
 sets = {part: list(map(json.loads, found)) for part, found in lines.items()}
 senses = sorted({row["sense"] for row in sets["train"]})
@@ -50,7 +50,7 @@ for part, rows in sets.items():
     data = [{"inputs_embeds": row["words"], "labels": senses.index(row["sense"])} for row in rows]
     collate = bertstream.TokenCollate(encoder, text="inputs_embeds")
     plain = DataLoader(data, 16, shuffle=part == "train", collate_fn=collate)
-    # "padded" puts [B, T, H] under the text's name, and [B, T] under the name with _mask.
+    # "padded" puts vectors [B, T, H] under the text's name, and their mask [B, T] under that name plus "_mask".
     loaders[part] = bertstream.wrap(plain, encoder, text="inputs_embeds", layout="padded", cache=cache)
 model = Classifier(encoder.embedding_dim, len(senses)).to(encoder.device)
 

@@ -1,4 +1,4 @@
-"""A Dataset and DataLoaders of somebody's own, and the line that puts sentence vectors into their batches.
+"""An ordinary Dataset with DataLoaders, and the one line that puts sentence vectors into their batches.
 
 python examples/wrap_dataloader.py
 python examples/wrap_dataloader.py --train train.csv --test test.csv --text text --label category
@@ -20,7 +20,7 @@ DATA = Path(__file__).parent / "data"
 
 
 class LabelledTexts(Dataset):
-    """The rows of a CSV file, or the lines of a jsonl file, whose texts may be lists of words."""
+    """The rows of a CSV or jsonl file; in jsonl a text may be a list of words."""
 
     def __init__(self, path, text, label):
         with open(path, encoding="utf-8", newline="") as file:
@@ -55,7 +55,7 @@ train = DataLoader(dataset, batch_size=args.batch_size, shuffle=True)
 test = DataLoader(held_out, batch_size=args.batch_size)
 
 encoder = bertstream.Encoder.from_pretrained("all-MiniLM-L6-v2", output="sentence", pooling="mean")
-train = bertstream.wrap(train, encoder, text="text")  # the one line: batch["text"] was strings, and is vectors now
+train = bertstream.wrap(train, encoder, text="text")  # the one line: batch["text"] now holds vectors
 test = bertstream.wrap(test, encoder, text="text")
 
 classifier = nn.Linear(encoder.embedding_dim, len(dataset.classes)).to(encoder.device)

@@ -67,11 +67,11 @@ def test_every_verb_explains_itself_and_its_exit_status(call: Call, verb: str) -
 def test_every_option_of_an_encoder_has_one_on_the_command_line(call: Call) -> None:
     names = set(Encoder.__init__.__kwdefaults__ or ()) | set(Encoder.from_pretrained.__kwdefaults__ or ())
     shown = re.findall(r"--(?:no-)?([\w-]+)", call("embed", "--help")[1])
-    # A function cannot be typed, and `packed` is for tests.
+    # A function cannot be typed on a command line, and `packed` is for tests.
     assert {name.replace("_", "-") for name in names - {"word_splitter", "split", "packed"}} <= set(shown)
 
 
-def test_inspect_tells_what_the_library_finds(call: Call, shard: str, tmp_path: Path) -> None:
+def test_inspect_prints_what_the_library_finds(call: Call, shard: str, tmp_path: Path) -> None:
     status, out, err = call("inspect", shard, *MODEL, "--batch-size", 8, "--json", "--plot", tmp_path / "plot.png")
     found = json.loads(out)
     assert (status, err) == (0, "") and found["texts"] == 40 and found["batches"] >= 5
@@ -101,21 +101,21 @@ def test_cut_texts_and_skipped_records_are_reported(call: Call, tmp_path: Path) 
     options = ("--overflow", "truncate", "--max-length", 16, "--max-bad-records", 2)
     command = ("embed", path, cut, "--out", tmp_path / "out", *MODEL, "--layers", 0, *options)
     status, out, err = call(*command)
-    assert status == 0 and "; texts cut off: 1; broken records passed over: 1; broken shards given up: 1\n" in out
+    assert status == 0 and "; texts cut off: 1; broken records skipped: 1; broken shards given up: 1\n" in out
     assert "record 2" in err and "gave up a shard" in err  # named in the log
     again = json.loads(call(*command, "--json")[1])
     assert (again["cut_texts"], again["bad_records"], again["bad_shards"]) == (1, 1, 1)
     status, out, _ = call("warm", path, cut, "--cache", tmp_path / "cache", *MODEL, "--layers", 0, *options)
-    assert status == 0 and "; broken records passed over: 1; broken shards given up: 1\n" in out
+    assert status == 0 and "; broken records skipped: 1; broken shards given up: 1\n" in out
 
 
-def test_a_cache_is_filled_shown_checked_and_forgotten(call: Call, shard: str, tmp_path: Path, minilm: Encoder) -> None:
+def test_a_cache_is_filled_shown_checked_and_dropped(call: Call, shard: str, tmp_path: Path, minilm: Encoder) -> None:
     folder = tmp_path / "cache"
     command = ("warm", shard, "--cache", folder, "--limit", "64MiB", *MODEL)
     status, out, err = call(*command)
     assert (status, err) == (0, "") and out.startswith("40 texts, 40 of them computed now")
     assert json.loads(call(*command, "--json")[1])["computed"] == 0
-    with EmbeddingCache("1MiB", folder, "64MiB", read_only=True) as cache:  # what a training would look up
+    with EmbeddingCache("1MiB", folder, "64MiB", read_only=True) as cache:  # as a training run opens it
         name = cache.fingerprint(minilm)
     status, out, _ = call("cache", folder, "--json")
     assert status == 0 and json.loads(out)["fingerprints"] == {name: 40}
@@ -132,20 +132,22 @@ def test_a_cache_is_filled_shown_checked_and_forgotten(call: Call, shard: str, t
     assert status == 0 and "40 texts dropped" in out and "0 texts" in out
 
 
-def test_warm_says_when_the_cache_is_too_small(call: Call, tmp_path: Path) -> None:
+def test_warm_reports_a_cache_that_is_too_small(call: Call, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", [f"{'word ' * 400}{i}" for i in range(100)])
     status, out, _ = call("warm", *shards, "--cache", tmp_path / "cache", "--limit", "16MiB", *MODEL, "--layers", 0)
     assert status == 1 and "raise --limit" in out
 
 
-def test_doctor_knows_models_and_fails_for_those_that_it_cannot_load(call: Call) -> None:
+def test_doctor_describes_models_and_fails_if_one_cannot_be_loaded(call: Call) -> None:
     status, out, _ = call("doctor", "--model", "all-MiniLM-L6-v2", "--dtype", "float32")
     assert status == 0 and "runs: packed" in out and f"torch {version('torch')}" in out
     status, out, _ = call("doctor", "--model", "no-such-model", "--json")
     assert status == 1 and "no model" in json.loads(out)["models"]["no-such-model"]["error"]
 
 
-def test_a_model_that_is_no_text_encoder_is_told_beside_the_others(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_a_model_that_is_no_text_encoder_and_still_describes_the_others(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = transformers.ViTModel(transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     others: dict[str, torch.nn.Module] = {"images": images, "linear": torch.nn.Linear(1, 1)}
     find = pretrained.find_pretrained
@@ -186,7 +188,7 @@ MISTAKES: list[tuple[tuple[Any, ...], int, str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "status", "message"), MISTAKES, ids=lambda value: str(value)[:40])
-def test_a_mistake_is_one_line_with_the_way_out(
+def test_a_mistake_is_one_line_that_says_what_to_do(
     call: Call, shard: str, tmp_path: Path, arguments: tuple[Any, ...], status: int, message: str
 ) -> None:
     places = {"SHARD": shard, "OUT": str(tmp_path / "out"), "SHARD/x": f"{shard}/x"}
@@ -196,13 +198,13 @@ def test_a_mistake_is_one_line_with_the_way_out(
 
 
 @pytest.mark.parametrize("arguments", [(), ("bench",), ("embed", "x"), ("inspect", "x", *MODEL, "--layers", "last")])
-def test_what_argparse_refuses_exits_with_2(call: Call, arguments: tuple[Any, ...]) -> None:
+def test_arguments_that_argparse_refuses_exit_with_2(call: Call, arguments: tuple[Any, ...]) -> None:
     status, out, err = call(*arguments)
     assert (status, out) == (2, "") and err.startswith("bertstream") and err.endswith("(--help says what it takes)\n")
     assert err.count("\n") == 1
 
 
-def test_ctrl_c_is_no_traceback(call: Call, shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_prints_no_traceback(call: Call, shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
@@ -210,13 +212,13 @@ def test_ctrl_c_is_no_traceback(call: Call, shard: str, monkeypatch: pytest.Monk
     assert call("inspect", shard, *MODEL) == (130, "", "bertstream inspect: interrupted\n")
 
 
-def test_an_error_of_ours_keeps_its_traceback(call: Call, shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_keeps_its_traceback(call: Call, shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "inspect_shards", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call("inspect", shard, *MODEL)
 
 
-def test_a_reader_that_goes_away_is_no_error(minilm: Encoder, tmp_path: Path, shard: str) -> None:
+def test_a_reader_that_closes_the_pipe_is_no_error(minilm: Encoder, tmp_path: Path, shard: str) -> None:
     with EmbeddingCache(0, tmp_path, "64MiB") as cache:
         bertstream.warm(shard, minilm, cache, progress=False)
     read, write = os.pipe()

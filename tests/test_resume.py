@@ -298,7 +298,7 @@ def test_a_training_that_is_killed_goes_on_where_its_checkpoint_was(
     shards: list[str], tmp_path: Path, workers: int
 ) -> None:
     found = train_and_kill(tmp_path, shards, kills=3, workers=workers)
-    assert found["exact"] and len(found["went_on_from"]) == 3
+    assert found["exact"] and len(found["resumed_from"]) == 3
     assert not found["processes_left"] and not found["shared_memory_left"]
 
 

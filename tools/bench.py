@@ -1,18 +1,18 @@
-"""Measure bertstream beside what people do without it, in one run; prints one JSON line.
+"""Measure bertstream against the alternatives, in one run; prints one JSON line.
 
-    python tools/bench.py encode --data ../shared/data      token vectors, beside what people use for them
+    python tools/bench.py encode --data ../shared/data      token vectors, against other libraries
     python tools/bench.py wrap --data ../shared/data        small batches of short texts, together and one by one
-    python tools/bench.py epoch --data ../shared/data       a training loop: what hides behind the step
-    python tools/bench.py train --data ../shared/data       BERT trained in the model, packed against padded
+    python tools/bench.py epoch --data ../shared/data       a training loop: how much encoding overlaps with the step
+    python tools/bench.py train --data ../shared/data       BERT trained inside the model, packed against padded
     python tools/bench.py split --data ../shared/data       the upper layers over a cached lower half
-    python tools/bench.py outputs --data ../shared/data     what fewer layers and word vectors cost
-    python tools/bench.py embed --data ../shared/data       vectors written to files, beside encoding alone
+    python tools/bench.py outputs --data ../shared/data     the cost of fewer layers and of word vectors
+    python tools/bench.py embed --data ../shared/data       vectors written to files, against encoding alone
     python tools/bench.py cache --data ../shared/data       epochs from the cache, and a tagger's over tensors in memory
     python tools/bench.py stream --data ../shared/data      reading, tokenizing and bucketing, against the tokenizer
     python tools/bench.py mix --data ../shared/data         how well a shuffled stream mixes data sorted by class
 
-The contenders take turns, so that a machine whose speed drifts slows them alike; figures are medians over the rounds,
-and ratios are taken within a round. Each verb is a file of tools/benchmarks. `plot_bench.py` draws the lines.
+The contenders take turns, because a machine's speed drifts; figures are medians over the rounds, and ratios are taken
+within a round. Each verb is a file of tools/benchmarks. `plot_bench.py` draws the lines.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def measure(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run one benchmark.
 
     Args:
-        arguments: of the command line; None is this process's.
+        arguments: of the command line; None reads `sys.argv`.
     Returns:
-        What its JSON line says.
+        The content of its JSON line.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True)
@@ -48,7 +48,7 @@ def measure(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             module.add_options(command)
     chosen = parser.parse_args(arguments)
     if chosen.data is None and chosen.corpus is None:
-        parser.error("say which texts: --data FOLDER or --corpus FILE")
+        parser.error("no texts: write --data FOLDER or --corpus FILE")
     return {"benchmark": chosen.benchmark} | chosen.run(chosen) | {"machine": common.machine(chosen.device)}
 
 

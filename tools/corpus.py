@@ -1,9 +1,9 @@
-"""Write the texts that benchmarks run on: short and long ones, no text twice, mixed by seed 0.
+"""Write the benchmarks' corpus: short and long texts, each once, shuffled with seed 0.
 
     python tools/corpus.py --data ../shared/data --out corpus.jsonl
 
-All banking queries and web sentences of the data, and the paragraphs of the manual that Python itself carries. Prints
-how many, their lengths in words, and the sha256 of the file: Python's releases have other manuals.
+It holds all banking queries and web sentences of the data, and the paragraphs of the manual that comes with Python.
+Prints the number of texts, their lengths in words, and the file's sha256, which differs between Python releases.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.common import read_texts
 
 
 def make_corpus(data: Path) -> list[str]:
-    """Every text of the data and every paragraph of Python's manual, none twice, in an order mixed by seed 0."""
+    """Every text of the data and every paragraph of Python's manual, each once, shuffled with seed 0."""
     paragraphs = (" ".join(part.split()) for topic in sorted(topics) for part in topics[topic].split("\n\n"))
     texts = list(dict.fromkeys([*read_texts(data, sys.maxsize), *filter(None, paragraphs)]))
     np.random.default_rng(0).shuffle(texts)

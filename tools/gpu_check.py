@@ -1,10 +1,10 @@
 """Check this version on a machine with a GPU: the CUDA tests, then the benchmarks with a BERT-base of random weights.
 
-    python tools/gpu_check.py                            writes tools/results/<device>.json; some ten minutes
+    python tools/gpu_check.py                            writes tools/results/<device>.json; about ten minutes
     python tools/gpu_check.py --data ../shared/data      with those texts instead of Python's manual
-    python tools/gpu_check.py --device cpu --tiny        the same on a CPU with a tiny model: to try the tool
+    python tools/gpu_check.py --device cpu --tiny        the same on a CPU with a tiny model, to try the tool
 
-It ends with 1 where a test or a benchmark failed; what a benchmark should reach on this device stands beside it.
+The exit status is 1 if a test or a benchmark failed. The results also hold this device's targets, and which were met.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.models import write_bert
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Each benchmark that a device has a say in, with what is its own: all run in bfloat16 on one corpus.
+# The benchmarks that depend on the device, with their own options; they share one corpus.
 BENCHMARKS: dict[str, list[str]] = {
     "encode": ["encode", "--dtypes", "float32", "bfloat16", "--without", "pipeline", "flair"],
     "encode_compiled": ["encode", "--dtypes", "bfloat16", "--without", "pipeline", "flair", "sentence", "--compiled"],
@@ -41,7 +41,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "cache": ["cache", "--dtypes", "bfloat16"],
 }
 
-# What BERT-base in bfloat16 should reach: the figure in the results, what is wanted of it, and on which devices.
+# Targets of BERT-base in bfloat16: name, figure in the results, test of it, and a part of the devices' names.
 TARGETS: list[tuple[str, Callable[[dict[str, Any]], float], Callable[[float], bool], str]] = [
     (
         "tokens/s of the encoder, at least 1.2 M (aim: 2 M)",
@@ -65,7 +65,7 @@ TARGETS: list[tuple[str, Callable[[dict[str, Any]], float], Callable[[float], bo
 
 
 def run_tests(select: list[str]) -> dict[str, Any]:
-    """Run pytest in a process of its own: counts, and the names of what failed."""
+    """Run pytest in a process of its own; return counts and the names of failed tests."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *select]
@@ -83,7 +83,7 @@ def run_tests(select: list[str]) -> dict[str, Any]:
 
 
 def run_benchmarks(texts: list[str], settings: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Each benchmark's line by its name, and the traceback of each that failed: the others run all the same."""
+    """Run all benchmarks, even if some fail; return lines and tracebacks by name."""
     found, failed = {}, {}
     for name, own in BENCHMARKS.items():
         started = time.perf_counter()
@@ -91,14 +91,14 @@ def run_benchmarks(texts: list[str], settings: list[str]) -> tuple[dict[str, Any
         try:
             found[name] = bench.measure([*own, *texts, *settings])
             found[name]["took_s"] = round(time.perf_counter() - started, 1)
-            found[name].pop("machine")  # once is enough
+            found[name].pop("machine")  # the results hold it once
         except (Exception, SystemExit):
             failed[name] = traceback.format_exc()
     return found, failed
 
 
 def judge(found: dict[str, Any], device: str) -> dict[str, dict[str, Any]]:
-    """What should be reached on this device, and whether it was; a benchmark that failed reached nothing."""
+    """Compare the figures with this device's targets; a benchmark that failed misses its targets."""
     verdicts = {}
     for name, figure, wanted, devices in TARGETS:
         if devices not in device:
@@ -113,7 +113,7 @@ def judge(found: dict[str, Any], device: str) -> dict[str, dict[str, Any]]:
 
 
 def write_corpus(path: Path, count: int) -> None:
-    """Sentences of Python's manual as jsonl, then runs of two, of three and so on, none twice."""
+    """Write sentences of Python's manual as jsonl, then runs of two, of three and so on, each text once."""
     paragraphs = [part.strip() for topic in sorted(topics) for part in topics[topic].split("\n\n")]
     sentences = [part for paragraph in paragraphs for part in re.split(r"(?<=\.)\s+", paragraph) if len(part) > 20]
     texts: dict[str, None] = {}
@@ -126,7 +126,7 @@ def write_corpus(path: Path, count: int) -> None:
 
 
 def check(arguments: argparse.Namespace) -> tuple[Path, bool]:
-    """All of it; where the results stand, and whether everything ran."""
+    """Run everything; return the path of the results, and whether everything ran."""
     tests = ["tests/test_cuda.py"] if arguments.tiny else ["tests"]
     print("tests ...", file=sys.stderr)
     tested = run_tests([*tests, "-m", "cuda"])
@@ -157,12 +157,12 @@ def check(arguments: argparse.Namespace) -> tuple[Path, bool]:
 
 
 def main(given: list[str] | None = None) -> int:
-    """Run everything and say where the results stand."""
+    """Run everything and print the path of the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with banking77/ and ud_english_ewt/")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few texts")
-    parser.add_argument("--tokenizer", help="a folder with one of 30,522 entries at most, where the demo extra is not")
+    parser.add_argument("--tokenizer", help="a folder with one of at most 30,522 entries, if the demo extra is missing")
     parser.add_argument("--texts", type=int, help="20,000 by default")
     parser.add_argument("--rounds", type=int, help="5 by default")
     parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results")

@@ -1,11 +1,11 @@
-"""Turns CSV, TSV, jsonl or text files into WebDataset tars, which `bertstream.stream` and webdataset read.
+"""Turn CSV, TSV, jsonl or text files into WebDataset tars, which `bertstream.stream` and webdataset read.
 
     python tools/make_shards.py train.csv --out shards/train-%06d.tar --label category --shuffle
     python tools/make_shards.py test.csv --out shards/test-%06d.tar --label category --labels shards/labels.json
 
-A record becomes the members `txt` (its text), `cls` (its class, an integer) and `json` (its other fields, and a text
-that is a list of words). Classes that are not integers are numbered in sorted order, and the numbers written to
-`labels.json` beside the shards. The same input gives the same bytes. No shard has its name before all are written.
+A record becomes the members `txt` (its text), `cls` (its class, an integer) and `json` (its other fields, and its text
+if that is a list of words). Classes that are not integers are numbered in sorted order, and the numbers are written to
+`labels.json` next to the shards. The same input gives the same bytes. Shards get their names once all are written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bertstream.tokens import Record
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; errors end it with one line and status 1."""
+    """Run the command line; an error ends it with one line and status 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", help="files or URLs; braces and globs are expanded")
     parser.add_argument("--out", required=True, help="a pattern such as a/b-%%06d.tar, a folder, or a/prefix")
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--label", help="the field that holds the class")
     parser.add_argument("--labels", type=Path, help="a labels.json that numbers the classes, instead of a new one")
     parser.add_argument("--per-shard", type=int, default=2000, help="records of a shard (default: %(default)s)")
-    parser.add_argument("--shuffle", action="store_true", help="mix the records, which all have to fit into memory")
+    parser.add_argument("--shuffle", action="store_true", help="shuffle the records, which must all fit into memory")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace all shards that match the pattern")
     args = parser.parse_args(argv)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_shards(args: argparse.Namespace) -> str:
-    """Write the shards; returns a sentence that says what was written."""
+    """Write the shards; return a sentence about them."""
     if args.labels and not args.label:
         raise ConfigError("--labels numbers the classes of a field: name the field with --label")
     if args.per_shard < 1:
@@ -94,11 +94,11 @@ def make_shards(args: argparse.Namespace) -> str:
         if path.name not in shards:
             path.unlink()
     numbered = f", {len(classes)} classes numbered in {labels or args.labels}" if classes else ""
-    return f"{count} records in {len(shards)} shards, {folder / shards[0]} and on{numbered}"
+    return f"{count} records in {len(shards)} shards, from {folder / shards[0]} on{numbered}"
 
 
 def shard_pattern(out: str) -> Path:
-    """The path of all shards, with one %d in its name."""
+    """The path pattern of the shards, with one %d in the name."""
     pattern = Path(out)
     if out.endswith(("/", os.sep)) or pattern.is_dir():
         pattern /= "%06d.tar"
@@ -110,7 +110,7 @@ def shard_pattern(out: str) -> Path:
 
 
 def class_name(record: Record, label: str) -> str:
-    """A record's class as it stands in the data."""
+    """A record's class as written in the data."""
     name = record.fields.get(label)
     if not isinstance(name, (str, int)) or name == "":
         raise broken(record, label, f"a class is a string or an integer, not {name!r}")
@@ -118,7 +118,7 @@ def class_name(record: Record, label: str) -> str:
 
 
 def number_classes(records: Iterable[Record], label: str, labels: Path | None) -> dict[str, int] | None:
-    """Numbers by class, from a file or made anew; None where every class is an integer already."""
+    """Class name -> number, read from a file or made here; None if every class is an integer already."""
     if labels:
         classes = json.loads(labels.read_bytes())
         if not isinstance(classes, dict) or not all(isinstance(number, int) for number in classes.values()):

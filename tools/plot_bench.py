@@ -1,4 +1,4 @@
-"""Draw the JSON lines of tools/bench.py as pictures: a light one and a dark one for each benchmark that has a form.
+"""Draw the JSON lines of tools/bench.py: a light and a dark picture of each benchmark that has a plot.
 
 python tools/bench.py encode --data ../shared/data > encode.json
 python tools/plot_bench.py encode.json --out pictures     writes pictures/encode-light.png and encode-dark.png
@@ -22,7 +22,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-# Ground, text, others' bars, ours, a third. The grounds are those of a page in a light and in a dark theme.
+# Background, text, others' bars, ours, a third. The backgrounds are those of a web page in each theme.
 THEMES = {
     "light": ("#ffffff", "#1f2328", "#a8b1bb", "#0969da", "#d4762c"),
     "dark": ("#0d1117", "#e6edf3", "#5d6773", "#4493f8", "#e09b52"),
@@ -30,7 +30,7 @@ THEMES = {
 
 
 def draw_encode(line: dict[str, Any], axes: Axes, theme: tuple[str, ...]) -> None:
-    """A bar for each contender; behind the rate its error, and the share of what matrix products alone would give."""
+    """A bar for each contender, labelled with its rate, error and share of the matrix products' rate."""
     _, _, others, ours, _ = theme
     rates = dict(sorted(line["tokens_per_s"].items(), key=lambda item: -item[1]))
     errors, shares = line["worst_text_relative_l2_error"], line["share_of_product"]
@@ -48,7 +48,7 @@ def draw_encode(line: dict[str, Any], axes: Axes, theme: tuple[str, ...]) -> Non
 
 
 def draw_wrap(line: dict[str, Any], axes: Axes, theme: tuple[str, ...]) -> None:
-    """Two bars for each size of batch."""
+    """Two bars for each batch size."""
     _, _, others, ours, _ = theme
     rates, times = line["tokens_per_s"], line["together_times_one_by_one"]
     for place, size in enumerate(times):
@@ -84,7 +84,7 @@ def draw_epoch(line: dict[str, Any], axes: Axes, theme: tuple[str, ...]) -> None
     axes.set_title(f"An epoch of training, seconds ({device_of(line)})")
 
 
-FORMS: dict[str, Callable[[dict[str, Any], Axes, tuple[str, ...]], None]] = {
+PLOTS: dict[str, Callable[[dict[str, Any], Axes, tuple[str, ...]], None]] = {
     "encode": draw_encode,
     "wrap": draw_wrap,
     "epoch": draw_epoch,
@@ -101,16 +101,16 @@ def device_of(line: dict[str, Any]) -> str:
 
 
 def draw(line: dict[str, Any], folder: Path) -> list[Path]:
-    """Write a line's pictures; none where its benchmark has no form."""
-    form = FORMS.get(line["benchmark"])
-    if form is None:
+    """Write a line's pictures; none if its benchmark has no plot."""
+    plot = PLOTS.get(line["benchmark"])
+    if plot is None:
         return []
     paths = []
     for name, theme in THEMES.items():
-        ground, text = theme[:2]
-        figure, axes = plt.subplots(figsize=(9, 3.8), dpi=120, facecolor=ground, layout="constrained")
-        axes.set_facecolor(ground)
-        form(line, axes, theme)
+        background, text = theme[:2]
+        figure, axes = plt.subplots(figsize=(9, 3.8), dpi=120, facecolor=background, layout="constrained")
+        axes.set_facecolor(background)
+        plot(line, axes, theme)
         axes.title.set_color(text)
         axes.tick_params(colors=text, length=0)
         axes.spines[:].set_visible(False)

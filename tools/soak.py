@@ -1,9 +1,9 @@
-"""Long runs that show what holds, too long for the tests; each prints one JSON line, and exits with 1 if it did not.
+"""Checks that run too long for the tests; each prints one JSON line, and exits with 1 if its claim does not hold.
 
-python tools/soak.py kill        a training program is killed at random moments and goes on from its checkpoints
+python tools/soak.py kill        kill a training program at random moments; it resumes from its checkpoints
 python tools/soak.py memory      memory after a quarter and after all of two million records
 python tools/soak.py worker      10,000 batches through the encode thread: memory, and how long close() takes
-python tools/soak.py restore     the first batch of a fresh epoch, and of one that goes on in the middle
+python tools/soak.py restore     time to the first batch: of a fresh epoch, and of one restored in the middle
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from bertstream.testing import FakeEncoder, write_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A training program that saves a checkpoint after every third batch, atomically, and goes on from it when it is started
-# again; it logs the batches that it trained on, and which checkpoint it started from.
+# A training program that saves a checkpoint atomically after every third batch and resumes from it when restarted. It
+# logs the batches it trained on, and the checkpoint it started from.
 TRAINING = """
 import json, os, sys, time
 import bertstream
@@ -59,12 +59,12 @@ with open(os.path.join(folder, "log"), "a", buffering=1) as log:
 
 
 def train_and_kill(folder: Path, shards: list[str], *, kills: int, workers: int, seed: int = 0) -> dict[str, Any]:
-    """Kill the training program at random moments, let it finish, and compare what it trained on.
+    """Kill the training program at random moments, let it finish, and compare its batches with an undisturbed epoch.
 
     Returns:
-        How many batches an epoch has, from which checkpoints it went on, whether what counted (batches up to each
-        checkpoint that was used, then those after the last start) is the undisturbed epoch in its order, and what was
-        left behind 15 seconds later: processes, and files of shared memory.
+        The number of batches of an epoch; the checkpoints that runs resumed from; whether the batches that counted (up
+        to each checkpoint used, then those after the last start) are the undisturbed epoch in order; and the processes
+        and shared memory files that remain after 15 seconds.
     """
     reading = bertstream.StreamConfig(lanes=5, bucket_size=30)
     with closing(bertstream.stream(shards, FakeEncoder(), batch_size=4, shuffle=True, reading=reading)) as loader:
@@ -88,7 +88,7 @@ def train_and_kill(folder: Path, shards: list[str], *, kills: int, workers: int,
     for line in map(json.loads, log.read_text().splitlines()):
         if "from" in line:
             starts.append(line["from"])
-            del trained[line["from"] :]  # what came behind the checkpoint is trained on again
+            del trained[line["from"] :]  # batches after the checkpoint are trained on again
         elif "ids" in line:
             trained.append(line["ids"])
     deadline = time.monotonic() + 15
@@ -98,7 +98,7 @@ def train_and_kill(folder: Path, shards: list[str], *, kills: int, workers: int,
         "kills": kills,
         "workers": workers,
         "batches": len(undisturbed),
-        "went_on_from": starts[1:],
+        "resumed_from": starts[1:],
         "exact": trained == undisturbed and len(starts) == kills + 1,
         "processes_left": len(left),
         "shared_memory_left": len({name for name in shared_memory() - shared if "torch" in name}),
@@ -106,12 +106,12 @@ def train_and_kill(folder: Path, shards: list[str], *, kills: int, workers: int,
 
 
 def log_lines(log: Path, kind: str) -> int:
-    """How many lines of a kind the training program has logged."""
+    """Number of lines of a kind in the training program's log."""
     return log.read_text().count(f'"{kind}"') if log.exists() else 0
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Processes that have the folder in their command line, as the training program and its workers have."""
+    """Processes with the folder in their command line: the training program and its workers."""
     found = []
     for entry in Path("/proc").iterdir() if Path("/proc").exists() else ():
         try:
@@ -140,7 +140,7 @@ def kill(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], b
 
 
 def write_corpus(path: Path, records: int) -> str:
-    """A jsonl of records of 3 to 12 words, none of which comes twice."""
+    """Write a jsonl of records of 3 to 12 random words."""
     rng = np.random.default_rng(0)
     with path.open("w", encoding="utf-8") as file:
         for first in range(0, records, 10_000):
@@ -159,7 +159,7 @@ def own_memory(pid: int) -> int:
 
 
 def memory(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """Two million records through two workers: what each process owns, after a quarter and after all."""
+    """Two million records through two workers: each process's own memory after a quarter and after all."""
     shard = write_corpus(folder / "corpus.jsonl", arguments.records)
     seen, quarter = 0, None
     with closing(bertstream.stream(shard, FakeEncoder(), batch_size=64, shuffle=True, num_workers=2)) as loader:
@@ -169,7 +169,7 @@ def memory(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any],
             if quarter is None and seen >= arguments.records // 4:
                 quarter = family_memory()
             if seen >= arguments.records * 0.99:
-                whole = family_memory()  # the workers are gone when the epoch is
+                whole = family_memory()  # before the epoch ends, because its workers end with it
                 break
     assert quarter is not None
     growth = [round(after / before, 3) for before, after in zip(quarter, whole, strict=True)]
@@ -184,15 +184,15 @@ def memory(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any],
 
 
 def family_memory() -> list[int]:
-    """What this process and each of its children own."""
+    """Own memory of this process and of each of its children."""
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     return [own_memory(pid) for pid in (os.getpid(), *sorted(map(int, children)))]
 
 
 def worker(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """10,000 batches of 8 short texts through the encode thread: memory on average, a quarter after the other.
+    """10,000 batches of 8 short texts through the encode thread: mean memory of each quarter.
 
-    Freed memory is given back every two seconds, so it goes up and down; the least and the most are shown as well.
+    Freed memory is returned every two seconds, so memory goes up and down; least and most are printed as well.
     """
     encoder = bertstream.Encoder.from_pretrained(arguments.model, layers=2, device="cpu")
     resident = []
@@ -224,7 +224,7 @@ def worker(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any],
 
 
 class ShortTexts:
-    """Batches of 8 texts of 1 to 12 words, of which hardly any comes twice."""
+    """Batches of 8 texts of 1 to 12 words, with few repeated texts."""
 
     def __init__(self, batches: int, seed: int = 0) -> None:
         self.batches = batches
@@ -238,12 +238,12 @@ class ShortTexts:
 
 
 def close_somewhere(encoder: bertstream.Encoder, seed: int) -> tuple[float, float]:
-    """Seconds that `close()` took at a random moment, and of the encoder's last call, which it waited for."""
+    """Seconds of a `close()` at a random moment, and of the encoder's last call, which it waited for."""
     rng = random.Random(seed)
     calls = [0.0]
 
     class Timed:
-        """The encoder, which notes how long its last call took."""
+        """The encoder, with the seconds of each call noted."""
 
         tokenizer, device, max_forward_tokens = encoder.tokenizer, encoder.device, encoder.max_forward_tokens
 
@@ -264,13 +264,13 @@ def close_somewhere(encoder: bertstream.Encoder, seed: int) -> tuple[float, floa
 
 
 def bytes_read() -> int:
-    """Bytes this process has read so far, from the page cache too."""
+    """Bytes this process has read so far, including reads from the page cache."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(lines["rchar"])
 
 
 def restore(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """The first batch of a fresh epoch, and of one that goes on in the middle of a million records."""
+    """Time to the first batch of a fresh epoch, and of one restored in the middle of a million records."""
     shard = write_corpus(folder / "corpus.jsonl", arguments.records)
     size = os.path.getsize(shard)
 
@@ -284,7 +284,7 @@ def restore(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any]
             started, read, batches = time.perf_counter(), bytes_read(), iter(loader)
             next(batches)
             seconds = time.perf_counter() - started
-            for _ in range(lanes - 1):  # by then each lane has read its window
+            for _ in range(lanes - 1):  # by then each lane has read its bucket
                 next(batches)
             return seconds, bytes_read() - read
 
@@ -296,7 +296,7 @@ def restore(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any]
         state = json.loads(json.dumps(loader.state_dict()))
     fresh, again = zip(*((first_batch(None), first_batch(state)) for _ in range(3)), strict=True)
     fresh_s, again_s = (statistics.median(seconds for seconds, _ in runs) for runs in (fresh, again))
-    window_bytes = 2048 * size / arguments.records
+    bucket_bytes = bertstream.StreamConfig().bucket_size * size / arguments.records
     found = {
         "records": arguments.records,
         "lanes": lanes,
@@ -304,15 +304,15 @@ def restore(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any]
         "fresh_s": round(fresh_s, 3),
         "restored_s": round(again_s, 3),
         "restored_bytes": again[0][1],
-        "a_window_a_lane_bytes": round(lanes * window_bytes),
+        "a_bucket_a_lane_bytes": round(lanes * bucket_bytes),
         "corpus_bytes": size,
     }
-    # Each of a lane's four open pieces is read through a buffer of its own, of 64 KiB.
-    return found, again_s <= 3 * fresh_s + 1 and again[0][1] <= lanes * (window_bytes + 4 * 2**16)
+    # Each of a lane's four open pieces has a read buffer of 64 KiB.
+    return found, again_s <= 3 * fresh_s + 1 and again[0][1] <= lanes * (bucket_bytes + 4 * 2**16)
 
 
 def main() -> int:
-    """Run one and print its JSON line."""
+    """Run one check and print its JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="soak", required=True)
     commands.add_parser("kill", help=kill.__doc__).add_argument("--kills", type=int, default=20)

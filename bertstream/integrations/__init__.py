@@ -1,1 +1,1 @@
-"""Other people's engines with bertstream inside; each file needs the engine's own extra."""
+"""bertstream inside other engines; each file needs its engine's extra."""

@@ -1,7 +1,7 @@
-"""Ray Data: encoders as actors on machines of their own, for corpora and trainings that one machine is too small for.
+"""Ray Data: encoders as actors on several machines, for corpora and training runs too large for one machine.
 
-The vectors go through Ray's object store to whoever wants them, so this pays where encoding takes much longer than
-moving its result; see `bertstream.stream` for encoding beside the training step.
+Vectors travel through Ray's object store, so this pays off if encoding takes much longer than moving its result; see
+`bertstream.stream` for encoding in the training process.
 
     import ray
     from bertstream.integrations.ray_data import Embed, padded
@@ -16,8 +16,8 @@ moving its result; see `bertstream.stream` for encoding beside the training step
     )
     vectors.write_parquet("s3://bucket/vectors/")
 
-Into training workers, each of which gets its share while the actors encode. Ray runs the whole again for each epoch: a
-cache on disk, or `vectors.materialize()` where they fit into the object store, saves the encoding.
+Feed training workers while the actors encode; each gets its share. Ray repeats the whole pipeline for each epoch: to
+encode once, use a cache on disk, or `vectors.materialize()` if the vectors fit into the object store.
 
     shares = vectors.streaming_split(2, equal=True)  # one for each worker
 
@@ -41,29 +41,28 @@ from ..caching.cache import EmbeddingCache
 from ..encoding.encoder import Encoder
 from ..errors import ConfigError, shortened
 from ..pipeline.coalesce import encode_together
-from ..tokens import TokenBatch
 
 
 class Embed:
-    """What an actor does to a batch of rows: the vectors of one column become another; for `Dataset.map_batches`.
+    """Add a column with the vectors of a text column; a callable class for `Dataset.map_batches`.
 
-    A batch is encoded as a whole, as many texts in a forward as fit and each distinct one once, so let it be large:
-    `batch_size=1024`, say. Rows keep their other columns. Vectors do not depend on the number of actors, but for the
-    last bits, in which a row depends on the texts it was encoded with; their order is Ray's, so carry an id.
+    Use large batches, `batch_size=1024` for example: each is encoded as a whole, with as many texts in a forward as fit
+    and each distinct text once. Rows keep their other columns. The vectors do not depend on the number of actors,
+    except for rounding, which depends on the texts that share a forward. Ray decides the order, so keep an id column.
 
-    An actor that dies is replaced by Ray, and its batch done again.
+    Ray replaces an actor that dies and repeats its batch.
 
     Args:
         model: a name or folder, as for `Encoder.from_pretrained`; every actor loads it.
-        text: the column that holds the texts, strings or lists of words.
-        pair: the column of the second text, where a row is a pair.
-        into: the column for the vectors: [H] for each row of sentence output, else [L, H].
+        text: the column of the texts, strings or lists of words.
+        pair: the column of the second text, if a row is a pair.
+        into: the column for the vectors: [H] per row for sentence output, else [L, H].
         cache: arguments of an `EmbeddingCache` that each actor makes, such as {"memory": "2GiB", "disk": "/tmp/cache"};
-            actors of one machine may share the folder. None for none.
-        options: of `Encoder.from_pretrained`; an `output_dtype` that numpy has, as Ray's columns are numpy's.
+            actors of one machine may share the folder. None uses no cache.
+        options: of `Encoder.from_pretrained`. `output_dtype` must be one that numpy has, as Ray's columns are numpy's.
     Raises:
         ConfigError: an argument is out of range, or `output_dtype` is bfloat16.
-        EncoderError: the model cannot be had.
+        EncoderError: the model cannot be loaded.
     """
 
     def __init__(
@@ -89,11 +88,11 @@ class Embed:
         return f"Embed(text={self._text!r}, into={self._into!r}, output={self.encoder.output!r})"
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with one column more.
+        """Return the batch with the new column.
 
         Raises:
-            ConfigError: there is no such column, or the vectors' one is taken.
-            EncoderError: a text is of another type, or too long.
+            ConfigError: the text column is missing, or the name of the new one is taken.
+            EncoderError: a text has a wrong type or is too long.
         """
         for name in (self._text, self._pair):
             if name is not None and name not in batch:
@@ -103,24 +102,23 @@ class Embed:
         texts: list[Any] = _texts(batch[self._text])
         if self._pair is not None:
             texts = list(zip(texts, _texts(batch[self._pair]), strict=True))
-        tokens = TokenBatch.from_texts(self.encoder.tokenizer(texts))
-        (found,), _ = encode_together(self._encode, [tokens])
+        (found,), _ = encode_together(self._encode, [self.encoder.tokenizer.batch(texts)])
         rows = [row.numpy() for row in found.to("cpu")]
         return {**batch, self._into: np.stack(rows) if found.output == "sentence" and rows else as_column(rows)}
 
 
 def padded(column: Sequence[npt.NDArray[Any]] | npt.NDArray[Any]) -> tuple[Tensor, Tensor]:
-    """A column of vectors of different lengths, as a training step takes them.
+    """Pad a column of vectors of different lengths.
 
     Args:
         column: [L, H] for each of B rows.
     Returns:
-        [B, T, H], filled up with zeros, and the mask [B, T] bool, True where a row has a vector.
+        [B, T, H], padded with zeros, and the mask [B, T] bool, True where a row has a vector.
     Raises:
-        ConfigError: the column has no row, so that H is not known.
+        ConfigError: the column has no row, so H is unknown.
     """
     if not len(column):
-        raise ConfigError("the column has no row, and so no H: pass over batches of length 0")
+        raise ConfigError("the column has no row, so H is unknown: skip batches of length 0")
     rows = [torch.from_numpy(np.array(row)) for row in column]
     lengths = torch.tensor([len(row) for row in rows])
     values = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -128,12 +126,12 @@ def padded(column: Sequence[npt.NDArray[Any]] | npt.NDArray[Any]) -> tuple[Tenso
 
 
 def as_column(rows: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Arrays of different lengths as one object array [B], which is what Ray makes a column of tensors of."""
+    """Put arrays of different lengths into one object array [B], which Ray turns into a column of tensors."""
     column = np.empty(len(rows), dtype=object)
     column[:] = rows
     return column
 
 
 def _texts(column: Any) -> list[Any]:
-    """Strings as they are; lists of words, which come as arrays, as lists."""
+    """Ray delivers lists of words as arrays; turn them back into lists."""
     return [list(text) if isinstance(text, np.ndarray) else text for text in column]

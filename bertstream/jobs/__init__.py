@@ -1,4 +1,4 @@
-"""Shards in, files, numbers or a warm cache out: one pass over a corpus.
+"""One pass over a corpus: shards in; files, numbers or a warm cache out.
 
 Read in this order: inspection, embed with writers, warm, doctor; the command line calls them.
 """

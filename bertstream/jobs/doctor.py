@@ -1,4 +1,4 @@
-"""What this machine and these models can do together."""
+"""Report what is installed, and how models run on this machine."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _OPTIONAL = {
 def examine(
     models: Sequence[str] = (), *, dtype: DType = "auto", device: torch.device | str = "auto"
 ) -> dict[str, Any]:
-    """Versions, devices with the dtype that `dtype="auto"` takes there, and how each of some models runs.
+    """List versions, devices with the dtype that `dtype="auto"` takes there, and how each model runs.
 
     Args:
         models: names or folders, as `Encoder.from_pretrained` takes them.
-        dtype, device: what the models run in and on, as for `Encoder.from_pretrained`.
+        dtype, device: for the models, as in `Encoder.from_pretrained`.
     Returns:
-        `versions`, package -> version; `optional`, package -> version, or what to install; `devices`, a list of what is
-        known of each; `models`, name -> batching, dtype and so on, or `error`. All of it is plain JSON.
+        Plain JSON: `versions`, package -> version; `optional`, package -> version, or what to install; `devices`, a
+        list of properties of each; `models`, name -> batching, dtype and so on, or `error`.
     Raises:
-        ConfigError: there is no such dtype or device, or one is named and no model.
+        ConfigError: there is no such dtype or device, or one is named without a model.
     """
     if not models and (dtype != "auto" or str(device) != "auto"):
         raise ConfigError(f"dtype={dtype!r}, device={str(device)!r}: they are for models, name one (--model)")
-    # Before the models: what they fail with after this is theirs.
+    # Check both before any model, so that every later error is about a model.
     device = resolve_device(device)
     dtype = dtype if dtype == "auto" else torch_dtype(dtype)
     return {

@@ -1,8 +1,8 @@
-"""Every text of a corpus encoded once, and the vectors written to files; a run that is killed goes on where it was.
+"""Encode every text of a corpus once and write the vectors to files; a killed run can be continued.
 
-A folder holds finished files only, `part-000000.parquet` and so on, and `_progress.json`, which says how many there are
-and where the loader stood behind the last of them. It is replaced behind each part, in one step: what a killed run
-wrote later than that is written again. What reads a folder of Parquet passes over names that begin with `_` or a dot.
+The folder holds finished files only, `part-000000.parquet` and so on, and `_progress.json`, which counts them and holds
+the loader's state after the last one. It is replaced atomically after each part, and anything that a killed run wrote
+after that is written again. Parquet readers skip names that begin with `_` or a dot.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..caching.cache import EmbeddingCache, as_bytes
 from ..embeddings import Embeddings, SupportsCache
-from ..errors import ConfigError, StateError
+from ..errors import ConfigError, StateError, check_at_least
 from ..loader import EmbeddingLoader, stream
 from ..reading.config import StreamConfig
 from ..reading.dataset import Shards
@@ -32,11 +32,10 @@ from ..system.distributed import rank_and_world_size
 from .writers import Part, PartFormat, check_format, ending_of, whole_or_nothing, write_part
 
 _BATCH_TOKENS = 16384
-"""Not the encoder's `max_forward_tokens`: a place in a stream holds for one budget only, and what is fastest differs
-from run to run."""
+"""A state fits one budget only, so not the encoder's `max_forward_tokens`, which differs from run to run."""
 
 _PART_S = 120.0
-"""Seconds after which a part is written, however small: so much work a kill costs at most."""
+"""Seconds after which a part is written, however small; a kill loses at most this much work."""
 
 _VERSION = 1
 
@@ -57,38 +56,37 @@ def embed(
 ) -> dict[str, int]:
     """Write the vectors of all texts of these shards to a folder, with each record's key, shard and index.
 
-    It may be stopped at any time, by SIGKILL too, and called again with the same arguments: it goes on behind the last
-    finished part, and every record is written exactly once. Of several ranks each writes its share, and goes on with
-    the same number of ranks. Records do not come in the order of the shards, but by length within a window.
+    You can stop it at any time, even by SIGKILL, and call it again with the same arguments: it continues after the last
+    finished part, and every record is written exactly once. With several ranks, each writes its share; continue with
+    the same number of ranks. Records are not in the order of the shards: each bucket is sorted by length.
 
     Args:
         shards, text, pair, num_workers, cache, reading: as for `bertstream.stream`.
-        encoder: what computes the vectors. Its `output_dtype` is what is written.
-        out: a local folder, made where it is missing; empty, or of a run that was stopped.
+        encoder: computes the vectors, which are written in its `output_dtype`.
+        out: a local folder, created if missing; empty, or of a run that was stopped.
         format: "parquet", "webdataset" or "safetensors"; see `bertstream.jobs.writers.write_part`.
-        part_bytes: of the vectors in a file, and so of those in memory, and a quarter more at most where no text is
-            longer than that; a number or a string such as "1GiB". After two minutes a part is written however small.
-        progress: whether a bar is shown. Its total is known for Parquet, and for files on disk that are not packed.
+        part_bytes: bytes of vectors in a file, and so in memory; a number or a string such as "1GiB". A file may exceed
+            it by a quarter, or more where a single text does. After two minutes a part is written however small.
+        progress: whether to show a bar; its total is known for Parquet and for uncompressed files on disk.
     Returns:
-        What the folder holds, of this rank: `parts`, `texts`, `tokens`, `rows`, `cut_texts` that truncation cut,
-        `bad_records` and `bad_shards` that were passed over; and `texts_before`, those of earlier runs.
+        Counts of this rank's share in the folder: `parts`, `texts`, `tokens`, `rows`, `cut_texts` that were truncated,
+        `bad_records` and `bad_shards` that were skipped; and `texts_before`, the texts of earlier runs.
     Raises:
-        ConfigError: an argument is out of range, a parameter of the encoder requires a gradient, or the folder holds
-            something else or is being written to by another process.
+        ConfigError: an argument is out of range, a parameter of the encoder requires gradients, the folder holds other
+            files, or another process is writing to it.
         StateError: the folder was begun with other shards, another encoder or other settings.
         ShardError: a shard is missing, or one of its records is broken.
         OSError: the folder cannot be written to.
     """
     check_format(format, encoder.output_dtype)
     largest = as_bytes("part_bytes", part_bytes)
-    if largest < 1:
-        raise ConfigError(f"part_bytes={part_bytes!r}: write at least 1")
+    check_at_least("part_bytes", largest, 1)
     row_bytes = math.prod(encoder.row_shape) * encoder.output_dtype.itemsize
     if "://" in os.fspath(out):
         raise ConfigError(f"out={os.fspath(out)!r} is a URL: name a local folder, and copy its parts from there")
     fingerprint = encoder.fingerprint()
     if fingerprint is None:
-        raise ConfigError("the encoder's parameters require gradients: encoder.requires_grad_(False) freezes them")
+        raise ConfigError("parameters of the encoder require gradients: call encoder.freeze() first")
     reading = replace(reading or StreamConfig(), uneven="leave")  # a repeated batch would be written twice
     loader = stream(
         shards,
@@ -110,7 +108,7 @@ def embed(
         except StateError as error:
             raise StateError(
                 f"{folder_of.path} was begun with {'other' if error.key == 'shards' else 'another'} {error.key}: name "
-                "another folder, or what it was begun with",
+                "another folder, or use the shards and settings that it was begun with",
                 key=error.key,
             ) from error
         if not folder.done:
@@ -129,9 +127,9 @@ def _fill(folder: _Folder, loader: EmbeddingLoader, text: str, largest: int, *, 
             counts[name] = before[name] + int(loader.stats()[name])
         folder.write(gathered.part() if gathered.counts["texts"] else None, counts, loader.state_dict(), done=done)
 
-    # A rate over the whole run: a window's batches are sorted by length, so that the latest few say little.
-    total = loader.dataset.count_records() if progress else None
+    total = loader.count_records() if progress else None
     done = before["texts"] + before["bad_records"]
+    # smoothing=0 is the mean rate of the run: batches are sorted by length within a bucket, so recent ones say little.
     with tqdm(desc="embedding", unit=" texts", total=total, initial=done, disable=not progress, smoothing=0) as bar:
         for batch in loader:
             gathered.add(batch, batch[text])
@@ -145,7 +143,7 @@ def _fill(folder: _Folder, loader: EmbeddingLoader, text: str, largest: int, *, 
 
 
 class _Gathered:
-    """What the next part will hold."""
+    """The batches of the next part."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
@@ -155,7 +153,7 @@ class _Gathered:
         self._vectors: list[Embeddings] = []
 
     def add(self, batch: dict[str, Any], vectors: Embeddings) -> None:
-        """Take the ids and vectors of a batch."""
+        """Keep a batch's record ids and vectors."""
         vectors = vectors.to("cpu")
         self._batches.append({name: batch[name] for name in ("__key__", "__shard__", "__index__")})
         self._vectors.append(vectors)
@@ -166,7 +164,7 @@ class _Gathered:
         self.counts["cut_texts"] += int((vectors.tokens.cut_tokens > 0).sum())
 
     def part(self) -> Part:
-        """It all, as a part."""
+        """Join all batches into a part."""
 
         def joined(name: str) -> list[str]:
             return [entry for batch in self._batches for entry in batch[name]]
@@ -185,10 +183,10 @@ class _Folder:
     """The folder, as one rank sees it.
 
     Args:
-        path: made where it is missing.
-        settings: what all its parts have in common.
-        ending: of their names.
-        encoder: how it shows itself, for messages.
+        path: created if missing.
+        settings: common to all parts.
+        ending: of the parts' names.
+        encoder: its repr, for messages.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], ending: str, *, encoder: str) -> None:
@@ -205,7 +203,7 @@ class _Folder:
 
     @contextmanager
     def opened(self, state: dict[str, Any]) -> Iterator[_Folder]:
-        """Read how far it is, or begin it with this state; other processes are kept out meanwhile."""
+        """Lock the folder against other processes; read its progress, or begin it with this state."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -215,8 +213,8 @@ class _Folder:
                 import fcntl
 
                 try:
-                    # The process's lock, not the file's: forked workers, which outlive a kill for a moment, would hold
-                    # that too.
+                    # lockf, not flock: forked workers, which outlive a killed parent for a moment, would inherit a
+                    # flock.
                     fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise ConfigError(f"{self.path}: another process is writing vectors there") from None
@@ -227,12 +225,12 @@ class _Folder:
                 self.state, self.done = saved["state"], saved["done"]
                 self.counts |= saved["counts"]
             self._tidy()
-            if not self.state:  # nothing was finished before: whatever was begun here, it costs nothing to begin anew
+            if not self.state:  # no part is finished, so nothing is lost by starting from the beginning
                 self.write(None, self.counts, state, done=False)
             yield self
 
     def write(self, part: Part | None, counts: dict[str, int], state: dict[str, Any], *, done: bool) -> None:
-        """Write a part, and then that it is there, and the place behind it."""
+        """Write a part, then the progress file that counts it and holds the state after it."""
         if part is not None:
             write_part(self._part(self.counts["parts"]), part, self._settings["format"])
         self.counts = counts | {"parts": self.counts["parts"] + (part is not None)}
@@ -264,14 +262,14 @@ class _Folder:
                     f"{name} {there}, and this is {here}" if there != here else f"other weights or settings of {here}"
                 )
                 raise StateError(
-                    f"{self.path} was begun with {seen}: name another folder, or the model and options that it was "
-                    "begun with",
+                    f"{self.path} was begun with {seen}: name another folder, or use the model and options that it "
+                    "was begun with",
                     key=name,
                 )
 
     def _refuse_others(self) -> None:
-        """A folder that this does not go on with holds nothing but what other ranks of this run have written."""
-        own = rf"\.lock{self._rank}|\.{re.escape(self._progress.name)}\.unfinished"  # of a kill in the first moment
+        """Refuse a new folder that holds anything but the files of this run's other ranks."""
+        own = rf"\.lock{self._rank}|\.{re.escape(self._progress.name)}\.unfinished"  # left by an early kill
         if self._rank:
             own += rf"|(\.lock|\.?_progress|\.?part)-\d+{re.escape(self._rank[4:])}.*"
         others = sorted(path.name for path in self.path.iterdir() if not re.fullmatch(own, path.name))
@@ -279,7 +277,7 @@ class _Folder:
             raise ConfigError(f"{self.path} holds other files, such as {others[0]!r}: name a new folder")
 
     def _tidy(self) -> None:
-        """Delete what a run that was killed wrote behind its last progress."""
+        """Delete the parts that a killed run wrote after its last progress file."""
         finished = {self._part(number).name for number in range(self.counts["parts"])}
         parts = rf"\.?part{self._rank}-\d{{6,}}\.\w+(\.unfinished)?"
         for path in list(self.path.iterdir()):

@@ -1,4 +1,4 @@
-"""What a corpus means for an encoder, before anything is trained: lengths, batches, padding, time and room."""
+"""Inspect a corpus for an encoder before training: lengths, batches, padding, time and cache size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any, TypeAlias, get_args
 
 import numpy as np
@@ -35,12 +34,12 @@ from ..tokens import TokenBatch, text_bytes
 Numbers: TypeAlias = npt.NDArray[Any]
 
 _SAMPLED_BATCHES, _TIMED_S = 256, 3.0
-"""Batches drawn from all of the corpus, and the seconds within which as many of them as fit are encoded."""
+"""Batches drawn at random from the whole corpus, and the seconds for which they are encoded."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How numbers are spread: the smallest, the middle one, and so on."""
+    """Quantiles of some numbers: the smallest, the median, and so on."""
 
     least: int
     median: int
@@ -50,7 +49,7 @@ class Spread:
 
     @classmethod
     def of(cls, numbers: npt.NDArray[Any]) -> Spread:
-        """Of one number at least."""
+        """Compute them; `numbers` is not empty."""
         return cls(*np.quantile(numbers, [0, 0.5, 0.9, 0.99, 1], method="lower").tolist())
 
 
@@ -59,29 +58,29 @@ class Inspection:
     """What `inspect_shards` found.
 
     Attributes:
-        shards: how many.
-        shard_bytes: of all of them, as they are stored; 0 where that is not known.
-        fields: name -> an example of each field of the first record, the text's too.
-        texts: records, without the broken ones.
-        repeated_texts: those that are the same as one before.
-        bad_records: broken records and texts that were passed over.
-        tokens: of all texts, special tokens included, those behind the longest that the model takes too.
+        shards: number of shards.
+        shard_bytes: their size as stored; 0 if it is not known.
+        fields: name -> its value in the first record, shortened; the text included.
+        texts: good records.
+        repeated_texts: texts equal to an earlier one.
+        bad_records: broken records and texts that were skipped.
+        tokens: of all texts, before truncation, special tokens included.
         lengths: tokens of a text.
-        length_edges: [n + 1] bins of lengths; bin i holds lengths from edge i to edge i + 1, excluded.
+        length_edges: [n + 1] bins of lengths; bin i holds lengths from edge i up to, not including, edge i + 1.
         length_counts: [n] texts in each bin.
-        max_length: tokens that the model takes.
-        long_texts: those that are longer.
-        cut_tokens: what is behind that length, and lost by overflow="truncate".
-        batches: how many batches the stream makes.
+        max_length: tokens of the longest text that the model takes.
+        long_texts: texts longer than that.
+        cut_tokens: tokens beyond that length, which overflow="truncate" loses.
+        batches: number of batches the stream makes.
         batch_texts: texts in a batch.
         batch_tokens: tokens in a batch.
-        padding_in_order: padding as a share of what a padded model would compute, texts in the shards' order, as many
-            in each batch.
-        padding_bucketed: the same in these batches. Packed, as bertstream runs most models, there is none.
+        padding_in_order: padding as a share of all positions of padded batches: texts in the shards' order, batches of
+            the stream's mean size.
+        padding_bucketed: the same for the stream's batches. Packed, as bertstream runs most models, there is none.
         batching: how this encoder runs: "packed", "padded" or "grouped", and why.
-        tokens_per_s: of the encoder alone, measured on batches of this corpus; 0 where it was not measured.
-        encode_s: what an epoch without a cache then takes at least.
-        cache_bytes: storage -> bytes of a cache that holds all of it.
+        tokens_per_s: of the encoder alone, measured on batches of this corpus; 0 if it was not measured.
+        encode_s: the least that an epoch without a cache takes at this rate.
+        cache_bytes: storage -> bytes of a cache that holds the whole corpus.
     """
 
     shards: int
@@ -120,14 +119,14 @@ def inspect_shards(
     timed_s: float = _TIMED_S,
     progress: bool = True,
 ) -> Inspection:
-    """Read and tokenize all texts of these shards once, and encode a few seconds' worth of them.
+    """Read and tokenize all texts of these shards once, and encode some of them for a few seconds.
 
     Args:
         shards, text, pair, batch_size, max_tokens, reading: as for `bertstream.stream`.
-        encoder: whose tokens, limits, speed and rows are told. Texts that are too long are counted, whatever its
+        encoder: gives tokens, limits, speed and row sizes. Texts that are too long are counted, whatever its
             `overflow`; with "windows" the repeated tokens count as well.
-        timed_s: seconds of encoding, about; 0 measures nothing.
-        progress: whether a bar is shown.
+        timed_s: approximate seconds of encoding; 0 measures nothing.
+        progress: whether to show a bar.
     Raises:
         ConfigError: an argument is out of range.
         ShardError: a shard is missing, or one of its records is broken.
@@ -136,7 +135,7 @@ def inspect_shards(
     tokenizer = _counting(encoder.tokenizer)
     stream = TextStream(
         shards,
-        SimpleNamespace(tokenizer=tokenizer),  # of an encoder it takes no more
+        _TokenizerOnly(tokenizer),
         text=text,
         pair=pair,
         batch_size=batch_size,
@@ -159,7 +158,7 @@ def inspect_shards(
     once = np.unique(np.concatenate(found.hashes), return_index=True)[1]
     rows = int(np.concatenate(found.rows)[once].sum())
     edges = _edges(int(lengths.min()), int(lengths.max()), tokenizer.max_length)
-    # File order is what a plain DataLoader without shuffling gives; a shuffled one pads about as much.
+    # The order of a plain DataLoader without shuffling; a shuffled one pads about as much.
     in_order = fitting[np.lexsort((np.concatenate(found.indices), np.concatenate(found.shards)))]
     tokens_per_s = _measured(encoder, found.sample, timed_s) if timed_s else 0.0
     return Inspection(
@@ -197,14 +196,21 @@ _EDGES = [0, 5, *(1 + size * 2**power // 2 for power in range(2, 40) for size in
 
 
 def _edges(least: int, most: int, limit: int) -> list[int]:
-    """Those of `_EDGES` that hold all lengths, and one more behind what the model takes."""
+    """The part of `_EDGES` that holds all lengths, and an edge at the model's limit."""
     edges = [edge for edge, after in pairwise(_EDGES) if after > least and edge <= most]
     edges.append(next(edge for edge in _EDGES if edge > most))
     return sorted({*edges, limit + 1}) if edges[0] <= limit < most else edges
 
 
+@dataclass(frozen=True)
+class _TokenizerOnly:
+    """Takes the place of an encoder where only its tokenizer is needed (`HasTokenizer`)."""
+
+    tokenizer: TextTokenizer
+
+
 class _Found:
-    """What is kept of each batch while all are read."""
+    """What is kept of each batch while the corpus is read."""
 
     def __init__(self, encoder: Encoder, shards: Sequence[str]) -> None:
         self.lengths: list[Numbers] = []
@@ -219,7 +225,7 @@ class _Found:
         self._random = random.Random(0)
 
     def add(self, batch: TokenBatch) -> None:
-        """Take a batch; of all of them the sample keeps as many as it may, each with the same chance."""
+        """Count a batch; the sample keeps each batch with equal probability (reservoir sampling)."""
         self.lengths.append(batch.lengths + batch.cut_tokens)
         self.rows.append(self._encoder.row_counts(batch))
         self.hashes.append(np.fromiter(map(hash, text_bytes(batch)), np.int64, len(batch)))
@@ -227,14 +233,15 @@ class _Found:
         self.shards.append(np.array(shards))
         self.indices.append(batch.fields["__index__"])
         self.batch_tokens.append(batch.num_tokens)
-        place = len(self.lengths) - 1
-        if place >= _SAMPLED_BATCHES:
-            place = self._random.randrange(len(self.lengths))
-        self.sample[place : place + 1] = [batch] if place < _SAMPLED_BATCHES else []
+        slot = len(self.lengths) - 1
+        if slot >= _SAMPLED_BATCHES:
+            slot = self._random.randrange(len(self.lengths))
+        if slot < _SAMPLED_BATCHES:
+            self.sample[slot : slot + 1] = [batch]
 
 
 def _counting(tokenizer: TextTokenizer) -> TextTokenizer:
-    """The tokenizer, counting what is too long instead of refusing it."""
+    """A copy of the tokenizer that counts tokens beyond the limit instead of raising."""
     counting = copy.copy(tokenizer)
     if counting.overflow == "error":
         counting.overflow = "truncate"
@@ -246,15 +253,15 @@ def _first_piece(shards: Shards, paths: Sequence[str]) -> Piece:
 
 
 def _padding(lengths: Numbers, sizes: Numbers) -> float:
-    """What share of all places is padding, where batches of so many texts are filled up to their longest."""
+    """The share of padding if batches of these sizes are padded to their longest text."""
     starts = np.cumsum(sizes) - sizes
     starts = starts[starts < len(lengths)]
-    places = np.maximum.reduceat(lengths, starts) * np.diff(starts, append=len(lengths))
-    return 1 - float(lengths.sum()) / float(max(1, places.sum()))
+    positions = np.maximum.reduceat(lengths, starts) * np.diff(starts, append=len(lengths))
+    return 1 - float(lengths.sum()) / float(max(1, positions.sum()))
 
 
 def _measured(encoder: Encoder, sample: list[TokenBatch], seconds: float) -> float:
-    """Tokens a second, of batches that are gathered and encoded together as a loader does it."""
+    """Tokens per second for batches gathered into groups as a loader does."""
     encoder.calibrate()
     random.Random(0).shuffle(sample)
     limit = group_tokens(encoder.max_forward_tokens, encoder.device)

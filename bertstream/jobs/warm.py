@@ -1,4 +1,4 @@
-"""Filling a cache from shards before anything is trained."""
+"""Fill a cache from shards before training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..caching.cache import EmbeddingCache
 from ..embeddings import SupportsCache
-from ..errors import ConfigError
+from ..errors import ConfigError, check_at_least
 from ..pipeline.source import read_in_workers
 from ..reading.config import StreamConfig
 from ..reading.dataset import TextStream
@@ -28,30 +28,29 @@ def warm(
 ) -> dict[str, int]:
     """Compute the vectors of all texts of these shards that the cache does not hold yet.
 
-    It may be stopped at any time and called again: what was written is not computed twice. Of several ranks each does
-    its share. Vectors of a training run are found again if tokenizer and encoder are the same; batch sizes and order do
-    not matter.
+    You can stop it at any time and call it again: vectors that were written are not computed twice. With several ranks,
+    each does its share. A training run with the same tokenizer and encoder finds these vectors, whatever its batch
+    sizes and order.
 
     Args:
         shards, text, pair, num_workers, reading: as for `bertstream.stream`.
-        encoder: what computes the vectors.
-        cache: where they go. Without a disk they go into this process's memory; what does not fit evicts what came
-            before.
-        progress: whether a bar is shown; its total is known for Parquet, and for files on disk that are not packed.
+        encoder: computes the vectors.
+        cache: receives them. Without a disk they stay in this process's memory, and new ones evict earlier ones when
+            it is full.
+        progress: whether to show a bar; its total is known for Parquet and for uncompressed files on disk.
     Returns:
-        `texts` read and `computed` ones (a text that comes several times is computed once); `bad_records` and
-        `bad_shards` that were passed over.
+        `texts` read, and how many of them were `computed` (repeated texts once); `bad_records` and `bad_shards` that
+        were skipped.
     Raises:
-        ConfigError: an argument is out of range, the cache is read-only, or a parameter of the encoder requires a
-            gradient.
+        ConfigError: an argument is out of range, the cache is read-only, or a parameter of the encoder requires
+            gradients.
         ShardError: a shard is missing, or one of its records is broken.
     """
-    if num_workers < 0:
-        raise ConfigError(f"num_workers={num_workers}: write a number of at least 0")
+    check_at_least("num_workers", num_workers, 0)
     if cache.read_only:
         raise ConfigError(f"{cache!r} is read-only: open it without read_only=True to fill it")
     cached = cache.of(encoder)
-    # By tokens, so that forwards are full; no other field is needed.
+    # A token budget fills every forward.
     dataset = TextStream(
         shards, encoder, text=text, pair=pair, max_tokens=encoder.max_forward_tokens, fields=(), reading=reading
     )

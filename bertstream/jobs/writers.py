@@ -1,4 +1,4 @@
-"""Records with their vectors as files that other programs read: Parquet, WebDataset tars, safetensors."""
+"""Write records and their vectors as Parquet, WebDataset tars or safetensors, for other programs to read."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ PartFormat: TypeAlias = Literal["parquet", "webdataset", "safetensors"]
 
 @dataclass
 class Part:
-    """Some records with their vectors.
+    """Records and their vectors: the content of one file.
 
     Attributes:
         keys: a name for each record, unique in its shard.
         shards: the path or URL of each record's shard.
-        indices: [B] int64, each record's position in its shard.
-        lengths: [B] int64, rows of each record; None where each has one vector, not a list of them.
-        values: [N, ...] the rows on the host, record by record; [B, ...] where `lengths` is None.
+        indices: [B] int64, each record's index in its shard.
+        lengths: [B] int64, rows of each record; None if each record has exactly one vector.
+        values: [N, ...] on the CPU, the rows record by record; [B, ...] if `lengths` is None.
     """
 
     keys: list[str]
@@ -40,12 +40,12 @@ class Part:
 
 
 def ending_of(format: PartFormat) -> str:
-    """The ending of the files of a format."""
+    """The file name ending of a format."""
     return _FORMATS[format].ending
 
 
 def check_format(format: PartFormat, dtype: torch.dtype) -> None:
-    """Refuse a format that is not known, cannot hold such vectors, or needs a package that is not installed.
+    """Refuse a format that is unknown, cannot hold this dtype, or needs a package that is not installed.
 
     Raises:
         ConfigError: with what to write or install instead.
@@ -59,21 +59,21 @@ def check_format(format: PartFormat, dtype: torch.dtype) -> None:
 
 
 def write_part(path: Path, part: Part, format: PartFormat) -> None:
-    """Write a file that is whole or not there, whenever the process or the machine stops.
+    """Write a file atomically: it is complete or absent, even if the process or the machine stops.
 
-    A Parquet row is `key`, `shard`, `index` and `vector`: a list of H numbers, or for tokens and words a list of such
-    lists. A WebDataset record is `npy`, [H] or [L, H], and `json` with key, shard and index; its own name is a number.
-    A safetensors file has `values` [N, H], `index` [B] and, for tokens and words, `cu_seqlens` [B + 1]; `keys` and
-    `shards` stand in its metadata as JSON lists.
+    A Parquet row has `key`, `shard`, `index` and `vector`: a list of H numbers, or for tokens and words a list of such
+    lists. A WebDataset record has `npy`, [H] or [L, H], and `json` with key, shard and index; its own key is a number.
+    A safetensors file has `values` [N, H], `index` [B] and, for tokens and words, `cu_seqlens` [B + 1]; its metadata
+    holds `keys` and `shards` as JSON lists.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     whole_or_nothing(path, lambda unfinished: _FORMATS[format].write(unfinished, part))
 
 
 def whole_or_nothing(path: Path, write: Callable[[Path], object]) -> None:
-    """Let a function write a file under another name, and give it its own once it is on the disk."""
+    """Let a function write a file under a temporary name, sync it to disk, then rename it."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     write(unfinished)
     for place in (unfinished, path.parent):
@@ -97,7 +97,7 @@ def _write_parquet(path: Path, part: Part) -> None:
         offsets = np.concatenate([[0], np.cumsum(part.lengths)]).astype(np.int32)
         vectors = pyarrow.ListArray.from_arrays(pyarrow.array(offsets), vectors)
     columns = {"key": part.keys, "shard": part.shards, "index": part.indices, "vector": vectors}
-    # Vectors are as good as random: to compress, to count or to tabulate them costs time and saves nothing.
+    # Vectors look like noise: compression, dictionaries and statistics cost time and save nothing.
     pyarrow.parquet.write_table(
         pyarrow.table(columns), path, compression="NONE", use_dictionary=["shard"], write_statistics=["index", "key"]
     )
@@ -109,8 +109,8 @@ def _write_tar(path: Path, part: Part) -> None:
     rows = part.values.numpy() if part.lengths is None else np.split(part.values.numpy(), np.cumsum(part.lengths[:-1]))
     with open(path, "wb") as file, TarWriter(file, mtime=0) as tar:
         for number, (key, shard, index) in enumerate(zip(part.keys, part.shards, part.indices.tolist(), strict=True)):
-            about = {"key": key, "shard": shard, "index": index}
-            tar.write({"__key__": f"{path.name.partition('.')[0]}-{number:06d}", "npy": rows[number], "json": about})
+            place = {"key": key, "shard": shard, "index": index}
+            tar.write({"__key__": f"{path.name.partition('.')[0]}-{number:06d}", "npy": rows[number], "json": place})
 
 
 def _write_safetensors(path: Path, part: Part) -> None:
@@ -119,7 +119,7 @@ def _write_safetensors(path: Path, part: Part) -> None:
     tensors = {"values": part.values.contiguous(), "index": torch.from_numpy(part.indices)}
     if part.lengths is not None:
         tensors["cu_seqlens"] = torch.from_numpy(np.concatenate([[0], np.cumsum(part.lengths)]))
-    # Not `save_file`, whose files nobody but their owner may read.
+    # Not `save_file`: it makes files that only their owner can read.
     path.write_bytes(save(tensors, {"keys": json.dumps(part.keys), "shards": json.dumps(part.shards)}))
 
 

@@ -1,4 +1,4 @@
-"""The examples are short, run without changes, and print what is right."""
+"""The examples are short, run as they are, and print the expected results."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ QUICK = ("--epochs", 3, "--batch-size", 8)
 
 
 def accuracy(printed: str) -> float:
-    """The test accuracy, from a line that must also count the six classes and the 48 texts of `topics`."""
+    """The printed test accuracy; checks that the line counts the six classes and 48 texts of `topics`."""
     match = re.search(r"^test accuracy (\d\.\d{4}) of 48 texts in 6 classes$", printed, re.MULTILINE)
     assert match, printed
     return float(match[1])
@@ -68,7 +68,7 @@ def test_every_example_has_fewer_than_80_lines(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_every_example_says_how_it_is_called(path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_example_prints_its_usage(path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run(f"examples/{path.name}", "--help")
     assert stopped.value.code == 0
@@ -174,13 +174,13 @@ def test_replacing_static_vectors_helps(run: Run) -> None:
 
 
 @pytest.mark.parametrize("framework", ["lightning", "trainer", "accelerate"])
-@pytest.mark.filterwarnings("ignore")  # what the frameworks say of one another
+@pytest.mark.filterwarnings("ignore")  # the frameworks' own
 def test_frameworks_take_the_loader(framework: str, run: Run) -> None:
     match = re.search(r"^accuracy (\d\.\d{4}) on 120", run(f"examples/with_{framework}.py"), re.MULTILINE)
     assert match and float(match[1]) >= 0.85
 
 
-def test_ranks_train_one_model_also_after_an_epoch_in_which_it_was_frozen() -> None:
+def test_ranks_train_one_model_even_after_a_frozen_epoch() -> None:
     script = [sys.executable, str(ROOT / "examples" / "several_ranks.py"), "--epochs", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(script, capture_output=True, text=True, timeout=100, env=environment)
@@ -188,4 +188,4 @@ def test_ranks_train_one_model_also_after_an_epoch_in_which_it_was_frozen() -> N
     assert len(set(re.findall(r"weights add up to (\d+\.\d{9})", done.stdout))) == 1
     steps = dict(re.findall(r"rank (\d), epoch 1: (\d+) steps", done.stdout))
     assert len(steps) == 2 and steps["0"] == steps["1"]
-    assert done.stderr.count("does not average them over ranks") == 2, "once a rank"
+    assert done.stderr.count("does not average them over ranks") == 2, "once per rank"

@@ -1,4 +1,4 @@
-"""What people meet in a notebook: objects that say what they are, and a loop that is interrupted and run again."""
+"""Use in a notebook: objects with a readable repr, and a cell that is interrupted and run again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bertstream.testing import write_shards
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_public_object_says_what_it_is_in_a_line(minilm: Encoder, tmp_path: Path) -> None:
+def test_every_public_object_has_a_repr_of_one_line(minilm: Encoder, tmp_path: Path) -> None:
     shards = write_shards(tmp_path, ["The bank.", "A river."])
     loader = bertstream.stream(shards, minilm, batch_size=2)
     batch = next(iter(loader))
@@ -46,7 +46,7 @@ def test_names_are_completed_and_typed() -> None:
     assert (ROOT / "bertstream" / "py.typed").exists()
 
 
-# A notebook keeps what an error knows, frames and their loops included; so does this interpreter.
+# A notebook keeps the last error with its frames, and so their loops, alive; so does this interpreter.
 NOTEBOOK = """
 import code, signal, sys, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)

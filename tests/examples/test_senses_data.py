@@ -1,4 +1,4 @@
-"""The quickstart's sentences are what its numbers rest on: balanced, well-formed, and with no template in common."""
+"""The quickstart's numbers rely on its sentences: balanced, well-formed, and without shared templates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SENSES = {
     "seal": ("seal/animal", "seal/closure"),
     "spring": ("spring/coil", "spring/season"),
 }
-# The grammar that is left of a sentence when its content is taken out; two sentences of one template share it.
+# A sentence's grammar without its content; two sentences of one template share it.
 FUNCTION_WORDS = """
     a an the this that these those i you he she it we they me him her us them my your his its our their
     and or but so if when while because since as until before after than of in on at by for from to with without
@@ -29,7 +29,7 @@ FUNCTION_WORDS = """
     toward is are was were be been being has have had do does did n't not no can could will would may must should
     there who which what where whoever each every any some most few all such much very too one two three
 """
-# What two different sentences may have in common at most: word sets (Jaccard), and runs of five (of the shorter one).
+# The most that two sentences may share: word sets (Jaccard), and runs of five words (share of the shorter one).
 MAX_SHARED_WORDS, MAX_SHARED_RUNS = 0.5, 0.2
 
 
@@ -45,7 +45,7 @@ def read(split: str) -> list[Sentence]:
 
 
 class Shape:
-    """A sentence without its target, in the three forms in which two sentences are compared."""
+    """A sentence without its target, in the three forms used for comparison."""
 
     def __init__(self, words: list[str], position: int) -> None:
         masked = ["_" if i == position else word.lower() for i, word in enumerate(words)]

@@ -1,4 +1,4 @@
-"""Ray Data on a real local cluster: the vectors of one process, whatever the number of actors and whichever dies."""
+"""Ray Data on a local cluster: the vectors equal those of one process, with any number of actors, even if one dies."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from bertstream.integrations.ray_data import Embed, padded
 
 ROOT = Path(__file__).parents[2]
 COUNT = 120
-# Each start of an actor costs as much as all other tests of this file, so one actor alone comes with the full count.
+# Starting an actor costs as much as all other tests of this file, so only the full run tries one actor alone.
 RUNS = [("two, and one of them is killed", "Mortal", 2)]
 if int(os.environ.get("BERTSTREAM_KILLS", "2")) >= 5:
     RUNS.append(("one", "Embed", 1))
 
-# Ray keeps threads and warns as it likes, so it has a process of its own, for all that is asked of a cluster.
+# Ray keeps threads and emits warnings, so everything that needs a cluster runs in one process of its own.
 CLUSTER = """
 import json, os, pickle, runpy, signal, sys
 import ray
@@ -34,7 +34,7 @@ from bertstream.integrations.ray_data import Embed
 folder, texts = sys.argv[1], json.load(open(sys.argv[2]))
 
 class Mortal(Embed):
-    "The first actor that comes to its second batch is killed, as by the kernel for its memory."
+    "The first actor to reach its second batch is killed, as the kernel does when memory runs out."
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -103,7 +103,7 @@ def test_a_cluster_gives_the_vectors_of_one_process_though_an_actor_dies_and_the
 
 
 def column(*values: Any) -> np.ndarray[Any, Any]:
-    """A column as Ray hands it out."""
+    """A column as Ray delivers it."""
     found = np.empty(len(values), object)
     found[:] = values
     return found
@@ -136,7 +136,7 @@ def test_word_lists_and_pairs_are_texts_too(minilm_folder: str) -> None:
     np.testing.assert_allclose(found["x"], right, rtol=1e-3, atol=1e-5)
 
 
-def test_a_text_that_comes_again_is_computed_once(minilm_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repeated_text_is_computed_once(minilm_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     embed = Embed(minilm_folder, output="sentence", cache={"memory": "1MiB"}, dtype="float32", device="cpu")
     encode, computed = embed.encoder.encode, []
     monkeypatch.setattr(embed.encoder, "encode", lambda batch: computed.append(len(batch)) or encode(batch))
@@ -151,7 +151,7 @@ def test_an_empty_batch_stays_empty(minilm_folder: str) -> None:
         assert len(embed({"text": np.array([], str)})["vectors"]) == 0
 
 
-def test_what_numpy_cannot_hold_is_refused_before_a_model_is_loaded(minilm_folder: str) -> None:
+def test_a_dtype_that_numpy_lacks_is_refused_before_a_model_is_loaded(minilm_folder: str) -> None:
     with pytest.raises(ConfigError, match="output_dtype=torch.bfloat16: .* take torch.float32 or torch.float16"):
         Embed("no-such-model", output_dtype=torch.bfloat16)
     embed = Embed(minilm_folder, output_dtype=torch.float16, device="cpu")
@@ -159,7 +159,7 @@ def test_what_numpy_cannot_hold_is_refused_before_a_model_is_loaded(minilm_folde
 
 
 @pytest.mark.parametrize("empty", [[], column()], ids=["list", "array"])
-def test_a_column_without_rows_has_no_width_to_pad_to(empty: Any) -> None:
+def test_a_column_without_rows_cannot_be_padded(empty: Any) -> None:
     with pytest.raises(ConfigError, match="no row"):
         padded(empty)
 

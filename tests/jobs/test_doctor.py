@@ -12,7 +12,7 @@ from bertstream import Encoder
 from bertstream.jobs.doctor import examine
 
 
-def test_versions_devices_and_models_are_told_as_plain_json(minilm: Encoder) -> None:
+def test_versions_devices_and_models_are_plain_json(minilm: Encoder) -> None:
     found = json.loads(json.dumps(examine(["all-MiniLM-L6-v2", "no-such-model"], dtype="float32", device="cpu")))
     assert found["versions"]["bertstream"] == bertstream.__version__
     assert found["versions"]["torch"] == torch.__version__
@@ -26,6 +26,6 @@ def test_versions_devices_and_models_are_told_as_plain_json(minilm: Encoder) -> 
     assert "no model 'no-such-model'" in found["models"]["no-such-model"]["error"]
 
 
-def test_what_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bertstream.jobs.doctor._OPTIONAL", {"no-such-package": "parquet"})
     assert examine()["optional"] == {"no-such-package": "pip install 'bertstream[parquet]'"}

@@ -1,4 +1,4 @@
-"""`embed` writes each record's vectors once, equal to the encoder's, whatever stops the run."""
+"""`embed` writes each record's vectors exactly once, equal to the encoder's, even if runs are stopped or killed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 import bertstream
 from bertstream import ConfigError, Encoder, ShardError, StateError, StreamConfig
-from bertstream.jobs import embed as export
+from bertstream.jobs import embed as job
 from bertstream.jobs.writers import PartFormat
 from bertstream.testing import write_shards
 
@@ -60,7 +60,7 @@ def in_parquet(path: Path) -> Iterator[tuple[str, str, int, npt.NDArray[Any]]]:
 
 
 def in_tar(path: Path) -> Iterator[tuple[str, str, int, npt.NDArray[Any]]]:
-    with path.open("rb") as file:  # its own readers leave closing it to the garbage collector
+    with path.open("rb") as file:  # webdataset's readers leave closing to the garbage collector
         records = webdataset.tariterators.group_by_keys(
             webdataset.tariterators.tar_file_expander([{"url": "", "stream": file}])
         )
@@ -80,7 +80,7 @@ READ = {".parquet": in_parquet, ".tar": in_tar, ".safetensors": in_safetensors}
 
 
 def written(folder: Path) -> Found:
-    """The vectors by shard and index; a record that comes twice is a failure."""
+    """The vectors by shard and index; fails if a record occurs twice."""
     found: Found = {}
     for path in sorted(folder.glob("part-*")):
         for key, shard, index, vector in READ[path.suffix](path):
@@ -111,7 +111,7 @@ def assert_same(found: Found, right: Found) -> None:
     [{}, {"output": "words"}, {"output": "sentence"}, {"layers": (0, 1), "combine": "stack"}],
     ids=["tokens", "words", "sentence", "stack"],
 )
-def test_every_record_is_written_once_and_as_the_encoder_gives_it(
+def test_every_record_is_written_once_and_equals_the_encoders_vectors(
     tokenizer: Any, shards: list[str], tmp_path: Path, format: PartFormat, options: dict[str, Any]
 ) -> None:
     encoder = tiny(tokenizer, **options)
@@ -221,11 +221,11 @@ def test_a_killed_run_continues_and_ends_as_an_undisturbed_one(
     assert not left
 
 
-def test_a_part_is_written_when_it_was_gathered_for_long(
+def test_a_part_is_written_after_a_time_however_small(
     tokenizer: Any, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "_PART_S", 0.0)
-    monkeypatch.setattr(export, "_BATCH_TOKENS", 256)
+    monkeypatch.setattr(job, "_PART_S", 0.0)
+    monkeypatch.setattr(job, "_BATCH_TOKENS", 256)
     assert bertstream.embed(shards, tiny(tokenizer), tmp_path, progress=False)["parts"] > 3
     assert_same(written(tmp_path), right(tiny(tokenizer), shards))
 
@@ -270,7 +270,7 @@ def test_broken_and_cut_texts_are_counted(tokenizer: Any, tmp_path: Path) -> Non
     ],
     ids=str,
 )
-def test_a_folder_that_was_begun_with_something_else_is_refused_with_the_difference(
+def test_a_folder_begun_with_other_settings_is_refused_and_the_difference_named(
     tokenizer: Any, shards: list[str], tmp_path: Path, difference: dict[str, Any], key: str
 ) -> None:
     bertstream.embed(shards, tiny(tokenizer), tmp_path, part_bytes=20_000, progress=False)
@@ -281,7 +281,7 @@ def test_a_folder_that_was_begun_with_something_else_is_refused_with_the_differe
     assert caught.value.key == key
 
 
-def test_what_differs_between_two_encoders_is_shown(tokenizer: Any, shards: list[str], tmp_path: Path) -> None:
+def test_the_difference_between_two_encoders_is_shown(tokenizer: Any, shards: list[str], tmp_path: Path) -> None:
     bertstream.embed(shards, tiny(tokenizer), tmp_path, progress=False)
     with pytest.raises(StateError, match=r"encoder Encoder\(.*'tokens'.*, and this is Encoder\(.*'sentence'"):
         bertstream.embed(shards, tiny(tokenizer, output="sentence"), tmp_path, progress=False)
@@ -291,7 +291,7 @@ def test_what_differs_between_two_encoders_is_shown(tokenizer: Any, shards: list
         bertstream.embed(shards, other, tmp_path, progress=False)
 
 
-def test_a_folder_of_parquet_is_a_dataset_and_its_files_are_about_as_large_as_was_asked(
+def test_a_folder_of_parquet_is_a_dataset_of_files_of_about_the_size_asked_for(
     tokenizer: Any, shards: list[str], tmp_path: Path
 ) -> None:
     done = bertstream.embed(shards, tiny(tokenizer), tmp_path, part_bytes=20_000, progress=False)
@@ -300,15 +300,13 @@ def test_a_folder_of_parquet_is_a_dataset_and_its_files_are_about_as_large_as_wa
     assert sorted(sizes)[-1] < 1.25 * 20_000 + 8_000, "with keys and shards"
 
 
-def test_a_run_that_was_killed_while_it_made_its_folder_starts_again(
-    tokenizer: Any, shards: list[str], tmp_path: Path
-) -> None:
+def test_a_run_killed_while_it_made_its_folder_starts_again(tokenizer: Any, shards: list[str], tmp_path: Path) -> None:
     for name in (".lock", "._progress.json.unfinished"):
         (tmp_path / name).touch()
     assert bertstream.embed(shards, tiny(tokenizer), tmp_path, progress=False)["texts"] == 90
 
 
-def test_a_folder_of_somebody_else_is_left_alone(tokenizer: Any, shards: list[str], tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_left_alone(tokenizer: Any, shards: list[str], tmp_path: Path) -> None:
     other = tmp_path / "part-000000.parquet"
     other.write_text("precious")
     with pytest.raises(ConfigError, match=r"holds other files, such as 'part-000000.parquet'"):
@@ -354,7 +352,7 @@ def test_two_processes_do_not_write_into_one_folder(tokenizer: Any, shards: list
     ],
     ids=str,
 )
-def test_a_bad_argument_is_refused_before_anything_is_made(
+def test_a_bad_argument_is_refused_before_any_file_is_made(
     tokenizer: Any, shards: list[str], tmp_path: Path, wrong: dict[str, Any], message: str
 ) -> None:
     out = wrong.pop("out", tmp_path / "out")
@@ -363,7 +361,7 @@ def test_a_bad_argument_is_refused_before_anything_is_made(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_vectors_that_a_format_cannot_hold_and_weights_that_may_change_are_refused(
+def test_a_dtype_that_the_format_lacks_and_trainable_weights_are_refused(
     tokenizer: Any, shards: list[str], tmp_path: Path
 ) -> None:
     encoder = tiny(tokenizer, output_dtype=torch.bfloat16)
@@ -374,7 +372,7 @@ def test_vectors_that_a_format_cannot_hold_and_weights_that_may_change_are_refus
         bertstream.embed(shards, tiny(tokenizer).requires_grad_(True), tmp_path / "out", progress=False)
 
 
-def test_the_bar_knows_the_end_and_where_it_begins(
+def test_the_bar_shows_the_total_and_the_rate(
     tokenizer: Any, shards: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bertstream.embed(shards, tiny(tokenizer), tmp_path)

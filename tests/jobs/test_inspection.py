@@ -1,4 +1,4 @@
-"""What is told about a corpus equals what counting by hand gives."""
+"""The figures of an inspection equal those counted by hand."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def sizes(count: int, size: int) -> list[int]:
     return [min(size, count - start) for start in range(0, count, size)]
 
 
-def test_texts_that_are_too_long_are_counted_and_not_refused(minilm_folder: str, tmp_path: Path) -> None:
+def test_texts_that_are_too_long_are_counted_not_refused(minilm_folder: str, tmp_path: Path) -> None:
     shards = write_shards(tmp_path, ["word " * count for count in (3, 28, 30, 60)])
     for overflow in ("error", "truncate"):
         encoder = Encoder.from_pretrained(minilm_folder, max_length=30, overflow=overflow)
@@ -71,7 +71,7 @@ def test_texts_that_are_too_long_are_counted_and_not_refused(minilm_folder: str,
         assert encoder.tokenizer.overflow == overflow
 
 
-def test_the_room_that_it_tells_is_what_a_cache_takes(minilm: Encoder, tmp_path: Path, sentences: list[str]) -> None:
+def test_cache_bytes_are_what_a_cache_takes(minilm: Encoder, tmp_path: Path, sentences: list[str]) -> None:
     shards = write_shards(tmp_path, sentences[:50] + sentences[:10])
     found = inspect_shards(shards, minilm, **QUIET)
     with EmbeddingCache("64MiB") as cache:
@@ -81,9 +81,7 @@ def test_the_room_that_it_tells_is_what_a_cache_takes(minilm: Encoder, tmp_path:
     assert found.cache_bytes["auto"] == found.cache_bytes["float32"] > found.cache_bytes["bfloat16"]
 
 
-def test_the_time_that_it_tells_is_about_what_encoding_takes(
-    minilm: Encoder, tmp_path: Path, sentences: list[str]
-) -> None:
+def test_encode_s_is_about_the_time_that_encoding_takes(minilm: Encoder, tmp_path: Path, sentences: list[str]) -> None:
     shards = write_shards(tmp_path, [text for text in sentences if len(text) < 200][:300])
     found = inspect_shards(shards, minilm, progress=False, timed_s=1)
     assert found.encode_s == pytest.approx(found.tokens / found.tokens_per_s)
@@ -91,10 +89,10 @@ def test_the_time_that_it_tells_is_about_what_encoding_takes(
         for _ in loader:
             pass
         took = loader.stats()["encode_s"]
-    assert took / 4 < found.encode_s < took * 4  # this machine is busy with other things
+    assert took / 4 < found.encode_s < took * 4  # the machine may be busy
 
 
-def test_a_slow_encoder_is_timed_in_groups_that_a_loader_would_make_and_no_longer_than_it_was_to_be(
+def test_a_slow_encoder_is_timed_in_a_loaders_groups_and_for_no_longer_than_timed_s(
     minilm: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, groups = SimpleNamespace(now=0.0), []
@@ -115,7 +113,7 @@ def test_a_slow_encoder_is_timed_in_groups_that_a_loader_would_make_and_no_longe
     assert 300 <= sum(groups[1:]) <= 350
 
 
-def test_fields_are_shown_by_the_first_record_and_broken_ones_are_counted(minilm: Encoder, tmp_path: Path) -> None:
+def test_fields_come_from_the_first_record_and_broken_records_are_counted(minilm: Encoder, tmp_path: Path) -> None:
     (path,) = write_shards(tmp_path, ["one", "two"])
     with open(path, "a") as file:
         file.write("no json\n")
@@ -138,7 +136,7 @@ def test_both_a_batch_size_and_a_budget_are_refused(minilm: Encoder, tmp_path: P
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1))
-def test_a_spread_is_of_numbers_that_are_there(numbers: list[int]) -> None:
+def test_a_spread_holds_only_given_numbers(numbers: list[int]) -> None:
     found = Spread.of(np.array(numbers))
     chosen = [found.least, found.median, found.p90, found.p99, found.most]
     assert chosen == sorted(chosen) and set(chosen) <= set(numbers)

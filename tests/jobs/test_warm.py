@@ -1,4 +1,4 @@
-"""Filling a cache ahead of training."""
+"""`warm` fills a cache before training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shard(tmp_path: Path, sentences: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_after_it_an_epoch_computes_nothing(
+def test_after_warm_an_epoch_computes_nothing(
     minilm: Encoder, shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
     with EmbeddingCache("1MiB", tmp_path / "cache", "64MiB") as cache:
@@ -40,7 +40,7 @@ def test_after_it_an_epoch_computes_nothing(
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_its_workers_read_as_far_ahead_as_a_streams(
+def test_workers_read_as_far_ahead_as_those_of_a_stream(
     minilm: Encoder, shard: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
     read: list[tuple[int, int | None]] = []
@@ -56,7 +56,7 @@ def test_its_workers_read_as_far_ahead_as_a_streams(
     assert read == [(num_workers, 16 if num_workers else None)] * 2
 
 
-def test_what_was_computed_before_a_stop_is_not_computed_again(
+def test_texts_computed_before_a_stop_are_not_computed_again(
     minilm: Encoder, shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode, calls = minilm.encode, []
@@ -78,7 +78,7 @@ def test_what_was_computed_before_a_stop_is_not_computed_again(
         assert bertstream.warm(shard, minilm, cache, progress=False)["computed"] == 0
 
 
-def test_nothing_is_dropped_however_slow_the_disk(
+def test_a_slow_disk_drops_nothing(
     minilm: Encoder, shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bertstream.caching.disk._QUEUE_BYTES", 1)
@@ -88,7 +88,7 @@ def test_nothing_is_dropped_however_slow_the_disk(
         assert cache.stats()["disk_texts"] == 40 and cache.stats()["disk_dropped_writes"] == 0
 
 
-def test_memory_alone_can_be_filled_and_the_bar_says_how_far_it_is(
+def test_memory_alone_can_be_filled_and_the_bar_shows_progress(
     minilm: Encoder, shard: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = EmbeddingCache("16MiB")
@@ -97,7 +97,7 @@ def test_memory_alone_can_be_filled_and_the_bar_says_how_far_it_is(
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_what_is_broken_is_counted_over_all_workers(minilm: Encoder, tmp_path: Path, num_workers: int) -> None:
+def test_broken_records_are_counted_over_all_workers(minilm: Encoder, tmp_path: Path, num_workers: int) -> None:
     paths = [tmp_path / f"{name}.jsonl" for name in "abcd"]
     for path in paths:
         path.write_text('{"text": "good"}\nno json\n{"text": "good"}\n', encoding="utf-8")
@@ -127,7 +127,7 @@ def test_a_cache_that_cannot_be_filled_is_refused(minilm: Encoder, shard: Path, 
         minilm.requires_grad_(False)
 
 
-def test_pairs_are_found_again_and_the_bar_knows_the_end(
+def test_pairs_are_found_in_the_cache_and_the_bar_knows_the_total(
     minilm: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "pairs.jsonl"

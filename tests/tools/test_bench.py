@@ -1,4 +1,4 @@
-"""The benchmarks' tool: every verb runs, and what it says of the contenders is right. How fast they are is no test."""
+"""Every verb of the benchmarks runs, and its figures other than speed are right."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, sentences: list[str]) -> Pa
 @pytest.fixture
 def measure(model: str, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A verb over 40 short texts and the tiny model, in one round."""
-    monkeypatch.setattr(common, "matmul_rate", lambda dtype, device="cpu": 1.0)  # the machine is not what is tested
+    monkeypatch.setattr(common, "matmul_rate", lambda dtype, device="cpu": 1.0)  # slow, and not under test
     small = ["--corpus", str(corpus), "--model", model, "--texts", "40", "--rounds", "1", "--dtypes", "float32"]
     return lambda verb, *more: bench.measure([verb, *small, *more])
 
@@ -54,7 +54,7 @@ def test_every_contender_of_encode_gives_the_plain_loops_vectors(measure: Any) -
     assert "flair" in found["absent"].keys() | found["tokens_per_s"].keys()
 
 
-def test_contenders_may_stay_at_home_and_one_that_is_not_installed_is_named(
+def test_contenders_may_be_left_out_and_a_missing_package_is_named(
     measure: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "flair", None)
@@ -63,7 +63,7 @@ def test_contenders_may_stay_at_home_and_one_that_is_not_installed_is_named(
     assert "flair" in found["absent"]["flair"]
 
 
-def test_wrap_says_how_many_tokens_were_encoded_together(measure: Any) -> None:
+def test_wrap_reports_how_many_tokens_were_encoded_together(measure: Any) -> None:
     found = measure("wrap")
     assert found["together_times_one_by_one"].keys() == {"8", "32", "128"}
     assert found["tokens_encoded_together"]["8"] > found["tokens_a_batch"]["8"] > 0
@@ -87,7 +87,7 @@ def test_epoch_measures_every_kind_of_step(measure: Any) -> None:
         assert min(step["encode_s"], step["train_s"], step["both_s"]) > 0 and step["amount"] >= 1
 
 
-def test_overlap_is_told_from_the_three_times() -> None:
+def test_overlap_is_computed_from_the_three_times() -> None:
     hidden = epoch.compare([2.0], [2.0], [2.2])
     assert hidden["over_max"] == 1.1 and hidden["over_sum"] == 0.55 and hidden["overlap_efficiency"] == 0.9
     in_turn = epoch.compare([2.0, 2.0, 2.0], [1.0, 1.0, 1.0], [3.0, 9.0, 3.0])
@@ -100,7 +100,7 @@ def test_the_other_verbs_run(measure: Any, verb: str) -> None:
     assert found["benchmark"] == verb and found["machine"]["device"] == "cpu" and found["rounds"] == 1
 
 
-def test_a_corpus_is_jsonl_or_text_and_one_of_both_is_asked_for(
+def test_a_corpus_is_jsonl_or_text_and_some_texts_are_required(
     measure: Any, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = tmp_path / "corpus.txt"
@@ -112,12 +112,12 @@ def test_a_corpus_is_jsonl_or_text_and_one_of_both_is_asked_for(
 
 
 def test_useful_flops_are_those_of_the_products_in_the_layers() -> None:
-    """Counted on a model of the usual middle, four times as wide."""
+    """Counted on a model whose intermediate size is four times its hidden size."""
     config = BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
     )
     model = BertModel(config, add_pooling_layer=False).eval()
-    model.set_attn_implementation("eager")  # whose products are counted
+    model.set_attn_implementation("eager")  # the counter knows its products
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for length in (5, 17):
             model(torch.ones(1, length, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""The benchmarks' corpus: no text twice, the same file every time."""
+"""The benchmarks' corpus: each text once, the same file every time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 
 def small_data(folder: Path) -> Path:
-    """The shape of the data's folder, with a handful of texts."""
+    """A folder like that of the data, with a handful of texts."""
     (folder / "banking77").mkdir()
     (folder / "ud_english_ewt").mkdir()
     for name in ("train", "test"):

@@ -1,4 +1,4 @@
-"""The check for machines with a GPU, as far as a CPU can run it."""
+"""The check for machines with a GPU, run on a CPU."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from benchmarks import common
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo does not know")  # of the views that attention on a CPU takes
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")  # the views that attention on a CPU uses
 def test_the_whole_check_runs_on_a_cpu_with_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "run_tests", lambda select: {"passed": 0, "failed": [], "skipped": 9})
     monkeypatch.setattr(common, "matmul_rate", lambda dtype, device="cpu": 1.0)
-    # Traced only: a C++ compiler is slow and may be missing.
+    # Trace only: a C++ compiler is slow and may be missing.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     assert gpu_check.main(["--device", "cpu", "--tiny", "--texts", "16", "--results", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "cpu.json").read_text())
@@ -64,14 +64,14 @@ def test_targets_are_judged_by_device() -> None:
     assert len(gpu_check.judge(found, "NVIDIA L4")) == 2
 
 
-def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_device_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         gpu_check.main([])
     assert "sees no CUDA device" in capsys.readouterr().err
 
 
-def test_its_texts_are_distinct_and_as_many_as_asked_for(tmp_path: Path) -> None:
+def test_the_corpus_has_the_asked_number_of_distinct_texts(tmp_path: Path) -> None:
     gpu_check.write_corpus(tmp_path / "c.jsonl", 20_000)
     texts = [json.loads(line)["text"] for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     assert len(texts) == len(set(texts)) == 20_000

@@ -73,13 +73,13 @@ def test_webdataset_reads_the_shards(tool: ModuleType, table: Path, tmp_path: Pa
     ]
 
 
-def test_integer_classes_stay_what_they_are(tool: ModuleType, table: Path, tmp_path: Path) -> None:
+def test_integer_classes_stay_as_they_are(tool: ModuleType, table: Path, tmp_path: Path) -> None:
     tool.main([str(table), "--out", f"{tmp_path}/out/", "--label", "extra"])
     assert os.listdir(tmp_path / "out") == ["000000.tar"]
     assert [record.fields["cls"] for record in read(tmp_path / "out/*.tar")] == list(range(7))
 
 
-def test_word_lists_and_text_files_are_taken(tool: ModuleType, tmp_path: Path) -> None:
+def test_word_lists_and_text_files_are_accepted(tool: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"words": ["New", "York"], "tags": [1, 2]}\n{"words": [], "tags": []}')
     tool.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "words"), "--text", "words"])
     records = read(tmp_path / "words-*.tar", "words")
@@ -111,7 +111,7 @@ def test_shuffling_keeps_every_record_and_follows_the_seed(tool: ModuleType, tab
     assert first != second
 
 
-def test_a_second_set_is_numbered_as_the_first(tool: ModuleType, table: Path, tmp_path: Path) -> None:
+def test_a_second_set_uses_the_numbers_of_the_first(tool: ModuleType, table: Path, tmp_path: Path) -> None:
     tool.main([str(table), "--out", f"{tmp_path}/train-%06d.tar", "--label", "animal"])
     (tmp_path / "test.csv").write_text("text,animal\nx,cat\n")
     arguments = [str(tmp_path / "test.csv"), "--out", f"{tmp_path}/test-%06d.tar", "--label", "animal"]

@@ -1,4 +1,4 @@
-"""Pictures of benchmark lines: one of each theme, of what was measured."""
+"""Pictures of benchmark lines: one per theme, with the measured figures."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_a_line_becomes_a_picture_of_each_theme(benchmark: str, tmp_path: Path) 
     path = tmp_path / "lines.json"
     path.write_text(json.dumps({"benchmark": benchmark, "machine": MACHINE} | LINES[benchmark]) + "\n")
     assert plot_bench.main([str(path), "--out", str(tmp_path / "out")]) == 0
-    for theme, (ground, *_) in plot_bench.THEMES.items():
+    for theme, (background, *_) in plot_bench.THEMES.items():
         picture = image.imread(tmp_path / "out" / f"{benchmark}-{theme}.png")
         corner = "#" + "".join(f"{round(255 * part):02x}" for part in picture[0, 0, :3])
-        assert corner == ground and len({tuple(pixel) for row in picture[::7] for pixel in row[::7]}) > 3
+        assert corner == background and len({tuple(pixel) for row in picture[::7] for pixel in row[::7]}) > 3
 
 
-def test_the_fastest_is_named_with_its_rate_error_and_share() -> None:
+def test_bars_are_labelled_with_rate_error_and_share() -> None:
     figure, axes = plt.subplots()
     plot_bench.draw_encode({"machine": MACHINE} | LINES["encode"], axes, plot_bench.THEMES["dark"])
     said = [text.get_text() for text in axes.texts]
@@ -50,5 +50,5 @@ def test_the_fastest_is_named_with_its_rate_error_and_share() -> None:
     assert said[-1] == "3,000" and names[1] == "sentence-transformers float32"
 
 
-def test_a_benchmark_without_a_form_is_passed_over(tmp_path: Path) -> None:
+def test_a_benchmark_without_a_plot_is_skipped(tmp_path: Path) -> None:
     assert plot_bench.draw({"benchmark": "mix", "machine": MACHINE}, tmp_path) == []

@@ -1,5 +1,5 @@
-"""The benchmarks of tools/bench.py: a file for each verb, which holds a function of its name, and what they share.
+"""The benchmarks of tools/bench.py: one file a verb, and the files they share.
 
-A verb's function takes the parsed arguments and returns what its JSON line says; `add_options`, where a file has one,
-adds the options that are the verb's own. A new verb is a new file.
+A verb's file has a function of its name, which takes the parsed arguments and returns the content of the JSON line; an
+optional `add_options` adds the verb's own options. To add a verb, add a file.
 """

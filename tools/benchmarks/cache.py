@@ -25,7 +25,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def cache(arguments: argparse.Namespace) -> dict[str, object]:
-    """A first epoch with the cache on against one without, epochs from memory and from disk, and a BiLSTM's epochs."""
+    """A first epoch with a cache and one without, epochs from memory and from disk, and a BiLSTM's epochs."""
     texts = texts_of(arguments)
     with tempfile.TemporaryDirectory() as folder:
         shard = Path(folder) / "corpus.jsonl"
@@ -33,7 +33,7 @@ def cache(arguments: argparse.Namespace) -> dict[str, object]:
         encoder = bertstream.Encoder.from_pretrained(
             arguments.model, dtype=arguments.dtypes[0], device=arguments.device, overflow="truncate"
         )
-        encoder.fingerprint()  # once a process, not once an epoch
+        encoder.fingerprint()  # computed once a process, so not part of any epoch
         stream = partial(bertstream.stream, shard, encoder, batch_size=32, shuffle=True)
         vectors = torch.cat([rows for batch in stream() for rows in batch["text"]])
         seconds: dict[str, list[float]] = {}
@@ -85,7 +85,7 @@ def cache(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 class RamLoader:
-    """The same vectors and batches, kept as one tensor in memory and gathered batch by batch: the least there is."""
+    """The same vectors and batches, gathered from one tensor in memory: the fastest possible cache."""
 
     def __init__(self, loader: bertstream.EmbeddingLoader) -> None:
         batches = [batch["text"] for batch in loader]
@@ -99,7 +99,7 @@ class RamLoader:
 
 
 class Tagger:
-    """The BiLSTM of examples/tag_words.py, on a tag for each token that its id draws."""
+    """The BiLSTM of examples/tag_words.py; a token's tag is computed from its id."""
 
     def __init__(self, size: int) -> None:
         torch.manual_seed(0)

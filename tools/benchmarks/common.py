@@ -1,4 +1,4 @@
-"""What the benchmarks share: texts, turns, and what the machine can do."""
+"""Shared by the benchmarks: texts, timing, and the machine's properties."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ import bertstream
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """The options that every benchmark has."""
+    """Add the options of every benchmark."""
     command.add_argument("--data", type=Path, help="folder with banking77/ and ud_english_ewt/")
-    command.add_argument("--corpus", type=Path, help="texts instead: jsonl with a key 'text', or txt; see corpus.py")
+    command.add_argument("--corpus", type=Path, help="other texts: jsonl with a key 'text', or txt; see corpus.py")
     command.add_argument("--texts", type=int, default=3000, help="how many of them")
     command.add_argument("--rounds", type=int, default=5)
     command.add_argument("--model", default="all-MiniLM-L6-v2", help="a name or a folder")
@@ -31,7 +31,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def texts_of(arguments: argparse.Namespace) -> list[str]:
-    """The first texts of the corpus, or of the data where no corpus is named."""
+    """The first texts of the corpus, or of the data if no corpus is named."""
     if arguments.corpus is None:
         return read_texts(arguments.data, arguments.texts)
     with arguments.corpus.open(encoding="utf-8") as file:
@@ -43,7 +43,7 @@ def texts_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def short_texts(arguments: argparse.Namespace) -> list[str]:
-    """Banking queries (12 words each, about), none twice; of a corpus the shortest texts."""
+    """Banking queries (about 12 words each), each once; or the shorter half of a corpus's texts."""
     if arguments.data is None:
         return sorted(texts_of(arguments), key=len)[: arguments.texts // 2]
     with (arguments.data / "banking77" / "train.csv").open(encoding="utf-8", newline="") as file:
@@ -53,7 +53,7 @@ def short_texts(arguments: argparse.Namespace) -> list[str]:
 
 
 def read_texts(data: Path, count: int) -> list[str]:
-    """Banking queries and web sentences, none twice, in an order mixed by seed 0."""
+    """Banking queries and web sentences, each once, shuffled with seed 0."""
     texts: dict[str, None] = {}
     for name in ("train", "test"):
         with (data / "banking77" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
@@ -67,13 +67,13 @@ def read_texts(data: Path, count: int) -> list[str]:
 
 
 def read_all(loader: Iterable[object]) -> None:
-    """An epoch of the loader alone."""
+    """Iterate one epoch without a training step."""
     for _ in loader:
         pass
 
 
-def encode_all(encoder: bertstream.Encoder, batches: Iterable[bertstream.TokenBatch]) -> None:
-    """Every batch, its vectors dropped."""
+def encode_all(encoder: bertstream.Encoder, batches: Iterable[list[str] | bertstream.TokenBatch]) -> None:
+    """Encode every batch and drop its vectors."""
     for batch in batches:
         encoder.encode(batch)
 
@@ -84,13 +84,13 @@ def worst_error(found: list[Tensor], right: list[Tensor]) -> float:
 
 
 def finish(device: str) -> None:
-    """Wait for what is queued on the device, so that a clock that is read now counts it."""
+    """Wait for the work queued on the device, so that a timing includes it."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def take_turns(contenders: dict[str, Callable[[], object]], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each contender in each round."""
+    """Time each contender in each round, in seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(arguments.rounds):
         for name, contender in contenders.items():
@@ -107,13 +107,13 @@ def ratio(top: list[float], bottom: list[float]) -> float:
 
 
 def useful_flops(config: transformers.PretrainedConfig, lengths: Iterable[int]) -> int:
-    """What the model's layers must compute for texts of these lengths: no padding, 4h in the middle (SPEED.md)."""
+    """Operations of the model's layers for texts of these lengths, without padding; 4h in the middle (SPEED.md)."""
     h = config.hidden_size
     return config.num_hidden_layers * sum(length * (24 * h * h + 4 * length * h) for length in lengths)
 
 
 class Products:
-    """A block of matrix products of a feed-forward layer's shapes, (N, h) x (h, 4h) and back: what a machine can do."""
+    """Matrix products of a feed-forward layer's shapes, (N, h) x (h, 4h) and back: the machine's speed limit."""
 
     def __init__(self, dtype: torch.dtype, device: str, hidden: int = 384) -> None:
         rows = 2048 if torch.device(device).type == "cpu" else 16384
@@ -126,24 +126,24 @@ class Products:
 
     @torch.no_grad()
     def once(self) -> float:
-        """Seconds of one up and one down."""
+        """Seconds of one product up and one down."""
         started = time.perf_counter()
         self.down(self.up(self.rows))
         finish(self.device)
         return time.perf_counter() - started
 
     def rate(self) -> float:
-        """GFLOP/s: the median of 20, after 5 that warm up."""
+        """GFLOP/s: the median of 20 runs, after 5 that warm up."""
         return self.flops / statistics.median([self.once() for _ in range(25)][5:]) / 1e9
 
 
 def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
-    """GFLOP/s of MiniLM's feed-forward products, (2048, 384) x (384, 1536) and back: median of 20."""
+    """GFLOP/s of MiniLM's feed-forward products, (2048, 384) x (384, 1536) and back on a CPU: median of 20."""
     return Products(dtype, device).rate()
 
 
 def machine(device: str = "cpu") -> dict[str, object]:
-    """What the figures were measured on."""
+    """The machine that the figures were measured on."""
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     on_cuda = torch.device(device).type == "cuda"
     return {

@@ -1,4 +1,4 @@
-"""What it costs to write all vectors to files, beside encoding alone."""
+"""The cost of writing all vectors to files, against encoding alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def embed(arguments: argparse.Namespace) -> dict[str, object]:
         contenders = {"stream": partial(read_all, loader)}
         for format in get_args(PartFormat):
             contenders[format] = partial(written, shard, encoder, Path(folder), format)
-        for contender in contenders.values():  # the first time loads what writing wants
+        for contender in contenders.values():  # the first run imports the writers' packages
             contender()
         seconds = take_turns(contenders, arguments)
         tokens = loader.stats()["tokens"] / (arguments.rounds + 1)
@@ -45,6 +45,6 @@ def embed(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def written(shard: Path, encoder: bertstream.Encoder, folder: Path, format: PartFormat) -> None:
-    """A whole run, into a folder that is then deleted."""
+    """A whole run, into a folder that is deleted afterwards."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         bertstream.embed(shard, encoder, out, format=format, part_bytes="16MiB", progress=False)

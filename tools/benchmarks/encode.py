@@ -1,4 +1,4 @@
-"""Token vectors of the same texts by each of the libraries that people use for them."""
+"""Token vectors of the same texts, by bertstream and by other libraries."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ import bertstream
 from .common import Products, ratio, take_turns, texts_of, useful_flops, worst_error
 
 BATCH = 32
-"""Texts in a batch of those that want one, as in their documentation."""
+"""Texts in a batch of the other libraries, as in their documentation."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--without", nargs="+", default=[], help="contenders that stay at home, by their beginnings")
-    command.add_argument("--compiled", action="store_true", help="the encoder's model by torch.compile, too")
+    command.add_argument("--without", nargs="+", default=[], help="contenders to leave out, by name prefix")
+    command.add_argument("--compiled", action="store_true", help="also run the encoder's model under torch.compile")
 
 
 def encode(arguments: argparse.Namespace) -> dict[str, object]:
-    """Token vectors of every text: all contenders on the same texts, reading and tokenizing counted in."""
+    """Token vectors of every text: all contenders on the same texts, reading and tokenizing included."""
     texts = texts_of(arguments)
     with tempfile.TemporaryDirectory() as folder:
         shard = Path(folder) / "corpus.jsonl"
@@ -51,7 +51,7 @@ def encode(arguments: argparse.Namespace) -> dict[str, object]:
         for name, contender in contenders.items():
             turns[name] = partial(contender, texts)
             dtype = dtype_of(name)
-            if name.startswith(("bertstream", "stream")):  # right beside it: the machine drifts
+            if name.startswith(("bertstream", "stream")):  # measured next to it, because the machine's speed drifts
                 turns[f"product {name}"] = lambda dtype=dtype: rates[dtype].append(products[dtype].rate())
         seconds = take_turns(turns, arguments)
         auto = bertstream.Encoder.from_pretrained(arguments.model, device=arguments.device).dtype
@@ -82,12 +82,12 @@ def encode(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def dtype_of(name: str) -> str:
-    """Of the forward of a contender, by its name."""
+    """The dtype of a contender's forward, by its name."""
     return name.rpartition("_")[2]
 
 
 def line_up(arguments: argparse.Namespace, shard: Path) -> tuple[dict[str, Callable[[list[str]], list[Tensor]]], dict]:
-    """The contenders by name, and why others are absent."""
+    """The contenders by name, and the reason why each other one is absent."""
     makers: dict[str, Callable[[], Callable[[list[str]], list[Tensor]]]] = {}
     model, device = arguments.model, arguments.device
     own = {dtype: Own(model, dtype, device) for dtype in arguments.dtypes}
@@ -114,7 +114,7 @@ def line_up(arguments: argparse.Namespace, shard: Path) -> tuple[dict[str, Calla
 
 
 class PlainLoop:
-    """What people write: file order, batches of 32, padded, float32."""
+    """The usual loop: file order, batches of 32, padded, float32."""
 
     def __init__(self, folder: str, device: str) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -133,7 +133,7 @@ class PlainLoop:
 
 
 class Pipeline:
-    """transformers' feature-extraction pipeline, which leaves the padding in; that is cut off here."""
+    """transformers' feature-extraction pipeline; it returns padding too, which is cut off here."""
 
     def __init__(self, folder: str, device: str) -> None:
         self.pipe = pipeline("feature-extraction", folder, dtype=torch.float32, device=device)
@@ -160,7 +160,7 @@ class SentenceTransformers:
 
 
 class Flair:
-    """flair's word vectors (it has none of tokens): a word is what blanks separate, and the mean of its tokens."""
+    """flair's word vectors (it has no token vectors): texts split at blanks, the mean of each word's tokens."""
 
     def __init__(self, folder: str, device: str) -> None:
         import flair
@@ -181,11 +181,11 @@ class Flair:
         return rows
 
     def error(self, texts: list[str], right: list[Tensor]) -> float:
-        """Of the worst text, against word vectors in float32."""
+        """The relative L2 error of the worst text, against word vectors in float32."""
         encoder = bertstream.Encoder.from_pretrained(
             self.folder, dtype="float32", device=self.device, output="words", overflow="truncate"
         )
-        return worst_error(self(texts), list(encoder([text.split() for text in texts])))
+        return worst_error(self(texts), list(encoder.encode([text.split() for text in texts])))
 
 
 class Own:
@@ -200,11 +200,11 @@ class Own:
         self.encoder.calibrate()
 
     def __call__(self, texts: list[str]) -> list[Tensor]:
-        return list(self.encoder(texts))
+        return list(self.encoder.encode(texts))
 
 
 class Stream:
-    """The same through `bertstream.stream` over a shard on disk: reading and tokenizing counted in."""
+    """All texts through `bertstream.stream` over a shard on disk, reading included."""
 
     def __init__(self, shard: Path, name: str, dtype: str, device: str) -> None:
         encoder = bertstream.Encoder.from_pretrained(

@@ -1,4 +1,4 @@
-"""A training loop: encoding alone, training alone and both, for steps of four kinds."""
+"""A training loop: encoding alone, training alone and both together, for four kinds of step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def epoch(arguments: argparse.Namespace) -> dict[str, object]:
         contenders: dict[str, Callable[[], object]] = {}
         loaders = {name: bertstream.stream(shard, encoder, batch_size=arguments.batch_size) for name in steps}
         for name, step in steps.items():
-            contenders[f"encode_{name}"] = partial(read_all, loader)  # anew beside each: the machine drifts
+            contenders[f"encode_{name}"] = partial(read_all, loader)  # again for each step: the machine's speed drifts
             contenders[f"train_{name}"] = partial(train, batches, step)
             contenders[f"both_{name}"] = partial(train, loaders[name], step)
         seconds = take_turns(contenders, arguments)
@@ -66,7 +66,7 @@ def epoch(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def compare(encode: list[float], train: list[float], both: list[float]) -> dict[str, float]:
-    """Medians of the seconds, and of what both together take against each for itself."""
+    """Median seconds, and median ratios of both together to encoding and training alone."""
     pairs = list(zip(encode, train, strict=True))
     hidden = [a + b - c for (a, b), c in zip(pairs, both, strict=True)]
     return {
@@ -80,13 +80,13 @@ def compare(encode: list[float], train: list[float], both: list[float]) -> dict[
 
 
 def train(batches: Iterable[dict[str, bertstream.Embeddings]], step: Callable[[Tensor], None]) -> None:
-    """An epoch."""
+    """Train for one epoch."""
     for batch in batches:
         step(batch["text"].values)
 
 
 def timed(run: Callable[[], object], arguments: argparse.Namespace) -> float:
-    """Seconds of a second run, the first one warms up."""
+    """Seconds of a second run; the first one warms up."""
     run()
     finish(arguments.device)
     started = time.perf_counter()
@@ -96,7 +96,7 @@ def timed(run: Callable[[], object], arguments: argparse.Namespace) -> float:
 
 
 class Sleeping:
-    """A step that waits, as for input and output, or for an accelerator that does the work."""
+    """A step that waits, as for I/O or for an accelerator."""
 
     def __init__(self, encoder: bertstream.Encoder, amount: int, seconds: float) -> None:
         self.amount = 1
@@ -107,7 +107,7 @@ class Sleeping:
 
 
 class Launching:
-    """A recurrent step of many tiny operations, whose time goes into starting them."""
+    """A recurrent step of many tiny operations, bound by their launches."""
 
     def __init__(self, encoder: bertstream.Encoder, amount: int, seconds: float) -> None:
         self.amount = amount
@@ -143,9 +143,9 @@ class Computing:
 
 
 TRIAL = 16
-"""How large a step is tried, to find how large one must be."""
+"""Amount of work in the trial step, which shows how much a step needs."""
 
-# The kind of step, and how many times the encoder's seconds it takes.
+# Name -> the kind of step, and its seconds as a multiple of the encoder's.
 STEPS = {
     "sleeping": (Sleeping, 1.0),
     "launch_bound": (Launching, 1.0),

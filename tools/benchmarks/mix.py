@@ -14,7 +14,7 @@ from bertstream.testing import FakeEncoder
 
 
 def mix(arguments: argparse.Namespace) -> dict[str, object]:
-    """Different classes in a batch of 32, of banking77's 77, which its file holds sorted."""
+    """Count the classes in a batch of 32 of banking77, whose file is sorted by its 77 classes."""
     with (arguments.data / "banking77" / "train.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     names = sorted({row["category"] for row in rows})
@@ -31,5 +31,5 @@ def mix(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def classes_in_batches(labels: npt.NDArray[np.int64]) -> float:
-    """The mean number of different labels in batches of 32, in this order."""
+    """Mean number of distinct labels in batches of 32, in this order."""
     return statistics.mean(len(set(labels[i : i + 32].tolist())) for i in range(0, len(labels) - 31, 32))

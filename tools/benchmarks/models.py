@@ -1,4 +1,4 @@
-"""Models of random weights, for machines that have no others: what they compute is as fast as with trained ones."""
+"""Models with random weights, for machines without trained ones; they are as fast."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from bertstream import Encoder
 
 TOKENIZER = "all-MiniLM-L6-v2"
-"""Whose tokenizer is taken: bert-base-uncased's own, which the demo extra brings."""
+"""The model whose tokenizer is used: it is bert-base-uncased's, and comes with the demo extra."""
 
 
 def write_bert(folder: Path, *, tiny: bool = False, tokenizer: str | None = None) -> str:
-    """Write a folder with a BERT-base of random weights (seed 0), or with one that is small enough for a test.
+    """Write a BERT-base with random weights (seed 0) and a tokenizer.
 
     Args:
-        folder: is made.
-        tiny: whether it is small.
-        tokenizer: the folder of another than `TOKENIZER`'s.
+        folder: created.
+        tiny: whether to write a model small enough for a test instead.
+        tokenizer: the folder of another tokenizer than `TOKENIZER`'s.
+    Returns:
+        The folder's path.
     """
     source = tokenizer or Encoder.from_pretrained(TOKENIZER, dtype="float32", device="cpu").model.config._name_or_path
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}

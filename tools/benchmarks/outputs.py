@@ -1,4 +1,4 @@
-"""What fewer layers and word vectors cost."""
+"""The cost of fewer layers and of word vectors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def outputs(arguments: argparse.Namespace) -> dict[str, object]:
         encoder = bertstream.Encoder.from_pretrained(
             arguments.model, dtype=arguments.dtypes[0], device=arguments.device, overflow="truncate", **option
         )
-        # Lists of words for all, so that each encodes the same tokens.
+        # Lists of words for all three, so that each encodes the same tokens.
         batches = [encoder.tokenizer.batch([t.split() for t in texts[i : i + 128]]) for i in range(0, len(texts), 128)]
         contenders[name] = partial(encode_all, encoder, batches)
         contenders[name]()

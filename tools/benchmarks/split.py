@@ -1,4 +1,4 @@
-"""Training the upper layers: over a cached lower half, against the whole packed forward without a backward below."""
+"""Training the upper layers: from a cached lower half, against the whole forward with frozen lower layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bertstream
 
-from .common import ratio, take_turns, texts_of
+from .common import ratio, read_all, take_turns, texts_of
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def split(arguments: argparse.Namespace) -> dict[str, object]:
-    """Seconds of an epoch that trains the layers above, those below out of a warm cache or computed."""
+    """Seconds of an epoch that trains the upper layers, with the lower ones from a warm cache or computed."""
     texts = texts_of(arguments)
     batches = [texts[i : i + 32] for i in range(0, len(texts), 32)]
     settings = {"dtype": arguments.dtypes[0], "device": arguments.device, "overflow": "truncate", "output": "sentence"}
@@ -34,8 +34,7 @@ def split(arguments: argparse.Namespace) -> dict[str, object]:
         lower, upper = bertstream.Encoder.from_pretrained(arguments.model, **settings).split(at)
         cache = bertstream.EmbeddingCache("2GiB")
         loader = bertstream.wrap(batches, lower, cache=cache)
-        for _ in loader:  # which fills the cache
-            pass
+        read_all(loader)  # fills the cache
         trained = [p for p in whole.parameters() if p.requires_grad]
         contenders[f"whole_{at}"] = partial(
             epoch, bertstream.wrap(batches, whole), embed, torch.optim.SGD(trained, 1e-3)
@@ -58,7 +57,7 @@ def split(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def epoch(loader: bertstream.EmbeddingLoader, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """Train on every batch so that each vector grows like the text's place in it; the mean loss."""
+    """Train each vector's mean to be the text's position in the batch; return the mean loss."""
     total = 0.0
     for batch in loader:
         vectors: Tensor = model(batch).vectors.float()

@@ -1,4 +1,4 @@
-"""Reading, tokenizing and bucketing, against the tokenizer."""
+"""Reading, tokenizing and bucketing, against the tokenizer alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .common import take_turns, texts_of
 
 
 def stream(arguments: argparse.Namespace) -> dict[str, object]:
-    """Token batches out of worker processes with an idle consumer, against the bare tokenizer on one thread."""
+    """Token batches from worker processes with an idle consumer, against the bare tokenizer on one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     texts = texts_of(arguments)
     texts *= max(1, 100_000 // len(texts))
@@ -31,7 +31,7 @@ def stream(arguments: argparse.Namespace) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         shard = Path(folder) / "corpus.jsonl"
         shard.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        # An even share for two workers: so little data has few lanes by default, and one worker half as many again.
+        # Eight lanes divide evenly over two workers; by default so little data gets few lanes.
         reading = bertstream.StreamConfig(lanes=8)
         dataset = bertstream.TextStream(shard, encoder, batch_size=64, shuffle=True, reading=reading)
         tokens = sum(batch.num_tokens for batch in dataset)
@@ -40,7 +40,7 @@ def stream(arguments: argparse.Namespace) -> dict[str, object]:
             for first in range(0, len(texts), 256):
                 tokenizer.encode_batch(texts[first : first + 256])
 
-        # Workers that are kept: what a process costs to start is not what an epoch costs.
+        # Persistent workers, because starting processes is not part of an epoch.
         loaders = {
             workers: DataLoader(
                 dataset, batch_size=None, num_workers=workers, persistent_workers=True, prefetch_factor=_WORKER_BATCHES

@@ -1,4 +1,4 @@
-"""A training epoch with BERT in the model: packed against padded, and only its upper layers where split."""
+"""A training epoch with BERT inside the model: packed against padded."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def train(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 class Padded(nn.Module):
-    """What a plain loop trains: the model over batches padded to their longest text; gives the rows of real tokens."""
+    """The usual training: batches padded to their longest text; returns the rows of real tokens."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Padded(nn.Module):
 
 
 def epoch(batches: Iterable[list[str]], model: Callable[[list[str]], Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Forward, backward and a step on each batch."""
+    """Forward, backward and an optimizer step on each batch."""
     for batch in batches:
         loss = model(batch).float().square().mean()
         optimizer.zero_grad()

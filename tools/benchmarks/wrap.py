@@ -1,4 +1,4 @@
-"""Small batches of short texts through `wrap`, which encodes several together, and through the encoder one by one."""
+"""Small batches of short texts: through `wrap`, which encodes several together, and one by one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZES = (8, 32, 128)
 
 
 def wrap(arguments: argparse.Namespace) -> dict[str, object]:
-    """Batches of 8, 32 and 128 texts, tokenizing counted in on both sides."""
+    """Batches of 8, 32 and 128 texts, tokenizing included on both sides."""
     texts = short_texts(arguments)
     encoder = bertstream.Encoder.from_pretrained(
         arguments.model, dtype=arguments.dtypes[0], device=arguments.device, overflow="truncate"
@@ -25,7 +25,7 @@ def wrap(arguments: argparse.Namespace) -> dict[str, object]:
         batches = [texts[i : i + size] for i in range(0, len(texts), size)]
         loaders[size] = bertstream.wrap(batches, encoder)
         contenders[f"together_{size}"] = partial(read_all, loaders[size])
-        contenders[f"one_by_one_{size}"] = partial(each, encoder, batches)
+        contenders[f"one_by_one_{size}"] = partial(encode_all, encoder, batches)
     for contender in contenders.values():
         contender()
     seconds = take_turns(contenders, arguments)
@@ -46,8 +46,3 @@ def wrap(arguments: argparse.Namespace) -> dict[str, object]:
         },
         "rounds": arguments.rounds,
     }
-
-
-def each(encoder: bertstream.Encoder, batches: list[list[str]]) -> None:
-    """Batch by batch, as a loop without bertstream's loader would."""
-    encode_all(encoder, map(encoder.tokenizer.batch, batches))
