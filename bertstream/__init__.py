@@ -43,5 +43,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """What a prompt offers behind `bertstream.`: not the modules that it is made of."""
+    """List the public names, which a prompt completes, without the submodules."""
     return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -1,10 +1,11 @@
-"""For the tests of those who use bertstream: shards, an encoder without a model, and the law that resuming is exact.
+"""Helpers for your own tests: shards, an encoder without a model, and a check that resuming is exact.
 
-from bertstream.testing import assert_resumes_exactly
+Example:
+    from bertstream.testing import assert_resumes_exactly
 
 
-def test_my_pipeline_resumes() -> None:
-    assert_resumes_exactly(lambda: bertstream.stream("shards/*.tar", encoder, text="txt", shuffle=True))
+    def test_my_pipeline_resumes() -> None:
+        assert_resumes_exactly(lambda: bertstream.stream("shards/*.tar", encoder, text="txt", shuffle=True))
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import numpy as np
 import torch
 
 from .embeddings import Embeddings
-from .errors import ConfigError
+from .errors import check_at_least
 from .loader import EmbeddingLoader
 from .tokens import Int32Array, Text, TokenBatch, TokenizedText
 
 
 class FakeTokenizer:
-    """Words and single other characters to ids, each the same everywhere; no special tokens."""
+    """Tokens are words and single other characters; ids are the same in every process; no special tokens."""
 
     identity = ("FakeTokenizer",)
 
@@ -49,25 +50,26 @@ class FakeTokenizer:
 
 
 class FakeEncoder:
-    """Stands for an `Encoder` where no model is wanted: vectors are a function of token and place, made at once.
+    """An `Encoder` without a model: vectors are a function of tokens and their indices, and take no time to compute.
 
     Row k of a text is [id, k, tokens of the text, 0, ...].
 
     Args:
         hidden_size: H, at least 3.
-        max_forward_tokens: by which a loader measures how far it runs ahead.
+        max_forward_tokens: the unit in which a loader measures how far it runs ahead.
+    Raises:
+        ConfigError: `hidden_size` is below 3.
     """
 
     def __init__(self, hidden_size: int = 4, max_forward_tokens: int = 2048) -> None:
-        if hidden_size < 3:
-            raise ConfigError(f"hidden_size={hidden_size}: write a number of at least 3")
+        check_at_least("hidden_size", hidden_size, 3)
         self.tokenizer = FakeTokenizer()
         self.device = torch.device("cpu")
         self.max_forward_tokens = max_forward_tokens
         self.embedding_dim = hidden_size
 
     def encode(self, batch: TokenBatch) -> Embeddings:
-        """[N, H] float32 rows of every token."""
+        """Encode to [N, H] float32 rows on the CPU, one for each token."""
         lengths: Int32Array = batch.lengths
         values = np.zeros((batch.num_tokens, self.embedding_dim), np.float32)
         values[:, 0] = batch.input_ids
@@ -84,10 +86,10 @@ class FakeEncoder:
 
 
 def write_shards(folder: str | os.PathLike[str], texts: Sequence[Any], *, shards: int = 1) -> list[str]:
-    """Write texts as jsonl shards of about equal numbers, with their number as "id".
+    """Write texts as jsonl shards of about equal size, each text with its index as "id".
 
     Args:
-        folder: made where it does not exist.
+        folder: created if it does not exist.
         texts: strings, or lists of words.
         shards: how many files.
     Returns:
@@ -95,9 +97,9 @@ def write_shards(folder: str | os.PathLike[str], texts: Sequence[Any], *, shards
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, places in enumerate(np.array_split(np.arange(len(texts)), shards)):
+    for number, indices in enumerate(np.array_split(np.arange(len(texts)), shards)):
         path = Path(folder) / f"{number:06d}.jsonl"
-        lines = [json.dumps({"text": texts[i], "id": int(i)}) for i in places]
+        lines = [json.dumps({"text": texts[i], "id": int(i)}) for i in indices]
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         paths.append(str(path))
     return paths
@@ -109,17 +111,16 @@ def assert_resumes_exactly(
     cuts: Sequence[int] | None = None,
     resume_with: Callable[[], EmbeddingLoader] | None = None,
 ) -> None:
-    """Prove that a loader goes on exactly where its state was taken, at every batch of an epoch.
+    """Assert that a loader resumes exactly from its state, after any number of batches of an epoch.
 
-    For each cut: a new loader hands out that many batches, its state goes through JSON into another new loader, and
-    what that one hands out must be the rest of the undisturbed epoch, batch by batch and value by value; then the whole
-    next epoch. The state must also be the same right after it was loaded, and a loader that goes on must be good for a
-    second resume, one batch later.
+    For each cut, a new loader yields that many batches. Its state goes through JSON into another new loader, which must
+    yield the rest of the uninterrupted epoch, equal batch by batch and value by value, and then the whole next epoch.
+    The state must be unchanged right after loading, and the resumed loader must resume a second time, one batch later.
 
     Args:
-        make_loader: makes the loader anew, as a restarted program would.
-        cuts: after how many batches to take the state; None is after every one, and before the first.
-        resume_with: makes the loader that goes on, with another number of workers, say; None is `make_loader`.
+        make_loader: makes a new loader, as a restarted program would.
+        cuts: after how many batches to take the state; None is before the first and after every one.
+        resume_with: makes the loader that resumes, with another number of workers, say; None is `make_loader`.
     Raises:
         AssertionError: a batch differs; the message says which.
     """
@@ -135,7 +136,7 @@ def assert_resumes_exactly(
             state = json.loads(json.dumps(loader.state_dict()))
         with closing((resume_with or make_loader)()) as loader:
             loader.load_state_dict(state)
-            assert json.loads(json.dumps(loader.state_dict())) == state, f"cut {cut}: a state changes when it is loaded"
+            assert json.loads(json.dumps(loader.state_dict())) == state, f"cut {cut}: loading changes the state"
             second = None
             if whole[cut:]:
                 again = iter(loader)
@@ -143,7 +144,7 @@ def assert_resumes_exactly(
                 second = json.loads(json.dumps(loader.state_dict()))
             loader.load_state_dict(state)
             _assert_rest(loader, whole[cut:], f"after {cut} batches")
-            _assert_rest(loader, following, f"in the epoch behind a resume after {cut} batches")
+            _assert_rest(loader, following, f"in the epoch after a resume after {cut} batches")
             if second is not None:
                 loader.load_state_dict(second)
                 _assert_rest(loader, whole[cut + 1 :], f"of a second resume after {cut + 1} batches")
@@ -153,15 +154,15 @@ def _assert_rest(loader: EmbeddingLoader, right: list[Any], where: str) -> None:
     found: Iterator[Any] = iter(loader)
     for number, batch in enumerate(right):
         _assert_same(_plain(next(found, None)), batch, f"batch {number} {where}")
-    assert next(found, None) is None, f"{where}: more batches than the undisturbed epoch has"
+    assert next(found, None) is None, f"{where}: more batches than in the uninterrupted epoch"
 
 
 def _assert_same(found: Any, right: Any, where: str) -> None:
-    assert found == right, f"{where} is {str(found)[:200]}, in an undisturbed epoch it is {str(right)[:200]}"
+    assert found == right, f"{where} is {str(found)[:200]}, in an uninterrupted epoch it is {str(right)[:200]}"
 
 
 def _plain(batch: Any) -> Any:
-    """A batch as plain values that compare."""
+    """A batch as plain values, which `==` compares."""
     if isinstance(batch, Embeddings):
         return [batch.lengths.tolist(), batch.values.tolist()]
     if isinstance(batch, torch.Tensor):

@@ -1,4 +1,4 @@
-"""`wrap` and `stream`: the user's batches with vectors in them, whatever goes wrong around them."""
+"""`wrap` and `stream` put vectors into the user's batches, and clean up whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Example:
 
 
 class StrictTokenizer(testing.FakeTokenizer):
-    """Names a text that is none, as the real one does."""
+    """Names a text of a wrong type, as the real tokenizer does."""
 
     def __call__(self, texts: Sequence[Text]) -> list[TokenizedText]:
         for i, text in enumerate(texts):
@@ -77,7 +77,7 @@ class StrictTokenizer(testing.FakeTokenizer):
 
 
 class FakeEncoder(testing.FakeEncoder):
-    """Calls `fail` with each batch before it encodes it, and keeps the names of the threads it ran on."""
+    """Calls `fail` with each batch before encoding it, and records the names of its threads."""
 
     def __init__(self, fail: Callable[[TokenBatch], None] = lambda batch: None) -> None:
         super().__init__(hidden_size=3, max_forward_tokens=64)
@@ -113,7 +113,7 @@ def batches(count: int, size: int = 4) -> list[dict[str, Any]]:
 
 
 class Records(Dataset[Any]):
-    """Dicts with a text and its number."""
+    """Dicts with a text and its index."""
 
     def __init__(self, count: int, make: Callable[[int], Any] = lambda i: {"text": f"text {i}", "n": i}) -> None:
         self.count, self.make = count, make
@@ -125,7 +125,7 @@ class Records(Dataset[Any]):
         return self.make(i)
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
+# --- batches ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_bare_list_of_texts_becomes_bare_embeddings() -> None:
     assert rows(out) == right_rows(["a bb", "ccc"])
 
 
-def test_several_texts_are_encoded_at_once_and_into_keeps_the_originals() -> None:
+def test_several_texts_of_a_batch_are_encoded_and_into_keeps_the_originals() -> None:
     batch = {"question": ["a b", "c"], "answer": ["dd", "ee ff"], "id": 7}
     (out,) = bertstream.wrap([batch], FakeEncoder(), text=("question", "answer"))
     assert rows(out["question"]) == right_rows(batch["question"])
@@ -171,7 +171,7 @@ def test_several_texts_are_encoded_at_once_and_into_keeps_the_originals() -> Non
     assert set(batch) == {"question", "answer", "id"}
 
 
-def test_layouts_hand_out_plain_tensors() -> None:
+def test_layouts_yield_plain_tensors() -> None:
     batch = {"text": ["a b", "c"]}
     wrap = bertstream.wrap
     (padded,) = wrap([batch], FakeEncoder(), text="text", layout="padded")
@@ -182,11 +182,11 @@ def test_layouts_hand_out_plain_tensors() -> None:
     assert packed["text"].batch_sizes.tolist() == [2, 1]
     (flat,) = wrap([batch], FakeEncoder(), text="text", layout="flat")
     assert flat["text"][0].shape == (3, 3) and flat["text"][1].tolist() == [0, 2, 3]
-    (placed,) = wrap([(batch["text"], 5)], FakeEncoder(), text=0, layout="padded")
-    assert placed[0][0].shape == (2, 2, 3) and placed[0][1].shape == (2, 2) and placed[1] == 5
+    (pair,) = wrap([(batch["text"], 5)], FakeEncoder(), text=0, layout="padded")
+    assert pair[0][0].shape == (2, 2, 3) and pair[0][1].shape == (2, 2) and pair[1] == 5
 
 
-def test_wrapping_changes_neither_order_nor_boundaries_of_a_shuffled_dataloader() -> None:
+def test_wrapping_keeps_the_order_and_boundaries_of_a_shuffled_dataloader() -> None:
     def loader() -> DataLoader[Any]:
         torch.manual_seed(5)
         return DataLoader(Records(50), batch_size=7, shuffle=True, drop_last=True)
@@ -198,7 +198,7 @@ def test_wrapping_changes_neither_order_nor_boundaries_of_a_shuffled_dataloader(
         assert [(batch["text"], batch["n"].tolist()) for batch in wrapped] == right
 
 
-def test_a_sampler_draws_its_seed_where_it_would_have_without_wrapping() -> None:
+def test_a_sampler_draws_its_seed_at_the_same_moment_as_without_wrapping() -> None:
     def program(wrapped: bool) -> list[Any]:
         torch.manual_seed(1)
         loader: Any = DataLoader(Records(20), batch_size=5, shuffle=True)
@@ -228,7 +228,7 @@ def test_tokenizing_in_the_users_workers_gives_the_same(minilm: Encoder, num_wor
     assert seen == list(range(10))
 
 
-def test_webdatasets_own_pipelines_go_through_wrap(tmp_path: Path, minilm: Encoder) -> None:
+def test_wrap_takes_webdatasets_own_pipelines(tmp_path: Path, minilm: Encoder) -> None:
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
         for i in range(9):
             tar.write({"__key__": f"{i:03d}", "txt": f"the text of number {i}", "cls": i})
@@ -242,7 +242,7 @@ def test_webdatasets_own_pipelines_go_through_wrap(tmp_path: Path, minilm: Encod
     torch.testing.assert_close(torch.cat([e.values for e, _ in out]), right.values, atol=1e-5, rtol=1e-4)
 
 
-def test_stream_hands_out_every_record_with_its_own_vectors(tmp_path: Path, minilm: Encoder) -> None:
+def test_stream_yields_every_record_with_its_own_vectors(tmp_path: Path, minilm: Encoder) -> None:
     texts = [f"text {i} " + "spring " * (i % 13) for i in range(60)] + [""]
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
         for i, text in enumerate(texts):
@@ -279,7 +279,7 @@ def test_prefetch_and_workers_never_change_a_stream(tmp_path: Path) -> None:
         assert order(**options) == right
 
 
-def test_a_text_stream_in_ones_own_dataloader_can_be_wrapped_too(tmp_path: Path, minilm: Encoder) -> None:
+def test_a_text_stream_in_the_users_own_dataloader_can_be_wrapped(tmp_path: Path, minilm: Encoder) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {i}", "id": i}) + "\n" for i in range(20)))
     loader = DataLoader(TextStream(path, minilm, batch_size=8, shuffle=True), batch_size=None, num_workers=1)
@@ -303,7 +303,7 @@ def test_the_vectors_train_a_downstream_layer(minilm: Encoder) -> None:
     assert losses[-1] < 0.2 < losses[0]
 
 
-# --- epochs, ranks, life and death ------------------------------------------------------------------------------------
+# --- epochs, ranks and prefetch ---------------------------------------------------------------------------------------
 
 
 def test_set_epoch_reaches_every_part_of_the_wrapped_loader() -> None:
@@ -312,7 +312,7 @@ def test_set_epoch_reaches_every_part_of_the_wrapped_loader() -> None:
     loader.set_epoch(5)
     assert sampler.epoch == 5 == loader.epoch
     list(loader)
-    assert loader.epoch == 6 and sampler.epoch == 5, "the user's own sampler moves only when the user says so"
+    assert loader.epoch == 6 and sampler.epoch == 5, "only set_epoch changes the user's own sampler"
     assert loader.sampler is sampler and isinstance(loader.batch_sampler, BatchSampler)
 
     class Batches(list[Any]):
@@ -329,7 +329,7 @@ def test_set_epoch_reaches_every_part_of_the_wrapped_loader() -> None:
 
 
 @pytest.mark.parametrize("chosen", [3, 7])
-def test_an_epoch_that_is_chosen_within_a_loop_is_the_next(tmp_path: Path, chosen: int) -> None:
+def test_set_epoch_within_a_loop_applies_to_the_next_epoch(tmp_path: Path, chosen: int) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 4)
     for loader in (
         bertstream.wrap(batches(3), FakeEncoder(), text="text"),
@@ -354,7 +354,7 @@ def test_several_ranks_never_read_the_same_data_silently(monkeypatch: pytest.Mon
     assert len(list(bertstream.wrap(plain, FakeEncoder(), text="text", allow_replicated=True))) == 4
 
     class ByRank(BatchSampler):
-        """A batch sampler of the user's own is trusted to know its rank."""
+        """The user's own batch sampler may know its rank."""
 
     sampled = DataLoader(Records(8), 2, sampler=DistributedSampler(Records(8), num_replicas=2, rank=1))
     own = DataLoader(Records(8), batch_sampler=ByRank(RandomSampler(Records(8)), 2, False))
@@ -362,7 +362,7 @@ def test_several_ranks_never_read_the_same_data_silently(monkeypatch: pytest.Mon
         assert bertstream.wrap(loader, FakeEncoder(), text="text") is not None
 
 
-def test_an_iterator_that_can_be_read_once_says_so_the_second_time() -> None:
+def test_an_iterator_that_can_be_read_only_once_is_refused_the_second_time() -> None:
     loader = bertstream.wrap(iter(batches(3)), FakeEncoder(), text="text")
     assert len(list(loader)) == 3
     with pytest.raises(ConfigError, match="read only once"):
@@ -384,11 +384,11 @@ def test_the_worker_runs_ahead_by_a_bounded_number_of_tokens() -> None:
     iteration = iter(loader)
     next(iteration)
     time.sleep(0.3)
-    # 32 tokens a batch, groups of 1, 2, 4 batches, 128 tokens ahead: one handed out, four waiting, two in its hands.
+    # 32 tokens a batch, groups of 1, 2, 4 batches, 128 tokens ahead: one received, four waiting, two being encoded.
     assert read == 7
     del iteration
     list(loader)
-    # What is encoded together, 8 forwards of 64 tokens on a CPU, waits as a whole while the next is encoded.
+    # A whole group, 8 forwards of 64 tokens on a CPU, waits while the next is encoded.
     assert loader.stats()["peak_ahead_tokens"] <= 8 * 64
     assert encoder.threads == {"bertstream-encode"}
 
@@ -401,18 +401,18 @@ def test_prefetch_0_works_in_the_callers_thread() -> None:
     assert encoder.threads == {threading.current_thread().name}
 
 
-# --- several batches at once, here or in a thread ---------------------------------------------------------------------
+# --- several batches in a call, with and without a thread -------------------------------------------------------------
 
 
 class Machine:
-    """Four cores whose clocks go on when they are told to."""
+    """Four cores; their clocks advance only in `spend`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.wall_s = self.cpu_s = 50.0
-        told = SimpleNamespace(
+        clocks = SimpleNamespace(
             perf_counter=lambda: self.wall_s, process_time=lambda: self.cpu_s, monotonic=time.monotonic
         )
-        monkeypatch.setattr(step_clock, "time", told)
+        monkeypatch.setattr(step_clock, "time", clocks)
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4), raising=False)
 
     def spend(self, seconds: float, busy_cores: float) -> None:
@@ -428,7 +428,7 @@ class Machine:
         (0.2, 0.0, {"MainThread", "bertstream-encode"}),
     ],
 )
-def test_on_a_cpu_a_thread_starts_when_the_loop_is_seen_to_leave_cores_idle(
+def test_on_a_cpu_a_thread_starts_once_the_loop_leaves_cores_idle(
     monkeypatch: pytest.MonkeyPatch, step_s: float, busy_cores: float, threads: set[str]
 ) -> None:
     machine, encoder = Machine(monkeypatch), FakeEncoder(lambda batch: machine.spend(0.1, 4.0))
@@ -439,19 +439,19 @@ def test_on_a_cpu_a_thread_starts_when_the_loop_is_seen_to_leave_cores_idle(
         machine.spend(step_s, busy_cores)
     assert out == list(range(40)) and encoder.threads == threads
     encoder.threads.clear()
-    iteration = iter(loader)  # which is judged anew
+    iteration = iter(loader)  # each epoch is measured again
     next(iteration)
     assert encoder.threads == {"MainThread"}
 
 
-def test_a_loop_that_really_sleeps_is_seen_too() -> None:
+def test_a_thread_starts_for_a_loop_that_really_sleeps() -> None:
     encoder = FakeEncoder(lambda batch: time.sleep(0.05))
     for _ in bertstream.wrap(batches(40), encoder, text="text"):
         time.sleep(0.02)
     assert encoder.threads == {"MainThread", "bertstream-encode"}
 
 
-def test_what_is_encoded_together_may_depend_on_nothing_but_the_data(minilm: Encoder, sentences: list[str]) -> None:
+def test_deterministic_groups_depend_only_on_the_data(minilm: Encoder, sentences: list[str]) -> None:
     data = [sentences[i : i + 3] for i in range(0, 60, 3)]
 
     def run(delays: Sequence[float], prefetch: int | None) -> tuple[list[Tensor], dict[str, float]]:
@@ -470,7 +470,7 @@ def test_what_is_encoded_together_may_depend_on_nothing_but_the_data(minilm: Enc
         assert all(map(torch.equal, found, right)) and again["encode_calls"] == stats["encode_calls"]
 
 
-def test_a_slow_source_is_not_waited_for_to_fill_a_group() -> None:
+def test_a_group_does_not_wait_for_a_slow_source() -> None:
     def source() -> Iterator[Any]:
         for batch in batches(10):
             time.sleep(0.02)
@@ -492,14 +492,14 @@ def test_repeated_texts_are_encoded_once_and_counted() -> None:
     out = [rows(batch) for batch in loader]
     assert out == [right_rows(texts) for texts in (["a bb", "ccc"], ["ccc", "a bb", "ccc"], ["dddd"])]
     stats = loader.stats()
-    # The first batch comes alone; in the second "ccc" comes twice; the third comes with it, or alone.
+    # The first batch is a group of its own; the second has "ccc" twice; the third is in its group, or alone.
     assert stats["repeated_texts"] == 1 and stats["tokens"] == 8
     assert stats["encode_calls"] == len(encoded) and stats["encoded_tokens"] == sum(encoded) == 7
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_failing_text_fails_alone_with_its_own_place(prefetch: int) -> None:
-    """Whatever batches and repeats it was to be encoded with: the loop gets all batches before it."""
+def test_a_failing_text_fails_alone_and_is_named_by_batch_and_index(prefetch: int) -> None:
+    """Whatever its group holds, the loop receives all batches before it."""
 
     def fail(batch: TokenBatch) -> None:
         bad = [i for i, ids in enumerate(np.split(batch.input_ids, batch.cu_seqlens[1:-1])) if word_id("odd") in ids]
@@ -517,33 +517,33 @@ def test_a_failing_text_fails_alone_with_its_own_place(prefetch: int) -> None:
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_what_ranks_agreed_on_is_encoded_before_more_is_read(
+def test_batches_that_ranks_agreed_on_are_encoded_before_more_are_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prefetch: int, deterministic: bool
 ) -> None:
-    """A rank that waited for others to read on, with a batch in hand, would wait for ranks that wait for its step."""
+    """A rank that reads on while it holds an agreed batch could deadlock with ranks that wait for its step."""
     encoded: list[int] = []
     agreed: list[int] = []
 
-    class Told:
-        """Another rank, which has no more than we."""
+    class OtherRank:
+        """A second rank that offers at most five of the same batches."""
 
         def __init__(self, timeout_s: float) -> None: ...
 
         def begin(self) -> None: ...
 
-        def exchange(self, places: Any, batch: int, is_over: Any, waits_since: Any) -> list[Any]:
-            if isinstance(places, dict):  # what must be the same
-                return [places, places]
-            assert sum(encoded) == sum(agreed) == batch, "asked before all that was agreed on was encoded"
-            agreed.append(min(5, len(places)))
-            return [places, places[:5]]
+        def exchange(self, offer: Any, batch: int, is_over: Any, waits_since: Any) -> list[Any]:
+            if isinstance(offer, dict):  # the settings, which must be equal
+                return [offer, offer]
+            assert sum(encoded) == sum(agreed) == batch, "asked before all agreed batches were encoded"
+            agreed.append(min(5, len(offer)))
+            return [offer, offer[:5]]
 
         def leave(self, reason: str) -> None: ...
 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(loading, "can_talk", lambda: True)
-    monkeypatch.setattr(loading, "Peers", Told)
+    monkeypatch.setattr(loading, "Peers", OtherRank)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": "word " * i}) + "\n" for i in range(60)))
     loader = bertstream.stream(
@@ -553,7 +553,7 @@ def test_what_ranks_agreed_on_is_encoded_before_more_is_read(
     batches = list(loader)
     assert len(batches) == sum(agreed) >= 25 and agreed[-1] == 0
     if prefetch == 0:
-        assert set(agreed[:-1]) == {1}, "something was read ahead"
+        assert set(agreed[:-1]) == {1}, "a batch was read ahead"
     elif deterministic:
         assert max(agreed) == 5 and len(agreed) < len(batches) / 2
 
@@ -562,7 +562,7 @@ def test_what_ranks_agreed_on_is_encoded_before_more_is_read(
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_new_iteration_ends_the_one_before_it(prefetch: int) -> None:
+def test_a_new_iteration_ends_the_previous_one(prefetch: int) -> None:
     loader = bertstream.wrap(batches(50), FakeEncoder(), text="text", prefetch=prefetch)
     first = iter(loader)
     next(first)
@@ -571,7 +571,7 @@ def test_a_new_iteration_ends_the_one_before_it(prefetch: int) -> None:
         next(first)
 
 
-def test_leaving_a_loop_does_not_wait_for_all_that_is_to_be_encoded_together() -> None:
+def test_leaving_a_loop_does_not_wait_for_a_whole_group() -> None:
     def slow() -> Iterator[Any]:
         for batch in batches(200):
             time.sleep(0.02)
@@ -579,7 +579,7 @@ def test_leaving_a_loop_does_not_wait_for_all_that_is_to_be_encoded_together() -
 
     loader = bertstream.wrap(slow(), FakeEncoder(), text="text", prefetch=2, deterministic=True)
     for number, _ in enumerate(loader):
-        if number == 40:  # the next group is of 64 batches
+        if number == 40:  # the next group has 64 batches
             break
     started = time.monotonic()
     loader.close()
@@ -595,18 +595,18 @@ def test_a_finished_iteration_stays_finished_when_the_next_begins() -> None:
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_close_from_another_thread_ends_a_loop_that_waits_with_an_error(prefetch: int) -> None:
-    waiting, go_on = threading.Event(), threading.Event()
+def test_close_from_another_thread_raises_in_a_waiting_loop(prefetch: int) -> None:
+    waiting, resume = threading.Event(), threading.Event()
 
     def wait(batch: TokenBatch) -> None:
         waiting.set()
-        go_on.wait(10)
+        resume.wait(10)
 
     loader = bertstream.wrap(batches(5), FakeEncoder(wait), text="text", prefetch=prefetch)
 
     def close() -> None:
         waiting.wait(10)
-        threading.Timer(0.1, go_on.set).start()
+        threading.Timer(0.1, resume.set).start()
         loader.close()
 
     closer = threading.Thread(target=close)
@@ -618,8 +618,8 @@ def test_close_from_another_thread_ends_a_loop_that_waits_with_an_error(prefetch
 
 
 @pytest.mark.parametrize("prefetch", [0, 8])
-def test_a_loop_that_asks_on_while_another_thread_closes_hears_why_it_ended(prefetch: int) -> None:
-    closing, go_on = threading.Event(), threading.Event()
+def test_a_loop_that_asks_during_close_in_another_thread_gets_the_reason(prefetch: int) -> None:
+    closing, resume = threading.Event(), threading.Event()
 
     class Slow(list[Any]):
         def __iter__(self) -> Any:
@@ -637,7 +637,7 @@ def test_a_loop_that_asks_on_while_another_thread_closes_hears_why_it_ended(pref
 
         def close(self) -> None:
             closing.set()
-            go_on.wait(10)
+            resume.wait(10)
 
     loader = bertstream.wrap(Slow(batches(50)), FakeEncoder(), text="text", prefetch=prefetch)
     running = iter(loader)
@@ -647,19 +647,19 @@ def test_a_loop_that_asks_on_while_another_thread_closes_hears_why_it_ended(pref
     assert closing.wait(10)
     with pytest.raises(LoaderClosedError, match="while this loop ran"):
         next(running)
-    go_on.set()
+    resume.set()
     closer.join()
 
 
-def test_a_loop_that_was_left_does_not_wait_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A garbage collection may end it within a forward, whose lock the worker waits for."""
+def test_leaving_a_loop_waits_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Garbage collection may end it within a forward that holds the lock the worker waits for."""
     monkeypatch.setattr("bertstream.pipeline.epoch._LEFT_WAIT_S", 0.1)
-    waiting, go_on = threading.Event(), threading.Event()
+    waiting, resume = threading.Event(), threading.Event()
 
     def wait(batch: TokenBatch) -> None:
         if batch.num_tokens > 2:
             waiting.set()
-            go_on.wait(10)
+            resume.wait(10)
 
     closed: list[int] = []
 
@@ -678,15 +678,15 @@ def test_a_loop_that_was_left_does_not_wait_for_good(monkeypatch: pytest.MonkeyP
     next(running)
     assert waiting.wait(10)
     del running
-    assert not go_on.is_set()
-    go_on.set()
+    assert not resume.is_set()
+    resume.set()
     until = time.monotonic() + 10
     while time.monotonic() < until and not closed:
         time.sleep(0.01)
-    assert closed, "the worker ends by itself, and what it reads with it"
+    assert closed, "the worker ends by itself and closes its source"
 
 
-def test_gradients_are_recorded_for_the_users_dataset_where_the_loop_records_them() -> None:
+def test_the_users_dataset_runs_in_the_grad_mode_of_the_loop() -> None:
     def modes() -> list[bool]:
         asked = DataLoader(Records(6, lambda i: {"text": "a", "grad": torch.is_grad_enabled()}), 2)
         found = bertstream.wrap(asked, FakeEncoder(), text="text", prefetch=8)
@@ -698,7 +698,9 @@ def test_gradients_are_recorded_for_the_users_dataset_where_the_loop_records_the
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_error_of_token_collate_within_a_users_own_says_what_and_where(minilm: Encoder, num_workers: int) -> None:
+def test_an_error_of_token_collate_within_the_users_own_collate_names_the_text(
+    minilm: Encoder, num_workers: int
+) -> None:
     tokens = TokenCollate(minilm)
     data = [{"q": "a", "candidates": ["b", "c"]}] * 3 + [{"q": "a", "candidates": [None, "c"]}]
     collate = partial(flat, tokens) if num_workers else partial(flat, minilm.tokenizer.batch)
@@ -711,7 +713,7 @@ def flat(tokens: Callable[[list[Any]], Any], rows: list[Any]) -> dict[str, Any]:
     return {"q": tokens([row["q"] for row in rows]), "c": tokens([c for row in rows for c in row["candidates"]])}
 
 
-def test_a_closed_loader_says_so() -> None:
+def test_a_closed_loader_refuses_iteration() -> None:
     with bertstream.wrap(batches(3), FakeEncoder(), text="text") as loader:
         iteration = iter(loader)
         next(iteration)
@@ -723,7 +725,7 @@ def test_a_closed_loader_says_so() -> None:
     loader.close()
 
 
-def test_stats_count_what_was_handed_out(minilm_folder: str) -> None:
+def test_stats_count_what_the_loop_received(minilm_folder: str) -> None:
     encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", overflow="truncate", max_length=8)
     loader = bertstream.wrap([["short", "many " * 20], ["three short words"]], encoder)
     list(loader)
@@ -733,7 +735,7 @@ def test_stats_count_what_was_handed_out(minilm_folder: str) -> None:
     assert stats["encode_s"] > 0 and stats["wait_s"] > 0
 
 
-def test_the_picture_of_a_step_shows_milliseconds_a_batch(tmp_path: Path) -> None:
+def test_the_plot_of_a_step_shows_milliseconds_per_batch(tmp_path: Path) -> None:
     loader = bertstream.wrap(batches(20), FakeEncoder(), text="text")
     loader.save_plot(tmp_path / "nothing.svg")
     for _ in loader:
@@ -758,7 +760,9 @@ def test_truncation_is_reported_once_an_epoch(minilm_folder: str, caplog: pytest
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(stop=st.integers(0, 12), prefetch=st.sampled_from([0, 1, 5]), way=st.sampled_from(["break", "raise", "close"]))
-def test_leaving_a_loop_anywhere_leaves_nothing_behind_and_the_next_works(stop: int, prefetch: int, way: str) -> None:
+def test_leaving_a_loop_anywhere_leaves_nothing_running_and_the_next_loop_works(
+    stop: int, prefetch: int, way: str
+) -> None:
     before = running()
     closed = []
 
@@ -812,7 +816,7 @@ def test_leaving_a_loop_ends_worker_processes_and_closes_files(tmp_path: Path, t
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_traceback_that_is_kept_keeps_no_worker_process_alive(prefetch: int) -> None:
+def test_a_kept_traceback_keeps_no_worker_process_alive(prefetch: int) -> None:
     def fail(batch: TokenBatch) -> None:
         raise EncoderError("no")
 
@@ -832,7 +836,7 @@ def test_a_traceback_that_is_kept_keeps_no_worker_process_alive(prefetch: int) -
 def test_close_takes_no_longer_than_the_forward_in_progress(
     taken: int, later_s: float, prefetch: int, through_stream: bool
 ) -> None:
-    """And a second at most beside it, wherever the loop is: waiting for a batch, or working on one."""
+    """Plus at most a second, whether the loop is waiting for a batch or working on one."""
     forward_s = 0.05
 
     def slow(batch: TokenBatch) -> None:
@@ -855,7 +859,7 @@ def test_close_takes_no_longer_than_the_forward_in_progress(
     assert time.perf_counter() - started <= forward_s + 1.0
 
 
-def test_a_worker_that_is_busy_is_waited_for() -> None:
+def test_close_waits_for_the_forward_in_progress() -> None:
     finished = []
 
     def slow(batch: TokenBatch) -> None:
@@ -868,12 +872,12 @@ def test_a_worker_that_is_busy_is_waited_for() -> None:
     loader.close()
     done = len(finished)
     time.sleep(0.4)
-    assert len(finished) == done, "a forward ran on after close()"
+    assert len(finished) == done, "a forward still ran after close()"
 
 
 SCRIPT = """
     import os, signal, sys, time, threading
-    # Where the tests run in the background a shell may have had this ignored, and children inherit that.
+    # A shell that runs the tests in the background may ignore SIGINT, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import bertstream
     from bertstream.testing import FakeEncoder
@@ -924,7 +928,7 @@ except KeyboardInterrupt:
     assert out == "0 1\nagain\n", err
 
 
-def test_a_program_may_end_in_the_middle_of_an_iteration() -> None:
+def test_a_program_may_exit_during_an_iteration() -> None:
     process = run("iteration = iter(loader); next(iteration); print('done', flush=True)")
     out, err = process.communicate(timeout=60)
     assert (out, process.returncode) == ("done\n", 0), err
@@ -934,7 +938,7 @@ def test_a_program_may_end_in_the_middle_of_an_iteration() -> None:
 
 
 class TheirError(Exception):
-    """An exception class of the user's own, which torch cannot rebuild from one argument."""
+    """The user's own exception class, which torch cannot rebuild from one argument."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(code, reason)
@@ -943,7 +947,7 @@ class TheirError(Exception):
 
 @settings(max_examples=30)
 @given(at=st.integers(0, 9), prefetch=st.sampled_from([0, 1, 4]), stage=st.sampled_from(["read", "text", "encode"]))
-def test_an_error_at_any_stage_and_place_arrives_once_after_the_batches_before_it(
+def test_an_error_at_any_stage_and_batch_is_raised_once_after_the_batches_before_it(
     at: int, prefetch: int, stage: str
 ) -> None:
     error = TheirError(7, "theirs")
@@ -957,7 +961,7 @@ def test_an_error_at_any_stage_and_place_arrives_once_after_the_batches_before_i
                 yield odd[stage] if number == at and stage in odd else batch
 
     def fail(batch: TokenBatch) -> None:
-        if word_id("odd") in batch.input_ids:  # whatever other batches it came with
+        if word_id("odd") in batch.input_ids:  # whatever its group holds
             raise MemoryError("no memory left")
 
     loader = bertstream.wrap(Source(), FakeEncoder(fail), text="text", prefetch=prefetch)
@@ -975,7 +979,7 @@ def test_an_error_at_any_stage_and_place_arrives_once_after_the_batches_before_i
         assert isinstance(caught.value.__cause__.__cause__, MemoryError)
 
 
-def test_a_users_exception_from_a_worker_process_is_what_torch_makes_of_it() -> None:
+def test_a_users_exception_from_a_worker_process_is_as_torch_rebuilds_it() -> None:
     def fail(i: int) -> Any:
         if i == 5:
             raise KeyError("theirs")
@@ -987,11 +991,13 @@ def test_a_users_exception_from_a_worker_process_is_what_torch_makes_of_it() -> 
         for batch in loader:
             seen += batch["n"].tolist()
     assert seen == [0, 1, 2, 3]
-    assert not multiprocessing.active_children(), "the traceback, which is still held, kept a worker alive"
+    assert not multiprocessing.active_children(), "the kept traceback keeps a worker alive"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_our_errors_keep_their_fields_from_worker_processes(tmp_path: Path, minilm: Encoder, num_workers: int) -> None:
+def test_bertstream_errors_from_worker_processes_keep_their_fields(
+    tmp_path: Path, minilm: Encoder, num_workers: int
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n{"txt": "no such field"}\n')
     with pytest.raises(ShardError, match=r"a\.jsonl, record 1, field 'text'") as caught:
@@ -1004,7 +1010,7 @@ def test_our_errors_keep_their_fields_from_worker_processes(tmp_path: Path, mini
     assert failed.value.records == (1,)
 
 
-def test_word_lists_that_default_collate_turned_inside_out_are_refused_with_the_cure() -> None:
+def test_word_lists_that_default_collate_transposed_are_refused_with_the_way_out() -> None:
     data = Records(4, lambda i: {"words": ["a", "b", "c"]})
     with pytest.raises(ConfigError, match=r"TokenCollate\(encoder, text=\.\.\.\)"):
         list(bertstream.wrap(DataLoader(data, 2), FakeEncoder(), text="words"))
@@ -1014,7 +1020,7 @@ def test_word_lists_that_default_collate_turned_inside_out_are_refused_with_the_
     ("batch", "text", "seen"),
     [
         ({"sentence": ["a"]}, "text", r"text='text' names nothing in a dict with the keys \['sentence'\]"),
-        ({"sentence": ["a"]}, None, r"name its text, text= one of \['sentence'\]"),
+        ({"sentence": ["a"]}, None, r"name its texts with text=, one of \['sentence'\]"),
         ((["a"], 1), 5, "text=5 names nothing in a tuple of length 2"),
         (default_collate([("a", 0), ("b", 1)]), None, "the batch is a list of length 2, one .* with text=0"),
         ({"text": "a single record"}, "text", "text='text' is a str"),
@@ -1022,7 +1028,7 @@ def test_word_lists_that_default_collate_turned_inside_out_are_refused_with_the_
         ({"text": None}, "text", "text='text' is a NoneType"),
     ],
 )
-def test_a_batch_without_the_text_says_what_it_has(batch: Any, text: Any, seen: str) -> None:
+def test_a_batch_without_the_text_is_refused_with_the_fields_it_has(batch: Any, text: Any, seen: str) -> None:
     with pytest.raises(ConfigError, match=seen):
         list(bertstream.wrap([batch], FakeEncoder(), text=text))
 
@@ -1035,9 +1041,9 @@ def test_a_batch_without_the_text_says_what_it_has(batch: Any, text: Any, seen: 
         ({"text": ()}, r"text=\(\)"),
         ({"text": ("a", "b"), "into": "c"}, "into='c'"),
         ({"loader": 5}, "loader is a int"),
-        ({"pair": "text"}, "pair='text' is the place of the first text too"),
-        ({"text": ("a", "b"), "pair": "c"}, r"pair='c' for text=\('a', 'b'\): name the one place"),
-        ({"text": None, "pair": "b"}, "pair='b' for text=None: name the one place"),
+        ({"pair": "text"}, "pair='text' is also the field of the first text"),
+        ({"text": ("a", "b"), "pair": "c"}, r"pair='c' for text=\('a', 'b'\): name the one field"),
+        ({"text": None, "pair": "b"}, "pair='b' for text=None: name the one field"),
         ({"loader": FakeEncoder(), "encoder": batches(1)}, r"write wrap\(loader, encoder\)"),
         ({"cache": "1GiB"}, "cache='1GiB' is a str: pass a bertstream.EmbeddingCache"),
         ({"encoder": object()}, "encoder is a object without encode"),
@@ -1067,7 +1073,7 @@ def test_a_bad_argument_of_stream_is_refused_before_any_file_is_opened(options: 
         ({"a": TokenBatch.from_texts(FakeEncoder().tokenizer(["x"])), "b": ["z"]}, "text='a' is tokenized already"),
     ],
 )
-def test_pairs_that_are_none_are_refused(batch: Any, seen: str) -> None:
+def test_fields_that_form_no_pairs_are_refused(batch: Any, seen: str) -> None:
     with pytest.raises(ConfigError, match=seen):
         list(bertstream.wrap([batch], FakeEncoder(), text="a", pair="b"))
 
@@ -1080,7 +1086,7 @@ def test_into_needs_dicts_and_negative_epochs_are_refused() -> None:
         loader.set_epoch(-1)
 
 
-def test_lengths_are_known_where_the_wrapped_loader_knows_them() -> None:
+def test_a_loader_has_a_length_if_the_wrapped_loader_has_one() -> None:
     assert len(bertstream.wrap(batches(3), FakeEncoder(), text="text")) == 3
 
     class Endless(IterableDataset[Any]):
@@ -1125,7 +1131,7 @@ def test_a_wrapped_text_stream_has_its_own_order_epoch_and_name(tmp_path: Path) 
     assert isinstance(batch["body"], Embeddings)
 
 
-def test_into_is_refused_where_it_has_no_effect() -> None:
+def test_into_is_refused_for_bare_texts() -> None:
     with pytest.raises(ConfigError, match="bare texts"):
         bertstream.wrap([["a text"]], FakeEncoder(), into="vectors")
 
@@ -1139,11 +1145,11 @@ def test_a_loader_may_wrap_another(tmp_path: Path) -> None:
 
 def test_the_length_of_a_stream_is_not_known(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a line\n")
-    with pytest.raises(TypeError, match="not known before its shards were read"):
+    with pytest.raises(TypeError, match="not known before its shards are read"):
         len(bertstream.stream(tmp_path / "a.txt", FakeEncoder()))
 
 
-def test_a_name_is_no_encoder_and_says_what_makes_one() -> None:
+def test_a_models_name_is_refused_with_the_call_that_loads_it() -> None:
     with pytest.raises(ConfigError, match=r"from_pretrained\('bert-base-uncased'\)"):
         bertstream.wrap([["a"]], "bert-base-uncased")  # type: ignore[arg-type]
 

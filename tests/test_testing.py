@@ -1,4 +1,4 @@
-"""The helpers for users' tests fail when they should."""
+"""The helpers for users' tests pass and fail when they should."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_shards_hold_every_text_once(shards: list[str]) -> None:
     assert sorted(i for batch in batches for i in batch["id"].tolist()) == list(range(len(TEXTS)))
 
 
-def test_fake_vectors_say_which_token_they_are_of() -> None:
+def test_fake_vectors_hold_their_token_and_index() -> None:
     found = FakeEncoder(hidden_size=5).encode(bertstream.TokenBatch.from_texts(FakeEncoder().tokenizer(["a b, a", []])))
     a, b, comma, again = found.values[:, 0].tolist()
     assert a == again and len({a, b, comma}) == 3
@@ -38,17 +38,17 @@ def test_fake_vectors_say_which_token_they_are_of() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "window"), [(0, 20), (0, 400), (1, 20), (4, 20)])
-def test_a_stream_resumes_exactly(shards: list[str], window: int, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "bucket_size"), [(0, 20), (0, 400), (1, 20), (4, 20)])
+def test_a_stream_resumes_exactly(shards: list[str], bucket_size: int, workers: int) -> None:
     def make(num_workers: int = workers) -> EmbeddingLoader:
-        reading = StreamConfig(bucket_size=window, lanes=3)
+        reading = StreamConfig(bucket_size=bucket_size, lanes=3)
         return bertstream.stream(
             shards, FakeEncoder(), batch_size=16, shuffle=True, num_workers=num_workers, reading=reading
         )
 
     if not workers:
         assert_resumes_exactly(make)
-    else:  # worker processes start slowly, so a few cuts, each resumed with another number of workers
+    else:  # worker processes start slowly: few cuts, each resumed with another number of workers
         assert_resumes_exactly(make, cuts=[0, 5], resume_with=lambda: make(0))
         assert_resumes_exactly(lambda: make(0), cuts=[1, 14], resume_with=make)
 
@@ -65,7 +65,7 @@ def test_a_stateful_dataloader_resumes_exactly(workers: int) -> None:
     assert_resumes_exactly(make, cuts=None if not workers else [3, 8])
 
 
-def test_what_cannot_say_where_it_is_says_so() -> None:
+def test_a_loader_without_a_state_is_refused_with_the_way_out() -> None:
     with pytest.raises(StateError, match="StatefulDataLoader"):
         bertstream.wrap(DataLoader(TEXTS, 8), FakeEncoder()).state_dict()
 
@@ -85,7 +85,7 @@ class Forgetful(EmbeddingLoader):
         return batches
 
 
-def test_a_loader_that_loses_a_batch_is_found_out(shards: list[str]) -> None:
+def test_a_loader_that_loses_a_batch_fails(shards: list[str]) -> None:
     def make() -> EmbeddingLoader:
         loader = bertstream.stream(shards, FakeEncoder(), batch_size=16, reading=StreamConfig(bucket_size=16))
         loader.__class__ = Forgetful
@@ -95,7 +95,7 @@ def test_a_loader_that_loses_a_batch_is_found_out(shards: list[str]) -> None:
         assert_resumes_exactly(make)
 
 
-def test_vectors_that_change_are_found_out(shards: list[str]) -> None:
+def test_vectors_that_change_fail(shards: list[str]) -> None:
     class Noisy(FakeEncoder):
         def encode(self, batch: bertstream.TokenBatch) -> bertstream.Embeddings:
             found = super().encode(batch)
@@ -106,7 +106,7 @@ def test_vectors_that_change_are_found_out(shards: list[str]) -> None:
         assert_resumes_exactly(lambda: bertstream.stream(shards, Noisy()))
 
 
-def test_a_stream_that_is_wrapped_again_resumes_exactly(shards: list[str]) -> None:
+def test_a_stream_wrapped_again_resumes_exactly(shards: list[str]) -> None:
     def make() -> EmbeddingLoader:
         inner = bertstream.stream(shards, FakeEncoder(), batch_size=16, shuffle=True, into="vectors")
         return bertstream.wrap(inner, FakeEncoder(), text="text", into="others")
@@ -123,7 +123,7 @@ def test_a_stateful_loader_around_a_stream_resumes_exactly(shards: list[str]) ->
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
-def test_workers_of_every_start_method_live(shards: list[str], context: str) -> None:
+def test_every_start_method_of_workers_works(shards: list[str], context: str) -> None:
     dataset = bertstream.TextStream(shards, FakeEncoder(), batch_size=16)
     loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context=context)
     assert sum(len(batch["text"]) for batch in bertstream.wrap(loader, FakeEncoder())) == len(TEXTS)
@@ -146,7 +146,7 @@ def test_a_state_of_another_kind_is_refused(shards: list[str]) -> None:
     + [({"epoch": epoch}, "epoch") for epoch in (None, "1", 1.0, -1, True)],
     ids=str,
 )
-def test_a_state_of_a_wrapped_loader_that_is_refused_changes_nothing(change: dict[str, Any], key: str) -> None:
+def test_a_refused_state_changes_nothing_in_a_wrapped_loader(change: dict[str, Any], key: str) -> None:
     loader = bertstream.wrap(StatefulDataLoader(TEXTS[:24], 8), FakeEncoder())
     loader.set_epoch(2)
     batches = iter(loader)

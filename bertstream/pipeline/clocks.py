@@ -1,4 +1,4 @@
-"""What each stage of a loader did and for how long: seconds and items, a trace to look at, and what holds a loop up."""
+"""A clock for each stage of a loader: its seconds, its items, and a trace of its latest spans."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from typing import Any, Literal, TypeAlias
 from torch.profiler import record_function
 
 Stage: TypeAlias = Literal["read", "tokenize", "encode", "hand_over", "wait", "step"]
-"""What is timed. Of "lookup", which `WORK` has too, the seconds are worked out: what a cache's "encode" takes beside
-computing."""
+"""What is timed. `stats.WORK` also has "lookup", which is derived: "encode" minus the cache's compute time."""
 
 _KEPT_SPANS = 20_000
-"""The latest, for the trace: about 4 MB, and some two minutes of a fast loop."""
+"""The trace keeps the latest spans: about 4 MB, some two minutes of a fast loop."""
 
 
 class StageClocks:
-    """A clock for each stage of a loader; each stage runs in one thread at a time.
+    """Times the stages of a loader; each stage runs in one thread at a time.
 
-    "read" waits for the source, "tokenize" and "encode" say themselves; "hand_over" puts vectors into the user's batch.
-    "wait" is the training loop waiting for a batch, "step" what it does between two of them.
+    "read" waits for the source, "tokenize" and "encode" do what they say, "hand_over" puts vectors into the user's
+    batch. "wait" is the training loop waiting for a batch, "step" what it does between two batches.
+
+    Attributes:
+        seconds: by stage, in all.
+        items: by stage, in all.
     """
 
     def __init__(self) -> None:
@@ -36,7 +39,7 @@ class StageClocks:
 
     @contextmanager
     def run(self, stage: Stage, items: int = 0) -> Iterator[None]:
-        """Time what is inside as one span of the stage; `torch.profiler` shows it as "bertstream.<stage>"."""
+        """Time the `with` block as one span of the stage; `torch.profiler` shows it as "bertstream.<stage>"."""
         started = time.perf_counter()
         try:
             with record_function(f"bertstream.{stage}"):
@@ -45,7 +48,7 @@ class StageClocks:
             self.add(stage, started, items)
 
     def add(self, stage: Stage, started: float, items: int = 0) -> None:
-        """A span from `started` (`time.perf_counter()`) until now."""
+        """Add a span from `started` (a `time.perf_counter()`) until now."""
         now = time.perf_counter()
         self.seconds[stage] += now - started
         self.items[stage] += items

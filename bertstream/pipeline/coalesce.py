@@ -1,4 +1,4 @@
-"""Several batches through the encoder at once: each distinct text a single time, and each batch gets its rows back."""
+"""Encodes several batches in one call: each distinct text once, and every batch gets its own rows back."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..tokens import TokenBatch, cumulate, distinct, text_bytes
 def encode_together(
     encode: Callable[[TokenBatch], Embeddings], batches: Sequence[TokenBatch], *, once: bool = True
 ) -> tuple[list[Embeddings], int]:
-    """What `encode` gives for each of the batches, by one call for all of them.
+    """Encode all batches in one call of `encode`, and return what each would give alone.
 
     Args:
         encode: from a batch to its embeddings.
-        batches: one at least.
-        once: whether texts that come several times are looked for, and encoded once.
+        batches: at least one.
+        once: whether to find repeated texts and encode each once.
     Returns:
-        Each batch's embeddings, in memory of their own, and how many texts were repeats of another.
+        Each batch's embeddings, none sharing memory with another's, and the number of repeated texts.
     """
     whole = batches[0] if len(batches) == 1 else TokenBatch.concat(batches)
     slots = np.arange(len(whole))
@@ -38,7 +38,7 @@ def encode_together(
 
 
 def _rows_bytes(batch: TokenBatch) -> list[bytes]:
-    """`text_bytes`, and which words were cut: the model does not see that, but `Embeddings.word_ids` say it of rows."""
+    """`text_bytes` plus which words were cut: the model does not see that, but `Embeddings.word_ids` depends on it."""
     texts = text_bytes(batch)
     if batch.words_cut is None:
         return texts

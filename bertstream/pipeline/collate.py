@@ -1,4 +1,4 @@
-"""Records to batches with tokens where the texts were, whatever the structure of a record."""
+"""Turns records into batches with tokens in place of the texts, whatever the structure of a record."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from .fields import Field, as_fields, as_tensors, check_pair, describe, get_fiel
 
 
 class TokenCollate:
-    """A `collate_fn` that tokenizes in the DataLoader's workers; hand the loader to `bertstream.wrap` afterwards.
+    """A `collate_fn` that tokenizes in the DataLoader's workers; then pass the loader to `bertstream.wrap`.
 
-    It holds the tokenizer alone, so it is cheap to send to worker processes. The batch has the structure of a record
-    (dict, tuple, namedtuple or dataclass; or a bare text), with a `TokenBatch` where the text was. Of the other fields
-    numbers become tensors [B], tensors of one shape are stacked, a list of numbers a record (one a word, say) becomes
-    one tensor a record, and all else becomes a list.
+    It holds only the tokenizer, so it is cheap to send to worker processes. The batch has the structure of a record
+    (dict, tuple, list, namedtuple or dataclass; or a bare text), with a `TokenBatch` in place of the text. In the other
+    fields, numbers become a tensor [B], tensors of one shape are stacked, a list of numbers per record (one for each
+    word, say) becomes one tensor per record, and all else becomes a list.
 
     Args:
         encoder: whose tokenizer to use.
-        text: the key, position or attribute of the text, or several; None where a record is the bare text.
-        pair: the place of the second text, where the one at `text` and this one are a pair; it stays in the batch.
+        text: the key, position or attribute of the text, or several; None if a record is the bare text.
+        pair: the field of the second text, if it forms a pair with the one at `text`; it stays in the batch.
+    Raises:
+        ConfigError: an argument is out of range, or the encoder has no tokenizer.
     """
 
     def __init__(
@@ -38,12 +40,12 @@ class TokenCollate:
         if not hasattr(encoder, "tokenizer"):
             raise ConfigError(f"encoder is a {type(encoder).__name__} without a tokenizer: pass a bertstream.Encoder")
         self._tokenizer = encoder.tokenizer
-        self._places = as_fields(text)
+        self._fields = as_fields(text)
         self._pair = pair
-        check_pair(pair, self._places)
+        check_pair(pair, self._fields)
 
     def __repr__(self) -> str:
-        text = self._places[0] if self._places is not None and len(self._places) == 1 else self._places
+        text = self._fields[0] if self._fields is not None and len(self._fields) == 1 else self._fields
         pair = f", pair={self._pair!r}" if self._pair is not None else ""
         return f"TokenCollate(text={text!r}{pair}, {self._tokenizer!r})"
 
@@ -51,14 +53,13 @@ class TokenCollate:
         """Make a batch of a list of records.
 
         Raises:
-            EncoderError: a text is of a wrong type or too long.
-            ConfigError: `text` names nothing in a record, or the records are of several shapes. In a worker process
-                either error is returned in place of the batch, for `wrap` to raise: torch would rebuild it without
-                its fields.
+            EncoderError: a text has a wrong type or is too long.
+            ConfigError: `text` names nothing in a record, or the records differ in structure. A worker process returns
+                either error in place of the batch, for `wrap` to raise: torch would rebuild it without its fields.
         """
         try:
             if not len(records):
-                raise ConfigError("a batch of no records: the DataLoader's batch sampler gave an empty list")
+                raise ConfigError("a batch of no records: the DataLoader's batch sampler yielded an empty list")
             return self._batch(records)
         except BertstreamError as error:
             if get_worker_info() is None:
@@ -66,34 +67,40 @@ class TokenCollate:
             return error
 
     def _batch(self, records: Sequence[Any]) -> Any:
-        if self._places is None:
+        if self._fields is None:
             return self._tokenize(records, None)
-        columns = {
-            place: self._tokenize([self._text(record, place) for record in records], place) for place in self._places
+        tokens = {
+            field: self._tokenize([self._text(record, field) for record in records], field) for field in self._fields
         }
-        first, fields = records[0], _fields(records)
+        first, columns = records[0], _columns(records)
         if isinstance(first, Sequence):
-            columns = {_position(first, place): column for place, column in columns.items()}
-        rest = {name: tensor_column(values) for name, values in fields.items() if name not in columns}
+            tokens = {_position(first, field): batch for field, batch in tokens.items()}
+        rest = {name: tensor_column(values) for name, values in columns.items() if name not in tokens}
         if isinstance(first, Mapping):
-            return {name: columns[name] if name in columns else rest[name] for name in fields}
-        return put_fields(first, columns | rest)
+            return {name: tokens[name] if name in tokens else rest[name] for name in columns}
+        return put_fields(first, tokens | rest)
 
-    def _text(self, record: Any, place: Field) -> Any:
-        text = get_field(record, place)
+    def _text(self, record: Any, field: Field) -> Any:
+        text = get_field(record, field)
         return text if self._pair is None else (text, get_field(record, self._pair, "pair"))
 
-    def _tokenize(self, texts: Sequence[Any], place: Field | None) -> TokenBatch:
+    def _tokenize(self, texts: Sequence[Any], field: Field | None) -> TokenBatch:
         try:
             return TokenBatch.from_texts(self._tokenizer(texts))
         except EncoderError as error:
-            if place is not None:
-                raise EncoderError(f"field {place!r}: {error}", records=error.records) from error
+            if field is not None:
+                raise EncoderError(f"field {field!r}: {error}", records=error.records) from error
             raise
 
 
 def tensor_column(values: list[Any]) -> Any:
-    """One field of a batch as tensors, see `TokenCollate`."""
+    """One field of a batch as tensors where its values allow, as `TokenCollate` describes.
+
+    Args:
+        values: one per record.
+    Returns:
+        One tensor, a list of tensors, or the values.
+    """
     column = as_tensors(stack_column(values))
     tensors = [part for part in column if isinstance(part, Tensor)] if isinstance(column, list) else []
     if not tensors:
@@ -101,13 +108,13 @@ def tensor_column(values: list[Any]) -> Any:
     arrays = all(isinstance(value, (Tensor, np.ndarray)) for value in values)
     if arrays and len(tensors) == len(values) and len({(tensor.shape, tensor.dtype) for tensor in tensors}) == 1:
         return torch.stack(tensors)
-    return _in_one_memory(column)
+    return _in_one_storage(column)
 
 
-def _in_one_memory(column: list[Any]) -> list[Any]:
-    """The tensors of a ragged column as views of a single one.
+def _in_one_storage(column: list[Any]) -> list[Any]:
+    """The tensors of a ragged column as views of a single tensor.
 
-    On their way out of a worker process tensors cost a file handle for each memory, and a process has 1,024 as a rule.
+    A tensor that leaves a worker process costs a file handle per storage, and a process usually has 1,024.
     """
     rows = [value for value in column if isinstance(value, Tensor)]
     plain = all(row.dim() and row.device.type == "cpu" and row.layout is torch.strided for row in rows)
@@ -117,8 +124,8 @@ def _in_one_memory(column: list[Any]) -> list[Any]:
     return [next(views) if isinstance(value, Tensor) else value for value in column]
 
 
-def _fields(records: Sequence[Any]) -> dict[Field, list[Any]]:
-    """All fields of records of one shape: name or position -> one entry a record."""
+def _columns(records: Sequence[Any]) -> dict[Field, list[Any]]:
+    """All fields of records of one structure: name or position -> one entry per record."""
     first = records[0]
     if isinstance(first, Mapping):
         names = dict.fromkeys(name for record in records for name in record)
@@ -126,14 +133,14 @@ def _fields(records: Sequence[Any]) -> dict[Field, list[Any]]:
     if dataclasses.is_dataclass(first):
         return {field.name: [getattr(record, field.name) for record in records] for field in dataclasses.fields(first)}
     if not isinstance(first, Sequence):
-        kinds = "TokenCollate knows dicts, tuples, lists, namedtuples and dataclasses"
-        raise ConfigError(f"a record is {describe(first)}: {kinds}")
+        kinds = "dicts, tuples, lists, namedtuples and dataclasses"
+        raise ConfigError(f"a record is {describe(first)}: TokenCollate takes {kinds}")
     odd = next((i for i, r in enumerate(records) if type(r) is not type(first) or len(r) != len(first)), None)
     if odd is not None:
         raise ConfigError(f"record {odd} of the batch is {describe(records[odd])}, the first {describe(first)}")
     return dict(enumerate(map(list, zip(*records, strict=True))))
 
 
-def _position(record: Any, place: Field) -> Field:
-    """The position, counted from the front, of a place in a namedtuple, tuple or list."""
-    return record._fields.index(place) if isinstance(place, str) else place % len(record)
+def _position(record: Any, field: Field) -> Field:
+    """The position, counted from the front, of a field of a namedtuple, tuple or list."""
+    return record._fields.index(field) if isinstance(field, str) else field % len(record)

@@ -1,4 +1,4 @@
-"""Where texts stand in a batch, whatever its structure: getting them out, and putting vectors in."""
+"""Gets texts out of a batch and puts vectors in, whatever the structure of the batch."""
 
 from __future__ import annotations
 
@@ -20,104 +20,113 @@ Field: TypeAlias = str | int
 
 
 def as_fields(text: Field | Sequence[Field] | None, option: str = "text") -> tuple[Field, ...] | None:
-    """The user's `text=`, or another option, as a tuple of places; None stays None."""
-    if text is None:
-        return None
-    places: tuple[Any, ...] = (text,)
-    if isinstance(text, Sequence) and not isinstance(text, (str, bytes)):
-        places = tuple(text)
-    named = all(isinstance(place, (str, int)) and not isinstance(place, bool) for place in places)
-    if not places or not named or len(set(places)) < len(places):
-        raise ConfigError(f"{option}={text!r}: name a key, a position or an attribute, or several different ones")
-    return places
-
-
-def check_pair(pair: Field | None, places: tuple[Field, ...] | None) -> None:
-    """Refuse the place of a second text where it is not clear which one is the first."""
-    if pair is not None and places == (pair,):
-        raise ConfigError(f"pair={pair!r} is the place of the first text too: name the second's")
-    if pair is not None and (places is None or len(places) > 1):
-        text = None if places is None else places
-        raise ConfigError(f"pair={pair!r} for text={text!r}: name the one place of the first text")
-
-
-def get_field(holder: Any, place: Field, option: str = "text") -> Any:
-    """What stands at a key of a mapping, a position of a sequence, or an attribute of anything else.
+    """The user's `text=`, or another option, as a tuple of fields; None stays None.
 
     Raises:
-        ConfigError: nothing does; `option` is the argument that named the place.
+        ConfigError: it names no field, the same one twice, or something that cannot be one.
+    """
+    if text is None:
+        return None
+    fields: tuple[Any, ...] = (text,)
+    if isinstance(text, Sequence) and not isinstance(text, (str, bytes)):
+        fields = tuple(text)
+    named = all(isinstance(field, (str, int)) and not isinstance(field, bool) for field in fields)
+    if not fields or not named or len(set(fields)) < len(fields):
+        raise ConfigError(f"{option}={text!r}: name a key, a position or an attribute, or several different ones")
+    return fields
+
+
+def check_pair(pair: Field | None, fields: tuple[Field, ...] | None) -> None:
+    """Refuse a field of second texts unless there is exactly one field, another one, of first texts."""
+    if pair is not None and fields == (pair,):
+        raise ConfigError(f"pair={pair!r} is also the field of the first text: name the second's")
+    if pair is not None and (fields is None or len(fields) > 1):
+        raise ConfigError(f"pair={pair!r} for text={fields!r}: name the one field of the first text")
+
+
+def get_field(holder: Any, field: Field, option: str = "text") -> Any:
+    """The value at a key of a mapping, a position of a sequence, or an attribute of anything else.
+
+    Args:
+        holder: a record or batch.
+        field: which value.
+        option: the argument that named the field, for the message.
+    Raises:
+        ConfigError: there is no such field.
     """
     try:
         if isinstance(holder, Mapping):
-            return holder[place]
-        if isinstance(place, int) and isinstance(holder, Sequence) and not isinstance(holder, str):
-            return holder[place]
-        if isinstance(place, str) and (hasattr(holder, "_fields") or not isinstance(holder, Sequence)):
-            return getattr(holder, place)
+            return holder[field]
+        if isinstance(field, int) and isinstance(holder, Sequence) and not isinstance(holder, str):
+            return holder[field]
+        if isinstance(field, str) and (hasattr(holder, "_fields") or not isinstance(holder, Sequence)):
+            return getattr(holder, field)
     except (KeyError, IndexError, AttributeError):
         pass
-    positions = isinstance(place, str) and isinstance(holder, Sequence) and not isinstance(holder, str)
-    way_out = (
-        f": a place in it is a number, {option}=0 the first" if positions and not hasattr(holder, "_fields") else ""
-    )
-    raise ConfigError(f"{option}={place!r} names nothing in {describe(holder)}{way_out}")
+    in_sequence = isinstance(holder, Sequence) and not isinstance(holder, str) and not hasattr(holder, "_fields")
+    way_out = f": its fields are positions, {option}=0 is the first" if isinstance(field, str) and in_sequence else ""
+    raise ConfigError(f"{option}={field!r} names nothing in {describe(holder)}{way_out}")
 
 
 def put_fields(holder: Any, values: Mapping[Any, Any]) -> Any:
-    """A shallow copy with other values at these places, of the same type; the holder is left as it was."""
+    """A shallow copy of the same type with these values in these fields; the holder is unchanged."""
     if hasattr(holder, "_fields"):  # a namedtuple
         names = holder._fields
-        return holder._replace(**{names[p] if isinstance(p, int) else p: value for p, value in values.items()})
+        return holder._replace(**{names[f] if isinstance(f, int) else f: value for f, value in values.items()})
     if isinstance(holder, tuple):
         return type(holder)(values.get(i, values.get(i - len(holder), part)) for i, part in enumerate(holder))
     out = copy.copy(holder)
-    for place, value in values.items():
+    for field, value in values.items():
         if isinstance(out, (Mapping, list)):
-            out[place] = value  # type: ignore[index]
+            out[field] = value  # type: ignore[index]
         else:
-            object.__setattr__(out, place, value)  # also in a frozen dataclass: the copy is ours
+            object.__setattr__(out, field, value)  # works in a frozen dataclass too; the copy is ours
     return out
 
 
 def as_tensors(column: Any) -> Any:
-    """A column of `bucket.stack_column` with its arrays of numbers as tensors over the same memory."""
+    """A column of `bucket.stack_column`, its arrays of numbers as tensors that share their memory."""
     if isinstance(column, list):
         return [_as_tensor(value) for value in column]
     return _as_tensor(column)
 
 
 def texts_of(
-    batch: Any, places: tuple[Field, ...] | None, tokenizer: SupportsTokenize, pair: Field | None = None
+    batch: Any, fields: tuple[Field, ...] | None, tokenizer: SupportsTokenize, pair: Field | None = None
 ) -> dict[Field | None, TokenBatch]:
-    """The texts at these places of somebody's batch, as tokens; at None where the batch is the texts.
+    """The texts in these fields of the user's batch, as tokens.
 
-    Where they were tokenized in a worker process, an error may stand there in their place: it is raised here.
+    A worker process that tokenizes may put an error in place of the texts or the batch; it is raised here.
 
     Args:
         batch: a `TokenBatch`, or anything that holds texts or tokens.
-        places: where.
-        tokenizer: what texts go through.
-        pair: where the second texts stand, which make pairs with those at the one place.
+        fields: of the texts; None if the batch is the texts.
+        tokenizer: for texts that are not tokens yet.
+        pair: the field of the second texts, which form pairs with those in the one field of `fields`.
+    Returns:
+        Tokens by field; by None if the batch is the texts.
     Raises:
-        ConfigError: a place names nothing, or what stands there is no batch of texts.
+        ConfigError: there is no such field, or it holds no batch of texts.
         EncoderError: a text cannot be tokenized.
-        BertstreamError: what a worker process found.
+        BertstreamError: the error that a worker process sent.
     """
     if isinstance(batch, BertstreamError):
         raise batch
     if isinstance(batch, TokenBatch):
         if pair is not None:
-            raise ConfigError(f"pair={pair!r}: the batches are tokenized already, give it to what tokenizes them")
+            raise ConfigError(
+                f"pair={pair!r}: the batches are tokenized already, give it to TokenCollate or TextStream"
+            )
         return {None: batch}
     out = {}
-    for place in places or (None,):
-        texts = batch if place is None else get_field(batch, place)
-        if isinstance(texts, BertstreamError):  # of a `TokenCollate` within a collate_fn of the user's
+    for field in fields or (None,):
+        texts = batch if field is None else get_field(batch, field)
+        if isinstance(texts, BertstreamError):  # from a `TokenCollate` within the user's own collate_fn
             raise texts
         if pair is not None:
-            out[place] = TokenBatch.from_texts(tokenizer(_paired(texts, get_field(batch, pair, "pair"), place, pair)))
+            out[field] = TokenBatch.from_texts(tokenizer(_paired(texts, get_field(batch, pair, "pair"), field, pair)))
             continue
-        out[place] = texts if isinstance(texts, TokenBatch) else _tokenized(texts, place, batch, tokenizer)
+        out[field] = texts if isinstance(texts, TokenBatch) else _tokenized(texts, field, batch, tokenizer)
     return out
 
 
@@ -129,14 +138,18 @@ def with_vectors(
     into: tuple[Field, ...] | None,
     layout: Layout | None,
 ) -> Any:
-    """The batch with vectors where its texts were, or at `into`; a `TokenBatch` as a dict of its fields.
+    """The batch with vectors in place of its texts, or at `into`; a `TokenBatch` becomes a dict of its fields.
 
+    Args:
+        batch: the user's, unchanged by this.
+        embeddings: by the field of the texts, as `texts_of` names it.
+        text, into, layout: as for `wrap`.
     Raises:
-        ConfigError: `into` was asked for, and the batch is no dict; or another field has the name already.
+        ConfigError: `into` is given and the batch is no dict, or another field already has the name.
     """
     vectors: dict[Any, Any] = {
-        place: found if layout is None or isinstance(found, TokenBatch) else found.as_layout(layout)
-        for place, found in embeddings.items()
+        field: found if layout is None or isinstance(found, TokenBatch) else found.as_layout(layout)
+        for field, found in embeddings.items()
     }
     if isinstance(batch, TokenBatch):
         if not batch.fields:
@@ -151,20 +164,20 @@ def with_vectors(
             raise ConfigError(f"into={into!r} needs batches that are dicts; this is a {type(batch).__name__}")
         _check_new(into, batch, text, f"into={into!r}")
     if isinstance(batch, Mapping) and layout == "padded":
-        masks = {f"{place}_mask": value[1] for place, value in vectors.items() if isinstance(value, tuple)}
+        masks = {f"{name}_mask": value[1] for name, value in vectors.items() if isinstance(value, tuple)}
         _check_new(masks, batch, text, "layout='padded'")
-        vectors = {p: value[0] if isinstance(value, tuple) else value for p, value in vectors.items()} | masks
+        vectors = {name: value[0] if isinstance(value, tuple) else value for name, value in vectors.items()} | masks
     return put_fields(batch, vectors)
 
 
 def _check_new(names: Iterable[Any], batch: Mapping[Any, Any], text: tuple[Field, ...] | None, option: str) -> None:
     taken = [name for name in names if name in batch and name not in (text or ())]
     if taken:
-        raise ConfigError(f"{option} would write over the batch's own {taken[0]!r}: choose another into=")
+        raise ConfigError(f"{option} would overwrite the batch's own {taken[0]!r}: choose another into=")
 
 
 def describe(holder: Any) -> str:
-    """A record or batch in the words of an error: its type, and the places it has."""
+    """A record or batch for an error message: its type and its fields."""
     kind = f"a {type(holder).__name__}"
     if isinstance(holder, Mapping):
         return f"{kind} with the keys {list(holder)}"
@@ -177,27 +190,27 @@ def describe(holder: Any) -> str:
     return kind
 
 
-def _paired(first: Any, second: Any, place: Field | None, pair: Field) -> list[tuple[Any, Any]]:
-    for where, texts in ((f"text={place!r}", first), (f"pair={pair!r}", second)):
+def _paired(first: Any, second: Any, field: Field | None, pair: Field) -> list[tuple[Any, Any]]:
+    for where, texts in ((f"text={field!r}", first), (f"pair={pair!r}", second)):
         if isinstance(texts, TokenBatch):
             raise ConfigError(f"{where} is tokenized already: give pair= to TokenCollate instead")
         _check_texts(texts, where)
     if len(first) != len(second):
-        raise ConfigError(f"text={place!r} holds {len(first)} texts, pair={pair!r} {len(second)}")
+        raise ConfigError(f"text={field!r} holds {len(first)} texts, pair={pair!r} {len(second)}")
     return list(zip(first, second, strict=True))
 
 
-def _tokenized(texts: Any, place: Field | None, batch: Any, tokenizer: SupportsTokenize) -> TokenBatch:
-    where = "the batch" if place is None else f"text={place!r}"
+def _tokenized(texts: Any, field: Field | None, batch: Any, tokenizer: SupportsTokenize) -> TokenBatch:
+    where = "the batch" if field is None else f"text={field!r}"
     if isinstance(texts, Tensor) and not (isinstance(batch, Mapping) and "attention_mask" in batch):
-        raise ConfigError(f"{where} is a tensor: padded ids need their attention_mask beside them, in a dict")
+        raise ConfigError(f"{where} is a tensor: padded ids need their attention_mask in the same dict")
     if isinstance(texts, Tensor):
         return TokenBatch.from_padded(texts, batch["attention_mask"], batch.get("token_type_ids"))
-    if isinstance(texts, Mapping) and place is None:
-        raise ConfigError(f"a batch is a {type(texts).__name__}: name its text, text= one of {list(texts)}")
-    bare = place is None and isinstance(texts, (list, tuple))
+    if isinstance(texts, Mapping) and field is None:
+        raise ConfigError(f"a batch is a {type(texts).__name__}: name its texts with text=, one of {list(texts)}")
+    bare = field is None and isinstance(texts, (list, tuple))
     if bare and any(isinstance(entry, (Tensor, np.ndarray)) for entry in texts):
-        raise ConfigError(f"the batch is {describe(batch)}, one for each field: say where the texts are, with text=0")
+        raise ConfigError(f"the batch is {describe(batch)}, one entry per field: say where the texts are, with text=0")
     _check_texts(texts, where)
     return TokenBatch.from_texts(tokenizer(texts))
 
@@ -208,10 +221,9 @@ def _check_texts(texts: Any, where: str) -> None:
         raise ConfigError(f"{where} is a {kind}: a batch of texts is a list of strings or of lists of words")
     if any(isinstance(entry, tuple) for entry in texts):
         raise ConfigError(
-            f"{where} holds tuples: torch's default collate turns lists inside out, so that the first words of all "
-            "texts stand together. Give the DataLoader collate_fn=bertstream.TokenCollate(encoder, text=...), which "
-            "also takes pairs of texts as tuples; or, for several texts a row, one of your own that lays them behind "
-            "one another"
+            f"{where} holds tuples: torch's default collate transposes lists, which puts the first words of all texts "
+            "together. Give the DataLoader collate_fn=bertstream.TokenCollate(encoder, text=...), which also takes "
+            "pairs of texts as tuples; for several texts per record, write a collate_fn that joins them into one list"
         )
 
 

@@ -1,4 +1,4 @@
-"""Pictures, for bright and dark pages alike: nothing behind them, and colours that stand out on white and on black."""
+"""Plots for light and dark pages alike: no background, and colours that contrast with both white and black."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 
 from ..errors import ConfigError
 
-# Each has a contrast of about 4 to 1 with both white and GitHub's #0d1117; a test computes it.
+# Each has a contrast of about 4 to 1 with white and with GitHub's #0d1117; a test computes it.
 TEXT, BLUE, ORANGE, GREEN = "#7a7a7a", "#2f81d6", "#c2631a", "#2e8b57"
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
-    """Refuse what could not be written, before anything long has run.
+    """Refuse a plot that cannot be written, before the long work that leads to it.
 
+    Args:
+        path: of a .png, .svg or .pdf file.
     Raises:
         ConfigError: matplotlib is not installed, or does not know the file's ending.
     """
@@ -38,14 +40,14 @@ def plot_lengths(
     max_length: int,
     padding: Sequence[tuple[str, float]],
 ) -> None:
-    """Write a picture of how long texts are, and of what padding costs.
+    """Plot how long texts are and what padding costs.
 
     Args:
         path: of a .png, .svg or .pdf file.
-        edges: [n + 1] of bins of lengths, in tokens; bin i holds lengths from edge i to edge i + 1, excluded.
+        edges: [n + 1] bounds of the bins, in tokens; bin i holds lengths from edges[i] to edges[i + 1] - 1.
         counts: [n] texts in each bin.
-        max_length: tokens that the model takes.
-        padding: how texts are batched, and the share of padding in that.
+        max_length: tokens that the model takes; longer texts are marked.
+        padding: ways to batch the texts, each with its share of padding.
     Raises:
         ConfigError: matplotlib is not installed, or does not know the file's ending.
         OSError: the file cannot be written.
@@ -65,10 +67,10 @@ def plot_lengths(
         note = f"longer than {max_length}"
         left.annotate(note, (0.99, 0.93), xycoords="axes fraction", ha="right", color=ORANGE)
     labels, shares = zip(*padding, strict=True)
-    for place, share in enumerate(shares):
-        right.barh(place, 1 - share, color=GREEN)
-        right.barh(place, share, left=1 - share, color=ORANGE)
-        right.annotate(f"{share:.0%} padding", (1.03, place), va="center", color=TEXT, annotation_clip=False)
+    for y, share in enumerate(shares):
+        right.barh(y, 1 - share, color=GREEN)
+        right.barh(y, share, left=1 - share, color=ORANGE)
+        right.annotate(f"{share:.0%} padding", (1.03, y), va="center", color=TEXT, annotation_clip=False)
     right.set_yticks(range(len(labels)), labels)
     right.invert_yaxis()
     right.set(title="What a forward computes", xticks=[], xlim=(0, 1.45))
@@ -79,12 +81,12 @@ def plot_lengths(
 
 
 def plot_step(path: str | os.PathLike[str], *, loop: Mapping[str, float], work: Mapping[str, float]) -> None:
-    """Write a picture of where the time of a step goes; each bar begins where the one above it ends.
+    """Plot where the time of a step goes; each bar begins where the one above it ends.
 
     Args:
         path: of a .png, .svg or .pdf file.
-        loop: "step" and "wait" of the training loop, in milliseconds a batch.
-        work: the same of each stage of the work on a batch.
+        loop: "step" and "wait" of the training loop, in milliseconds per batch.
+        work: each stage of the work on a batch, in milliseconds per batch.
     Raises:
         ConfigError: matplotlib is not installed, or does not know the file's ending.
         OSError: the file cannot be written.
@@ -96,17 +98,17 @@ def plot_step(path: str | os.PathLike[str], *, loop: Mapping[str, float], work: 
     both = figure.subplots(2, 1, sharex=True, height_ratios=(len(loop), len(work)))
     for axes, title, parts in zip(both, ("The training loop", "The work on a batch"), (loop, work), strict=True):
         total, left = sum(parts.values()), 0.0
-        for place, (stage, ms) in enumerate(parts.items()):
-            axes.barh(place, ms, left=left, color={"step": GREEN, "wait": ORANGE}.get(stage, BLUE))
+        for y, (stage, ms) in enumerate(parts.items()):
+            axes.barh(y, ms, left=left, color={"step": GREEN, "wait": ORANGE}.get(stage, BLUE))
             left += ms
             note = f"{ms:,.2f} ms, {ms / (total or 1.0):.0%}"
-            where = {"xy": (1.02, place), "xycoords": ("axes fraction", "data"), "annotation_clip": False}
+            where = {"xy": (1.02, y), "xycoords": ("axes fraction", "data"), "annotation_clip": False}
             axes.annotate(note, va="center", color=TEXT, **where)
         axes.set_yticks(range(len(parts)), [stage.replace("_", " ") for stage in parts])
         axes.invert_yaxis()
         axes.set_title(title, loc="left", color=TEXT)
         _plain(axes)
-    both[-1].set(xlabel="milliseconds a batch", xlim=(0, max(sum(loop.values()), sum(work.values())) or 1.0))
+    both[-1].set(xlabel="milliseconds per batch", xlim=(0, max(sum(loop.values()), sum(work.values())) or 1.0))
     figure.savefig(path, dpi=150, transparent=True)
 
 

@@ -1,23 +1,23 @@
-"""What a loader's numbers say: a table, and one sentence on the bottleneck."""
+"""A loader's numbers as a table, and one sentence that names its bottleneck."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 LOOP = ("step", "wait")
-"""What a training loop's own time goes into."""
+"""The stages of the training loop."""
 
 WORK = ("read", "tokenize", "lookup", "encode", "hand_over")
-"""What is done for a batch: while the loop waits, or beside it, all but "hand_over", where a worker runs ahead."""
+"""The work on a batch. It is part of "wait", except where a worker runs ahead: then only "hand_over" is."""
 
 
 class Stats(dict[str, float]):
-    """What `EmbeddingLoader.stats` says: a plain dict of names and numbers, which `print` shows as a table."""
+    """The result of `EmbeddingLoader.stats`: a dict of names and numbers, which `print` shows as a table."""
 
     def __str__(self) -> str:
-        """The counts, the seconds of each stage, the cache's misses, and of the rest what is not 0, by their names."""
+        """Counts, seconds of each stage, the cache's misses, and every other number that is not 0."""
         counts = ("epochs", "batches", "texts", "tokens", "texts_per_s", "tokens_per_s", "padding_share")
-        rows = [("handed out", "", "", "")] + [(f"  {name}", _shown(name, self[name]), "", "") for name in counts]
+        rows = [("received", "", "", "")] + [(f"  {name}", _shown(name, self[name]), "", "") for name in counts]
         for title, stages in (("the loop", LOOP), ("the work", WORK)):
             rows.append((title, "seconds", "ms a batch", "share"))
             seconds = [self[f"{stage}_s"] for stage in stages]
@@ -25,8 +25,12 @@ class Stats(dict[str, float]):
                 a_batch, share = 1e3 * value / (self["batches"] or 1), value / (sum(seconds) or 1.0)
                 rows.append((f"  {stage}", f"{value:,.3f}", f"{a_batch:,.2f}", f"{share:.0%}"))
         shown = {*counts, *(f"{stage}_s" for stage in LOOP + WORK)}
-        told = {name: value for name, value in self.items() if (value or name == "cache_misses") and name not in shown}
-        rest = [(f"  {name}", _shown(name, value), "", "") for name, value in told.items()]
+        others = {name: value for name, value in self.items() if name not in shown}
+        rest = [
+            (f"  {name}", _shown(name, value), "", "")
+            for name, value in others.items()
+            if value or name == "cache_misses"
+        ]
         rows += [("and", "", "", ""), *rest] if rest else []
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
@@ -39,21 +43,25 @@ def _shown(name: str, value: float) -> str:
     return f"{value:,.3f}" if name.endswith("_s") and not name.endswith("_per_s") else f"{value:,.0f}"
 
 
-# Stage of the work -> what it is called, and what would help.
+# Stage -> what a sentence calls it, and what would help.
 _ADVICE = {
     "read": ("Reading", "more workers (num_workers=), larger or local shards, or shard_cache="),
     "tokenize": ("Tokenizing", "worker processes (num_workers= of stream, or TokenCollate with wrap)"),
     "lookup": ("The cache's look-up", "larger batches"),
     "encode": ("Encoding", "a lower layer, dtype='bfloat16' where the device is fast at it, another device"),
-    "hand_over": ("Laying out the batch", "layout=None, which hands out the packed rows"),
+    "hand_over": ("Laying out the batch", "layout=None, which yields the packed rows"),
 }
 
 
 def bottleneck(stats: Mapping[str, float]) -> str:
-    """One sentence on what a training loop waits for, from the `*_s` seconds of `EmbeddingLoader.stats`."""
+    """Say in one sentence what a training loop waits for, and what would help.
+
+    Args:
+        stats: of `EmbeddingLoader.stats`; the `*_s` seconds and the number of batches are used.
+    """
     wait, step = stats["wait_s"], stats["step_s"]
     if not stats["batches"]:
-        return "Nothing was handed out yet."
+        return "No batch was received yet."
     share = wait / (wait + step) if wait + step else 0.0
     if share < 0.05:
         return f"The training step is the bottleneck: the loop waits for batches {share:.0%} of its time."
@@ -67,10 +75,10 @@ def bottleneck(stats: Mapping[str, float]) -> str:
         help_with = f"more memory= for the cache, a faster disk, {help_with}"
     if share < 0.5:
         return (
-            f"The training step takes {1 - share:.0%} of the time. For the rest the loop waits for batches, and "
+            f"The training step takes {1 - share:.0%} of the time. The rest is waiting for batches, and "
             f"{part:.0%} of the work on them is {name[0].lower()}{name[1:]}. What would help: {help_with}."
         )
     return (
-        f"{name} is the bottleneck: the loop waits for batches {share:.0%} of its time, and {part:.0%} of the work on "
-        f"them is this. What would help: {help_with}."
+        f"{name} is the bottleneck: the loop waits for batches {share:.0%} of its time, and this is {part:.0%} of the "
+        f"work on them. What would help: {help_with}."
     )

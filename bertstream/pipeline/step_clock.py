@@ -1,23 +1,23 @@
-"""Whether the training step leaves cores idle, so that encoding ahead in a thread pays off."""
+"""Measures whether the training step leaves cores idle, which is when encoding ahead in a thread pays off."""
 
 from __future__ import annotations
 
 import time
 
 _JUDGED_S, _IDLE_SHARE, _WAIT_SHARE = 0.1, 0.25, 0.1
-"""Above these shares a thread is worth what it costs: up to a quarter of the rate on two cores, where OpenMP's helpers
-of two threads stand in one another's way."""
+"""Above these a thread is worth its cost: up to a quarter of the rate on two cores, where the OpenMP helpers of two
+threads compete."""
 
 _IDLE_CORES = 0.6
-"""Of the cores, what a step must leave idle. Beside one that keeps one of two busy, launching tiny operations say,
-encoding in a thread gained nothing, and took up to 1.2 times as long as both in turn."""
+"""The share of the cores that a step must leave idle. Beside a step that kept one of two cores busy (launching tiny
+operations, say), encoding in a thread gained nothing and took up to 1.2 times as long as taking turns."""
 
 
 class StepClock:
-    """Whether a consumer's step leaves the processor idle, so that work in a thread would hide behind it.
+    """Measures how much of the processor the training step leaves idle for a thread.
 
     Args:
-        cores: of the processor.
+        cores: how many the process may use.
     """
 
     def __init__(self, cores: int) -> None:
@@ -27,11 +27,11 @@ class StepClock:
         self._step: tuple[float, float] | None = None
 
     def begin(self) -> None:
-        """A step begins."""
+        """Mark the start of a step."""
         self._step = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
-        """The step is over."""
+        """Mark the end of the step; does nothing if none has begun."""
         if self._step is not None:
             wall_s, cpu_s = time.perf_counter() - self._step[0], time.process_time() - self._step[1]
             self._step_s += wall_s
@@ -39,9 +39,9 @@ class StepClock:
             self._step = None
 
     def leaves_room(self) -> bool:
-        """Whether cores stood idle during steps for a good part of all time so far, and there is something to hide.
+        """Whether steps leave cores idle for a good part of the time, and loading takes long enough to be worth hiding.
 
-        That is, whether what lies between the steps takes its time. False while there was too little time to tell.
+        Loading is all that happens between steps. False while too little time has passed to tell.
         """
         seconds = time.perf_counter() - self._started
         idle = self._idle_core_s > self._cores * max(_IDLE_SHARE * seconds, _IDLE_CORES * self._step_s)

@@ -1,4 +1,4 @@
-"""Encoding several batches together gives each of them what encoding it alone gives, in memory of its own."""
+"""Encoding several batches together gives each what encoding it alone gives, in memory of its own."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from bertstream.testing import FakeEncoder
 from bertstream.tokens import Text, TokenizedText, distinct, text_bytes
 
 
-class TellingEncoder(FakeEncoder):
-    """Rows that say all that a model may look at, so that no two texts which differ in any of it have the same rows."""
+class RevealingEncoder(FakeEncoder):
+    """Rows hold everything that a model may look at, so texts that differ in any of it get different rows."""
 
     def __init__(self) -> None:
         super().__init__(hidden_size=9)
         self.calls: list[TokenBatch] = []
 
     def encode(self, batch: TokenBatch) -> Embeddings:
-        """FakeEncoder's rows, and segment, word, special, owned, start of a window, words of the text."""
+        """FakeEncoder's columns, then segment, word, special, owned, start of a window, words of the text."""
         self.calls.append(batch)
         found = super().encode(batch)
         starts = np.zeros(batch.num_tokens, np.int32)
         lengths = batch.lengths if batch.window_lengths is None else batch.window_lengths
         starts[(np.cumsum(lengths) - lengths)[lengths > 0]] = 1
-        said = (
+        columns = (
             (batch.token_type_ids, 0),
             (batch.word_ids, -1),
             (batch.special, False),
@@ -43,13 +43,13 @@ class TellingEncoder(FakeEncoder):
             (starts, 0),
             (np.repeat(batch.num_words, batch.lengths), 0),
         )
-        for column, (tokens, absent) in enumerate(said, start=3):
+        for column, (tokens, absent) in enumerate(columns, start=3):
             found.values[:, column] = absent if tokens is None else torch.from_numpy(tokens)
         return found
 
 
 def assert_same(found: Embeddings, right: Embeddings, atol: float = 0.0) -> None:
-    """Everything about two batches, values within a tolerance."""
+    """All parts of two batches are equal, values within a tolerance."""
     torch.testing.assert_close(found.values, right.values, atol=atol, rtol=0.0)
     assert found.output == right.output and found.tokens is right.tokens
     for name in ("cu_seqlens", "lengths", "present", "word_ids"):
@@ -59,7 +59,7 @@ def assert_same(found: Embeddings, right: Embeddings, atol: float = 0.0) -> None
 
 
 def assert_apart(parts: Sequence[Embeddings]) -> None:
-    """No two batches share memory: what a loop writes into one, or keeps of it, is its own affair."""
+    """No two batches share memory, so a loop may write into one or keep a part of it."""
     for name in ("values", "cu_seqlens", "lengths", "present"):
         tensors = [getattr(part, name) for part in parts]
         held = [tensor.untyped_storage() for tensor in tensors if tensor is not None and tensor.numel()]
@@ -69,7 +69,7 @@ def assert_apart(parts: Sequence[Embeddings]) -> None:
 
 @st.composite
 def tokenized(draw: st.DrawFn, special: bool) -> TokenizedText:
-    """A text of few tokens with few ids, so that the same comes often, with or without all that a text may have."""
+    """A text of few tokens with few ids, so texts repeat often; every optional part may be absent."""
     length = draw(st.integers(0, 4))
 
     def maybe(values: st.SearchStrategy[Any], dtype: Any) -> Any:
@@ -93,7 +93,7 @@ def tokenized(draw: st.DrawFn, special: bool) -> TokenizedText:
     return text
 
 
-# Special tokens are known of all or of none; see the last test.
+# Special tokens are known for all texts or for none; see the last test.
 TOKEN_BATCHES = st.booleans().flatmap(
     lambda special: st.lists(
         st.lists(tokenized(special), max_size=4).map(TokenBatch.from_texts), min_size=1, max_size=4
@@ -102,8 +102,8 @@ TOKEN_BATCHES = st.booleans().flatmap(
 
 
 @given(TOKEN_BATCHES, st.booleans())
-def test_together_is_what_each_is_alone(batches: list[TokenBatch], once: bool) -> None:
-    encoder = TellingEncoder()
+def test_encoding_together_equals_encoding_alone(batches: list[TokenBatch], once: bool) -> None:
+    encoder = RevealingEncoder()
     parts, repeats = encode_together(encoder.encode, batches, once=once)
     (call,) = encoder.calls
     texts = sum(map(len, batches))
@@ -116,7 +116,7 @@ def test_together_is_what_each_is_alone(batches: list[TokenBatch], once: bool) -
 
 
 @given(TOKEN_BATCHES)
-def test_joined_batches_can_be_picked_apart_again(batches: list[TokenBatch]) -> None:
+def test_pick_undoes_concat(batches: list[TokenBatch]) -> None:
     whole = TokenBatch.concat(batches)
     bounds = np.cumsum([0, *map(len, batches)]).tolist()
     for batch, (start, end) in zip(batches, pairwise(bounds), strict=True):
@@ -136,7 +136,7 @@ def test_joined_batches_can_be_picked_apart_again(batches: list[TokenBatch]) -> 
 
 
 @given(st.lists(st.booleans().flatmap(tokenized), max_size=5))
-def test_a_texts_bytes_do_not_depend_on_the_batch_it_comes_in(texts: list[TokenizedText]) -> None:
+def test_a_texts_bytes_do_not_depend_on_its_batch(texts: list[TokenizedText]) -> None:
     assert text_bytes(TokenBatch.from_texts(texts)) == [text_bytes(TokenBatch.from_texts([text]))[0] for text in texts]
 
 
@@ -156,7 +156,7 @@ def test_a_texts_bytes_do_not_depend_on_the_batch_it_comes_in(texts: list[Tokeni
     ],
     ids=str,
 )
-def test_texts_that_differ_in_anything_have_other_bytes(difference: dict[str, Any]) -> None:
+def test_texts_that_differ_in_anything_have_different_bytes(difference: dict[str, Any]) -> None:
     plain = TokenizedText(np.array([1, 2, 3], np.int32), word_ids=np.array([0, 1, 1], np.int32), num_words=2)
     other = dataclasses.replace(plain)
     for name, value in difference.items():
@@ -169,7 +169,7 @@ def test_texts_that_differ_in_anything_have_other_bytes(difference: dict[str, An
 
 
 @given(st.lists(st.integers(0, 5), max_size=12))
-def test_distinct_finds_where_each_comes_first(items: list[int]) -> None:
+def test_distinct_finds_the_first_index_of_each_item(items: list[int]) -> None:
     first, slots = distinct(items)
     assert [items[i] for i in first] == list(dict.fromkeys(items))
     assert [items[first[slot]] for slot in slots] == items
@@ -180,7 +180,7 @@ def test_distinct_finds_where_each_comes_first(items: list[int]) -> None:
 WORDS = ["the", "bank", "unbelievable", "", "\ufffd", "."]
 strings = st.lists(st.sampled_from(WORDS), max_size=7).map(" ".join)
 word_lists = st.lists(st.sampled_from(WORDS), max_size=7)
-# Of a pair the first text stands in every window, so it must be short.
+# The first text of a pair is repeated in every window, so it must be short.
 question = st.sampled_from(["", "the", "the bank"])
 pairs_in_words = st.tuples(question.map(str.split), word_lists)
 texts: st.SearchStrategy[Text] = strings | word_lists | st.tuples(question, strings) | pairs_in_words
@@ -211,7 +211,9 @@ def some_encoder(request: pytest.FixtureRequest, minilm_folder: str) -> Encoder:
 
 @settings(max_examples=25)
 @given(st.data())
-def test_that_holds_for_every_kind_of_output_and_of_long_texts(some_encoder: Encoder, data: st.DataObject) -> None:
+def test_encoding_together_equals_encoding_alone_for_every_output_and_overflow(
+    some_encoder: Encoder, data: st.DataObject
+) -> None:
     text = texts_in_words if some_encoder.output == "words" else texts
     drawn = data.draw(st.lists(st.lists(text, max_size=3), min_size=1, max_size=3))
     batches = [some_encoder.tokenizer.batch(texts) for texts in drawn]
@@ -229,7 +231,7 @@ def real_encoder(request: pytest.FixtureRequest, minilm_folder: str) -> Encoder:
 
 @settings(max_examples=8)
 @given(st.data())
-def test_all_minilm_gives_the_same_within_a_hundred_thousandth(
+def test_all_minilm_together_and_alone_differ_by_at_most_1e_5(
     real_encoder: Encoder, sentences: list[str], data: st.DataObject
 ) -> None:
     sentence = st.sampled_from([text for text in sentences if len(text) < 100][:12])
@@ -243,15 +245,15 @@ def test_all_minilm_gives_the_same_within_a_hundred_thousandth(
         assert_same(part, real_encoder.encode(batch), atol=1e-5)
 
 
-def test_one_batch_without_repeats_is_handed_to_the_encoder_as_it_is() -> None:
-    encoder = TellingEncoder()
+def test_one_batch_without_repeats_goes_to_the_encoder_as_it_is() -> None:
+    encoder = RevealingEncoder()
     batch = TokenBatch.from_texts(encoder.tokenizer(["a", "b"]))
     (found,), repeats = encode_together(encoder.encode, [batch])
     assert encoder.calls[0] is batch is found.tokens and not repeats
 
 
 def test_each_distinct_text_is_encoded_once() -> None:
-    encoder = TellingEncoder()
+    encoder = RevealingEncoder()
     batches = [TokenBatch.from_texts(encoder.tokenizer(texts)) for texts in (["a b", "c"], ["c", "c", "d"], ["a b"])]
     parts, repeats = encode_together(encoder.encode, batches)
     assert repeats == 3 and [len(call) for call in encoder.calls] == [3]
@@ -259,8 +261,8 @@ def test_each_distinct_text_is_encoded_once() -> None:
     assert parts[2].values.any(), "a repeated text's rows are a copy"
 
 
-def test_a_word_that_was_cut_and_one_without_tokens_are_told_apart(minilm_folder: str) -> None:
-    """Both texts are the same tokens and have as many words; only one of them lost its last."""
+def test_a_cut_word_and_a_word_without_tokens_are_distinguished(minilm_folder: str) -> None:
+    """Both texts have the same tokens and as many words; only one of them lost its last word."""
     encoder = tiny(minilm_folder, output="words", overflow="truncate", max_length=4)
     blank, cut = (encoder.tokenizer.batch([words]) for words in (["a", "bank", ""], ["a", "bank", "raised"]))
     assert blank.input_ids.tolist() == cut.input_ids.tolist()
@@ -270,8 +272,8 @@ def test_a_word_that_was_cut_and_one_without_tokens_are_told_apart(minilm_folder
             assert_same(part, encoder.encode(batch), atol=1e-6)
 
 
-def test_tokens_whose_special_ones_are_not_known_are_not_taken_for_ordinary_ones(minilm_folder: str) -> None:
-    """Alone they are refused where special tokens have no rows, so beside others they must be too."""
+def test_tokens_of_unknown_kind_are_not_taken_for_ordinary_ones(minilm_folder: str) -> None:
+    """An encoder without rows for special tokens refuses them alone, so it must refuse them with others too."""
     encoder = tiny(minilm_folder, special_tokens=False)
     ids = torch.tensor([[101, 1996, 102]])
     padded, known = TokenBatch.from_padded(ids, torch.ones_like(ids)), encoder.tokenizer.batch(["the"])

@@ -1,4 +1,4 @@
-"""Records become batches of their own structure, in the worker that reads them, with tokens where the text was."""
+"""Records become batches of the same structure, with tokens in place of the text, in the worker that reads them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SlottedSample:
 
 @pytest.fixture(scope="module")
 def encoder(minilm_folder: str) -> Any:
-    """What collating needs of an encoder."""
+    """The part of an encoder that collating needs."""
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder)
     return SimpleNamespace(tokenizer=TextTokenizer(tokenizer, max_length=16))
 
@@ -63,7 +63,7 @@ def holds(encoder: Any, batch: Any, texts: Sequence[Any]) -> bool:
     return batch.input_ids.tolist() == right.input_ids.tolist() and batch.lengths.tolist() == right.lengths.tolist()
 
 
-# Structures.
+# --- structures -------------------------------------------------------------------------------------------------------
 
 
 def test_dicts_become_a_dict(encoder: Any) -> None:
@@ -81,22 +81,22 @@ def test_any_mapping_becomes_a_dict(encoder: Any, kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
-@pytest.mark.parametrize("place", [0, -2])
-def test_tuples_and_lists_become_one_of_their_kind(encoder: Any, kind: Any, place: int) -> None:
-    batch = TokenCollate(encoder, text=place)([kind([text, 7]) for text in TEXTS])
+@pytest.mark.parametrize("field", [0, -2])
+def test_tuples_and_lists_become_a_batch_of_their_type(encoder: Any, kind: Any, field: int) -> None:
+    batch = TokenCollate(encoder, text=field)([kind([text, 7]) for text in TEXTS])
     assert type(batch) is kind and len(batch) == 2
     assert holds(encoder, batch[0], TEXTS) and batch[1].tolist() == [7, 7]
 
 
-@pytest.mark.parametrize("place", ["said", 0, -2])
-def test_namedtuples_become_one_of_their_kind(encoder: Any, place: Field) -> None:
-    batch = TokenCollate(encoder, text=place)([Pair(text, 7) for text in TEXTS])
+@pytest.mark.parametrize("field", ["said", 0, -2])
+def test_namedtuples_become_a_batch_of_their_type(encoder: Any, field: Field) -> None:
+    batch = TokenCollate(encoder, text=field)([Pair(text, 7) for text in TEXTS])
     assert type(batch) is Pair
     assert holds(encoder, batch.said, TEXTS) and torch.equal(batch.label, torch.tensor([7, 7]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [Sample, FrozenSample, SlottedSample])
-def test_dataclasses_become_one_of_their_kind(encoder: Any, kind: Any) -> None:
+def test_dataclasses_become_a_batch_of_their_type(encoder: Any, kind: Any) -> None:
     batch = TokenCollate(encoder, text="said")([kind(text, 7) for text in TEXTS])
     assert type(batch) is kind
     assert holds(encoder, batch.said, TEXTS) and batch.label.tolist() == [7, 7]
@@ -127,7 +127,7 @@ def test_a_record_may_hold_several_texts(
     assert holds(encoder, get_field(batch, found[1]), OTHERS)
 
 
-def test_a_key_that_some_records_lack_is_none_there(encoder: Any) -> None:
+def test_a_key_that_a_record_lacks_is_none(encoder: Any) -> None:
     batch = TokenCollate(encoder, text="said")([{"said": "a"}, {"said": "b", "label": 3}])
     assert batch["label"] == [None, 3]
 
@@ -140,7 +140,7 @@ def test_a_key_that_some_records_lack_is_none_there(encoder: Any) -> None:
         ("said", [Sample(["a", "b"], [1, 2]) for _ in range(2)]),
     ],
 )
-def test_records_are_left_as_they_are(encoder: Any, text: Field, records: list[Any]) -> None:
+def test_records_are_unchanged(encoder: Any, text: Field, records: list[Any]) -> None:
     before = copy.deepcopy(records)
     batch = TokenCollate(encoder, text=text)(records)
     for value in batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list) else [batch.label]:
@@ -149,7 +149,7 @@ def test_records_are_left_as_they_are(encoder: Any, text: Field, records: list[A
     assert repr(records) == repr(before)
 
 
-def test_it_holds_the_tokenizer_alone(encoder: Any) -> None:
+def test_it_holds_only_the_tokenizer(encoder: Any) -> None:
     class Heavy:
         tokenizer = encoder.tokenizer
         weights = torch.zeros(10_000_000)
@@ -157,11 +157,11 @@ def test_it_holds_the_tokenizer_alone(encoder: Any) -> None:
     assert len(pickle.dumps(TokenCollate(Heavy(), text="said"))) < 1_000_000  # type: ignore[arg-type]
 
 
-# The other fields.
+# --- the other fields -------------------------------------------------------------------------------------------------
 
 
-def test_a_list_of_tags_stays_one_tensor_a_text_where_default_collate_transposes_it(encoder: Any) -> None:
-    """Trap 40: equally long lists are turned inside out without a word, ragged ones are an error."""
+def test_a_list_of_tags_is_one_tensor_per_text_although_default_collate_transposes_it(encoder: Any) -> None:
+    """Trap 40: torch silently transposes lists of equal length, and raises for ragged ones."""
     even = [{"said": ["a", "b", "c"], "tags": [1, 2, 3]}, {"said": ["d", "e", "f"], "tags": [4, 5, 6]}]
     assert [row.tolist() for row in default_collate(even)["tags"]] == [[1, 4], [2, 5], [3, 6]]
     assert default_collate(even)["said"] == [("a", "d"), ("b", "e"), ("c", "f")]
@@ -177,7 +177,7 @@ def test_a_list_of_tags_stays_one_tensor_a_text_where_default_collate_transposes
     assert batch["said"].num_words.tolist() == [2, 0, 1]
 
 
-def test_tags_that_are_names_stay_one_list_a_text(encoder: Any) -> None:
+def test_tags_that_are_names_stay_one_list_per_text(encoder: Any) -> None:
     records = [{"said": ["a", "b"], "tags": ["B", "O"]}, {"said": ["c", "d"], "tags": ["O", "B"]}]
     assert TokenCollate(encoder, text="said")(records)["tags"] == [["B", "O"], ["O", "B"]]
 
@@ -201,7 +201,7 @@ def array(*shape: int) -> np.ndarray[Any, Any]:
     ],
     ids=repr,
 )
-def test_numbers_strings_and_tensors_of_one_shape_are_what_default_collate_makes_of_them(values: list[Any]) -> None:
+def test_numbers_strings_and_tensors_of_one_shape_equal_default_collates_result(values: list[Any]) -> None:
     column, right = tensor_column(values), default_collate(values)
     if isinstance(right, Tensor):
         assert column.dtype == right.dtype and torch.equal(column, right)
@@ -223,7 +223,7 @@ def test_numbers_strings_and_tensors_of_one_shape_are_what_default_collate_makes
     ],
     ids=lambda values: " ".join(f"{getattr(v, 'dtype', v)}{getattr(v, 'shape', '')}" for v in values),
 )
-def test_arrays_of_several_shapes_or_dtypes_stay_one_tensor_a_record(values: list[Any]) -> None:
+def test_arrays_of_several_shapes_or_dtypes_stay_one_tensor_per_record(values: list[Any]) -> None:
     column = tensor_column(values)
     assert isinstance(column, list) and len(column) == len(values)
     for found, value in zip(column, values, strict=True):
@@ -249,12 +249,12 @@ def test_arrays_of_several_shapes_or_dtypes_stay_one_tensor_a_record(values: lis
     ],
     ids=repr,
 )
-def test_what_is_no_number_stays_a_list(values: list[Any]) -> None:
+def test_values_that_are_no_numbers_stay_a_list(values: list[Any]) -> None:
     assert tensor_column(values) == values
     assert all(found is value for found, value in zip(tensor_column(values), values, strict=True))
 
 
-# In worker processes.
+# --- in worker processes ----------------------------------------------------------------------------------------------
 
 
 def batches(encoder: Any, records: list[Any], text: Any, batch_size: int = 2) -> list[Any]:
@@ -263,8 +263,8 @@ def batches(encoder: Any, records: list[Any], text: Any, batch_size: int = 2) ->
 
 
 @pytest.mark.parametrize("tags", [lambda count: [count] * count, torch.ones], ids=["lists", "tensors"])
-def test_a_ragged_column_leaves_a_worker_as_one_memory(encoder: Any, tags: Any) -> None:
-    """A file handle for each of a batch's texts would use up a process's 1,024 within a few batches."""
+def test_a_ragged_column_leaves_a_worker_in_one_storage(encoder: Any, tags: Any) -> None:
+    """A file handle per text would use up a process's 1,024 within a few batches."""
     [batch] = batches(encoder, [{"said": "a", "tags": tags(i % 5)} for i in range(40)], "said", 40)
     assert [len(row) for row in batch["tags"]] == [i % 5 for i in range(40)]
     assert len({row.untyped_storage().data_ptr() for row in batch["tags"]}) == 1
@@ -277,8 +277,8 @@ def test_a_ragged_column_leaves_a_worker_as_one_memory(encoder: Any, tags: Any) 
         ("said", "bank " * 30, "field 'said': text 1 has 32 tokens, the model takes 16: 'bank bank "),
     ],
 )
-def test_an_error_keeps_its_fields_on_its_way_out_of_a_worker(encoder: Any, text: Any, bad: Any, message: str) -> None:
-    """Trap 42: raised there, torch would rebuild it without them; so it comes as an item instead."""
+def test_an_error_from_a_worker_keeps_its_fields(encoder: Any, text: Any, bad: Any, message: str) -> None:
+    """Trap 42: torch would rebuild a raised error without its fields, so the error is returned as an item."""
     records = [{"said": "fine"}, {"said": bad}]
     with pytest.raises(EncoderError) as caught:
         TokenCollate(encoder, text=text)(records)
@@ -288,7 +288,7 @@ def test_an_error_keeps_its_fields_on_its_way_out_of_a_worker(encoder: Any, text
         assert str(error).startswith(message)
 
 
-def test_a_missing_key_is_an_error_of_ours_from_a_worker_too(encoder: Any) -> None:
+def test_a_missing_key_in_a_worker_is_a_config_error(encoder: Any) -> None:
     [found] = batches(encoder, [{"sentence": "a"}, {"sentence": "b"}], "said")
     assert type(found) is ConfigError and "'said'" in str(found)
 
@@ -297,18 +297,18 @@ def raising(records: list[Any]) -> Any:
     raise EncoderError("it broke", records=[5])
 
 
-def test_an_error_that_is_raised_in_a_worker_would_lose_its_fields() -> None:
-    """What the way around it is for: if torch mends this, errors need not travel as items."""
+def test_torch_strips_the_fields_of_an_error_that_a_worker_raises() -> None:
+    """The reason that errors are returned as items; unnecessary once torch fixes this."""
     iterator: Any = iter(DataLoader(["a"], num_workers=1, collate_fn=raising))
     try:
         with pytest.raises(Exception, match="it broke") as caught:
             next(iterator)
     finally:
-        iterator._shutdown_workers()  # at once; the collector would take seconds over it
+        iterator._shutdown_workers()  # immediately; garbage collection would take seconds
     assert (type(caught.value), getattr(caught.value, "records", None)) != (EncoderError, (5,))
 
 
-# What is refused.
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 class Plain:
@@ -321,17 +321,17 @@ class Plain:
     ("record", "text", "message"),
     [
         ({"sentence": "a"}, "said", r"text='said' names nothing in a dict with the keys \['sentence'\]"),
-        (Plain(), "said", "a record is a Plain: TokenCollate knows dicts, tuples, lists, namedtuples and dataclasses"),
+        (Plain(), "said", "a record is a Plain: TokenCollate takes dicts, tuples, lists, namedtuples and dataclasses"),
     ],
 )
-def test_a_place_that_is_not_there_is_refused_with_those_that_are(
+def test_a_missing_field_is_refused_with_the_fields_there_are(
     encoder: Any, record: Any, text: Field, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         TokenCollate(encoder, text=text)([record, record])
 
 
-def test_a_second_text_that_is_not_there_is_named_as_the_pair(encoder: Any) -> None:
+def test_a_missing_second_text_is_named_as_the_pair(encoder: Any) -> None:
     with pytest.raises(ConfigError, match="^pair='said' names nothing in a dict"):
         TokenCollate(encoder, text="sentence", pair="said")([{"sentence": "a"}])
 
@@ -345,7 +345,7 @@ def test_a_second_text_that_is_not_there_is_named_as_the_pair(encoder: Any) -> N
         ({0: "a", 1: 1}, r"a dict with the keys \[0, 1\]"),
     ],
 )
-def test_records_of_several_shapes_are_refused_and_nothing_is_dropped(encoder: Any, odd: Any, seen: str) -> None:
+def test_records_of_several_structures_are_refused(encoder: Any, odd: Any, seen: str) -> None:
     with pytest.raises(ConfigError, match=f"record 1 of the batch is {seen}, the first a tuple of length 2"):
         TokenCollate(encoder, text=0)([("a", 1), odd])
 

@@ -54,7 +54,7 @@ def batch_encoder(encoder: FakeEncoder | None = None, *, deterministic: bool = F
 def encoded(encoder: BatchEncoder, items: Iterator[Entry], *, limit: int, by_the_clock: bool = False) -> Iterator[Any]:
     """Tokenize, gather and encode, as an epoch does."""
     loop = LoopStatus()
-    texts = partial(texts_of, places=None, tokenizer=FakeEncoder().tokenizer)
+    texts = partial(texts_of, fields=None, tokenizer=FakeEncoder().tokenizer)
     budget = GroupBudget[Entry](lambda entry: entry.weight, limit=limit, by_the_clock=by_the_clock)
     return encode(gather(tokenize(items, texts, StageClocks(), loop), budget), budget, encoder, loop)
 

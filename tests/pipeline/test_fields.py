@@ -1,4 +1,4 @@
-"""Texts are found in batches and records of any structure, and vectors put in leave everything else as it was."""
+"""Texts are found in batches and records of any structure; putting vectors in changes nothing else."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def encoded(*texts: Text) -> Embeddings:
     return encoder.encode(TokenBatch.from_texts(encoder.tokenizer(texts)))
 
 
-# --- places -----------------------------------------------------------------------------------------------------------
+# --- fields -----------------------------------------------------------------------------------------------------------
 
 
-def test_places_are_a_tuple() -> None:
+def test_fields_become_a_tuple() -> None:
     assert as_fields("said") == ("said",) and as_fields(-1) == (-1,) and as_fields(["q", 0]) == ("q", 0)
     assert as_fields(None) is None
 
 
 @pytest.mark.parametrize("text", [True, (), [], 0.5, b"said", ("said", None), ("said", "said"), [["said"]]], ids=repr)
-def test_what_names_no_place_is_refused_with_its_value(text: Any) -> None:
+def test_a_value_that_names_no_field_is_refused(text: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         as_fields(text)
     assert f"text={text!r}: name a key" in str(caught.value)
@@ -86,7 +86,7 @@ def test_what_names_no_place_is_refused_with_its_value(text: Any) -> None:
         (
             ("a", 1),
             "said",
-            "text='said' names nothing in a tuple of length 2: a place in it is a number, text=0 the first",
+            "text='said' names nothing in a tuple of length 2: its fields are positions, text=0 is the first",
         ),
         (("a", 1), "count", "text='count' names nothing in a tuple of length 2"),
         ("a bare string", 0, "text=0 names nothing in a str"),
@@ -94,7 +94,7 @@ def test_what_names_no_place_is_refused_with_its_value(text: Any) -> None:
         (Plain(), "text", "text='text' names nothing in a Plain"),
     ],
 )
-def test_a_place_that_is_not_there_is_refused_with_those_that_are(holder: Any, text: Field, message: str) -> None:
+def test_a_missing_field_is_refused_with_the_fields_there_are(holder: Any, text: Field, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         get_field(holder, text)
 
@@ -117,19 +117,19 @@ HOLDERS: list[tuple[Any, Field, Field]] = [
 ]
 
 
-@pytest.mark.parametrize(("holder", "place", "rest"), HOLDERS, ids=repr)
-def test_putting_makes_a_copy_of_the_same_type(holder: Any, place: Field, rest: Field) -> None:
+@pytest.mark.parametrize(("holder", "field", "rest"), HOLDERS, ids=repr)
+def test_put_fields_makes_a_copy_of_the_same_type(holder: Any, field: Field, rest: Field) -> None:
     before = copy.deepcopy(holder)
-    out = put_fields(holder, {place: "new"})
+    out = put_fields(holder, {field: "new"})
     assert type(out) is type(holder) and out is not holder
-    assert get_field(out, place) == "new" and get_field(holder, place) == 1
+    assert get_field(out, field) == "new" and get_field(holder, field) == 1
     assert get_field(out, rest) == 2
     assert holder == before
-    both = put_fields(holder, {place: "new", rest: "too"})
-    assert get_field(both, place) == "new" and get_field(both, rest) == "too"
+    both = put_fields(holder, {field: "new", rest: "too"})
+    assert get_field(both, field) == "new" and get_field(both, rest) == "too"
 
 
-def test_a_dict_may_get_new_keys() -> None:
+def test_put_fields_adds_new_keys_to_a_dict() -> None:
     assert put_fields({"said": 1}, {"vectors": 2}) == {"said": 1, "vectors": 2}
 
 
@@ -153,7 +153,9 @@ def test_arrays_become_tensors_over_the_same_memory_unless_they_are_read_only() 
     st.booleans(),
     st.sampled_from([dict, BatchEncoding]),
 )
-def test_padded_ids_are_taken_from_beside_their_mask(lengths: list[int], left: bool, pairs: bool, kind: Any) -> None:
+def test_padded_ids_are_read_with_the_mask_of_the_same_dict(
+    lengths: list[int], left: bool, pairs: bool, kind: Any
+) -> None:
     longest = max(lengths)
     ids = [list(range(10 * i + 1, 10 * i + 1 + length)) for i, length in enumerate(lengths)]
     padded, mask, segments = (torch.zeros(len(lengths), longest, dtype=torch.int64) for _ in range(3))
@@ -172,7 +174,7 @@ def test_padded_ids_are_taken_from_beside_their_mask(lengths: list[int], left: b
         assert found.token_type_ids is None
 
 
-def test_texts_come_by_place_and_tokens_as_they_are() -> None:
+def test_texts_are_keyed_by_field_and_tokens_stay_as_they_are() -> None:
     tokens = TokenBatch.from_texts(FakeTokenizer()(["x"]))
     found = texts_of((["a b"], tokens, 7), (0, -2), FakeTokenizer())
     assert list(found) == [0, -2] and found[0].num_tokens == 2 and found[-2] is tokens
@@ -182,12 +184,12 @@ def test_texts_come_by_place_and_tokens_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("texts", ["a text", {"a text"}, 5, None, np.array(["a"])], ids=repr)
-def test_what_is_no_list_of_texts_is_refused_by_its_type(texts: Any) -> None:
+def test_a_value_that_is_no_list_of_texts_is_refused_with_its_type(texts: Any) -> None:
     with pytest.raises(ConfigError, match=f"text='said' is a {type(texts).__name__}: a batch of texts is a list"):
         texts_of({"said": texts}, ("said",), FakeTokenizer())
 
 
-def test_an_error_of_the_tokenizer_arrives_as_it_is() -> None:
+def test_an_error_of_the_tokenizer_is_raised_unchanged() -> None:
     error = EncoderError("too long", records=(1,))
 
     def fail(texts: Any) -> Any:
@@ -201,7 +203,7 @@ def test_an_error_of_the_tokenizer_arrives_as_it_is() -> None:
 @pytest.mark.parametrize(
     "batch_of", [lambda error: error, lambda error: {"said": error}, lambda error: {"said": ["a"], "heard": error}]
 )
-def test_an_error_that_a_worker_process_sent_in_place_of_texts_is_raised(batch_of: Any) -> None:
+def test_an_error_that_a_worker_process_sent_instead_of_texts_is_raised(batch_of: Any) -> None:
     error = ShardError("broken", path="a.jsonl", index=3)
     with pytest.raises(ShardError) as caught:
         texts_of(batch_of(error), ("said", "heard"), FakeTokenizer())
@@ -211,29 +213,27 @@ def test_an_error_that_a_worker_process_sent_in_place_of_texts_is_raised(batch_o
 # --- vectors in -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("holder", "place", "rest"), HOLDERS, ids=repr)
-def test_vectors_stand_where_the_texts_were_and_the_rest_is_the_users_own(
-    holder: Any, place: Field, rest: Field
-) -> None:
+@pytest.mark.parametrize(("holder", "field", "rest"), HOLDERS, ids=repr)
+def test_vectors_replace_the_texts_and_other_fields_are_the_users_own(holder: Any, field: Field, rest: Field) -> None:
     label, found = object(), encoded("a b", "c")
-    batch = put_fields(holder, {place: ["a b", "c"], rest: label})
-    out = with_vectors(batch, {place: found}, text=(place,), into=None, layout=None)
-    assert type(out) is type(batch) and get_field(out, place) is found and get_field(out, rest) is label
-    out = with_vectors(batch, {place: found}, text=(place,), into=None, layout="padded")
-    assert get_field(out, rest) is label and get_field(batch, place) == ["a b", "c"]
+    batch = put_fields(holder, {field: ["a b", "c"], rest: label})
+    out = with_vectors(batch, {field: found}, text=(field,), into=None, layout=None)
+    assert type(out) is type(batch) and get_field(out, field) is found and get_field(out, rest) is label
+    out = with_vectors(batch, {field: found}, text=(field,), into=None, layout="padded")
+    assert get_field(out, rest) is label and get_field(batch, field) == ["a b", "c"]
     values, mask = found.padded()
     if isinstance(batch, (dict, UserDict)):
-        assert torch.equal(out[place], values) and torch.equal(out[f"{place}_mask"], mask)
+        assert torch.equal(out[field], values) and torch.equal(out[f"{field}_mask"], mask)
     else:
-        assert all(map(torch.equal, get_field(out, place), (values, mask)))
+        assert all(map(torch.equal, get_field(out, field), (values, mask)))
 
 
-def test_no_field_of_the_users_own_is_written_over() -> None:
+def test_no_other_field_of_the_user_is_overwritten() -> None:
     found: dict[Field | None, Embeddings] = {"text": encoded("a b")}
     batch = {"text": ["a b"], "text_mask": "mine", "label": "mine"}
-    with pytest.raises(ConfigError, match="layout='padded' would write over the batch's own 'text_mask'"):
+    with pytest.raises(ConfigError, match="layout='padded' would overwrite the batch's own 'text_mask'"):
         with_vectors(batch, found, text=("text",), into=None, layout="padded")
-    with pytest.raises(ConfigError, match=r"into=\('label',\) would write over the batch's own 'label'"):
+    with pytest.raises(ConfigError, match=r"into=\('label',\) would overwrite the batch's own 'label'"):
         with_vectors(batch, found, text=("text",), into=("label",), layout=None)
     assert with_vectors(batch, found, text=("text",), into=("text",), layout=None) == batch | found
     assert with_vectors(batch, found, text=("text",), into=("v",), layout="padded").keys() == {*batch, "v", "v_mask"}
@@ -257,7 +257,7 @@ def test_a_streams_tokens_become_a_dict_of_their_fields() -> None:
     assert list(padded) == ["label", "id", "v", "v_mask"]
 
 
-def test_several_texts_go_to_several_keys_and_no_other_structure_has_room() -> None:
+def test_into_gives_each_text_a_key_and_needs_dicts() -> None:
     embeddings: dict[Field | None, Embeddings] = {"q": encoded("a"), "a": encoded("b")}
     out = with_vectors({"q": ["a"], "a": ["b"]}, embeddings, text=("q", "a"), into=("x", "y"), layout=None)
     assert out == {"q": ["a"], "a": ["b"], "x": embeddings["q"], "y": embeddings["a"]}

@@ -1,4 +1,4 @@
-"""What is gathered to be encoded together: all of it, in order, within bounds."""
+"""Groups hold all batches in order, grow, and stay within their bounds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gathered(
     seconds: Callable[[int], float] = lambda weight: 0.0,
     found: list[list[Item]] | None = None,
 ) -> list[list[Item]]:
-    """The groups, each of which takes so many seconds to be encoded."""
+    """The groups; encoding a group of weight w takes `seconds(w)`."""
     found = [] if found is None else found
     budget = GroupBudget[Item](lambda item: item[1], limit=limit, by_the_clock=by_the_clock)
     for group in gather(iter(items), budget):
@@ -52,26 +52,26 @@ def test_groups_hold_all_items_in_order_and_grow_to_the_limit(
     assert [item for group in groups for item in group] == items and all(groups)
     heaviest = 0
     for number, (group, weight) in enumerate(zip(groups, weights_of(groups), strict=True)):
-        single = sum(own > 0 for _, own in group) <= 1  # what weighs nothing may ride along
+        single = sum(own > 0 for _, own in group) <= 1  # items without weight may join any group
         assert single or weight <= limit
-        assert single or weight <= 4 * heaviest, "it grew by more than four times"
+        assert single or weight <= 4 * heaviest, "a group is more than four times as heavy as the heaviest before"
         assert number or single, "the first item waited for others"
         heaviest = max(heaviest, weight)
-    # Not one was closed for nothing: with the next item it would have weighed more than it may.
+    # Each group is as large as it may be: the next item would exceed its budget.
     budget = 1
     for (group, weight), (following, _) in pairwise(zip(groups, weights_of(groups), strict=True)):
         assert weight >= budget or weight + following[0][1] > budget, (group, following)
         budget = max(budget, min(limit, max(2 * weight, min(2 * budget, 4 * weight))))
     slow = gathered(items, limit, seconds=lambda weight: times[weight % len(times)])
-    assert slow == groups, "how long encoding takes has a say although the clock has none"
+    assert slow == groups, "encoding time changes the groups although by_the_clock is False"
 
 
-def test_equal_items_are_gathered_by_one_two_four_and_so_on() -> None:
+def test_groups_of_equal_items_double_up_to_the_limit() -> None:
     assert [len(group) for group in gathered([(i, 3) for i in range(100)], 40)] == [1, 2, 4, 8, *[13] * 6, 7]
 
 
-def test_items_of_unequal_weight_are_gathered_to_the_limit_as_well() -> None:
-    """Two of them are a little more than twice the one before, so that no group fills its budget."""
+def test_groups_of_unequal_items_grow_to_the_limit_too() -> None:
+    """Two items are slightly more than twice the previous group, so no group fills its budget."""
     groups = gathered([(i, 10 + i % 2) for i in range(60)], 100)
     assert [len(group) for group in groups[:5]] == [1, 1, 3, 7, 9] and {len(group) for group in groups[4:-1]} == {9}
 
@@ -82,22 +82,22 @@ def test_an_item_over_the_limit_is_a_group_of_its_own() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that goes on when it is told to."""
-    told = SimpleNamespace(now=100.0)
-    told.perf_counter = told.monotonic = lambda: told.now
-    monkeypatch.setattr("bertstream.pipeline.groups.time", told)
-    return told
+    """A clock that advances only when a test sets `now`."""
+    fake = SimpleNamespace(now=100.0)
+    fake.perf_counter = fake.monotonic = lambda: fake.now
+    monkeypatch.setattr("bertstream.pipeline.groups.time", fake)
+    return fake
 
 
 def at_rate(clock: SimpleNamespace, seconds: float, count: int = 200) -> Iterator[Item]:
-    """Items of weight 1 that take so long to come."""
+    """Items of weight 1, one every `seconds`."""
     for number in range(count):
         clock.now += seconds
         yield number, 1
 
 
 def test_a_slow_source_closes_groups_early(clock: SimpleNamespace) -> None:
-    """Gathering goes on for about as long as encoding took, so the two take turns and neither is waited for long."""
+    """Gathering takes about as long as encoding took, so neither waits long for the other."""
 
     def encoding(weight: int) -> float:
         clock.now += 0.25
@@ -111,7 +111,7 @@ def test_a_slow_source_closes_groups_early(clock: SimpleNamespace) -> None:
     assert {len(group) for group in slower} == {1}
 
 
-def test_what_the_loop_does_meanwhile_is_no_time_of_the_source(clock: SimpleNamespace) -> None:
+def test_time_in_the_loop_does_not_count_as_time_of_the_source(clock: SimpleNamespace) -> None:
     def training(weight: int) -> float:
         clock.now += 50.0
         return 0.1
@@ -119,12 +119,12 @@ def test_what_the_loop_does_meanwhile_is_no_time_of_the_source(clock: SimpleName
     assert max(map(len, gathered(at_rate(clock, 0.001), 64, by_the_clock=True, seconds=training))) == 64
 
 
-def test_groups_take_half_a_second_at_most_and_shrink_where_the_machine_becomes_slow(clock: SimpleNamespace) -> None:
-    """So that a loop which is left does not wait long for the group in progress."""
+def test_groups_take_half_a_second_at_most_and_shrink_when_the_machine_slows_down(clock: SimpleNamespace) -> None:
+    """A loop that is left waits for the group in progress, so groups must be short."""
     spent: list[float] = []
 
     def encoding(weight: int) -> float:
-        spent.append(weight * (0.04 if len(spent) < 12 else 0.2))  # seconds for an item
+        spent.append(weight * (0.04 if len(spent) < 12 else 0.2))  # seconds per item
         return spent[-1]
 
     gathered(at_rate(clock, 0.0, 200), 1000, by_the_clock=True, seconds=encoding)
@@ -133,7 +133,7 @@ def test_groups_take_half_a_second_at_most_and_shrink_where_the_machine_becomes_
 
 
 @given(WEIGHTS, st.booleans())
-def test_an_error_comes_behind_the_group_that_was_gathered_before_it(weights: list[int], by_the_clock: bool) -> None:
+def test_an_error_comes_after_the_group_gathered_before_it(weights: list[int], by_the_clock: bool) -> None:
     error = ZeroDivisionError("theirs")
 
     def items() -> Iterator[Item]:
@@ -146,7 +146,7 @@ def test_an_error_comes_behind_the_group_that_was_gathered_before_it(weights: li
     assert caught.value is error and [item for group in found for item in group] == list(enumerate(weights))
 
 
-def test_an_interruption_is_not_held_back() -> None:
+def test_an_interruption_is_raised_immediately() -> None:
     def items() -> Iterator[Item]:
         yield 0, 1
         yield 1, 1
@@ -158,8 +158,8 @@ def test_an_interruption_is_not_held_back() -> None:
     assert found == [[(0, 1)]]
 
 
-def test_an_error_that_was_handled_keeps_nothing_alive() -> None:
-    """A circle through its traceback would keep a DataLoader's worker processes until the collector runs."""
+def test_a_handled_error_keeps_nothing_alive() -> None:
+    """A reference cycle through its traceback would keep a DataLoader's workers alive until garbage collection."""
 
     class TheirError(Exception):
         pass
@@ -181,7 +181,7 @@ def test_an_error_that_was_handled_keeps_nothing_alive() -> None:
 
 
 @given(WEIGHTS, st.data())
-def test_what_is_put_back_comes_first_in_the_next_group(weights: list[int], data: st.DataObject) -> None:
+def test_items_put_back_come_first_in_the_next_group(weights: list[int], data: st.DataObject) -> None:
     items = list(enumerate(weights))
     budget = GroupBudget[Item](lambda item: item[1], limit=40, by_the_clock=False)
     kept: list[Item] = []

@@ -1,4 +1,4 @@
-"""Pictures can be read on bright and on dark pages."""
+"""Plots are legible on light and on dark pages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEP = {
 
 
 def painted(picture: Any, colour: str) -> Any:
-    """[height, width] bool: where a picture has this colour, and hides what is behind."""
+    """[height, width] bool: where a picture has this colour and is opaque."""
     wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     return (np.abs(picture[..., :3] - wanted).max(-1) < 0.02) & (picture[..., 3] > 0.9)
 
@@ -40,13 +40,13 @@ def luminance(colour: str) -> float:
 
 @pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
 @pytest.mark.parametrize("colour", [plots.TEXT, plots.BLUE, plots.ORANGE, plots.GREEN])
-def test_every_colour_stands_out_on_bright_and_on_dark_pages(colour: str, page: str) -> None:
+def test_every_colour_has_contrast_on_light_and_on_dark_pages(colour: str, page: str) -> None:
     low, high = sorted((luminance(colour), luminance(page)))
     assert (high + 0.05) / (low + 0.05) >= 3.9
 
 
 @pytest.mark.parametrize("max_length", [12, 512])
-def test_a_plot_has_no_page_of_its_own_and_marks_what_is_too_long(tmp_path: Path, max_length: int) -> None:
+def test_a_plot_has_no_background_and_marks_texts_that_are_too_long(tmp_path: Path, max_length: int) -> None:
     plots.plot_lengths(tmp_path / "lengths.png", max_length=max_length, **EXAMPLE)
     picture = imread(tmp_path / "lengths.png")
     assert picture.shape[2] == 4 and picture[0, 0, 3] == 0
@@ -64,14 +64,14 @@ def test_a_steps_bars_are_as_long_as_its_parts_and_follow_each_other(tmp_path: P
     step, wait, work = (ends(colour) for colour in (plots.GREEN, plots.ORANGE, plots.BLUE))
     assert step[1] == pytest.approx(wait[0], abs=2)
     assert (wait[1] - wait[0]) / (step[1] - step[0]) == pytest.approx(2 / 6, abs=0.02)
-    assert [*work] == pytest.approx([step[0], wait[1]], abs=2), "8 ms of work, drawn as the loop's 8 ms are"
-    # One bar above the other: a column crosses the bar of one stage, and the longest stage takes most columns.
+    assert [*work] == pytest.approx([step[0], wait[1]], abs=2), "the work's 8 ms are as long as the loop's 8 ms"
+    # Bars do not overlap: each column crosses one bar.
     tall = painted(picture, plots.BLUE).sum(0)[work[0] : work[1]]
     assert tall.max() <= tall.min() + 4
 
 
 @pytest.mark.parametrize("name", ["lengths", "step"])
-def test_all_that_is_written_and_drawn_has_one_of_the_colours(tmp_path: Path, name: str) -> None:
+def test_all_text_and_bars_have_one_of_the_colours(tmp_path: Path, name: str) -> None:
     if name == "lengths":
         plots.plot_lengths(tmp_path / "plot.png", max_length=12, **EXAMPLE)
     else:
@@ -80,15 +80,15 @@ def test_all_that_is_written_and_drawn_has_one_of_the_colours(tmp_path: Path, na
     ours = sum(painted(picture, colour) for colour in (plots.TEXT, plots.BLUE, plots.ORANGE, plots.GREEN))
     assert picture[0, 0, 3] == 0 and ours.sum() > 10_000
     others = (picture[..., 3] > 0.9) & (ours == 0)
-    assert others.sum() < 0.01 * ours.sum(), "only where two colours meet"
+    assert others.sum() < 0.01 * ours.sum(), "other colours appear only where two meet"
 
 
-def test_nothing_handed_out_is_drawn_as_nothing(tmp_path: Path) -> None:
+def test_a_loader_that_yielded_nothing_can_be_plotted(tmp_path: Path) -> None:
     plots.plot_step(tmp_path / "step.svg", **{part: dict.fromkeys(stages, 0.0) for part, stages in STEP.items()})
     assert (tmp_path / "step.svg").stat().st_size > 0
 
 
-def test_what_cannot_be_drawn_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plot_that_cannot_be_written_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("lengths.foo", "lengths"):
         with pytest.raises(ConfigError, match=r"ends in .png"):
             plots.check_plot(tmp_path / name)

@@ -1,0 +1,68 @@
+"""Checks of what `wrap` and `stream` are given, before anything is read or encoded."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
+
+from ..caching.cached_encoder import CachedEncoder
+from ..embeddings import SupportsEncode, SupportsTraining
+from ..errors import ConfigError
+from ..system.distributed import rank_and_world_size
+
+
+def check_encoder(encoder: Any) -> None:
+    """Refuse what is no encoder, such as the name of a model.
+
+    Raises:
+        ConfigError: with what the object lacks and what to pass instead.
+    """
+    if isinstance(encoder, (str, os.PathLike)):
+        raise ConfigError(f"encoder={encoder!r} is a name: pass bertstream.Encoder.from_pretrained({str(encoder)!r})")
+    missing = [name for name in ("encode", "tokenizer", "device", "max_forward_tokens") if not hasattr(encoder, name)]
+    if missing:
+        kind = type(encoder).__name__
+        raise ConfigError(f"encoder is a {kind} without {', '.join(missing)}: pass a bertstream.Encoder")
+
+
+def check_cacheable(encoder: SupportsEncode, cached: CachedEncoder) -> None:
+    """Refuse an encoder whose weights may change although nobody called `unfreeze`: its cache would silently be off.
+
+    Args:
+        encoder: as the user passed it.
+        cached: the encoder with its cache.
+    Raises:
+        ConfigError: its parameters require gradients.
+    """
+    if isinstance(encoder, SupportsTraining) and not encoder.trainable and cached.prefix() is None:
+        raise ConfigError(
+            "cache= has no effect: parameters of the encoder require gradients, as those of your own model do by "
+            "default. Call encoder.freeze() first; encoder.unfreeze() may follow later"
+        )
+
+
+def check_not_replicated(loader: Any) -> None:
+    """Refuse a map-style DataLoader that would yield all data on each of several ranks.
+
+    Only samplers and batch samplers of torch that ignore ranks are refused; the user's own may know their rank.
+
+    Raises:
+        ConfigError: with the number of ranks and records.
+    """
+    _, world_size = rank_and_world_size()
+    if world_size == 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return
+    batch_sampler = loader.batch_sampler
+    sampler = loader.sampler if type(batch_sampler) in (BatchSampler, type(None)) else batch_sampler
+    # torch's samplers that ignore ranks share this module; DistributedSampler has its own.
+    if type(sampler).__module__ == Sampler.__module__:
+        raise ConfigError(
+            f"{world_size} ranks would each read all {_size(loader.dataset)} records: give the DataLoader "
+            "sampler=torch.utils.data.DistributedSampler(dataset), or pass allow_replicated=True if that is intended"
+        )
+
+
+def _size(dataset: Dataset[Any]) -> str:
+    return str(len(dataset)) if hasattr(dataset, "__len__") else "the"

@@ -1,0 +1,159 @@
+"""A loader's numbers print as a table, go to TensorBoard, and one sentence names the bottleneck."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+import bertstream
+from bertstream.pipeline.stats import LOOP, WORK, Stats, bottleneck
+from bertstream.testing import FakeEncoder
+
+BATCHES = [{"text": ["a b", "c"]} for _ in range(20)]
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """The first word of each line of a table -> the other words."""
+    return {words[0]: words[1:] for words in map(str.split, table.splitlines())}
+
+
+def test_stats_print_as_a_table_and_are_a_plain_dict_otherwise() -> None:
+    counts = dict.fromkeys(("epochs", "batches", "texts", "tokens", "bad_records", "cut_texts"), 0)
+    seconds = {f"{name}_s": 0.0 for name in (*LOOP, *WORK)}
+    rates = {"texts_per_s": 0.0, "tokens_per_s": 0.0, "padding_share": 0.0}
+    stats = Stats(counts | seconds | rates)
+    assert "cut_texts" not in str(stats) and str(stats).endswith("0%"), "zeros outside the fixed rows are not shown"
+    stats |= {"epochs": 2, "batches": 40, "tokens": 54321, "tokens_per_s": 9876.5, "padding_share": 0.25}
+    stats |= {"step_s": 3.0, "wait_s": 1.0, "read_s": 0.4, "encode_s": 1.6, "cut_texts": 1234, "room_wait_s": 0.25}
+    assert str(stats).splitlines() == [
+        "received",
+        "  epochs               2",
+        "  batches             40",
+        "  texts                0",
+        "  tokens          54,321",
+        "  texts_per_s          0",
+        "  tokens_per_s     9,876",
+        "  padding_share    25.0%",
+        "the loop         seconds  ms a batch  share",
+        "  step             3.000       75.00    75%",
+        "  wait             1.000       25.00    25%",
+        "the work         seconds  ms a batch  share",
+        "  read             0.400       10.00    20%",
+        "  tokenize         0.000        0.00     0%",
+        "  lookup           0.000        0.00     0%",
+        "  encode           1.600       40.00    80%",
+        "  hand_over        0.000        0.00     0%",
+        "and",
+        "  cut_texts        1,234",
+        "  room_wait_s      0.250",
+    ]
+    assert repr(stats) == repr(dict(stats)) and json.loads(json.dumps(stats)) == stats
+
+
+def test_a_loaders_table_shows_every_number_that_is_not_zero(minilm: bertstream.Encoder) -> None:
+    cache = bertstream.EmbeddingCache("1MiB")
+    loader = bertstream.wrap(BATCHES, minilm, text="text", cache=cache)
+    fresh = cells(str(loader.stats()))
+    assert fresh["cache_misses"] == ["0"] and "cache_memory_texts" not in fresh
+    assert "and" not in cells(str(bertstream.wrap(BATCHES, minilm, text="text").stats()))
+    list(loader)
+    stats = loader.stats()
+    table = cells(str(stats))
+    for name, value in stats.items():
+        stage = name.removesuffix("_s")
+        shown = table.get(stage if stage in (*LOOP, *WORK) else name)
+        assert (shown is not None) or not value, f"{name} is {value} and not in the table"
+    assert table["batches"] == ["20"] and table["cache_memory_hits"] == [str(stats["cache_memory_hits"])]
+    assert table["encode"][0] == f"{stats['encode_s']:.3f}"
+
+
+def test_tensorboard_takes_every_number_unchanged(tmp_path: Path, minilm: bertstream.Encoder) -> None:
+    with bertstream.EmbeddingCache("1MiB", disk=tmp_path / "cache", disk_limit="10MiB") as cache:
+        loader = bertstream.wrap(BATCHES, minilm, text="text", cache=cache)
+        with SummaryWriter(tmp_path / "runs") as writer:
+            for _ in loader:
+                stats = loader.stats()
+                for name, value in stats.items():
+                    writer.add_scalar(f"bertstream/{name}", value, stats["batches"])
+    events = EventAccumulator(str(tmp_path / "runs")).Reload()
+    assert set(events.Tags()["scalars"]) == {f"bertstream/{name}" for name in stats}
+    for name, value in stats.items():
+        written = events.Scalars(f"bertstream/{name}")
+        assert [event.step for event in written] == list(range(1, len(BATCHES) + 1))
+        assert written[-1].value == pytest.approx(value)
+
+
+# --- the bottleneck ---------------------------------------------------------------------------------------------------
+
+
+def sentence(**seconds: float) -> str:
+    names = ("wait", "step", "read", "tokenize", "lookup", "encode", "hand_over")
+    return bottleneck({"batches": 5} | {f"{name}_s": seconds.get(name, 0.0) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("slowest", "opening", "advice"),
+    [
+        ("read", "Reading is the bottleneck", "num_workers="),
+        ("tokenize", "Tokenizing is the bottleneck", "TokenCollate"),
+        ("lookup", "The cache's look-up is the bottleneck", "larger batches"),
+        ("encode", "Encoding is the bottleneck", "a cache"),
+        ("hand_over", "Laying out the batch is the bottleneck", "layout=None"),
+    ],
+)
+def test_the_slowest_stage_is_named_with_what_would_help(slowest: str, opening: str, advice: str) -> None:
+    others = dict.fromkeys(("read", "tokenize", "lookup", "encode"), 1.0) | {"hand_over": 0.0}
+    works = others | {slowest: 7.0 if slowest != "hand_over" else 28 / 3}
+    found = sentence(wait=3.0, step=1.0, **works)
+    assert found.startswith(
+        f"{opening}: the loop waits for batches 75% of its time, and this is 70% of the work on them."
+    )
+    assert "What would help: " in found and advice in found and found.endswith(".")
+    found = sentence(wait=1.0, step=3.0, **works)
+    assert found.startswith("The training step takes 75% of the time. The rest is waiting for batches, and ")
+    assert f"70% of the work on them is {opening.partition(' is the')[0].lower()}" in found.lower()
+    assert "What would help: " in found and advice in found and found.endswith(".")
+
+
+def test_a_loop_with_a_cache_is_not_advised_to_use_one() -> None:
+    works = {"wait_s": 9.0, "step_s": 1.0, "batches": 1, "cache_misses": 5}
+    assert "a cache" not in bottleneck(works | {"encode_s": 9.0})
+    from_memory = bottleneck(works | {"lookup_s": 9.0, "cache_disk_read_s": 1.0})
+    from_disk = bottleneck(works | {"lookup_s": 9.0, "cache_disk_read_s": 8.0})
+    assert "disk" not in from_memory and "more memory= for the cache, a faster disk" in from_disk
+
+
+def test_the_step_is_the_bottleneck_of_a_loop_that_hardly_waits() -> None:
+    found = sentence(wait=0.1, step=9.9, encode=9.0)
+    assert found == "The training step is the bottleneck: the loop waits for batches 1% of its time."
+    assert "takes 94% of the time" in sentence(wait=0.6, step=9.4, encode=9.0)
+
+
+def test_a_loader_names_what_it_waits_for() -> None:
+    class Slow(FakeEncoder):
+        def encode(self, batch: Any) -> Any:
+            time.sleep(0.005)
+            return super().encode(batch)
+
+    def slowly() -> Any:
+        for batch in BATCHES:
+            time.sleep(0.005)
+            yield batch
+
+    loader = bertstream.wrap(BATCHES, Slow(), text="text", prefetch=0)
+    assert loader.bottleneck() == "No batch was received yet."
+    list(loader)
+    assert loader.bottleneck().startswith("Encoding is the bottleneck")
+    reading = bertstream.wrap(slowly(), FakeEncoder(), text="text", prefetch=0)
+    list(reading)
+    assert reading.bottleneck().startswith("Reading is the bottleneck")
+    training = bertstream.wrap(BATCHES[:3], FakeEncoder(), text="text", prefetch=0)
+    for _ in training:
+        time.sleep(0.1)
+    assert training.bottleneck().startswith("The training step is the bottleneck")
