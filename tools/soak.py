@@ -289,7 +289,7 @@ def restore(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any]
             return seconds, bytes_read() - read
 
     with closing(make()) as loader:
-        lanes = loader.dataset.num_lanes
+        lanes, open_pieces = loader.dataset.num_lanes, loader.dataset.open_shards
         batches = iter(loader)
         for _ in range(arguments.records // 64 // 2):
             next(batches)
@@ -307,8 +307,8 @@ def restore(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any]
         "a_bucket_a_lane_bytes": round(lanes * bucket_bytes),
         "corpus_bytes": size,
     }
-    # Each of a lane's four open pieces has a read buffer of 64 KiB.
-    return found, again_s <= 3 * fresh_s + 1 and again[0][1] <= lanes * (bucket_bytes + 4 * 2**16)
+    # Each open piece of a lane has a read buffer of 64 KiB.
+    return found, again_s <= 3 * fresh_s + 1 and again[0][1] <= lanes * (bucket_bytes + open_pieces * 2**16)
 
 
 def main() -> int:

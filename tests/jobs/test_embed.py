@@ -368,7 +368,7 @@ def test_a_dtype_that_the_format_lacks_and_trainable_weights_are_refused(
     with pytest.raises(ConfigError, match="bfloat16"):
         bertstream.embed(shards, encoder, tmp_path, progress=False)
     assert bertstream.embed(shards, encoder, tmp_path, format="safetensors", progress=False)["texts"] == 90
-    with pytest.raises(ConfigError, match="require gradients"):
+    with pytest.raises(ConfigError, match="require gradients: call encoder.freeze"):
         bertstream.embed(shards, tiny(tokenizer).requires_grad_(True), tmp_path / "out", progress=False)
 
 
