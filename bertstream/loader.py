@@ -420,7 +420,7 @@ class EmbeddingLoader(OwnLoader):
     def _stop(self, reason: str) -> None:
         epoch = self._running() if self._running is not None else None
         if epoch is not None:
-            epoch.close("it stopped iterating", closed_by=reason)
+            epoch.close(reason)
         self._running = None
 
     def _join_ranks(self) -> None:

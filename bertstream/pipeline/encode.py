@@ -22,8 +22,7 @@ from .clocks import StageClocks
 from .coalesce import encode_together
 from .fields import Field
 from .groups import GroupBudget
-from .lockstep import LoopStatus
-from .source import Entry
+from .source import Entry, EpochStatus
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +129,7 @@ class BatchEncoder:
         event = self._side.mark()
         entries = deque(group)
         group.clear()
+        del texts
         while entries:
             entry = entries.popleft()
             if not entry.texts:
@@ -209,7 +209,7 @@ def tokenize(
     entries: Iterator[Entry],
     texts_of: Callable[[object], Mapping[Field | None, TokenBatch]],
     clocks: StageClocks,
-    loop: LoopStatus,
+    status: EpochStatus,
 ) -> Iterator[Entry]:
     """The entries with their texts as tokens, and numbered.
 
@@ -217,11 +217,11 @@ def tokenize(
         entries: what was read.
         texts_of: from a batch to its tokens by field.
         clocks: the "tokenize" clock.
-        loop: once it is over the entries end, so that nobody waits for a whole group to be read.
+        status: once the epoch is over the entries end, so that nobody waits for a whole group to be read.
     """
     number = 0
     for entry in entries:
-        if loop.is_over:
+        if status.is_over:
             return
         if not isinstance(entry.item, LaneEnd):
             with clocks.run("tokenize", 1), _numbered(number):
@@ -232,7 +232,7 @@ def tokenize(
 
 
 def encode(
-    groups: Iterator[list[Entry]], budget: GroupBudget[Entry], encoder: BatchEncoder, loop: LoopStatus
+    groups: Iterator[list[Entry]], budget: GroupBudget[Entry], encoder: BatchEncoder, status: EpochStatus
 ) -> Generator[Ready | Entry, None, None]:
     """The groups' batches one by one, with their vectors.
 
@@ -240,11 +240,11 @@ def encode(
         groups: batches to encode in one call.
         budget: is told how long each group took.
         encoder: makes the vectors.
-        loop: nothing is encoded once it is over.
+        status: nothing is encoded once the epoch is over.
     """
     trimmed = time.perf_counter()
     for group in groups:
-        if loop.is_over:
+        if status.is_over:
             return
         started = time.perf_counter()
         if encoder.device.type == "cpu" and started - trimmed > _TRIM_EVERY_S:
@@ -262,7 +262,7 @@ def encode(
 
 @contextmanager
 def _numbered(batch: int) -> Iterator[None]:
-    """Errors of the encoder from inside say which batch of the epoch it was."""
+    """Put the batch's number into an `EncoderError` from inside."""
     try:
         yield
     except EncoderError as error:

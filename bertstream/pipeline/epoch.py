@@ -1,8 +1,14 @@
-"""One epoch of a loader, from what is read to the training loop: a chain of generators, and one owner of their end.
+"""One epoch of a loader: a chain of generators from what is read to the training loop, and one owner of its end.
 
-    read -> tokenize -> gather -> in lockstep -> encode -> ahead -> hand over
+    read         Source -> Entry           a batch as it was read, or the end of a lane
+    tokenize     Entry -> Entry            with its texts as tokens; a stream's arrive as tokens
+    gather       Entry -> [Entry]          a group, as large as the budget allows
+    in lockstep  [Entry] -> [Entry]        with ranks: the same number of batches on each
+    encode       [Entry] -> Ready | Entry  with vectors; tells the budget how long that took
+    ahead        the same items            from here up in the encode thread, as soon as that pays
+    hand over    Ready -> batch            in the loop's thread: the user's batch, with vectors
 
-Each stage takes an iterator and is one. `Epoch.batches` composes them, top to bottom.
+`Epoch` composes them. Whatever ends it, `Epoch.close` does the rest, and is the one place that tells other ranks.
 """
 
 from __future__ import annotations
@@ -27,8 +33,8 @@ from .clocks import StageClocks
 from .encode import BatchEncoder, Ready, encode, tokenize
 from .fields import Field, texts_of, with_vectors
 from .groups import GroupBudget, gather, group_tokens
-from .lockstep import LoopStatus, in_lockstep
-from .source import Entry, Progress, Source, read
+from .lockstep import in_lockstep
+from .source import Entry, EpochStatus, Progress, Source, read
 from .step_clock import StepClock
 
 logger = logging.getLogger(__name__)
@@ -40,7 +46,8 @@ _LEFT_WAIT_S = 10.0
 
 _PREFETCH = {"cpu": 8}
 """Forwards' worth of tokens that the encoder runs ahead in its thread; 2 on other devices. Encoding times vary more
-from batch to batch than steps do: with 2 on a CPU, a step that sleeps as long as encoding took 1.25 times as long."""
+from batch to batch than steps do: on a CPU with 2, an epoch whose steps sleep as long as encoding takes was 1.25 times
+as long."""
 
 
 @dataclass
@@ -113,7 +120,7 @@ class Epoch:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._loop = LoopStatus()
+        self._status = EpochStatus()
         self._clock = StepClock(usable_cores())
         self._source = Source(parts.progress, parts.clocks)
         self._ready: Generator[Ready | Entry, None, None] | None = None
@@ -126,36 +133,13 @@ class Epoch:
         Raises:
             LoaderClosedError: the loader was closed, or began another epoch.
         """
-        parts, loop = self._parts, self._loop
-        reason, timeout_s = "it stopped iterating", None
-        if loop.closed_by is not None:  # before the first batch was asked for
-            raise LoaderClosedError(loop.closed_by)
+        status = self._status
+        reason = "it stopped iterating"
+        timeout_s = None
         try:
             try:
-                before, number = replace(parts.counts), parts.progress.epoch
-                started = self._waits()
-                parts.encoder.follow_loop()
-                if parts.peers is not None:
-                    parts.peers.begin()
-                # In the loop's thread: a sampler draws its seed from torch's global generator with the first batch, at
-                # the same point of the user's program whatever is prefetched.
-                self._source.open()
-
-                texts = partial(texts_of, fields=parts.text, tokenizer=parts.tokenizer, pair=parts.pair)
-                budget = GroupBudget(
-                    attrgetter("weight"), limit=self._group_limit(), by_the_clock=not parts.deterministic
-                )
-                entries = tokenize(read(self._source, parts.stream), texts, parts.clocks, loop)
-                groups = gather(entries, budget)
-                if parts.peers is not None and parts.stream is not None:
-                    groups = in_lockstep(groups, budget, parts.stream, parts.peers, loop, parts.counts.left)
-                ready = self._ready = encode(groups, budget, parts.encoder, loop)
-                yield from self._hand_over(self._ahead(ready, budget), started)
-
-                if loop.closed_by is None:
-                    parts.progress.end_epoch(number)
-                    parts.counts.epochs += 1
-                    _report_truncation(before, parts.counts)
+                if status.closed_by is None:
+                    yield from self._run()
             except GeneratorExit:
                 # A loop that is left may be closed by a garbage collection, anywhere: also within a forward, whose lock
                 # the worker waits for. So the wait for the worker has an end.
@@ -163,43 +147,84 @@ class Epoch:
                 raise
             except Exception as error:
                 reason = described(error)
-                raise
+                if status.closed_by is None:  # else a stage fell over because it was closed
+                    raise
             finally:
-                self.close(reason, timeout_s=timeout_s)
+                self._end(reason, timeout_s)
         finally:
-            self.close(reason, timeout_s=timeout_s)  # again: Ctrl-C may have struck in the first
-        if loop.closed_by is not None:
-            raise LoaderClosedError(loop.closed_by)
+            self._end(reason, timeout_s)  # again: Ctrl-C may have struck in the first
+        if status.closed_by is not None:
+            raise LoaderClosedError(status.closed_by)
 
-    def close(self, reason: str, *, closed_by: str | None = None, timeout_s: float | None = None) -> None:
-        """End the epoch, from any thread and more than once: ranks are told, the worker stops, the source is closed.
+    def _run(self) -> Generator[Any, None, None]:
+        """The stages, top to bottom."""
+        parts, status = self._parts, self._status
+        before = replace(parts.counts)
+        number = parts.progress.epoch
+        started = self._waits()
+        if parts.peers is not None:
+            parts.peers.begin()
+        parts.encoder.follow_loop()
+        # In the loop's thread: a sampler draws its seed from torch's global generator with the first batch, at the same
+        # point of the user's program whatever is prefetched.
+        self._source.open()
+
+        texts = partial(texts_of, fields=parts.text, tokenizer=parts.tokenizer, pair=parts.pair)
+        budget: GroupBudget[Entry] = GroupBudget(
+            attrgetter("weight"), limit=self._group_limit(), by_the_clock=not parts.deterministic
+        )
+        entries = tokenize(read(self._source, parts.stream), texts, parts.clocks, status)
+        groups = gather(entries, budget)
+        if parts.peers is not None and parts.stream is not None:
+            groups = in_lockstep(groups, budget, parts.stream, parts.peers, status, parts.counts.left)
+        ready = self._ready = encode(groups, budget, parts.encoder, status)
+        yield from self._hand_over(self._ahead(ready, budget), started)
+
+        if status.closed_by is None:
+            parts.progress.end_epoch(number)
+            parts.counts.epochs += 1
+            _report_truncation(before, parts.counts)
+
+    def close(self, closed_by: str) -> None:
+        """End the epoch from outside its loop, in any thread: its next batch raises `LoaderClosedError`.
+
+        Args:
+            closed_by: the message of that error.
+        """
+        status = self._status
+        status.closed_by = status.closed_by or closed_by
+        status.is_over = True
+        if status.waits_since is not None and self._worker is None:
+            return  # the loop's thread is within a stage: it sees that the epoch is over, and ends it
+        self._end("it stopped iterating", None)
+
+    def _end(self, reason: str, timeout_s: float | None) -> None:
+        """End everything that the epoch has begun; what an interrupted call has not done, the next one does.
 
         Args:
             reason: what the other ranks are told, unless all have agreed on the end.
-            closed_by: what the loop's next batch raises; None for nothing.
             timeout_s: seconds to wait for what the worker has in progress; None waits as long as it takes.
         """
-        loop, worker = self._loop, self._worker
         if self._ended:
             return
-        loop.closed_by = loop.closed_by or closed_by
-        loop.is_over = True
-        if self._parts.peers is not None and not loop.ranks_have_ended:
+        self._status.is_over = True
+        if self._parts.peers is not None and not self._status.ranks_have_ended:
             with suppress(Exception):  # the store may be gone with the rank that held it
                 self._parts.peers.leave(reason)
+        worker = self._worker
         if worker is not None:
-            ended = worker.close(timeout_s)
+            if not worker.close(timeout_s):
+                self._ended = True  # its thread closes the stages and the source when the item in progress is done
+                return
+            self._worker = None
             self._parts.counts.room_wait_s += worker.put_wait_s
             self._parts.counts.peak_ahead_tokens = max(self._parts.counts.peak_ahead_tokens, worker.peak_weight)
-            self._worker = None
-            if not ended:
-                self._ended = True  # the worker closes what it reads when it ends
-                return
-        with suppress(ValueError):  # the loop's thread is in it, and closes it next
-            if self._ready is not None:
+        if self._ready is not None:
+            # It is running where a garbage collection in the worker's thread ends the epoch: that closes it next.
+            with suppress(ValueError):
                 self._ready.close()
-            self._source.close()
-            self._ended = True
+        self._source.close()
+        self._ended = True
 
     def _group_limit(self) -> int:
         encoder = self._parts.encoder
@@ -214,10 +239,10 @@ class Epoch:
         device = parts.encoder.device.type
         limit = (parts.prefetch or _PREFETCH.get(device, 2)) * parts.encoder.forward_tokens
         items: Iterator[Ready | Entry] = ready
-        while not self._loop.is_over:
+        while not self._status.is_over:
             if self._worker is None and self._runs_ahead():
                 items = self._worker = Prefetcher(
-                    _within(torch_modes(), ready),
+                    _within(torch_modes(), ready, self._source),
                     weigh=lambda item: item.tokens if isinstance(item, Ready) else 0,
                     # All of one group waits while the next is encoded, or nothing would overlap.
                     limit=lambda: max(limit, budget.heaviest),
@@ -241,40 +266,46 @@ class Epoch:
         """The user's batches with vectors in them; the progress and all counts follow what the loop receives."""
         parts = self._parts
         for item in items:
-            if self._loop.is_over:
+            if self._status.is_over:
                 return
             entry = item.entry if isinstance(item, Ready) else item
             parts.progress.count(entry.report)
             if isinstance(item, Ready):
                 with parts.clocks.run("hand_over", 1):
                     parts.encoder.receive(item)
-                    parts.progress.received(entry)
-                    parts.counts.received(item.batches)
                     batch = with_vectors(
                         entry.item, item.embeddings, text=parts.text, into=parts.into, layout=parts.layout
                     )
+                    parts.progress.received(entry)
+                    parts.counts.received(item.batches)
                 del item, entry  # their memory is the consumer's now, not ours until the next batch
                 parts.clocks.add("wait", started, 1)
-                self._loop.waits_since = None
-                received = time.perf_counter()
+                self._status.waits_since = None
+                step_started = time.perf_counter()
                 self._clock.begin()
                 yield batch
                 self._clock.end()
                 del batch
-                parts.clocks.add("step", received, 1)
+                parts.clocks.add("step", step_started, 1)
                 started = self._waits()
             else:
                 parts.progress.received(entry)
 
     def _waits(self) -> float:
-        self._loop.waits_since = time.monotonic()
+        self._status.waits_since = time.monotonic()
         return time.perf_counter()
 
 
-def _within(modes: AbstractContextManager[object], items: Iterator[T]) -> Iterator[T]:
-    """The items, each made within these modes in whatever thread asks for it."""
-    with modes:
-        yield from items
+def _within(
+    modes: AbstractContextManager[object], items: Generator[T, None, None], source: Source
+) -> Generator[T, None, None]:
+    """The items, each made within these modes in the thread that asks for it, which closes all of it at the end."""
+    try:
+        with modes:
+            yield from items
+    finally:
+        items.close()
+        source.close()
 
 
 def _report_truncation(before: Counts, after: Counts) -> None:

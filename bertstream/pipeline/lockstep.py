@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError
@@ -15,26 +15,9 @@ from ..reading.state import cursor_from_json, cursor_to_json
 from ..system.distributed import Peers
 from ..tokens import TokenBatch
 from .groups import GroupBudget
-from .source import Entry
+from .source import Entry, EpochStatus
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class LoopStatus:
-    """What the loop's thread and the stages of its epoch tell each other.
-
-    Attributes:
-        is_over: nobody wants another batch.
-        closed_by: why the loader ended the epoch, for a `LoaderClosedError`; None where the loop left or finished.
-        waits_since: by `time.monotonic()`, since when the loop waits for a batch; None while it is in its step.
-        ranks_have_ended: all ranks agreed that the epoch has no more batches.
-    """
-
-    is_over: bool = False
-    closed_by: str | None = None
-    waits_since: float | None = None
-    ranks_have_ended: bool = False
 
 
 def in_lockstep(
@@ -42,7 +25,7 @@ def in_lockstep(
     budget: GroupBudget[Entry],
     stream: TextStream,
     peers: Peers,
-    loop: LoopStatus,
+    status: EpochStatus,
     count_left: Callable[[int], None],
 ) -> Generator[list[Entry], None, None]:
     """The groups, each with the same number of batches on every rank.
@@ -55,7 +38,7 @@ def in_lockstep(
         budget: takes back what is left of a group.
         stream: what they are read from; `uneven` says what happens where a rank has no more.
         peers: the other ranks. If this ends early, whoever ends it tells them.
-        loop: `is_over` and `waits_since` are asked while waiting for them.
+        status: `is_over` and `waits_since` are asked while waiting for them.
         count_left: called with the texts of each batch that nobody receives because another rank has finished.
     Raises:
         ConfigError: the ranks' settings, shards or states differ.
@@ -65,7 +48,7 @@ def in_lockstep(
     agreed_on = 0
 
     def exchange(message: Any) -> list[Any] | None:
-        return peers.exchange(message, agreed_on, lambda: loop.is_over, lambda: loop.waits_since)
+        return peers.exchange(message, agreed_on, lambda: status.is_over, lambda: status.waits_since)
 
     about = _must_be_equal(stream)
     everybody = exchange(about)
@@ -74,7 +57,7 @@ def in_lockstep(
     _refuse_differences(about, everybody)
     while True:
         group = next(groups, [])
-        if loop.is_over:
+        if status.is_over:
             return
         batches = [entry for entry in group if isinstance(entry.item, TokenBatch)]
         if group and not batches:
@@ -85,9 +68,9 @@ def in_lockstep(
         if offers is None:
             return
         if not (any(offers) if pad else all(offers)):
-            loop.ranks_have_ended = True
+            status.ranks_have_ended = True
             budget.put_back(group)
-            _count_rest(groups, loop, count_left)
+            _count_rest(groups, status, count_left)
             return
         count = min(len(offered) for offered in offers if offered)
         has_finished = not batches
@@ -118,12 +101,12 @@ _COUNT_REST_S = 2.0
 """How long a rank keeps reading with `uneven="stop"`, to say how many texts nobody received."""
 
 
-def _count_rest(groups: Iterator[list[Entry]], loop: LoopStatus, count_left: Callable[[int], None]) -> None:
+def _count_rest(groups: Iterator[list[Entry]], status: EpochStatus, count_left: Callable[[int], None]) -> None:
     """Count what nobody receives, for a while: the others wait for this rank in the next epoch."""
     until = time.monotonic() + _COUNT_REST_S
     try:
         for group in groups:
-            if loop.is_over:
+            if status.is_over:
                 return
             if time.monotonic() > until:
                 logger.warning("the rest of the epoch, which no rank receives, is not all read: left_texts is too low")

@@ -31,13 +31,13 @@ def in_workers(stream: TextStream, num_workers: int) -> DataLoader[Any]:
 
 def read_in_workers(stream: TextStream, num_workers: int) -> Iterator[TokenBatch]:
     """The stream's batches, read as by `in_workers`, with its progress in this process and errors with their fields."""
-    loop = StreamLoop(in_workers(stream, num_workers), stream)
-    items = iter(loop.begin())
-    loop.begun(items)
+    progress = StreamLoop(in_workers(stream, num_workers), stream)
+    items = iter(progress.begin())
+    progress.begun(items)
     for item in items:
         if isinstance(item, BertstreamError):
             raise item
-        loop.count(item.report)
+        progress.count(item.report)
         if isinstance(item, TokenBatch):
             stream.progress.advance(stream.on_this_rank(item.cursor))
             yield item
@@ -79,7 +79,7 @@ class Entry:
         item: a batch, or the `LaneEnd` of a lane that has just ended.
         cursors: by rank, the cursor of the batch that each yields in this step.
         source_state: the state of the wrapped DataLoader after this batch.
-        number: of the batch in the epoch.
+        number: of the batch in this iteration.
         texts: the batch's, as tokens, see `set_texts`; a `LaneEnd` has none.
         weight: tokens in all, at least one for a batch, so that any group is bounded; a `LaneEnd` has none.
     """
@@ -100,6 +100,23 @@ class Entry:
     def report(self) -> ReadReport | None:
         """What a stream's reading met up to here."""
         return self.item.report if isinstance(self.item, (TokenBatch, LaneEnd)) else None
+
+
+@dataclass
+class EpochStatus:
+    """What the loop's thread and the stages of an epoch tell each other.
+
+    Attributes:
+        is_over: nobody wants another batch.
+        closed_by: why the loader ended the epoch, for a `LoaderClosedError`; None where the loop left or finished.
+        waits_since: by `time.monotonic()`, since when the loop waits for a batch; None while it is in its step.
+        ranks_have_ended: all ranks agreed that the epoch has no more batches.
+    """
+
+    is_over: bool = False
+    closed_by: str | None = None
+    waits_since: float | None = None
+    ranks_have_ended: bool = False
 
 
 class Progress(Protocol):
@@ -182,7 +199,8 @@ class StreamLoop:
         if not isinstance(entry.item, LaneEnd):
             self._stream.progress.advance(entry.cursors)
         elif not self.knows_all_ranks and entry.item.lane is not None:
-            # Other ranks do not hear of it, and all have the same state: there the lane goes with the next batch.
+            # With the cursors of all ranks every rank has the same state, and `LaneEnd`s are not exchanged: there the
+            # next batch drops the lanes ahead of its own.
             self._stream.progress.end_lane(entry.item.lane)
 
     def end_epoch(self, epoch: int) -> None:
@@ -226,6 +244,8 @@ class SourceLoop:
     def set_epoch(self, epoch: int) -> None:
         """Choose the next iteration's epoch, also in every part of the source that has `set_epoch`."""
         check_at_least("epoch", epoch, 0)
+        if epoch != self.epoch:
+            self._state = None
         self.epoch = epoch
         parts: list[Any] = [self._source]
         parts += [getattr(self._source, name, None) for name in ("batch_sampler", "sampler", "dataset")]
@@ -272,7 +292,11 @@ class SourceLoop:
     def state_dict(self) -> dict[str, Any]:
         """See `EmbeddingLoader.state_dict`."""
         self._check_has_state()
-        return {"version": STATE_VERSION, "epoch": self.epoch, "source": self._state or self._source.state_dict()}
+        return {
+            "version": STATE_VERSION,
+            "epoch": self.epoch,
+            "source": self._source.state_dict() if self._state is None else self._state,
+        }
 
     def loading(self, state: Any) -> Callable[[], None]:
         """See `EmbeddingLoader.load_state_dict`."""
@@ -365,7 +389,7 @@ def read(source: Source, stream: TextStream | None) -> Iterator[Entry]:
     """
     for item in source:
         cursors: Sequence[Cursor | None] = ()
-        if stream is not None and isinstance(item, TokenBatch):
+        if stream is not None and isinstance(item, TokenBatch) and item.cursor is not None:
             cursors = stream.on_this_rank(item.cursor)
         if not isinstance(item, LaneEnd) or item.lane is not None:
             yield Entry(item, cursors, source.state)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import StateError, check_at_least, shortened
+from ..errors import StateError, check_at_least, described, shortened
 from ..tokens import Cursor, OpenPiece, ReadReport
 from .bad_records import BadRecords
 from .lanes import LaneQueue
@@ -95,8 +95,8 @@ class StreamProgress:
         """A batch was received.
 
         Args:
-            cursors: by rank, its batch's; None for a rank that has none. Empty where a user's collate_fn made something
-                else of the batch.
+            cursors: by rank, its batch's; None for a rank that has finished. Empty where a user's collate_fn made
+                something else of the batch.
         """
         # Nothing is running after a `set_epoch` within the loop.
         for queue, cursor in zip(self._running or (), cursors, strict=False):
@@ -117,7 +117,7 @@ class StreamProgress:
             own.drop(lane)
 
     def end_reading(self) -> None:
-        """All that this rank reads of the epoch was received; the epoch stays, for `set_epoch` to change."""
+        """All that this rank reads of the epoch was received. Does not move to the next epoch: see `set_epoch`."""
         self.advance([None] * self._world_size)
         self.bad.check_some_were_good()
 
@@ -154,11 +154,11 @@ class StreamProgress:
             StateError: the state is none, of another version or of a stream with other settings, or it lacks the lanes
                 of other ranks.
         """
-        parts = ("settings", "queues", "bad")
-        epoch = epoch_of(state, "a stream", parts)
-        for part in parts:
-            if not state[part]:
-                raise StateError(f"this is no state of a stream: its {part!r} is empty", key=part)
+        parts = {"settings": dict, "queues": list, "bad": dict}
+        epoch = epoch_of(state, "a stream", [*parts])
+        for part, kind in parts.items():
+            if not state[part] or not isinstance(state[part], kind):
+                raise StateError(f"this is no state of a stream: its {part!r} is {shortened(state[part])}", key=part)
         for name, value in settings.items():
             saved = state["settings"].get(name)
             if saved != value:
@@ -167,9 +167,13 @@ class StreamProgress:
                     "it was, or start an epoch without the state",
                     key=name,
                 )
-        queues = [
-            None if queue is None else [cursor_from_json(entry, epoch) for entry in queue] for queue in state["queues"]
-        ]
+        try:
+            queues = [
+                None if queue is None else [cursor_from_json(entry, epoch) for entry in queue]
+                for queue in state["queues"]
+            ]
+        except (TypeError, ValueError) as error:
+            raise StateError(f"the state's queues are damaged: {described(error)}", key="queues") from error
         start = _deal(queues, self._rank, self._world_size)
 
         def load() -> None:

@@ -19,8 +19,7 @@ from bertstream.pipeline.clocks import StageClocks
 from bertstream.pipeline.encode import BatchEncoder, Ready, encode, tokenize
 from bertstream.pipeline.fields import texts_of
 from bertstream.pipeline.groups import GroupBudget, gather
-from bertstream.pipeline.lockstep import LoopStatus
-from bertstream.pipeline.source import Entry
+from bertstream.pipeline.source import Entry, EpochStatus
 from bertstream.reading.lane_batches import LaneEnd
 from bertstream.system.cuda import SideStream
 from bertstream.testing import FakeEncoder
@@ -53,7 +52,7 @@ def batch_encoder(encoder: FakeEncoder | None = None, *, deterministic: bool = F
 
 def encoded(encoder: BatchEncoder, items: Iterator[Entry], *, limit: int, by_the_clock: bool = False) -> Iterator[Any]:
     """Tokenize, gather and encode, as an epoch does."""
-    loop = LoopStatus()
+    loop = EpochStatus()
     texts = partial(texts_of, fields=None, tokenizer=FakeEncoder().tokenizer)
     budget = GroupBudget[Entry](lambda entry: entry.weight, limit=limit, by_the_clock=by_the_clock)
     return encode(gather(tokenize(items, texts, StageClocks(), loop), budget), budget, encoder, loop)

@@ -6,7 +6,8 @@ import inspect
 import linecache
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 import bertstream
-from bertstream.testing import FakeEncoder
+from bertstream.testing import FakeEncoder, write_shards
 
 # A strike within a generator that is being freed is reported, not raised.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -159,3 +160,55 @@ def test_a_loop_whose_loader_was_closed_hears_it_and_starts_nothing(prefetch: in
         with pytest.raises(error):
             next(iteration)
         assert (source.open, threading.active_count()) == (0, before)
+
+
+def test_a_batch_that_cannot_be_made_is_not_counted_as_received(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, ["a", "b b", "c c c"])
+    loader = bertstream.stream(shards, FakeEncoder(), batch_size=1, into="id")
+    before = loader.state_dict()
+    with pytest.raises(bertstream.ConfigError, match="into="):
+        next(iter(loader))
+    assert loader.state_dict()["queues"] == before["queues"] and loader.stats()["batches"] == 0
+
+
+def test_a_worker_that_is_not_waited_for_closes_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bertstream.pipeline.epoch._LEFT_WAIT_S", 0.05)
+    encoding, go_on = threading.Event(), threading.Event()
+
+    class Stuck(FakeEncoder):
+        def encode(self, batch: bertstream.TokenBatch) -> bertstream.Embeddings:
+            if encoding.is_set() is False and batch.num_tokens > 1:
+                encoding.set()
+                go_on.wait(20)
+            return super().encode(batch)
+
+    class Source:
+        """Like a DataLoader's iterator, it has to be closed by name."""
+
+        closed = False
+
+        def __iter__(self) -> Any:
+            self.items = iter([["a"], ["b b"], ["c c"], ["d d"]])
+            return self
+
+        def __next__(self) -> Any:
+            return next(self.items)
+
+        def close(self) -> None:
+            self.closed = True
+
+    source = Source()
+    iteration = iter(bertstream.wrap(source, Stuck(), prefetch=1, deterministic=True))
+    next(iteration)
+    assert encoding.wait(10)
+    del iteration
+    assert not source.closed
+    go_on.set()
+    wait_until(lambda: source.closed)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from bertstream import TokenBatch
 from bertstream.errors import ConfigError, ShardError
 from bertstream.pipeline.groups import GroupBudget, gather
-from bertstream.pipeline.lockstep import LoopStatus, in_lockstep
-from bertstream.pipeline.source import Entry
+from bertstream.pipeline.lockstep import in_lockstep
+from bertstream.pipeline.source import Entry, EpochStatus
 from bertstream.reading.lane_batches import LaneEnd
 from bertstream.testing import FakeEncoder
 from bertstream.tokens import Cursor
@@ -79,7 +79,7 @@ def in_step(
 
         found = []
         try:
-            for group in in_lockstep(gather(own, budget), budget, stream, peers, LoopStatus(), count_left):
+            for group in in_lockstep(gather(own, budget), budget, stream, peers, EpochStatus(), count_left):
                 found.append([*group])
                 budget.encoded(sum(entry.weight for entry in group), 0.0)
         except ShardError:
@@ -168,7 +168,7 @@ def test_yielded_batches_are_released() -> None:
     peers: Any = Table(1).seat(0)
     gc.disable()
     try:
-        for group in in_lockstep(groups, budget, some_stream("pad"), peers, LoopStatus(), lambda texts: None):
+        for group in in_lockstep(groups, budget, some_stream("pad"), peers, EpochStatus(), lambda texts: None):
             weight = len(group)
             group.clear()
             budget.encoded(weight, 0.0)

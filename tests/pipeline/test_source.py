@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import bertstream
-from bertstream import ConfigError, ShardError, StateError, TextStream
+from bertstream import ConfigError, ShardError, StateError, TextStream, TokenBatch
 from bertstream.pipeline.clocks import StageClocks
 from bertstream.pipeline.source import Source, SourceLoop, read, read_in_workers, reading_items, text_stream
 from bertstream.testing import FakeEncoder, write_shards
@@ -147,3 +148,30 @@ def test_reading_in_workers_counts_what_is_skipped_once(tmp_path: Any, num_worke
     with pytest.raises(ShardError, match="record 0: not JSON") as caught:
         list(read_in_workers(strict, num_workers))
     assert caught.value.index == 0 and caught.value.path == str(path)
+
+
+def test_an_epoch_that_is_chosen_drops_the_state_of_the_one_that_was_left() -> None:
+    numbers = Numbers(5)
+    loop = SourceLoop(numbers)
+    source = Source(loop, StageClocks())
+    source.open()
+    for entry in read(source, None):
+        loop.received(entry)
+        if entry.item == 2:
+            break
+    assert loop.state_dict() == {"version": 1, "epoch": 0, "source": 3}
+    loop.set_epoch(1)
+    numbers.read = 0
+    assert loop.state_dict() == {"version": 1, "epoch": 1, "source": 0}
+
+
+def test_a_batch_whose_cursor_a_collate_fn_dropped_moves_nothing(tmp_path: Any) -> None:
+    stream = TextStream(write_shards(tmp_path, ["a", "b b", "c c c"]), FakeEncoder(), batch_size=1)
+
+    def without_cursor(item: Any) -> Any:
+        return item.pick(np.arange(len(item))) if isinstance(item, TokenBatch) else item
+
+    loader = bertstream.wrap(DataLoader(stream, batch_size=None, collate_fn=without_cursor), FakeEncoder())
+    before = loader.state_dict()
+    next(iter(loader))
+    assert loader.state_dict()["queues"] == before["queues"], "it starts over rather than skip what nobody received"

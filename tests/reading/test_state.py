@@ -85,6 +85,10 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
         tried.loading(before | {"settings": {"seed": 2}}, {"seed": 1})
     with pytest.raises(StateError, match="version 7"):
         tried.loading(before | {"version": 7}, {"seed": 1})
+    for part, value in (("queues", [[["x"]]]), ("queues", "no"), ("settings", 3), ("bad", [])):
+        with pytest.raises(StateError) as caught:
+            tried.loading(before | {part: value}, {"seed": 1})
+        assert caught.value.key == part
     assert tried.state_dict({"seed": 1}) == before
 
 
