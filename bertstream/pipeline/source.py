@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -33,15 +34,18 @@ def read_in_workers(stream: TextStream, num_workers: int) -> Iterator[TokenBatch
     """The stream's batches, read as by `in_workers`, with its progress in this process and errors with their fields."""
     progress = StreamLoop(in_workers(stream, num_workers), stream)
     items = iter(progress.begin())
-    progress.begun(items)
-    for item in items:
-        if isinstance(item, BertstreamError):
-            raise item
-        progress.count(item.report)
-        if isinstance(item, TokenBatch):
-            stream.progress.advance(stream.on_this_rank(item.cursor))
-            yield item
-    stream.progress.end_reading()
+    try:
+        progress.begun(items)
+        for item in items:
+            if isinstance(item, BertstreamError):
+                raise item
+            progress.count(item.report)
+            if isinstance(item, TokenBatch):
+                stream.progress.advance(stream.on_this_rank(item.cursor))
+                yield item
+        stream.progress.end_reading()
+    finally:
+        _close(items)
 
 
 class OwnLoader:
@@ -343,7 +347,7 @@ class Source:
         self.state: Any = None
         """The state of what is read, after the item that came last."""
         self._iterator: Iterator[Any] | None = None
-        self._is_closed = False
+        self._closed_by: int | None = None
 
     def open(self) -> None:
         """Start the iteration and read the first item, which `next()` then returns."""
@@ -360,7 +364,7 @@ class Source:
         if self._first:
             item, self.state = self._first.pop()
             return item
-        if self._is_closed or self._iterator is None:
+        if self._closed_by is not None or self._iterator is None:
             raise StopIteration
         with self._clocks.run("read", 1):
             item = next(self._iterator)
@@ -369,15 +373,23 @@ class Source:
 
     def close(self) -> None:
         """End the iteration, and with it what it reads."""
-        self._is_closed = True
+        this_thread = threading.get_ident()
+        if self._closed_by not in (None, this_thread):
+            return  # another thread is closing it
+        self._closed_by = this_thread
         self._first.clear()
-        close = getattr(self._iterator, "close", None)
-        if close is None and not getattr(self._iterator, "_persistent_workers", False):
-            # A DataLoader's iterator ends its workers when it is collected, which a kept traceback would delay.
-            close = getattr(self._iterator, "_shutdown_workers", None)
-        if close is not None:
-            close()
-        self._iterator = None  # last: Ctrl-C may strike before
+        _close(self._iterator)
+        self._iterator = None  # last: Ctrl-C may strike before, and this is called again
+
+
+def _close(iterator: Iterator[Any] | None) -> None:
+    """End an iterator that has something to end."""
+    close = getattr(iterator, "close", None)
+    if close is None and not getattr(iterator, "_persistent_workers", False):
+        # A DataLoader's iterator ends its workers when it is collected, which a kept traceback would delay.
+        close = getattr(iterator, "_shutdown_workers", None)
+    if close is not None:
+        close()
 
 
 def read(source: Source, stream: TextStream | None) -> Iterator[Entry]:
