@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, suppress
@@ -126,6 +127,7 @@ class Epoch:
         self._ready: Generator[Ready | Entry, None, None] | None = None
         self._worker: Prefetcher[Ready | Entry] | None = None
         self._ended = False
+        self._ended_by: int | None = None
 
     def batches(self) -> Generator[Any, None, None]:
         """The epoch's batches with their vectors. However the loop ends, everything else ends here.
@@ -205,8 +207,10 @@ class Epoch:
             reason: what the other ranks are told, unless all have agreed on the end.
             timeout_s: seconds to wait for what the worker has in progress; None waits as long as it takes.
         """
-        if self._ended:
-            return
+        this_thread = threading.get_ident()
+        if self._ended or self._ended_by not in (None, this_thread):
+            return  # it has ended, or another thread is ending it
+        self._ended_by = this_thread
         self._status.is_over = True
         if self._parts.peers is not None and not self._status.ranks_have_ended:
             with suppress(Exception):  # the store may be gone with the rank that held it
