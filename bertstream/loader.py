@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from .caching.cache import EmbeddingCache
 from .embeddings import Layout, SupportsEncode, SupportsTraining
-from .errors import ConfigError, LoaderClosedError, check_at_least, check_choice
+from .errors import ConfigError, LoaderClosedError, check_at_least, check_choice, shortened
 from .pipeline.checks import check_cacheable, check_encoder, check_not_replicated
 from .pipeline.clocks import Stage, StageClocks
 from .pipeline.encode import BatchEncoder
@@ -63,7 +63,7 @@ def wrap(
         cache: keeps vectors, so that none is computed twice; several loaders may share it.
         deterministic: whether the data alone decides which texts share a forward. If False, batches that are ready at
             the same time are encoded together; how many depends on timing, and two runs may differ in the last bits.
-            True also stops measuring the encoder's `max_forward_tokens`, for its other loaders too.
+            True also takes the encoder's default forward size instead of a measured one; the encoder stays as it is.
         allow_replicated: accept that every rank reads all of the data (not checked for an IterableDataset, which
             divides its data among ranks itself).
     Raises:
@@ -149,6 +149,8 @@ def stream(
         ShardError: a shard is missing or holds no record.
     """
     check_at_least("num_workers", num_workers, 0)
+    if reading is not None and not isinstance(reading, StreamConfig):
+        raise ConfigError(f"reading={shortened(reading)}: pass a bertstream.StreamConfig")
     check_encoder(encoder)
     dataset = TextStream(
         shards,

@@ -162,8 +162,8 @@ def test_doctor_names_a_model_that_is_no_text_encoder_and_still_describes_the_ot
     monkeypatch.setattr("bertstream.encoding.encoder.find_pretrained", find_others)
     status, out, _ = call("doctor", "--model", *others, "all-MiniLM-L6-v2", "--dtype", "float32", "--json")
     models = json.loads(out)["models"]
-    assert status == 1 and "Linear is no transformers text encoder" in models["linear"]["error"]
-    assert "ViTModel is no transformers text encoder" in models["images"]["error"]
+    assert status == 1 and "Linear is not a transformers text encoder" in models["linear"]["error"]
+    assert "ViTModel is not a transformers text encoder" in models["images"]["error"]
     assert models["all-MiniLM-L6-v2"]["runs"] == "packed"
 
 

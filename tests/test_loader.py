@@ -1056,7 +1056,12 @@ def test_a_bad_argument_of_wrap_is_refused_with_the_value_seen(options: dict[str
 
 
 @pytest.mark.parametrize(
-    ("options", "seen"), [({"num_workers": -1}, "num_workers=-1"), ({"batch_size": 0}, "batch_size=0")]
+    ("options", "seen"),
+    [
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"reading": {"lanes": 2}}, r"reading=\{'lanes': 2\}: pass a bertstream.StreamConfig"),
+    ],
 )
 def test_a_bad_argument_of_stream_is_refused_before_any_file_is_opened(options: dict[str, Any], seen: str) -> None:
     with pytest.raises(ConfigError, match=seen):

@@ -73,7 +73,7 @@ if options.get("talks_late"):
     os.environ.update(RANK=str(options["rank"]), WORLD_SIZE=str(options["world_size"]))
 else:
     talk()
-reading = bertstream.StreamConfig(**{"lanes": 7, "window": 40} | options.get("reading", {}))
+reading = bertstream.StreamConfig(**{"lanes": 7, "bucket_size": 40} | options.get("reading", {}))
 loader = bertstream.stream(
     options["shards"], Failing(), batch_size=8, shuffle=True, seed=options.get("seed", 0),
     num_workers=options["workers"], reading=reading,

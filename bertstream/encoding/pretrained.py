@@ -130,7 +130,7 @@ def check_config(config: Any, whose: str) -> None:
     """
     lacking = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(config, name)]
     if lacking:
-        raise ConfigError(f"{whose} is no transformers text encoder: its config has no {lacking[0]}")
+        raise ConfigError(f"{whose} is not a transformers text encoder: its config has no {lacking[0]}")
 
 
 def longest_text(tokenizer: Any, config: Any, max_length: int | None, first_position: int = 0) -> int:

@@ -37,6 +37,8 @@ def check_cutting(
     Raises:
         ConfigError: one is out of range, or has no effect beside the others.
     """
+    if word_splitter is not None and not callable(word_splitter):
+        raise ConfigError(f"word_splitter={shortened(word_splitter)}: pass a function from a string to its words")
     if word_splitter is not None and output != "words":
         raise ConfigError(f"word_splitter= has no effect on output={output!r}: it is for word vectors")
     check_choice("overflow", overflow, Overflow)

@@ -38,7 +38,7 @@ def check_cacheable(encoder: SupportsEncode, cached: CachedEncoder) -> None:
     """
     if isinstance(encoder, SupportsTraining) and not encoder.trainable and cached.prefix() is None:
         raise ConfigError(
-            "cache= has no effect: parameters of the encoder require gradients, as those of your own model do by "
+            "cache= is refused: parameters of the encoder require gradients, as those of your own model do by "
             "default. Call encoder.freeze() first; encoder.unfreeze() may follow later"
         )
 

@@ -56,7 +56,13 @@ class StreamConfig(Access):
     def __post_init__(self, window: int | None) -> None:
         Access.__post_init__(self)
         if window is not None:
-            warnings.warn("StreamConfig(window=) is now StreamConfig(bucket_size=)", FutureWarning, stacklevel=3)
+            if self.bucket_size != StreamConfig.__dataclass_fields__["bucket_size"].default:
+                raise ConfigError(f"window={window} is the old name of bucket_size={self.bucket_size}: leave it out")
+            warnings.warn(
+                "StreamConfig(window=) is now StreamConfig(bucket_size=); the next version drops the old name",
+                FutureWarning,
+                stacklevel=3,
+            )
             object.__setattr__(self, "bucket_size", window)
         if self.max_bad_records < 0 or (self.max_bad_records > 1 and self.max_bad_records % 1):
             raise ConfigError(f"max_bad_records={self.max_bad_records}: write a whole number, or a fraction below 1")

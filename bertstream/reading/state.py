@@ -162,9 +162,10 @@ class StreamProgress:
         for name, value in settings.items():
             saved = state["settings"].get(name)
             if saved != value:
+                option = {"window": "bucket_size"}.get(name, name)  # as the user writes it
                 raise StateError(
-                    f"the state was saved with {name}={saved!r}, this stream has {name}={value!r}: make the stream as "
-                    "it was, or start an epoch without the state",
+                    f"the state was saved with {option}={saved!r}, this stream has {option}={value!r}: make the stream "
+                    "as it was, or start an epoch without the state",
                     key=name,
                 )
         try:

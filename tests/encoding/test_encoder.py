@@ -701,6 +701,12 @@ def test_the_old_name_of_word_splitter_still_works_and_warns(minilm_folder: str,
         Encoder(tiny_bert(), tokenizer, output="words", word_splitter=by_dash, split=by_dash)
 
 
+def test_a_word_splitter_that_is_no_function_is_refused_before_weights_are_loaded(minilm_folder: str) -> None:
+    wrong: Any = "-"
+    with pytest.raises(ConfigError, match="word_splitter='-': pass a function"):
+        Encoder.from_pretrained(minilm_folder, output="words", word_splitter=wrong)
+
+
 def test_an_option_without_effect_is_refused(minilm_folder: str) -> None:
     of_words: dict[str, Any] = {"output": "words", "special_tokens": False}
     for options in ({"normalize": True}, {"word_splitter": str.split}, {"stride": 4}, of_words):

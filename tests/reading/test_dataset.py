@@ -312,6 +312,8 @@ def test_the_old_name_of_bucket_size_works_and_warns() -> None:
         reading = StreamConfig(window=5)
     assert reading.bucket_size == 5
     assert replace(reading, lanes=2) == StreamConfig(bucket_size=5, lanes=2), "a copy does not warn again"
+    with pytest.raises(ConfigError, match="window=5 is the old name of bucket_size=7"):
+        StreamConfig(window=5, bucket_size=7)
 
 
 def test_shards_that_are_named_twice_are_read_twice_and_said(

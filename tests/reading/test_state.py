@@ -124,3 +124,11 @@ def test_what_is_skipped_is_counted_by_epoch_and_over_all() -> None:
         tried.count(None)
         tried.end_epoch(tried.epoch)
     assert (tried.bad.read, tried.bad.records, tried.bad.all_records) == (9, 1, 2)
+
+
+def test_a_state_of_another_bucket_size_is_refused_in_the_words_of_the_option() -> None:
+    tried = progress()
+    state = tried.state_dict({"window": 64})
+    with pytest.raises(StateError, match="saved with bucket_size=64, this stream has bucket_size=32") as caught:
+        tried.loading(state, {"window": 32})
+    assert caught.value.key == "window"
