@@ -57,6 +57,26 @@ class Packing:
         """Tokens of the longest text."""
         return int(self.lengths.max())
 
+    @cached_property
+    def _masks(self) -> dict[tuple[int, int], Tensor]:
+        return {}  # the same in every layer
+
+    def window_mask(self, length: int, window: int, like: Tensor) -> Tensor:
+        """[length, length] bool, true where two tokens are fewer than `window` positions apart; on like's device."""
+        mask = self._masks.get((length, -window))
+        if mask is None:
+            steps = torch.arange(length, device=like.device)
+            mask = self._masks[length, -window] = (steps[:, None] - steps).abs() < window
+        return mask
+
+    def ragged_mask(self, length: int, more: int, like: Tensor) -> Tensor:
+        """[1, length + more] of like's dtype, added to the scores: 0, then -inf for `more` keys of other texts."""
+        mask = self._masks.get((length, more))
+        if mask is None:
+            mask = self._masks[length, more] = like.new_zeros(1, length + more)
+            mask[:, length:] = -math.inf
+        return mask
+
 
 def packed_attention(
     module: nn.Module,
@@ -98,45 +118,43 @@ def packed_attention(
     out: list[Tensor] = []
     start = 0
     for texts, length in packing.groups:
-        rows = slice(start, start + texts * length)
-        q, k, v = (x[0, :, rows].unflatten(1, (texts, length)).transpose(0, 1) for x in (query, key, value))
-        band = None
+        more, mask = 0, None
         if sliding_window is not None and length > sliding_window:
-            steps = torch.arange(length, device=query.device)
-            band = (steps[:, None] - steps).abs() < sliding_window
-        elif _is_ragged(q):
+            mask = packing.window_mask(length, sliding_window, query)
+        elif _is_ragged(query, length):
             more = -length % _LANES
-            k, v = (_with_neighbours(x, start, texts, length, more) for x in (key, value))
-            band = query.new_zeros(1, length + more)
-            band[:, length:] = -math.inf
-        grouped = F.scaled_dot_product_attention(q, k, v, attn_mask=band, dropout_p=dropout, scale=scaling)
-        out.append(grouped.transpose(1, 2).flatten(0, 1))
-        start = rows.stop
-    return torch.cat(out)[None], None
+            mask = packing.ragged_mask(length, more, query)
+        q, k, v = (_texts(x, start, texts, length, extra) for x, extra in ((query, 0), (key, more), (value, more)))
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        out.append(found.transpose(1, 2).flatten(0, 1))
+        start += texts * length
+    return (out[0] if len(out) == 1 else torch.cat(out))[None], None
 
 
-def _is_ragged(query: Tensor) -> bool:
-    """Whether attention over [texts, heads, L, d] is faster with keys padded to whole vector registers.
+def _is_ragged(query: Tensor, length: int) -> bool:
+    """Whether attention over texts of this length is faster with keys padded to whole vector registers.
 
     torch's CPU kernel computes the exponentials of an incomplete register one by one. With 16 lanes and four or more
     left over, padding brought attention over texts of 5 to 130 tokens to 0.53 to 1.03 of its time, 0.75 on average.
     """
-    if query.is_cuda or query.dtype != torch.float32 or torch.is_grad_enabled():
+    if length % _LANES < _LANES // 4 or query.is_cuda or query.dtype != torch.float32:
         return False
-    return query.shape[-2] % _LANES >= _LANES // 4
+    return not torch.is_grad_enabled()
 
 
-def _with_neighbours(x: Tensor, start: int, texts: int, length: int, more: int) -> Tensor:
-    """[texts, heads, length + more, d] of x [1, heads, N, d]: each text from `start`, and what follows it in the row.
+def _texts(x: Tensor, start: int, texts: int, length: int, more: int) -> Tensor:
+    """[texts, heads, length + more, d] of x [1, heads, N, d]: each text from row `start`, and what follows it in x.
 
     A view, so padding costs no copy; a mask hides the neighbours' keys, so their weights are exactly 0.
     """
-    rows = x[0, :, start:]
-    if rows.shape[1] < texts * length + more:  # the last texts of the row, which are its shortest
-        rows = F.pad(rows, (0, 0, 0, more))
+    rows = x[0]
+    if torch.is_grad_enabled():  # the gradient of a strided view is slow
+        return rows[:, start : start + texts * length].unflatten(1, (texts, length)).transpose(0, 1)
+    if start + texts * length + more > rows.shape[1]:  # the last texts of the row, which are its shortest
+        rows, start = F.pad(rows[:, start:], (0, 0, 0, more)), 0
     head, row, number = rows.stride()
-    size = (texts, rows.shape[0], length + more, rows.shape[2])
-    return rows.as_strided(size, (length * row, head, row, number), rows.storage_offset())
+    size, stride = (texts, rows.shape[0], length + more, rows.shape[2]), (length * row, head, row, number)
+    return rows.as_strided(size, stride, rows.storage_offset() + start * row)
 
 
 def _flash_fits(query: Tensor) -> bool:
@@ -171,14 +189,20 @@ class BatchingSupport:
     """How texts may share a forward, as the self-test found.
 
     Attributes:
-        way: "packed" in one row; "padded" to the longest; "grouped", texts of equal length only.
+        way: "fused", in one row and by our own loop over the weights; "packed" in one row; "padded" to the longest;
+            "grouped", texts of equal length only.
         reason: why, in words, with the measured errors.
         first_position: the position id of a text's first token (RoBERTa's family counts from padding_idx + 1).
     """
 
-    way: Literal["packed", "padded", "grouped"]
+    way: Literal["fused", "packed", "padded", "grouped"]
     reason: str
     first_position: int = 0
+
+    @property
+    def packs(self) -> bool:
+        """Whether texts of any length share a row."""
+        return self.way in ("fused", "packed")
 
 
 def probe_batching(model: nn.Module, packed: bool | None = None) -> BatchingSupport:

@@ -22,7 +22,9 @@ from .attention import plain_mode, probe_batching
 from .autotune import TRIED_TOKENS, fastest_dtype, fastest_forward_tokens
 from .fingerprint import hash_weights, weights_state
 from .forward_size import FORWARD_TOKENS, ForwardSize
+from .fused import FusedForward
 from .freezing import FreezableForward, warn_of_half
+from .layer_modules import Undescribed
 from .layers import stop_after, unroll
 from .output_spec import OutputSpec
 from .own_model import own_copy, without_peft
@@ -135,6 +137,7 @@ class Encoder(FreezableForward):
         if max(spec.layers) < num_layers:
             stop_after(own, max(spec.layers))
         super().__init__(own, spec, probe_batching(own, packed), num_layers, size)
+        self._fuse()
         logger.info("%s runs %s: %s", type(model).__name__, self.batching.way, self.batching.reason)
         self.tokenizer = TextTokenizer(
             tokenizer,
@@ -264,12 +267,40 @@ class Encoder(FreezableForward):
         ids = np.zeros(32 * len(lengths), np.int32)
         batch = TokenBatch(ids, cumulate(lengths), None, None, None, nothing, nothing)
         with plain_mode(self.device):
-            forward = self._packed_forward if self.batching.way == "packed" else self._padded_forward
+            forward = self._chosen_forward()
             return forward(batch, np.arange(len(ids)), lengths)
+
+    def _fuse(self) -> None:
+        if self.batching.way != "packed":
+            return
+        try:
+            fused = FusedForward(self.model, self.layers, self._num_layers)
+        except Undescribed as error:
+            self.batching = dataclasses.replace(self.batching, reason=f"{self.batching.reason}; not fused: {error}")
+            return
+        self._fused = fused
+        from .attention import _probe_texts
+        ids = _probe_texts(self.model.config, self.batching.first_position)
+        lengths = np.array([row.shape[1] for row in ids], np.int32)
+        flat = torch.cat(ids, 1)[0].numpy().astype(np.int32)
+        nothing = np.zeros(len(lengths), np.int32)
+        batch = TokenBatch(flat, cumulate(lengths), None, None, None, nothing, nothing)
+        with plain_mode(self.device):
+            fused.ready(self.model)
+            a = self._fused_forward(batch, np.arange(len(flat)), lengths)
+            b = self._packed_forward(batch, np.arange(len(flat)), lengths)
+        worst = max(float((x.float() - y.float()).norm() / y.float().norm()) for x, y in zip(a, b, strict=True))
+        if worst < 1e-5 or self.dtype != torch.float32:
+            self.batching = dataclasses.replace(self.batching, way="fused", reason=f"fused equals packed ({worst:.1e})")
+        else:
+            self._fused = None
+            self.batching = dataclasses.replace(self.batching, reason=f"{self.batching.reason}; fused differs ({worst:.1e})")
 
     def freeze(self) -> Encoder:
         """Stop training all parameters; from here on vectors may be cached."""
         self._fingerprint = None  # the weights may have changed without a trace
+        if self._fused is not None:
+            self._fused.forget()
         return super().freeze()
 
     def split(self, at: int) -> tuple[Encoder, UpperEncoder]:
@@ -303,7 +334,7 @@ class Encoder(FreezableForward):
             self._pretrained_tokenizer,
             layers=at,
             output_dtype=self.dtype,
-            packed=None if self.batching.way == "packed" else False,
+            packed=None if self.batching.packs else False,
         )
         lower.tokenizer = self.tokenizer
         lower.spec = dataclasses.replace(lower.spec, every_window=True)

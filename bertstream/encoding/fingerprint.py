@@ -62,11 +62,13 @@ def weights_state(model: nn.Module) -> list[tuple[object, ...]] | None:
     tensors = _tensors(model)
     if any(tensor.requires_grad for _, tensor in tensors):
         return None
-    state: list[tuple[object, ...]] = [
-        (t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version, t.__dict__.get(_TIMES_TRAINED, 0))
-        for _, t in tensors
-    ]
-    return [*state, *_adapters(model, tensors)]
+    return [*(tensor_state(tensor) for _, tensor in tensors), *_adapters(model, tensors)]
+
+
+def tensor_state(tensor: Tensor) -> tuple[object, ...]:
+    """A value that changes when a tensor is written in place, moved, converted, or noted as trained."""
+    version = -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tensor.dtype, version, tensor.__dict__.get(_TIMES_TRAINED, 0)
 
 
 def _adapters(model: nn.Module, tensors: Sequence[tuple[str, Tensor]]) -> list[tuple[object, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from ..tokens import BoolArray, Indices, Int32Array, TokenBatch, cumulate, rows_
 from .attention import BatchingSupport, Packing, register
 from .fingerprint import note_training
 from .forward_size import ForwardSize
+from .fused import FusedForward
 from .layers import kept_inputs, parameters_by_layer
 from .output_spec import OutputSpec
 from .pooling import Combine, SentencePooling, WordPooling, combine_layers, pool_runs
@@ -46,6 +47,7 @@ class BatchedForward(nn.Module):
         self.model = model
         self.spec = spec
         self.batching = batching
+        self._fused: FusedForward | None = None
         self._num_layers = num_layers
         self._size = size
         self._lock = threading.Lock()
@@ -258,7 +260,7 @@ class BatchedForward(nn.Module):
         # Longest first: memory runs out in the first forward or never, and equal lengths are neighbours.
         order = np.argsort(-lengths, kind="stable")
         order = order[lengths[order] > 0]
-        forward = self._packed_forward if self.batching.way == "packed" else self._padded_forward
+        forward = self._chosen_forward(given)
         layers: list[Tensor] = []
         waiting = deque(self._forwards(order, lengths, self._size.most(self.device, max_forward_tokens)))
         while waiting:
@@ -272,8 +274,7 @@ class BatchedForward(nn.Module):
                 if len(texts) == 1:
                     raise
             if parts is None:  # out of the except block, the error no longer holds the forward's tensors
-                packed = self.batching.way == "packed"
-                self._lower_size(len(rows) if packed else len(texts) * int(lengths[texts].max()))
+                self._lower_size(len(rows) if self.batching.packs else len(texts) * int(lengths[texts].max()))
                 waiting.extendleft(np.array_split(texts, 2)[::-1])
                 continue
             layers = layers or [part.new_empty(batch.num_tokens, part.shape[1]) for part in parts]
@@ -295,17 +296,45 @@ class BatchedForward(nn.Module):
 
     def _forwards(self, order: Indices, lengths: Int32Array, most: int) -> Iterator[Indices]:
         """Cut texts, longest first, into forwards of at most `most` tokens, padding included where the model pads."""
-        start, held = 0, 0
-        for end, text in enumerate(order.tolist()):
-            longest, length = int(lengths[order[start]]), int(lengths[text])
-            cost = length if self.batching.way == "packed" else longest
-            odd = self.batching.way == "grouped" and length != longest
-            if held and (odd or held + cost > most):
-                yield order[start:end]
-                start, held, cost = end, 0, length
-            held += cost
-        if len(order):
-            yield order[start:]
+        ordered = lengths[order]
+        ends = cumulate(ordered)
+        start = 0
+        while start < len(order):
+            if self.batching.packs:
+                end = int(np.searchsorted(ends, int(ends[start]) + most, "right")) - 1
+            elif self.batching.way == "padded":
+                end = start + most // int(ordered[start])
+            else:
+                equal = len(order) - int(np.searchsorted(ordered[::-1], ordered[start], "left"))
+                end = min(equal, start + most // int(ordered[start]))
+            end = max(end, start + 1)
+            yield order[start:end]
+            start = end
+
+    def _chosen_forward(self, given: Tensor | None = None) -> Callable[..., list[Tensor]]:
+        if not self.batching.packs:
+            return self._padded_forward
+        fused = given is None and self._fused is not None and not self.training and self._is_plain()
+        return self._fused_forward if fused else self._packed_forward
+
+    def _is_plain(self) -> bool:
+        """Whether the fused forward gives what the caller's modes ask for, and the model is as it was read."""
+        if torch.is_autocast_enabled(self.device.type):
+            return False
+        assert self._fused is not None
+        return self._fused.ready(self.model) and not (torch.is_grad_enabled() and self._fused.requires_grad)
+
+    def _fused_forward(
+        self, batch: TokenBatch, rows: Any, lengths: Int32Array, given: Tensor | None = None
+    ) -> list[Tensor]:
+        """Like `_packed_forward`; all inputs go to the device in one copy."""
+        assert self._fused is not None
+        parts = [batch.input_ids[rows], steps(lengths) + self.batching.first_position, cumulate(lengths)]
+        if batch.token_type_ids is not None:
+            parts.append(batch.token_type_ids[rows])
+        slab = self._to_device(np.concatenate(parts, dtype=np.int32, casting="unsafe"))
+        ids, positions, cu_seqlens, *types = slab.split([len(part) for part in parts])
+        return self._fused(ids, positions, types[0] if types else None, Packing(lengths, cu_seqlens))
 
     def _packed_forward(
         self, batch: TokenBatch, rows: Any, lengths: Int32Array, given: Tensor | None = None

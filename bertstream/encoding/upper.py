@@ -32,7 +32,7 @@ class UpperEncoder(BatchedForward):
     def __init__(self, model: nn.Module, at: int, whole: BatchedForward) -> None:
         unroll(model)
         begin_at(model, at, keep_pooler="pooler" in whole.pooling)
-        if whole.batching.way == "packed":
+        if whole.batching.packs:
             cast(Any, model).set_attn_implementation(PACKED)
         super().__init__(model, whole.spec, whole.batching, whole._num_layers, whole._size.copied())
         self.at = at
