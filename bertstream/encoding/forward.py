@@ -52,6 +52,7 @@ class BatchedForward(nn.Module):
         self._size = size
         self._lock = threading.Lock()
         self._weights_in_turn = InTurn()
+        self._device_now: torch.device | None = None  # while weights are held: looking it up is slow
 
     def requires_grad_(self, requires_grad: bool = True) -> BatchedForward:
         """As in torch, for all parameters; caches of other encoders that share them notice the change."""
@@ -64,8 +65,13 @@ class BatchedForward(nn.Module):
 
         A loader's encoder reads them on its own stream, an optimizer writes them on the training loop's.
         """
-        with self._lock, self._weights_in_turn.use(self.device):
-            yield
+        with self._lock:
+            self._device_now = device = self.device
+            try:
+                with self._weights_in_turn.use(device):
+                    yield
+            finally:
+                self._device_now = None
 
     @property
     def output(self) -> Output:
@@ -115,7 +121,7 @@ class BatchedForward(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the forward and of the vectors."""
-        return next(self.model.parameters()).device
+        return self._device_now or next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -329,12 +335,16 @@ class BatchedForward(nn.Module):
     ) -> list[Tensor]:
         """Like `_packed_forward`; all inputs go to the device in one copy."""
         assert self._fused is not None
-        parts = [batch.input_ids[rows], steps(lengths) + self.batching.first_position, cumulate(lengths)]
-        if batch.token_type_ids is not None:
-            parts.append(batch.token_type_ids[rows])
-        slab = self._to_device(np.concatenate(parts, dtype=np.int32, casting="unsafe"))
-        ids, positions, cu_seqlens, *types = slab.split([len(part) for part in parts])
-        return self._fused(ids, positions, types[0] if types else None, Packing(lengths, cu_seqlens))
+        tiles = self._fused.tiles(lengths)
+        types = None if batch.token_type_ids is None else batch.token_type_ids[rows]
+        positions = steps(lengths) + self.batching.first_position
+        parts = [batch.input_ids[rows], positions, cumulate(lengths), types, None if tiles is None else tiles.ravel()]
+        sizes = [0 if part is None else len(part) for part in parts]
+        slab = self._to_device(np.concatenate([p for p in parts if p is not None], dtype=np.int32, casting="unsafe"))
+        ids, places, cu_seqlens, *others = slab.split(sizes)
+        segments, tiled = (part if len(part) else None for part in others)
+        packing = Packing(lengths, cu_seqlens)
+        return self._fused(ids, places, segments, packing, None if tiled is None else tiled.view(-1, 2))
 
     def _packed_forward(
         self, batch: TokenBatch, rows: Any, lengths: Int32Array, given: Tensor | None = None
@@ -401,7 +411,7 @@ class BatchedForward(nn.Module):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_weights_in_turn")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_weights_in_turn")} | {"_device_now": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         register()  # this process may not have made an encoder yet

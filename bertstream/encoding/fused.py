@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Packing, packed_attention
-from .fingerprint import tensor_state
+from ..tokens import Int32Array
+from . import kernels
+from .attention import Packing, attend
+from .fingerprint import states_of
 from .layer_modules import EncoderModules, LayerModules, Undescribed, describe
 from .model_guard import ModelGuard
 
@@ -40,6 +42,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+_GATES = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "swish": "silu"}
+"""The activations of `kernels.gated`, by their names in transformers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Norm:
     """LayerNorm, or RMSNorm, which has no mean and no bias."""
@@ -52,7 +58,7 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         """Normalize [N, H] along H."""
         if not self.rms:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         wide = x.float()
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
@@ -78,6 +84,10 @@ class Layer:
     rotary: str | None
 
 
+LONG_TEXT = 256
+"""Tokens of a text from which on torch's flash kernel is faster than ours, until `calibrate` has measured it."""
+
+
 class FusedForward:
     """A model's forward over packed texts.
 
@@ -98,6 +108,7 @@ class FusedForward:
         self.layers = tuple(layers)
         self._num_layers = num_layers
         self._warned = False
+        self.long_text = LONG_TEXT
         self._describe()
 
     def _describe(self) -> None:
@@ -112,15 +123,10 @@ class FusedForward:
         if reason := self._guard.intruder():
             raise Undescribed(reason)
         # Those that are joined, and one that tells that the model moved.
-        self._watched = [
-            weight
-            for layer in self._modules.layers
-            for products in (layer.qkv, layer.up)
-            if len(products) > 1
-            for module in products
-            for weight in module.parameters()
-        ] or weights[:1]
-        self._state: list[object] = []
+        joined = [products for layer in self._modules.layers for products in (layer.qkv, layer.up) if len(products) > 1]
+        sources = {id(w): w for products in joined for module in products for w in module.parameters()}
+        self._watched = list(sources.values()) or weights[:1]
+        self._state: object = None
 
     def ready(self, model: nn.Module) -> bool:
         """Whether the model can run fused as it is now; if so, the joined weights are up to date.
@@ -139,7 +145,7 @@ class FusedForward:
                 logger.warning("%s runs through its own modules: %s", type(self.model).__name__, reason)
             self._warned = True
             return False
-        state: list[object] = [(weight.requires_grad, *tensor_state(weight)) for weight in self._watched]
+        state = states_of(self._watched)
         if state != self._state:
             self._read_weights()
             self._state = state
@@ -147,7 +153,7 @@ class FusedForward:
 
     def forget(self) -> None:
         """Read the weights again before the next forward: they may have changed without a trace."""
-        self._state = []
+        self._state = None
 
     @property
     def requires_grad(self) -> bool:
@@ -184,6 +190,11 @@ class FusedForward:
         norms = [*(layer.attention_norm for layer in self._loop), _norm(modules.final_norm)]
         self._following = norms[1:]
         self._rotary = self._rotary_tables() if self._loop else {}
+        weight = self._tables[0][0]
+        self._kernels = kernels.available(weight.device)
+        self._gate = _GATES.get(modules.activation) if self._kernels else None
+        fits = self._kernels and kernels.attention_fits(modules.head_size, weight.dtype)
+        self._tile_rows = kernels.tile_rows(modules.head_size, weight.dtype) if fits else None
 
     def _rotary_tables(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Cosines and sines [positions, d] of each kind of layer, as the model computes them."""
@@ -199,8 +210,19 @@ class FusedForward:
         """Bytes of the joined copies, beside the model's own weights."""
         return sum(tensor.nbytes for pair in self._joined for tensor in pair if tensor is not None)
 
+    def tiles(self, lengths: Int32Array) -> Int32Array | None:
+        """[tiles, 2] of `kernels.attention_tiles` for a forward of these texts; None if it uses another attention."""
+        if self._tile_rows is None or lengths.max() >= self.long_text:
+            return None
+        return kernels.attention_tiles(lengths, self._tile_rows)
+
     def __call__(
-        self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, packing: Packing
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor | None,
+        packing: Packing,
+        tiles: Tensor | None = None,
     ) -> list[Tensor]:
         """The hidden states [N, H] of each of `layers`, after `ready` said yes.
 
@@ -209,6 +231,7 @@ class FusedForward:
             position_ids: [N], as the model counts them.
             token_type_ids: [N]; None is all zeros.
             packing: where the texts begin and end.
+            tiles: of the method, on the device.
         """
         x = self._embed({"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids})
         kept = {0: x}
@@ -218,7 +241,7 @@ class FusedForward:
         normed = x if first is None else first(x)
         for index, (layer, following) in enumerate(zip(self._loop, self._following, strict=True), 1):
             qkv = _apply(layer.qkv, normed)
-            attended = self._attend(qkv, packing, layer.window, rotary.get(layer.rotary or ""))
+            attended = self._attend(qkv, packing, tiles, layer.window, rotary.get(layer.rotary or ""))
             out = F.linear(attended, *layer.attention_out)
             x, normed = self._add(out, x, layer.feed_forward_norm if pre_norm else layer.attention_norm)
             out = F.linear(self._activate(_apply(layer.up, normed)), *layer.down)
@@ -239,30 +262,50 @@ class FusedForward:
 
     def _add(self, out: Tensor, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
         """The residual stream and what the next product takes, after `out` [N, H], which is overwritten."""
-        total = out.add_(x)
-        normed = total if norm is None else norm(total)
-        return (total if self._modules.pre_norm else normed), normed
+        pre_norm = self._modules.pre_norm
+        if norm is None:
+            total = normed = out.add_(x)
+        elif not self._kernels:
+            total = out.add_(x)
+            normed = norm(total)
+        elif pre_norm:
+            total, normed = kernels.add_norm(out, x, norm.weight, norm.bias, norm.eps, rms=norm.rms, keep_sum=True)
+        else:
+            total = normed = kernels.add_norm(out, x, norm.weight, norm.bias, norm.eps, rms=norm.rms)
+        return (total if pre_norm else normed), normed
 
     def _activate(self, up: Tensor) -> Tensor:
         if not self._modules.gated:
             return self._activation(up)
+        if self._gate is not None:
+            return kernels.gated(up, self._gate, up_first=False)
         gate, value = up.chunk(2, -1)
         return self._activation(gate).mul_(value)
 
     def _attend(
-        self, qkv: Tensor, packing: Packing, window: int | None, rotary: tuple[Tensor, Tensor] | None
+        self,
+        qkv: Tensor,
+        packing: Packing,
+        tiles: Tensor | None,
+        window: int | None,
+        rotary: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """[N, heads * d] from queries, keys and values side by side."""
-        heads, shared, size = self._modules.heads, self._modules.kv_heads, self._modules.head_size
-        states = qkv.view(1, len(qkv), heads + 2 * shared, size).transpose(1, 2)
-        query, key, value = states.split((heads, shared, shared), 1)
-        if rotary is not None:
-            query, key = _rotated(query, *rotary), _rotated(key, *rotary)
-        found, _ = packed_attention(None, query, key, value, None, packing=packing, sliding_window=window)
-        return found.view(len(qkv), heads * size)
+        heads, kv_heads, size = self._modules.heads, self._modules.kv_heads, self._modules.head_size
+        sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": size}
+        if rotary is not None and self._kernels:
+            kernels.rotate(qkv, *rotary, **sizes, rotary_dim=size)
+        elif rotary is not None:
+            turned = qkv.view(len(qkv), heads + 2 * kv_heads, size)[:, : heads + kv_heads]
+            turned.copy_(_rotated(turned, *rotary))
+        if tiles is not None:
+            return kernels.packed_attention(
+                qkv, packing.cu_seqlens, tiles, **sizes, scale=size**-0.5, window=window
+            )
+        return attend(qkv, heads, kv_heads, size, packing, window)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "layers": self.layers, "_num_layers": self._num_layers, "_warned": self._warned}
+        return {"model": self.model, "layers": self.layers, "_num_layers": self._num_layers, "_warned": self._warned, "long_text": self.long_text}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -325,7 +368,7 @@ def _apply(products: tuple[Product, ...], x: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions of [1, heads, N, d]; cos and sin are [N, d]."""
+    """Rotary positions of [N, heads, d] in float32; cos and sin are [N, d]."""
     first, second = x.float().chunk(2, -1)
     turned = torch.cat((-second, first), -1)
-    return (x * cos.float()).add_(turned.mul_(sin.float())).to(x.dtype)
+    return (x * cos.float()[:, None]).add_(turned.mul_(sin.float()[:, None]))

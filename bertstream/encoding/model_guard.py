@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ _GLOBAL_HOOKS: list[Any] = [torch_module._global_forward_hooks, torch_module._gl
 
 
 class ModelGuard:
-    """A picture of a model's structure. Checking it costs some ten microseconds for a hundred modules.
+    """A picture of a model's structure, cheap enough to compare with every batch.
 
     Args:
         model: the pooler is left out: it runs as a module anyway.
@@ -20,36 +21,38 @@ class ModelGuard:
     def __init__(self, model: nn.Module) -> None:
         pooler = getattr(model, "pooler", None)
         left_out = set() if pooler is None else set(pooler.modules())
-        named = [(path, module) for path, module in model.named_modules() if module not in left_out]
-        self._paths = [path or type(model).__name__ for path, _ in named]
-        self._hooks: list[Any] = [(module._forward_hooks, module._forward_pre_hooks) for _, module in named]
-        self._flat_hooks = [hooks for pair in self._hooks for hooks in pair] + _GLOBAL_HOOKS
-        self._vars: list[dict[str, Any]] = [vars(module) for _, module in named]
-        self._entries: list[tuple[Any, str, object]] = [
-            (entries, name, entry)
-            for _, module in named
-            for entries in (module._modules, module._parameters, module._buffers)
-            for name, entry in entries.items()
-        ]
-        self._parameters = [p for _, module in named for p in module.parameters(recurse=False)]
+        named = {path or type(model).__name__: m for path, m in model.named_modules() if m not in left_out}
+        self._modules = named
+        self._hooks = [hooks for m in named.values() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks += _GLOBAL_HOOKS
+        self._vars = [vars(module) for module in named.values()]
+        self._sizes: list[int] = []  # looked at once in any case
+        tables = [table for m in named.values() for table in (m._modules, m._parameters, m._buffers)]
+        self._tables: list[dict[str, object]] = [table for table in tables if table]
+        self._entries = list(chain.from_iterable(map(dict.values, self._tables)))  # kept, so that no id is used again
+        self._ids = list(map(id, self._entries))
+        self._parameters = [p for module in named.values() for p in module.parameters(recurse=False)]
 
     def intruder(self) -> str | None:
         """What would change a forward beside the modules themselves, in words; None if nothing does."""
-        if any(self._flat_hooks) and (hooked := self._hooked()):
+        if any(self._hooks) and (hooked := self._hooked()):
             return f"it has a hook on {hooked}"
-        for path, own in zip(self._paths, self._vars, strict=True):
-            if "forward" in own:
+        if list(map(len, self._vars)) == self._sizes:
+            return None
+        for path, module in self._modules.items():
+            if "forward" in vars(module):
                 return f"{path} has a forward of its own"
-            if own.get("_compiled_call_impl") is not None:
+            if vars(module).get("_compiled_call_impl") is not None:
                 return f"{path} is compiled"
+        self._sizes = list(map(len, self._vars))
         return None
 
     def _hooked(self) -> str | None:
         """The first module with a hook that may matter."""
         if any(_GLOBAL_HOOKS):
             return "all modules"
-        for path, pair in zip(self._paths, self._hooks, strict=True):
-            for hook in (hook for hooks in pair for hook in hooks.values()):
+        for path, module in self._modules.items():
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
                 # transformers' own, for output_hidden_states=, stay in a model and do nothing outside such a call.
                 if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
                     return path
@@ -57,10 +60,7 @@ class ModelGuard:
 
     def replaced(self) -> bool:
         """Whether a module, parameter or buffer is another than it was."""
-        try:
-            return any(entries[name] is not entry for entries, name, entry in self._entries)
-        except KeyError:
-            return True
+        return list(map(id, chain.from_iterable(map(dict.values, self._tables)))) != self._ids
 
     def requires_grad(self) -> bool:
         """Whether any parameter requires a gradient."""
