@@ -6,7 +6,7 @@ Shapes: B texts, W words, N tokens in all, H hidden size, K layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ def pool_runs(values: Tensor, offsets: Tensor, how: WordPooling | SentencePoolin
             which the k-th row of a run weighs k.
     Returns:
         [S, ...], twice as wide for "first_last"; float32 for means, which are summed in float32, else the dtype of
-        `values`. A run without rows gives zeros.
+        `values`. A run without rows gives zeros. Rows that tie for a maximum share its gradient.
     Source: Reimers and Gurevych 2019 (Sentence-BERT), section 3; weights as in Muennighoff 2022 (SGPT), equation 2.
     """
     if how == "first_last":
@@ -46,14 +46,37 @@ def pool_runs(values: Tensor, offsets: Tensor, how: WordPooling | SentencePoolin
     if not len(values):
         return values.new_zeros(len(lengths), *values.shape[1:])
     if how == "max":
-        found = torch.segment_reduce(values.float(), "max", offsets=offsets.to(torch.int64), axis=0, unsafe=True)
-        found = found.to(values.dtype)
+        found = _MaxOfRuns.apply(values, offsets)  # type: ignore[no-untyped-call]
     elif how in ("first", "cls", "last"):
         rows = offsets[1:] - 1 if how == "last" else offsets[:-1]
         found = values.index_select(0, rows.clamp(0, len(values) - 1))
     else:
         raise ConfigError(f"pooling={how!r} is not a pooling of rows")
     return torch.where((lengths > 0).view(-1, *trailing), found, found.new_zeros(()))
+
+
+class _MaxOfRuns(torch.autograd.Function):
+    """The largest number of each run; rows that tie for it share its gradient equally.
+
+    `torch.segment_reduce` shares only a positive gradient: of a negative one each of these rows gets all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, offsets: Tensor) -> Tensor:
+        found = torch.segment_reduce(values.float(), "max", offsets=offsets.to(torch.int64), axis=0, unsafe=True)
+        found = found.to(values.dtype)
+        ctx.save_for_backward(values, found, offsets)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        values, found, offsets = ctx.saved_tensors
+        lengths = offsets.diff()
+        runs = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths, output_size=len(values))
+        is_max = (values == found.index_select(0, runs)).float()
+        ties = torch.segment_reduce(is_max, "sum", offsets=offsets.to(torch.int64), axis=0, unsafe=True)
+        share = grads[0].float() / ties.clamp(min=1)
+        return (is_max * share.index_select(0, runs)).to(values.dtype), None
 
 
 def combine_layers(layers: Sequence[Tensor], how: Combine) -> Tensor:

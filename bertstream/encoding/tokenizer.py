@@ -6,25 +6,26 @@ loses its threads, in the child.
 
 from __future__ import annotations
 
+import logging
 import os
-import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ..errors import ConfigError, EncoderError, check_at_least, check_choice, shortened
 from ..tokens import BoolArray, Int32Array, Text, TokenBatch, TokenizedText
+from .texts import check_texts
+from .words import AddedTokens, find_blanks
+
+logger = logging.getLogger(__name__)
 
 Overflow: TypeAlias = Literal["error", "truncate", "windows"]
 WordSplitter: TypeAlias = Callable[[str], Sequence[str]]
-
-_BLANK_BEGINS_WORDS = re.compile(r"ByteLevel\(add_prefix_space=False|prepend_scheme=never")
 
 _IMPORTED_IN = os.getpid()
 
@@ -107,16 +108,15 @@ class TextTokenizer:
         self.stride = stride
         self.word_splitter = word_splitter
         self.segments = segments
-        # Byte-level tokenizers mark the start of a word by the blank before it: without one, the words of a list would
-        # be glued together. A blank before an added token would become a token of its own.
-        self._blank_before_words = _BLANK_BEGINS_WORDS.search(repr(backend.pre_tokenizer)) is not None
-        self._no_blank_before = (" ", *(token.content for token in backend.get_added_tokens_decoder().values()))
+        self._blanks = find_blanks(backend)
+        self._added: AddedTokens | None = None
+        self._warned = False
         self._json: str = backend.to_str()
         self._built: tuple[int, Any] | None = None
         self._framed: tuple[tuple[int, int] | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_built": None}
+        return self.__dict__ | {"_built": None, "_added": None}
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -125,7 +125,7 @@ class TextTokenizer:
         Saved states and caches depend on it: another order or spelling refuses all of them.
         """
         splitter = getattr(self.word_splitter, "__qualname__", type(self.word_splitter).__name__)
-        return self._json, self.max_length, self.overflow, self.stride, self.segments, splitter
+        return self._json, self.max_length, self.overflow, self.stride, self.segments, splitter, *self._blanks.news
 
     def __repr__(self) -> str:
         return f"TextTokenizer(max_length={self.max_length}, overflow={self.overflow!r})"
@@ -142,7 +142,7 @@ class TextTokenizer:
             ConfigError: `texts` is no list of texts.
         """
         if not isinstance(texts, (list, tuple)):
-            _check_texts(texts)
+            check_texts(texts)
         backend = self._backend()
         parts = [_parts(text, i) for i, text in enumerate(texts)]
         if self.word_splitter is not None:
@@ -223,9 +223,21 @@ class TextTokenizer:
         return list(words)
 
     def _marked(self, part: str | list[str]) -> str | list[str]:
-        if isinstance(part, str) or not self._blank_before_words:
+        if isinstance(part, str):
             return part
-        return [f" {word}" if word and not word.startswith(self._no_blank_before) else word for word in part]
+        if self._blanks.unlike and not self._warned:
+            self._warned = True
+            logger.warning(
+                "a list of words does not have the tokens of the running text, as in %r: with this tokenizer, word "
+                "vectors are of words that were tokenized one by one",
+                self._blanks.unlike,
+            )
+        if not self._blanks.others:
+            return part
+        backend = self._backend()
+        if self._added is None or self._added.backend is not backend:
+            self._added = AddedTokens(backend)
+        return self._blanks.put(part, self._added.begin)
 
     def _text(self, encoding: Any, parts: list[Any], index: int) -> TokenizedText:
         in_words = isinstance(parts[0], list)
@@ -331,29 +343,6 @@ def _kept(sequence_ids: Int32Array, max_length: int) -> BoolArray:
     kept[first[: shorter if len(first) <= len(second) else room - shorter]] = True
     kept[second[: shorter if len(first) > len(second) else room - shorter]] = True
     return kept
-
-
-def _check_texts(texts: Any) -> None:
-    """Refuse anything but a list of texts, and say what to pass; a dict would otherwise be read as its keys.
-
-    Raises:
-        ConfigError: `texts` is one string, a mapping, a set, or nothing that has a length and an order.
-    """
-    if isinstance(texts, (str, bytes)):
-        raise ConfigError(f"texts={shortened(texts)}, one string: pass a list of texts, [text] for a single one")
-    kind = type(texts).__name__
-    if isinstance(texts, Mapping):
-        way_out = (
-            "padded ids go in as TokenBatch.from_padded(input_ids, attention_mask)"
-            if "input_ids" in texts
-            else "pass the list of texts under one of its keys"
-        )
-        raise ConfigError(f"texts is a {kind} with the keys {shortened(list(texts))}: {way_out}")
-    if isinstance(texts, (Set, Tensor)) or not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__")):
-        raise ConfigError(
-            f"texts is a {kind}: pass a list of texts (strings, lists of words, or pairs of either as tuples) or a "
-            "TokenBatch"
-        )
 
 
 def _parts(text: Any, index: int) -> list[Any]:
