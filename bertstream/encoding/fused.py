@@ -244,7 +244,7 @@ class FusedForward:
             attended = self._attend(qkv, packing, tiles, layer.window, rotary.get(layer.rotary or ""))
             out = F.linear(attended, *layer.attention_out)
             x, normed = self._add(out, x, layer.feed_forward_norm if pre_norm else layer.attention_norm)
-            out = F.linear(self._activate(_apply(layer.up, normed)), *layer.down)
+            out = self._feed_forward(normed, layer)
             x, normed = self._add(out, x, following if pre_norm else layer.feed_forward_norm)
             kept[index] = normed if index == self._num_layers else x
         return [kept[layer] for layer in self.layers]
@@ -273,6 +273,9 @@ class FusedForward:
         else:
             total = normed = kernels.add_norm(out, x, norm.weight, norm.bias, norm.eps, rms=norm.rms)
         return (total if pre_norm else normed), normed
+
+    def _feed_forward(self, x: Tensor, layer: Layer) -> Tensor:
+        return F.linear(self._activate(_apply(layer.up, x)), *layer.down)
 
     def _activate(self, up: Tensor) -> Tensor:
         if not self._modules.gated:
