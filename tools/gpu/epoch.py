@@ -23,13 +23,14 @@ Step = Callable[[Embeddings], None]
 def run(settings: Settings, emit: Emit) -> None:
     """A row for each kind of step, again after each round; the figures are medians over the rounds so far."""
     skip, count, rounds = (1, 3, 1) if settings.tiny else (40, 200, 2)
+    batch_size = 4 if settings.tiny else 32
     encoder = load(settings, "bert_base")
     device = encoder.device
 
     def loader() -> bertstream.EmbeddingLoader:
         reading = bertstream.StreamConfig(lanes=settings.workers)
         return bertstream.stream(
-            settings.shards(), encoder, batch_size=32, num_workers=settings.workers, reading=reading
+            settings.shards(), encoder, batch_size=batch_size, num_workers=settings.workers, reading=reading
         )
 
     with loader() as source:
@@ -39,7 +40,7 @@ def run(settings: Settings, emit: Emit) -> None:
             if len(batches) == skip + count:
                 break
     alone = partial(_seconds_in_memory, batches, skip, device)
-    launching = Launching(encoder)
+    launching = Launching(encoder, 8 if settings.tiny else 128)
     width = 64 if settings.tiny else 4096
     trial = Computing(encoder, width)
     encode_s = _seconds_over(loader, skip, count, device, None)
@@ -69,12 +70,17 @@ SHARES = {"balanced": 1.0, "saturated": 3.0}
 
 
 class Launching:
-    """A BiLSTM tagger's step: hundreds of small operations, bound by the CPU that launches them."""
+    """A BiLSTM tagger's step: hundreds of small operations, bound by the CPU that launches them.
 
-    def __init__(self, encoder: Encoder) -> None:
+    Args:
+        encoder: whose vectors come.
+        size: hidden size. On a CPU the backward of a packed sequence takes the square of its length.
+    """
+
+    def __init__(self, encoder: Encoder, size: int) -> None:
         with torch.device(encoder.device):
-            self.lstm = nn.LSTM(encoder.embedding_dim, 128, batch_first=True, bidirectional=True)
-            self.head = nn.Linear(256, 17)
+            self.lstm = nn.LSTM(encoder.embedding_dim, size, batch_first=True, bidirectional=True)
+            self.head = nn.Linear(2 * size, 17)
         self.optimizer = torch.optim.Adam([*self.lstm.parameters(), *self.head.parameters()], 1e-3)
 
     def __call__(self, found: Embeddings) -> None:
