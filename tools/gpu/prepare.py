@@ -50,10 +50,12 @@ def run(settings: Settings, emit: Emit) -> None:
     lines = sharded(texts, 1 if settings.tiny else settings.workers * LANE_BYTES)
     write_shards(folder / "shards", lines, shards=settings.workers)
     emit("texts", count=len(texts), in_shards=len(lines), shards=settings.workers)
+    tokenizer = settings.model
     for name in ("bert_base", "minilm"):
         if name == "bert_base" or settings.model is None:
             size = "tiny" if settings.tiny else name
-            write_bert(folder / name, size, tokenizer=settings.model, texts=texts)
+            # One tokenizer for both: making one takes seconds.
+            tokenizer = write_bert(folder / name, size, tokenizer=tokenizer, texts=texts[:4000])
             emit(name, size=size, random_weights=True)
 
 
