@@ -11,7 +11,7 @@ import gpu_check
 import pytest
 from benchmarks.common import read_corpus
 from benchmarks.models import make_tokenizer, write_bert
-from gpu import prepare, tests
+from gpu import prepare, sentence_transformers, tests
 from gpu.part import Settings
 from gpu_check import Part, Target
 
@@ -24,6 +24,7 @@ def settings(**other: Any) -> Settings:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # seven processes that each import transformers
 def test_the_whole_check_runs_on_a_cpu_with_tiny_models_and_finds_every_figure(tmp_path: Path) -> None:
     assert gpu_check.main(["--device", "cpu", "--tiny", "--results", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "cpu.json").read_text())
@@ -160,6 +161,13 @@ def test_the_tests_run_without_pytest_timeout_and_xdist(monkeypatch: pytest.Monk
     monkeypatch.setattr(tests.importlib.util, "find_spec", lambda name: None)
     found = tests.options(settings(tiny=False))
     assert "-n" not in found and "addopts=" in found
+
+
+def test_a_machine_without_sentence_transformers_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", None)
+    rows: list[Any] = []
+    sentence_transformers.run(settings(), lambda row, **figures: rows.append((row, figures)))
+    assert rows == [("skipped", {"why": "sentence-transformers is not installed"})]
 
 
 def test_the_manual_gives_enough_distinct_texts() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import AutoModel, BertModel  # noqa: F401 - loading needs them, and imports are not on a part's time
 
 from bertstream import Encoder, TokenBatch
 from bertstream.tokens import cumulate

@@ -12,6 +12,11 @@ from .encoders import free_memory, load
 from .part import Emit, Settings
 from .timing import synchronize
 
+try:
+    from sentence_transformers import SentenceTransformer
+except ImportError:
+    SentenceTransformer = None
+
 BATCH = 256
 """Texts in a batch of sentence-transformers, which pads them; its default of 32 leaves a large device idle."""
 
@@ -21,10 +26,8 @@ KINDS = {"tokens": "token_embeddings", "sentence": "sentence_embedding"}
 
 def run(settings: Settings, emit: Emit) -> None:
     """A row for each model and output; or one that says that the package is missing."""
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        emit("skipped", why=str(error))
+    if SentenceTransformer is None:
+        emit("skipped", why="sentence-transformers is not installed")
         return
     texts = settings.texts()[: 20 if settings.tiny else 3000]
     for model in ("bert_base", "minilm"):
