@@ -649,8 +649,10 @@ def test_rows_kept_on_a_device_stay_there_and_the_host_never_waits(
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_rows_from_host_or_disk_return_to_cuda(sentences: list[str], tmp_path: Path, device: str) -> None:
-    encoder = Encoder.from_pretrained("all-MiniLM-L6-v2", dtype="float32", device="cuda", output="words")
+def test_rows_from_host_or_disk_return_to_cuda(
+    minilm_folder: str, sentences: list[str], tmp_path: Path, device: str
+) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", device="cuda", output="words")
     batches = [sentences[i : i + 8] for i in range(0, 48, 8)]
     right = [encoder(texts).values for texts in batches]
     for memory in ("64MiB", 0):
