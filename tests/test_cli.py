@@ -164,7 +164,7 @@ def test_doctor_names_a_model_that_is_no_text_encoder_and_still_describes_the_ot
     models = json.loads(out)["models"]
     assert status == 1 and "Linear is not a transformers text encoder" in models["linear"]["error"]
     assert "ViTModel is not a transformers text encoder" in models["images"]["error"]
-    assert models["all-MiniLM-L6-v2"]["runs"] == "packed"
+    assert models["all-MiniLM-L6-v2"]["runs"] == "fused"
 
 
 MISTAKES: list[tuple[tuple[Any, ...], int, str]] = [

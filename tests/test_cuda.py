@@ -419,14 +419,14 @@ def test_forwards_become_smaller_when_the_device_runs_out_of_memory(
     encoder = Encoder.from_pretrained(minilm_folder, device=cuda, max_forward_tokens=1 << 15)
     texts = sentences[:64]
     right = encoder(texts).values
-    forward = encoder._packed_forward
+    forward = encoder._fused_forward
 
-    def bounded(batch: bertstream.TokenBatch, rows: Any, lengths: Any, given: Any) -> list[Tensor]:
+    def bounded(batch: bertstream.TokenBatch, rows: Any, lengths: Any, given: Any = None) -> list[Tensor]:
         if len(rows) > 500:
             torch.empty(1 << 45, dtype=torch.uint8, device=encoder.device)  # a real OutOfMemoryError
         return forward(batch, rows, lengths, given)
 
-    monkeypatch.setattr(encoder, "_packed_forward", bounded)
+    monkeypatch.setattr(encoder, "_fused_forward", bounded)
     found = encoder(texts).values
     assert encoder.max_forward_tokens <= 500
     assert float((found - right).norm() / right.norm()) <= 0.02

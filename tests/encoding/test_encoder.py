@@ -72,14 +72,14 @@ def worst_error(found: Embeddings, texts: list[Text], plain: Callable[[Text], Te
 def test_packed_float32_equals_plain_transformers_text_by_text(
     minilm: Encoder, texts: list[Text], plain_minilm: Callable[[Text], Tensor]
 ) -> None:
-    assert minilm.batching.way == "packed"
+    assert minilm.batching.way == "fused"
     assert worst_error(minilm(texts), texts, plain_minilm) <= 1e-5
 
 
 def test_packed_bfloat16_is_within_its_stated_error(texts: list[Text], plain_minilm: Callable[[Text], Tensor]) -> None:
     encoder = Encoder.from_pretrained("all-MiniLM-L6-v2", dtype="bfloat16", device="cpu")
     found = encoder(texts)
-    assert encoder.batching.way == "packed" and found.values.dtype == torch.float32
+    assert encoder.batching.way == "fused" and found.values.dtype == torch.float32
     assert 1e-4 < worst_error(found, texts, plain_minilm) <= 0.025
 
 
@@ -607,7 +607,7 @@ def test_a_bad_choice_of_vectors_is_refused_with_the_value_seen(
 def test_another_encoders_model_can_be_used_at_any_layer(minilm: Encoder, tokenizer: Any) -> None:
     found = Encoder(minilm.model, tokenizer, layers=(1,))(["The bank of the river."])
     assert torch.equal(found.values, Encoder(minilm.model, tokenizer, layers=(1,), packed=True)(found.tokens).values)
-    assert minilm.batching.way == "packed" and len(minilm(["still works"])) == 1
+    assert minilm.batching.way == "fused" and len(minilm(["still works"])) == 1
 
 
 def test_a_single_layer_needs_no_tuple(minilm_folder: str) -> None:

@@ -33,7 +33,7 @@ def launch(arguments: argparse.Namespace) -> dict[str, object]:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            name = write_bert(Path(folder) / "bert", tiny=True)
+            name = write_bert(Path(folder) / "bert", "tiny")
             fused = bertstream.Encoder.from_pretrained(name, dtype=arguments.dtypes[0], device=arguments.device)
         torch.manual_seed(0)
         config = BertConfig(hidden_size=32, num_hidden_layers=12, num_attention_heads=2, intermediate_size=128)
