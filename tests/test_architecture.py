@@ -85,9 +85,14 @@ def imports(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def public_definitions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
-    """Public functions and classes, and the public methods of those classes; a protocol's methods are no code."""
+    """Public functions and classes, and the public methods of those classes.
+
+    Not a protocol's methods and not the signatures of an overloaded function, which are no code.
+    """
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if "overload" in map(ast.unparse, node.decorator_list):
+                continue
             yield node.name, node
             if isinstance(node, ast.ClassDef) and "Protocol" not in map(ast.unparse, node.bases):
                 for method in node.body:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,9 @@ WORST = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Relative L2 error that a dtype may have; the interpreter rounds bfloat16 towards zero."""
 
 plain = pytest.mark.skipif(INTERPRETED, reason="Triton is the interpreter in this process")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+TRITON = (0,) if importlib.util.find_spec("triton") is None else tuple(map(int, version("triton").split(".")[:2]))
+needs_triton = pytest.mark.skipif(TRITON < (3,), reason="Triton is not installed")
+needs_interpreter = pytest.mark.skipif(TRITON < (3, 9), reason="before 3.9, Triton's interpreter fails with numpy 2.4")
 
 
 def on_device(test: Callable[..., None]) -> Callable[..., None]:
@@ -133,7 +136,7 @@ def attended(lengths: list[int], qkv: Tensor, heads: int, groups: int, size: int
 
 def around_a_tile(size: int, dtype: torch.dtype = torch.float32) -> list[int]:
     rows = kernels.tile_rows(size, dtype)
-    many = [300] if size in (24, 64) or not INTERPRETED else []  # the interpreter takes a second for it
+    many = [300] if size == 64 or not INTERPRETED else []  # the interpreter takes a second for it
     return [1, rows - 1, rows, rows + 1, *many]
 
 
@@ -146,9 +149,9 @@ def test_attention_is_right_for_texts_around_a_tile(size: int) -> None:
 
 
 @on_device
-@pytest.mark.parametrize("window", [1, 3, 32, 64, 400])
+@pytest.mark.parametrize("window", [1, 3, 32, 200])
 def test_a_window_hides_what_is_farther_away(window: int) -> None:
-    lengths = [1, 33, 200]
+    lengths = [1, 33, 100]
     qkv = normal(sum(lengths), 3 * 16) * 2
     assert_near(attention(lengths, qkv, 1, 1, 16, window), attended(lengths, qkv, 1, 1, 16, window))
 
@@ -164,12 +167,11 @@ def test_query_heads_share_the_key_heads_of_their_group(heads: int, groups: int)
 # In the interpreter a product of bfloat16 is one of the integers that hold them.
 @on_device
 @pytest.mark.parametrize("dtype", HALVES[INTERPRETED:], ids=str)
-@pytest.mark.parametrize("size", [32, 64, 80])
-def test_attention_in_half_precision_sums_in_float32(size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("size", "window"), [(32, 50), (80, None)])
+def test_attention_in_half_precision_sums_in_float32(size: int, window: int | None, dtype: torch.dtype) -> None:
     lengths = around_a_tile(size, dtype)
     qkv = normal(sum(lengths), 3 * size, dtype=dtype)
-    assert_near(attention(lengths, qkv, 1, 1, size), attended(lengths, qkv, 1, 1, size))
-    assert_near(attention(lengths, qkv, 1, 1, size, 50), attended(lengths, qkv, 1, 1, size, 50))
+    assert_near(attention(lengths, qkv, 1, 1, size, window), attended(lengths, qkv, 1, 1, size, window))
 
 
 @on_device
@@ -266,7 +268,7 @@ def test_the_kernels_are_available() -> None:
 
 
 @plain
-@needs_triton
+@needs_interpreter
 def test_in_tritons_interpreter_the_kernels_are_right() -> None:
     options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not cuda", "-x"]
     done = subprocess.run(
@@ -278,7 +280,7 @@ def test_in_tritons_interpreter_the_kernels_are_right() -> None:
 
 @plain
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_the_kernels_compile_without_a_gpu(capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     triton = importlib.import_module("triton")
@@ -295,9 +297,10 @@ def one_launch_of_each() -> None:
     ints, angles = torch.empty(2, 2, dtype=torch.int32), torch.empty(9, 96)
     kernels.add_norm(x, x, weight, weight, 1e-12, keep_sum=True)
     kernels.add_norm(x, None, weight, None, 1e-12, rms=True)
-    for window in (None, 64):
-        for there in (qkv, qkv.float()):
-            kernels.packed_attention(there, ints[0], ints, heads=1, kv_heads=1, head_dim=96, scale=0.125, window=window)
+    for there, window in ((qkv, 64), (qkv[:, :48], None), (qkv[:, :48].float(), None)):
+        kernels.packed_attention(
+            there, ints[0], ints, heads=1, kv_heads=1, head_dim=there.shape[1] // 3, scale=0.125, window=window
+        )
     kernels.rotate(qkv, angles, angles, heads=1, kv_heads=1, head_dim=96, rotary_dim=96)
     for activation in kernels.ACTIVATIONS:
         kernels.gated(x, activation, up_first=True)
