@@ -84,7 +84,7 @@ class Layer:
     rotary: str | None
 
 
-LONG_TEXT = 256
+LONG_TEXT = 513
 """Tokens of a text from which on torch's flash kernel is faster than ours, until `calibrate` has measured it."""
 
 
