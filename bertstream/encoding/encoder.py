@@ -268,7 +268,7 @@ class Encoder(FreezableForward):
         batch = TokenBatch(ids, cumulate(lengths), None, None, None, nothing, nothing)
         with plain_mode(self.device):
             forward = self._chosen_forward()
-            return forward(batch, np.arange(len(ids)), lengths)
+            return forward(batch, np.arange(len(ids)), lengths, None)
 
     def _fuse(self) -> None:
         if self.batching.way != "packed":
@@ -287,8 +287,8 @@ class Encoder(FreezableForward):
         batch = TokenBatch(flat, cumulate(lengths), None, None, None, nothing, nothing)
         with plain_mode(self.device):
             fused.ready(self.model)
-            a = self._fused_forward(batch, np.arange(len(flat)), lengths)
-            b = self._packed_forward(batch, np.arange(len(flat)), lengths)
+            a, _ = self._fused_forward(batch, np.arange(len(flat)), lengths)
+            b, _ = self._packed_forward(batch, np.arange(len(flat)), lengths)
         worst = max(float((x.float() - y.float()).norm() / y.float().norm()) for x, y in zip(a, b, strict=True))
         if worst < 1e-5 or self.dtype != torch.float32:
             self.batching = dataclasses.replace(self.batching, way="fused", reason=f"fused equals packed ({worst:.1e})")

@@ -28,6 +28,8 @@ from .pooling import Combine, SentencePooling, WordPooling, combine_layers, pool
 
 logger = logging.getLogger(__name__)
 
+Forward = Callable[[TokenBatch, Indices, Int32Array, Tensor | None], tuple[list[Tensor], Tensor]]
+
 
 class BatchedForward(nn.Module):
     """The shared part of an encoder and of the upper half of a split one.
@@ -272,17 +274,17 @@ class BatchedForward(nn.Module):
         while waiting:
             texts = waiting.popleft()
             rows = rows_of(texts, cu_seqlens)
-            index = self._to_device(rows)
-            parts = None
+            made = None
             try:
-                parts = forward(batch, rows, lengths[texts], None if given is None else given.index_select(0, index))
+                made = forward(batch, rows, lengths[texts], given)
             except torch.OutOfMemoryError:
                 if len(texts) == 1:
                     raise
-            if parts is None:  # out of the except block, the error no longer holds the forward's tensors
+            if made is None:  # out of the except block, the error no longer holds the forward's tensors
                 self._lower_size(len(rows) if self.batching.packs else len(texts) * int(lengths[texts].max()))
                 waiting.extendleft(np.array_split(texts, 2)[::-1])
                 continue
+            parts, index = made
             layers = layers or [part.new_empty(batch.num_tokens, part.shape[1]) for part in parts]
             for layer, part in zip(layers, parts, strict=True):
                 layer.index_copy_(0, index, part)
@@ -317,7 +319,7 @@ class BatchedForward(nn.Module):
             yield order[start:end]
             start = end
 
-    def _chosen_forward(self, given: Tensor | None = None) -> Callable[..., list[Tensor]]:
+    def _chosen_forward(self, given: Tensor | None = None) -> Forward:
         if not self.batching.packs:
             return self._padded_forward
         fused = given is None and self._fused is not None and not self.training and self._is_plain()
@@ -331,36 +333,41 @@ class BatchedForward(nn.Module):
         return self._fused.ready(self.model) and not (torch.is_grad_enabled() and self._fused.requires_grad)
 
     def _fused_forward(
-        self, batch: TokenBatch, rows: Any, lengths: Int32Array, given: Tensor | None = None
-    ) -> list[Tensor]:
+        self, batch: TokenBatch, rows: Indices, lengths: Int32Array, given: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         """Like `_packed_forward`; all inputs go to the device in one copy."""
-        assert self._fused is not None
+        assert self._fused is not None and given is None
         tiles = self._fused.tiles(lengths)
         types = None if batch.token_type_ids is None else batch.token_type_ids[rows]
         positions = steps(lengths) + self.batching.first_position
-        parts = [batch.input_ids[rows], positions, cumulate(lengths), types, None if tiles is None else tiles.ravel()]
-        sizes = [0 if part is None else len(part) for part in parts]
-        slab = self._to_device(np.concatenate([p for p in parts if p is not None], dtype=np.int32, casting="unsafe"))
-        ids, places, cu_seqlens, *others = slab.split(sizes)
+        parts = [rows, batch.input_ids[rows], positions, cumulate(lengths), types, tiles]
+        sizes = [0 if part is None else part.size for part in parts]
+        flat = [part.ravel() for part in parts if part is not None]
+        slab = self._to_device(np.concatenate(flat, dtype=np.int32, casting="unsafe"))
+        index, ids, places, cu_seqlens, *others = slab.split(sizes)
         segments, tiled = (part if len(part) else None for part in others)
         packing = Packing(lengths, cu_seqlens)
-        return self._fused(ids, places, segments, packing, None if tiled is None else tiled.view(-1, 2))
+        made = self._fused(ids, places, segments, packing, None if tiled is None else tiled.view(-1, 2))
+        return made, index.long()
 
     def _packed_forward(
-        self, batch: TokenBatch, rows: Any, lengths: Int32Array, given: Tensor | None = None
-    ) -> list[Tensor]:
+        self, batch: TokenBatch, rows: Indices, lengths: Int32Array, given: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """The hidden states of `layers`, each [n, H], of these texts, and the rows [n] that they are of."""
         positions = steps(lengths) + self.batching.first_position
         inputs = {"input_ids": batch.input_ids[rows], "position_ids": positions}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids[rows]
         tensors = {name: self._to_device(ids.astype(np.int64))[None] for name, ids in inputs.items()}
         packing = Packing(lengths, self._to_device(cumulate(lengths)))
-        given = None if given is None else given[None]
-        return [layer[0] for layer in self._run(given, **tensors, packing=packing)]
+        index = self._to_device(rows)
+        given = None if given is None else given.index_select(0, index)[None]
+        return [layer[0] for layer in self._run(given, **tensors, packing=packing)], index
 
     def _padded_forward(
-        self, batch: TokenBatch, rows: Any, lengths: Int32Array, given: Tensor | None = None
-    ) -> list[Tensor]:
+        self, batch: TokenBatch, rows: Indices, lengths: Int32Array, given: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Like `_packed_forward`, with each text in a row of its own."""
         longest = int(lengths.max())
         slots = np.repeat(np.arange(len(lengths)) * longest, lengths) + steps(lengths)
 
@@ -375,11 +382,11 @@ class BatchedForward(nn.Module):
         }
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = pad(batch.token_type_ids[rows], 0)
-        index = self._to_device(slots)
+        index, filled = self._to_device(rows), self._to_device(slots)
         if given is not None:
             padded = given.new_zeros(len(lengths) * longest, given.shape[1])
-            given = padded.index_copy(0, index, given).view(len(lengths), longest, -1)
-        return [layer.flatten(0, 1).index_select(0, index) for layer in self._run(given, **inputs)]
+            given = padded.index_copy(0, filled, given.index_select(0, index)).view(len(lengths), longest, -1)
+        return [layer.flatten(0, 1).index_select(0, filled) for layer in self._run(given, **inputs)], index
 
     def _run(self, given: Tensor | None, **inputs: Any) -> list[Tensor]:
         """The layers of `layers` from one forward, each [texts, T, H]; an upper half starts from `given`."""

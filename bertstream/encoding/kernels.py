@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Hashable
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, overload
 
@@ -105,6 +106,34 @@ def _jit() -> Any:
     return triton_kernels
 
 
+_compiled: dict[Hashable, Any] = {}
+
+
+def _launch(
+    name: str,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...],
+    constants: tuple[Any, ...],
+    **options: int,
+) -> None:
+    """Launch a kernel on its arguments: tensors, then numbers that may change, then what is compiled in.
+
+    The first launch compiles. Later ones start the compiled kernel itself, because Triton's look at each argument takes
+    longer than a launch.
+    """
+    first = tensors[0]
+    assert first is not None
+    # All that Triton compiles differently; the kernels exempt `numbers` from it.
+    kinds = tuple([tensor is not None and (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors])
+    key = name, first.device.index, kinds, constants, *options.values()
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[grid](*tensors, *numbers, *constants)
+    else:
+        _compiled[key] = getattr(_jit(), name)[grid](*tensors, *numbers, *constants, **options, **_OPTIONS)
+
+
 @functools.cache
 def _padded(width: int) -> int:
     """The next power of two, which the shapes in a kernel are."""
@@ -162,9 +191,9 @@ def add_norm(
     out = torch.empty_like(x)
     total = torch.empty_like(x) if keep_sum and residual is not None else None
     rows, columns, warps = _block("add_norm", hidden)
-    _jit().add_norm[(-(-tokens // rows),)](
-        x, residual, weight, bias, total, out, tokens, eps, hidden, columns, rows, rms, num_warps=warps, **_OPTIONS
-    )
+    tensors = (x, residual, weight, bias, total, out)
+    grid = (-(-tokens // rows), 1, 1)
+    _launch("add_norm", grid, tensors, (tokens, eps), (hidden, columns, rows, rms), num_warps=warps)
     if keep_sum:
         return (x if total is None else total), out
     return out
@@ -226,10 +255,10 @@ def packed_attention(
     out = qkv.new_empty(qkv.shape[0], heads * head_dim)
     padded = _padded(head_dim)
     rows, columns, warps, stages = ATTENTION_TILES[qkv.element_size(), padded]
-    _jit().attend[(tiles.shape[0] * heads,)](
-        qkv, cu_seqlens, tiles, out, scale, heads, kv_heads, head_dim, padded, window or 0, rows, columns,
-        num_warps=warps, **_OPTIONS, num_stages=stages,
-    )  # fmt: skip
+    constants = (heads, kv_heads, head_dim, padded, window or 0, rows, columns)
+    grid = (tiles.shape[0] * heads, 1, 1)
+    tensors = (qkv, cu_seqlens, tiles, out)
+    _launch("attend", grid, tensors, (scale,), constants, num_warps=warps, num_stages=stages)
     return out
 
 
@@ -250,9 +279,8 @@ def gated(x: Tensor, activation: str, up_first: bool) -> Tensor:
     tokens, inner = x.shape[0], x.shape[1] // 2
     out = x.new_empty(tokens, inner)
     rows, columns, warps = _block("gated", inner)
-    _jit().gate[(-(-tokens // rows), -(-inner // columns))](
-        x, out, tokens, inner, columns, rows, activation, up_first, num_warps=warps, **_OPTIONS
-    )
+    grid = (-(-tokens // rows), -(-inner // columns), 1)
+    _launch("gate", grid, (x, out), (tokens,), (inner, columns, rows, activation, up_first), num_warps=warps)
     return out
 
 
@@ -270,6 +298,5 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, kv_heads: int, 
     pairs = qkv.shape[0] * turned
     rows, columns, warps = _block("rotate", half)
     width = (turned + kv_heads) * head_dim
-    _jit().rotate[(-(-pairs // rows),)](
-        qkv, cos, sin, pairs, turned, width, head_dim, half, columns, rows, num_warps=warps, **_OPTIONS
-    )
+    constants = (turned, width, head_dim, half, columns, rows)
+    _launch("rotate", (-(-pairs // rows), 1, 1), (qkv, cos, sin), (pairs,), constants, num_warps=warps)

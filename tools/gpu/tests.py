@@ -27,7 +27,7 @@ def run(settings: Settings, emit: Emit) -> None:
 
 def options(settings: Settings) -> list[str]:
     """What pytest is told apart from the selection; plugins that the tests can do without may be missing."""
-    found = ["-q", "-p", "no:cacheprovider"]
+    found = ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]  # pytest-benchmark warns beside xdist
     if importlib.util.find_spec("pytest_timeout") is None:  # then setup.cfg's `timeout` is an unknown option
         found += ["-o", "addopts=", "-W", "ignore::pytest.PytestConfigWarning"]
     if importlib.util.find_spec("xdist") is not None and not settings.tiny:
