@@ -18,12 +18,12 @@ from ..embeddings import Embeddings, Output
 from ..errors import ConfigError, EncoderError
 from ..system.cuda import resolve_device
 from ..tokens import Text, TokenBatch, cumulate
-from .attention import plain_mode, probe_batching
+from .attention import plain_mode
 from .autotune import TRIED_TOKENS, fastest_dtype, fastest_forward_tokens
 from .fingerprint import hash_weights, weights_state
+from .forward import check_segments
 from .forward_size import FORWARD_TOKENS, ForwardSize
 from .freezing import FreezableForward, warn_of_half
-from .layers import stop_after, unroll
 from .output_spec import OutputSpec
 from .own_model import own_copy, without_peft
 from .pooling import Combine, SentencePooling, WordPooling
@@ -37,8 +37,9 @@ from .pretrained import (
     save_pooling,
     torch_dtype,
 )
+from .self_test import probe_batching
 from .tokenizer import Overflow, TextTokenizer, WordSplitter, check_cutting, renamed_splitter
-from .upper import UpperEncoder
+from .upper import UpperEncoder, upper_half
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Encoder(FreezableForward):
             `TokenBatch`es for it to embed.
     Raises:
         ConfigError: an argument is out of range.
-        EncoderError: `packed` is True and the model cannot be packed.
+        EncoderError: `packed` is True and the model cannot be packed; or no way is right for these layers.
     """
 
     def __init__(
@@ -130,11 +131,9 @@ class Encoder(FreezableForward):
         if "pooler" in spec.pooling and getattr(model, "pooler", None) is None:
             raise ConfigError(f"pooling='pooler': {type(model).__name__} has no pooler, or its weights were not saved")
         own = own_copy(model, device, dtype)
-        if min(spec.layers) < num_layers:
-            unroll(own)
-        if max(spec.layers) < num_layers:
-            stop_after(own, max(spec.layers))
-        super().__init__(own, spec, probe_batching(own, packed), num_layers, size)
+        special_ids = [getattr(tokenizer, f"{name}_token_id", None) for name in ("mask", "pad", "unk")]
+        own, batching = probe_batching(own, spec.layers, num_layers, packed, special_ids)
+        super().__init__(own, spec, batching, num_layers, size)
         logger.info("%s runs %s: %s", type(model).__name__, self.batching.way, self.batching.reason)
         self.tokenizer = TextTokenizer(
             tokenizer,
@@ -287,7 +286,7 @@ class Encoder(FreezableForward):
             half, a module from these `Embeddings` to those of the whole, with this encoder's output, layers and
             pooling.
         Raises:
-            ConfigError: `at` is out of range, or above a layer of `layers`.
+            ConfigError: `at` is out of range, or above a layer of `layers`; or the model cannot be split.
         """
         top = max(self.layers)
         if not 1 <= at < top:
@@ -308,7 +307,7 @@ class Encoder(FreezableForward):
         lower.tokenizer = self.tokenizer
         lower.spec = dataclasses.replace(lower.spec, every_window=True)
         lower._size = ForwardSize(self._size.given, limit=self._size.limit)  # its own layers are measured again
-        upper = UpperEncoder(own_copy(self.model), at, self)
+        upper = upper_half(at, self, lower)
         uppers = {id(parameter) for parameter in upper.parameters()}
         lowers = {id(parameter): parameter for parameter in lower.parameters()}
         if not uppers.isdisjoint(lowers):
@@ -421,6 +420,7 @@ class Encoder(FreezableForward):
             texts = np.flatnonzero(batch.lengths > longest)
             message = f"text {texts[0]} has {batch.lengths[texts[0]]} tokens, the model takes {longest}"
             raise EncoderError(message, records=texts.tolist())
+        check_segments(batch, self.model.config)
         vocab_size = cast(Any, self.model.config).vocab_size
         unknown = np.flatnonzero((batch.input_ids < 0) | (batch.input_ids >= vocab_size))
         if len(unknown):
