@@ -1,7 +1,7 @@
 """Packed attention: several texts in one row, each attending only to itself.
 
 transformers' encoders look their attention function up by name, so a packed forward needs no change to a model: this
-module registers one more name. The self-test in `probe_batching` decides which models may use it. A list of model names
+module registers one more name. The self-test (`self_test.py`) decides which models may use it. A list of model names
 could not: several encoders accept the name and silently mix neighbouring texts.
 
 Shapes: N tokens in all, d size of one head.
@@ -9,22 +9,21 @@ Shapes: N tokens in all, d size of one head.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import EncoderError
-from ..tokens import Int32Array, cumulate
+from ..tokens import Int32Array, cumulate, steps
 
 PACKED = "bertstream_packed"
 """transformers' name for `packed_attention`, without the substrings that transformers treats specially."""
@@ -244,12 +243,28 @@ class BatchingSupport:
         way: "fused", in one row and by our own loop over the weights; "packed" in one row; "padded" to the longest;
             "grouped", texts of equal length only.
         reason: why, in words, with the measured errors.
-        first_position: the position id of a text's first token (RoBERTa's family counts from padding_idx + 1).
+        skipped_id: the token id that has no position of its own, where the model counts positions over the others
+            (RoBERTa's family); None where it counts all tokens from 0.
+        fill_id: the token id that fills up padded rows.
+        most_tokens: tokens of one packed forward at most, where a table of the model is no longer; None for no limit.
+        reads_own: whether layers are what the whole model gives as `hidden_states`, because reading them inside is not
+            right; the forward then does not stop at the highest layer.
+        changes_itself: whether a forward changes more of the model than its output, so that each begins with it as it
+            was loaded.
     """
 
     way: Literal["fused", "packed", "padded", "grouped"]
     reason: str
-    first_position: int = 0
+    skipped_id: int | None = None
+    fill_id: int = 0
+    most_tokens: int | None = None
+    reads_own: bool = False
+    changes_itself: bool = False
+
+    @property
+    def first_position(self) -> int:
+        """The position id of a text's first token."""
+        return 0 if self.skipped_id is None else self.skipped_id + 1
 
     @property
     def packs(self) -> bool:
@@ -257,46 +272,21 @@ class BatchingSupport:
         return self.way in ("fused", "packed")
 
 
-def probe_batching(model: nn.Module, packed: bool | None = None) -> BatchingSupport:
-    """Run three texts together and one by one, and compare.
-
-    A model that passes packed keeps the packed attention; any other keeps its own. It must be in eval mode, and must
-    not share its config, which changes, with the user.
+def packed_positions(ids: npt.NDArray[Any], lengths: Int32Array, batching: BatchingSupport) -> npt.NDArray[Any]:
+    """[N] the position id of each token of a packed row, as the model gives them to each text alone.
 
     Args:
-        model: a transformers encoder.
-        packed: True refuses a model that cannot be packed, False does not try.
-    Returns:
-        The fastest correct way. A way passes if no text has a relative L2 error above 1e-4 in float32; in half
-        precision, above 8 times the difference between the model's eager attention and scaled_dot_product_attention.
-    Raises:
-        EncoderError: the model is no encoder, or does not run in its precision; or `packed` is True and packed texts
-            differ from one by one.
+        ids: [N] the token ids, text by text.
+        lengths: [B] tokens of each text.
+        batching: how the model counts.
     """
-    register()
-    config: Any = model.config
-    parameter = next(model.parameters())
-    native = config._attn_implementation
-    first_position = _first_position(model)
-    ids = [row.to(parameter.device) for row in _probe_texts(config, first_position)]
-    reason = "packing was not asked for"
-    with plain_mode(parameter.device):
-        alone = _one_by_one(model, ids)
-        tolerance = 1e-4
-        if parameter.dtype != torch.float32:
-            tolerance = max(tolerance, 8 * _noise(model, ids, alone, native, "sdpa" if native == "eager" else "eager"))
-        if packed is not False:
-            passed, reason = _try_packed(model, ids, alone, first_position, tolerance)
-            if passed:
-                return BatchingSupport("packed", reason, first_position)
-            model.set_attn_implementation(native)  # type: ignore[operator]
-            if packed:
-                raise EncoderError(f"{type(model).__name__} cannot run packed: {reason}; leave packed= out")
-        worst = _padded_error(model, ids, alone)
-    if worst <= tolerance:
-        return BatchingSupport("padded", f"{reason}; padded equals one by one ({worst:.1e})", first_position)
-    reason = f"{reason}; padded differs from one by one (relative L2 error {worst:.1e} > {tolerance:.0e})"
-    return BatchingSupport("grouped", reason, first_position)
+    if batching.skipped_id is None:
+        return steps(lengths)
+    counted = ids != batching.skipped_id
+    before = cumulate(counted)
+    within = before[1:] - np.repeat(before[cumulate(lengths)[:-1]], lengths)
+    positions: npt.NDArray[Any] = np.where(counted, within, 0) + batching.skipped_id
+    return positions
 
 
 @contextmanager
@@ -304,95 +294,3 @@ def plain_mode(device: torch.device) -> Iterator[None]:
     """A context without gradients, inference tensors and autocast, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
-
-
-def _first_position(model: nn.Module) -> int:
-    """Position id of a text's first token; RoBERTa's family counts from padding_idx + 1."""
-    for path, module in model.named_modules():
-        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.padding_idx + 1
-    return 0
-
-
-def _probe_texts(config: Any, first_position: int) -> list[Tensor]:
-    """Three texts of different lengths, each starting in another part of the vocabulary.
-
-    The longest is longer than the sliding window of a model that has one.
-    """
-    windows = [getattr(config, name, None) or 0 for name in ("sliding_window", "local_attention")]
-    longest = max(11, *(window + 1 for window in windows))
-    longest = min(longest, (getattr(config, "max_position_embeddings", None) or longest) - first_position)
-    usable = range(min(max(16, config.vocab_size // 8), config.vocab_size // 2), config.vocab_size)
-    return [
-        torch.tensor([[usable[(text * len(usable) // 3 + 37 * i) % len(usable)] for i in range(length)]])
-        for text, length in enumerate((5, 7, longest))
-    ]
-
-
-def _one_by_one(model: nn.Module, ids: list[Tensor]) -> list[Tensor]:
-    name, parameter = type(model).__name__, next(model.parameters())
-    try:
-        found = [model(input_ids=row, attention_mask=torch.ones_like(row)).last_hidden_state[0].float() for row in ids]
-    except AttributeError as error:
-        raise EncoderError(
-            f"{name} gives no last_hidden_state ({error}): pass the encoder alone, as AutoModel loads it or "
-            "model.base_model holds it"
-        ) from error
-    except RuntimeError as error:
-        raise EncoderError(f"{name} does not run in {parameter.dtype} on {parameter.device}: {error}") from error
-    if not all(bool(row.isfinite().all()) for row in found):
-        way_out = "ask for dtype='bfloat16' or 'float32'" if parameter.dtype == torch.float16 else "look at its weights"
-        raise EncoderError(f"{name} gives values that are not finite in {parameter.dtype}: {way_out}")
-    return found
-
-
-def _try_packed(
-    model: nn.Module, ids: list[Tensor], alone: list[Tensor], first_position: int, tolerance: float
-) -> tuple[bool, str]:
-    """Whether packed texts equal one by one, and why."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return False, f"{type(model).__name__} takes no position_ids, so positions cannot restart"
-    try:
-        model.set_attn_implementation(PACKED)  # type: ignore[operator]
-        worst = _packed_error(model, ids, alone, first_position)
-    except Exception as error:  # a model that cannot be packed may raise anything; the reason says what
-        return False, f"the packed self-test raised {type(error).__name__}: {error}"
-    if worst <= tolerance:
-        return True, f"packed equals one by one (worst relative L2 error {worst:.1e})"
-    return False, f"packed differs from one by one (relative L2 error {worst:.1e} > {tolerance:.0e})"
-
-
-def _worst_error(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, right, strict=True)]
-    return max(errors) if all(map(math.isfinite, errors)) else math.inf  # max() ignores a NaN
-
-
-def _packed_error(model: nn.Module, ids: list[Tensor], alone: list[Tensor], first_position: int) -> float:
-    device = ids[0].device
-    lengths = np.array([row.shape[1] for row in ids], np.int32)
-    positions = torch.cat([torch.arange(row.shape[1], device=device) for row in ids])[None] + first_position
-    packing = Packing(lengths, torch.from_numpy(cumulate(lengths)).to(device))
-    out = model(input_ids=torch.cat(ids, 1), position_ids=positions, packing=packing).last_hidden_state[0]
-    return _worst_error(out.split(lengths.tolist()), alone)
-
-
-def _padded_error(model: nn.Module, ids: list[Tensor], alone: list[Tensor]) -> float:
-    pad = getattr(model.config, "pad_token_id", None) or 0
-    rows = [row[0] for row in ids]
-    padded = pad_sequence(rows, batch_first=True, padding_value=pad)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    out = model(input_ids=padded, attention_mask=mask).last_hidden_state
-    return _worst_error([found[: len(row)] for found, row in zip(out, rows, strict=True)], alone)
-
-
-def _noise(model: nn.Module, ids: list[Tensor], alone: list[Tensor], native: str, other: str) -> float:
-    """The difference between two of the model's own attention functions in its precision."""
-    try:
-        model.set_attn_implementation(other)  # type: ignore[operator]
-        found = [model(input_ids=row, attention_mask=torch.ones_like(row)).last_hidden_state[0] for row in ids]
-    except (ValueError, ImportError):
-        return 1e-3
-    finally:
-        model.set_attn_implementation(native)  # type: ignore[operator]
-    noise = _worst_error(found, alone)
-    return noise if math.isfinite(noise) else 1e-3

@@ -18,14 +18,12 @@ from ..embeddings import Embeddings, Output
 from ..errors import ConfigError, EncoderError
 from ..system.cuda import resolve_device
 from ..tokens import Text, TokenBatch, cumulate
-from .attention import plain_mode, probe_batching
+from .attention import plain_mode
 from .autotune import TRIED_TOKENS, fastest_dtype, fastest_forward_tokens
 from .fingerprint import hash_weights, weights_state
+from .forward import check_segments
 from .forward_size import FORWARD_TOKENS, ForwardSize
-from .fused import FusedForward
 from .freezing import FreezableForward, warn_of_half
-from .layer_modules import Undescribed
-from .layers import stop_after, unroll
 from .output_spec import OutputSpec
 from .own_model import own_copy, without_peft
 from .pooling import Combine, SentencePooling, WordPooling
@@ -39,8 +37,9 @@ from .pretrained import (
     save_pooling,
     torch_dtype,
 )
+from .self_test import probe_batching
 from .tokenizer import Overflow, TextTokenizer, WordSplitter, check_cutting, renamed_splitter
-from .upper import UpperEncoder
+from .upper import UpperEncoder, upper_half
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ class Encoder(FreezableForward):
             `TokenBatch`es for it to embed.
     Raises:
         ConfigError: an argument is out of range.
-        EncoderError: `packed` is True and the model cannot be packed.
+        EncoderError: `packed` is True and the model cannot be packed; or no way is right for these layers.
     """
 
     def __init__(
@@ -132,12 +131,9 @@ class Encoder(FreezableForward):
         if "pooler" in spec.pooling and getattr(model, "pooler", None) is None:
             raise ConfigError(f"pooling='pooler': {type(model).__name__} has no pooler, or its weights were not saved")
         own = own_copy(model, device, dtype)
-        if min(spec.layers) < num_layers:
-            unroll(own)
-        if max(spec.layers) < num_layers:
-            stop_after(own, max(spec.layers))
-        super().__init__(own, spec, probe_batching(own, packed), num_layers, size)
-        self._fuse()
+        special_ids = [getattr(tokenizer, f"{name}_token_id", None) for name in ("mask", "pad", "unk")]
+        own, batching = probe_batching(own, spec.layers, num_layers, packed, special_ids)
+        super().__init__(own, spec, batching, num_layers, size)
         logger.info("%s runs %s: %s", type(model).__name__, self.batching.way, self.batching.reason)
         self.tokenizer = TextTokenizer(
             tokenizer,
@@ -270,32 +266,6 @@ class Encoder(FreezableForward):
             forward = self._chosen_forward()
             return forward(batch, np.arange(len(ids)), lengths, None)
 
-    def _fuse(self) -> None:
-        if self.batching.way != "packed":
-            return
-        try:
-            fused = FusedForward(self.model, self.layers, self._num_layers)
-        except Undescribed as error:
-            self.batching = dataclasses.replace(self.batching, reason=f"{self.batching.reason}; not fused: {error}")
-            return
-        self._fused = fused
-        from .attention import _probe_texts
-        ids = _probe_texts(self.model.config, self.batching.first_position)
-        lengths = np.array([row.shape[1] for row in ids], np.int32)
-        flat = torch.cat(ids, 1)[0].numpy().astype(np.int32)
-        nothing = np.zeros(len(lengths), np.int32)
-        batch = TokenBatch(flat, cumulate(lengths), None, None, None, nothing, nothing)
-        with plain_mode(self.device):
-            fused.ready(self.model)
-            a, _ = self._fused_forward(batch, np.arange(len(flat)), lengths)
-            b, _ = self._packed_forward(batch, np.arange(len(flat)), lengths)
-        worst = max(float((x.float() - y.float()).norm() / y.float().norm()) for x, y in zip(a, b, strict=True))
-        if worst < 1e-5 or self.dtype != torch.float32:
-            self.batching = dataclasses.replace(self.batching, way="fused", reason=f"fused equals packed ({worst:.1e})")
-        else:
-            self._fused = None
-            self.batching = dataclasses.replace(self.batching, reason=f"{self.batching.reason}; fused differs ({worst:.1e})")
-
     def freeze(self) -> Encoder:
         """Stop training all parameters; from here on vectors may be cached."""
         self._fingerprint = None  # the weights may have changed without a trace
@@ -318,7 +288,7 @@ class Encoder(FreezableForward):
             half, a module from these `Embeddings` to those of the whole, with this encoder's output, layers and
             pooling.
         Raises:
-            ConfigError: `at` is out of range, or above a layer of `layers`.
+            ConfigError: `at` is out of range, or above a layer of `layers`; or the model cannot be split.
         """
         top = max(self.layers)
         if not 1 <= at < top:
@@ -339,7 +309,7 @@ class Encoder(FreezableForward):
         lower.tokenizer = self.tokenizer
         lower.spec = dataclasses.replace(lower.spec, every_window=True)
         lower._size = ForwardSize(self._size.given, limit=self._size.limit)  # its own layers are measured again
-        upper = UpperEncoder(own_copy(self.model), at, self)
+        upper = upper_half(at, self, lower)
         uppers = {id(parameter) for parameter in upper.parameters()}
         lowers = {id(parameter): parameter for parameter in lower.parameters()}
         if not uppers.isdisjoint(lowers):
@@ -452,6 +422,7 @@ class Encoder(FreezableForward):
             texts = np.flatnonzero(batch.lengths > longest)
             message = f"text {texts[0]} has {batch.lengths[texts[0]]} tokens, the model takes {longest}"
             raise EncoderError(message, records=texts.tolist())
+        check_segments(batch, self.model.config)
         vocab_size = cast(Any, self.model.config).vocab_size
         unknown = np.flatnonzero((batch.input_ids < 0) | (batch.input_ids >= vocab_size))
         if len(unknown):

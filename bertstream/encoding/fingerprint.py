@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_REVISION = 1
+_REVISION = 2
 """Raise it when a change of this package changes the vectors of the same weights."""
+
+_RIGHT_SINCE_1 = {
+    *("AlbertModel", "BertModel", "DebertaV2Model", "DistilBertModel", "ElectraModel", "ErnieModel", "EuroBertModel"),
+    *("MobileBertModel", "ModernBertModel", "MPNetModel", "NomicBertModel"),
+}
+"""Models whose vectors revision 2 did not change, so that their caches stay: it reads inner layers of models that pad
+inside, counts RoBERTa's positions without the padding id, and packs fewer models (esm)."""
 
 # Entries of a config about where it came from and how it runs, not about what it computes.
 _IGNORED = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
@@ -30,7 +37,8 @@ def hash_weights(model: nn.Module, settings: str, config: Mapping[str, Any]) -> 
     """
     digest = hashlib.blake2b(digest_size=16)
     kept = {name: value for name, value in config.items() if name not in _IGNORED}
-    about = (_REVISION, type(model).__name__, settings, json.dumps(kept, sort_keys=True, default=repr))
+    name = type(model).__name__
+    about = (1 if name in _RIGHT_SINCE_1 else _REVISION, name, settings, json.dumps(kept, sort_keys=True, default=repr))
     digest.update(repr(about).encode())
     tensors = _tensors(model)
     if adapters := _adapters(model, tensors):

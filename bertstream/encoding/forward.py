@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -18,11 +18,12 @@ from ..embeddings import Embeddings, Output
 from ..errors import EncoderError
 from ..system.cuda import InTurn, to_device
 from ..tokens import BoolArray, Indices, Int32Array, TokenBatch, cumulate, rows_of, steps
-from .attention import BatchingSupport, Packing, register
+from .attention import BatchingSupport, Packing, packed_positions, register
 from .fingerprint import note_training
 from .forward_size import ForwardSize
 from .fused import FusedForward
 from .layers import kept_inputs, parameters_by_layer
+from .model_state import unchanged
 from .output_spec import OutputSpec
 from .pooling import Combine, SentencePooling, WordPooling, combine_layers, pool_runs
 
@@ -49,7 +50,7 @@ class BatchedForward(nn.Module):
         self.model = model
         self.spec = spec
         self.batching = batching
-        self._fused: FusedForward | None = None
+        self._fused = FusedForward(model, spec.layers, num_layers) if batching.way == "fused" else None
         self._num_layers = num_layers
         self._size = size
         self._lock = threading.Lock()
@@ -133,7 +134,11 @@ class BatchedForward(nn.Module):
     @property
     def max_forward_tokens(self) -> int:
         """Tokens of one forward at most; a longer single text is a forward of its own."""
-        return self._size.most(self.device)
+        return self._most_tokens(None)
+
+    def _most_tokens(self, asked: int | None) -> int:
+        most = self._size.most(self.device, asked)
+        return min(most, self.batching.most_tokens or most)
 
     @property
     def default_forward_tokens(self) -> int:
@@ -270,7 +275,7 @@ class BatchedForward(nn.Module):
         order = order[lengths[order] > 0]
         forward = self._chosen_forward(given)
         layers: list[Tensor] = []
-        waiting = deque(self._forwards(order, lengths, self._size.most(self.device, max_forward_tokens)))
+        waiting = deque(self._forwards(order, lengths, self._most_tokens(max_forward_tokens)))
         while waiting:
             texts = waiting.popleft()
             rows = rows_of(texts, cu_seqlens)
@@ -339,23 +344,23 @@ class BatchedForward(nn.Module):
         assert self._fused is not None and given is None
         tiles = self._fused.tiles(lengths)
         types = None if batch.token_type_ids is None else batch.token_type_ids[rows]
-        positions = steps(lengths) + self.batching.first_position
-        parts = [rows, batch.input_ids[rows], positions, cumulate(lengths), types, tiles]
+        ids = batch.input_ids[rows]
+        parts = [rows, ids, packed_positions(ids, lengths, self.batching), cumulate(lengths), types, tiles]
         sizes = [0 if part is None else part.size for part in parts]
         flat = [part.ravel() for part in parts if part is not None]
         slab = self._to_device(np.concatenate(flat, dtype=np.int32, casting="unsafe"))
-        index, ids, places, cu_seqlens, *others = slab.split(sizes)
+        index, input_ids, positions, cu_seqlens, *others = slab.split(sizes)
         segments, tiled = (part if len(part) else None for part in others)
         packing = Packing(lengths, cu_seqlens)
-        made = self._fused(ids, places, segments, packing, None if tiled is None else tiled.view(-1, 2))
+        made = self._fused(input_ids, positions, segments, packing, None if tiled is None else tiled.view(-1, 2))
         return made, index.long()
 
     def _packed_forward(
         self, batch: TokenBatch, rows: Indices, lengths: Int32Array, given: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """The hidden states of `layers`, each [n, H], of these texts, and the rows [n] that they are of."""
-        positions = steps(lengths) + self.batching.first_position
-        inputs = {"input_ids": batch.input_ids[rows], "position_ids": positions}
+        ids = batch.input_ids[rows]
+        inputs = {"input_ids": ids, "position_ids": packed_positions(ids, lengths, self.batching)}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids[rows]
         tensors = {name: self._to_device(ids.astype(np.int64))[None] for name, ids in inputs.items()}
@@ -377,7 +382,7 @@ class BatchedForward(nn.Module):
             return self._to_device(out.reshape(len(lengths), longest))
 
         inputs = {
-            "input_ids": pad(batch.input_ids[rows], getattr(self.model.config, "pad_token_id", None) or 0),
+            "input_ids": pad(batch.input_ids[rows], self.batching.fill_id),
             "attention_mask": pad(np.ones(len(rows), np.int64), 0),
         }
         if batch.token_type_ids is not None:
@@ -390,10 +395,18 @@ class BatchedForward(nn.Module):
 
     def _run(self, given: Tensor | None, **inputs: Any) -> list[Tensor]:
         """The layers of `layers` from one forward, each [texts, T, H]; an upper half starts from `given`."""
-        with kept_inputs(self.model, [layer for layer in self.layers if layer < self._num_layers]) as kept:
-            out = self.model(**inputs)
+        inner = [layer for layer in self.layers if layer < self._num_layers]
+        own = self.batching.reads_own and bool(inner)
+        with (
+            unchanged(self.model) if self.batching.changes_itself else nullcontext(),
+            kept_inputs(self.model, [] if own else inner) as kept,
+        ):
+            out = self.model(**inputs, **({"output_hidden_states": True} if own else {}))
+        if own:
+            kept.update(enumerate(out.hidden_states))
         kept[self._num_layers] = out.last_hidden_state
-        return [kept[layer] for layer in self.layers]
+        tokens = inputs["input_ids"].shape[1]  # some models pad inside, on the right
+        return [kept[layer][:, :tokens] for layer in self.layers]
 
     def _to_device(self, array: Any) -> Tensor:
         return to_device(array, self.device)
@@ -425,6 +438,24 @@ class BatchedForward(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lock = threading.Lock()
         self._weights_in_turn = InTurn()
+
+
+def check_segments(batch: TokenBatch, config: Any) -> None:
+    """Refuse segment ids that the model has no embedding of.
+
+    Raises:
+        EncoderError: naming the texts.
+    """
+    known = getattr(config, "type_vocab_size", None)
+    if batch.token_type_ids is None or not known or not batch.num_tokens or batch.token_type_ids.max() < known:
+        return
+    texts = np.flatnonzero(_count_by_text(batch.token_type_ids >= known, batch))
+    raise EncoderError(
+        f"text {texts[0]} has the segment id {batch.token_type_ids.max()}, the model knows 0 to {known - 1} "
+        f"(type_vocab_size={known}): this tokenizer marks the second text of a pair, and the model was trained without "
+        "such marks; use the model's own tokenizer",
+        records=texts.tolist(),
+    )
 
 
 def _word_ids(batch: TokenBatch) -> Int32Array:

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import ConfigError
 from .fingerprint import note_training
 from .forward import BatchedForward
-from .layers import layer_list
+from .layers import known_layers, layer_list
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class FreezableForward(BatchedForward):
         if self.training:
             if any(parameter.requires_grad for parameter in self._layer_parameters()[-1]):
                 self.model.train()
-            for layer in layer_list(self.model):
+            for layer in known_layers(self.model):
                 layer.train(any(parameter.requires_grad for parameter in layer.parameters()))
         return self
 
@@ -77,6 +77,8 @@ class FreezableForward(BatchedForward):
         """
         if parameters is None:
             groups = self._layer_parameters()
+            if layers:
+                layer_list(self.model)  # says what to do where the layers are not known
             if layers is not None and not 0 <= layers < len(groups):
                 raise ConfigError(f"layers={layers}: {len(groups) - 1} layers are used; None is all of them and more")
             chosen = [p for group in groups[: None if layers is None else layers] for p in group]

@@ -62,6 +62,11 @@ def stop_after(model: nn.Module, layer: int) -> None:
     _drop_unused(model, layer)
 
 
+def is_cut(model: nn.Module) -> bool:
+    """Whether `stop_after` cut the model off."""
+    return any(isinstance(module, _Through) for module in model.modules())
+
+
 def begin_at(model: nn.Module, layer: int, keep_pooler: bool) -> None:
     """Make a model's forward begin at a layer, with the hidden states of `begun_with`, and drop the weights below.
 
@@ -243,8 +248,18 @@ def layer_list(model: nn.Module) -> nn.ModuleList:
     return _layer_list(model)[2]
 
 
+def known_layers(model: nn.Module) -> Sequence[nn.Module]:
+    """The model's layers, bottom first; empty where it has no one list of them."""
+    try:
+        return layer_list(model)
+    except ConfigError:
+        return ()
+
+
 def parameters_by_layer(model: nn.Module, with_pooler: bool) -> list[list[nn.Parameter]]:
     """The parameters of each used layer, top first, then all others; none twice (albert's layers share theirs).
+
+    Of a model that has no one list of layers, all are others.
 
     Args:
         model: an encoder.
@@ -253,8 +268,8 @@ def parameters_by_layer(model: nn.Module, with_pooler: bool) -> list[list[nn.Par
     """
     pooler = getattr(model, "pooler", None)
     top = list(pooler.parameters()) if pooler is not None else []
-    groups = [list(layer.parameters()) for layer in layer_list(model)][::-1]
-    groups = [group for group in groups if group]
+    groups = [list(layer.parameters()) for layer in known_layers(model)][::-1]
+    groups = [group for group in groups if group] or [[]]
     seen = {id(parameter) for group in (top, *groups) for parameter in group}
     groups.append([parameter for parameter in model.parameters() if id(parameter) not in seen])
     if with_pooler:
@@ -271,14 +286,19 @@ def _layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
     """The owner and name of the model's one list of layers, and the list."""
     config: Any = model.config
     count = getattr(config, "num_hidden_groups", None) or config.num_hidden_layers
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            owner, _, name = path.rpartition(".")
-            return model.get_submodule(owner), name, module
-    raise ConfigError(
-        f"{type(model).__name__} has no list of {config.num_hidden_layers} layers, so only the last is available: "
-        "leave layers= out"
-    )
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():  # a list before the lists inside it
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
+            found[path] = module
+    if len(found) != 1:
+        raise ConfigError(
+            f"{type(model).__name__} has {len(found)} lists of {config.num_hidden_layers} layers instead of one, so "
+            "its layers cannot be told apart: train all of it, and do not split it"
+        )
+    ((path, layers),) = found.items()
+    owner, _, name = path.rpartition(".")
+    return model.get_submodule(owner), name, layers
 
 
 def _gives_tuple(model: nn.Module, layer: nn.Module) -> bool:

@@ -145,12 +145,30 @@ def longest_text(tokenizer: Any, config: Any, max_length: int | None, first_posi
         ConfigError: `max_length` is larger.
     """
     longest = int(min(getattr(tokenizer, "model_max_length", 1 << 30), 1 << 30))
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = most_positions(config)
     if positions is not None:
         longest = min(longest, positions - first_position)
     if max_length is not None and max_length > longest:
         raise ConfigError(f"max_length={max_length}: the model takes 1 to {longest} tokens")
     return max_length or longest
+
+
+def most_positions(config: Any) -> int | None:
+    """Positions that a model has; None where it has no limit.
+
+    Of "longrope" only those before its frequencies change: they change for a whole forward, so a text would depend on
+    the longest text beside it.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:  # xlnet's is -1
+        return None
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for part in (rope, *rope.values()):  # one for all layers, or one for each type of layer
+        if isinstance(part, dict) and part.get("rope_type", part.get("type")) == "longrope":
+            original = part.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            positions = min(positions, original or positions)
+    return positions
 
 
 def _bare(name: str) -> str:

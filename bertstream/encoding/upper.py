@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..embeddings import Embeddings
-from ..errors import EncoderError
-from .attention import PACKED
+from ..errors import ConfigError, EncoderError
+from .attention import PACKED, plain_mode
 from .forward import BatchedForward
 from .layers import begin_at, begun_with, unroll
+from .own_model import own_copy
+from .self_test import batch_of, probe_texts, worst_error
 
 
 class UpperEncoder(BatchedForward):
@@ -34,7 +38,8 @@ class UpperEncoder(BatchedForward):
         begin_at(model, at, keep_pooler="pooler" in whole.pooling)
         if whole.batching.packs:
             cast(Any, model).set_attn_implementation(PACKED)
-        super().__init__(model, whole.spec, whole.batching, whole._num_layers, whole._size.copied())
+        batching = dataclasses.replace(whole.batching, way="packed") if whole.batching.packs else whole.batching
+        super().__init__(model, whole.spec, batching, whole._num_layers, whole._size.copied())
         self.at = at
         self.eval()
 
@@ -73,3 +78,35 @@ class UpperEncoder(BatchedForward):
         with begun_with(self.model, given):
             found = super()._run(None, **inputs)
         return [given if layer == self.at else states for layer, states in zip(self.layers, found, strict=True)]
+
+
+def upper_half(at: int, whole: BatchedForward, lower: BatchedForward) -> UpperEncoder:
+    """Make the upper half of an encoder, and compare both halves with the whole.
+
+    Args:
+        at: the layer whose hidden states the lower half gives.
+        whole: the encoder.
+        lower: its lower half.
+    Raises:
+        ConfigError: the model cannot be split, or its halves are not right.
+    """
+    try:
+        upper = UpperEncoder(own_copy(whole.model), at, whole)
+        batch = batch_of(probe_texts(whole.model))
+        with plain_mode(whole.device):
+            right = whole._token_vectors(batch, None, None)
+            (given,) = lower._token_vectors(batch, None, None)
+            found = upper._token_vectors(batch, given.to(upper.dtype), None)
+    except Exception as error:  # whatever a model does that has no plain list of layers
+        raise ConfigError(
+            f"split(at={at}): {type(whole.model).__name__} cannot be split ({type(error).__name__}: {error}); train "
+            "it whole, with unfreeze()"
+        ) from error
+    lengths = batch.lengths.tolist()
+    error = max(worst_error(a.split(lengths), b.split(lengths)) for a, b in zip(found, right, strict=True))
+    if not error <= (1e-5 if whole.dtype == torch.float32 else 1e-2):
+        raise ConfigError(
+            f"split(at={at}): the halves of this {type(whole.model).__name__} differ from the whole (relative L2 error "
+            f"{error:.1e}); train it whole, with unfreeze()"
+        )
+    return upper

@@ -1,0 +1,96 @@
+"""What a forward may change of a model besides its result, and how to put it back.
+
+big_bird, for example, switches its sparse attention off at the first short text, for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CAPTURING = "_output_capturing_hooks_installed"
+"""The mark that transformers leaves in a model together with hooks, which change nothing; they stay, so it stays."""
+
+_PLAIN = (bool, int, float, str, tuple, Tensor, type(None))
+
+
+class ModelState:
+    """A model's config, submodules, buffers and plain attributes at one time; weights are not part of it.
+
+    Args:
+        model: a transformers encoder.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = model.config
+        self._config = config
+        self._settings = dict(config.__dict__)
+        self._modules = [
+            (module, _plain(module), dict(module._modules), _clones(module), dict(module._buffers))
+            for module in model.modules()
+        ]
+
+    def differs(self) -> bool:
+        """Whether the model is no longer as it was."""
+        if not _same(self._config.__dict__, self._settings):
+            return True
+        return any(
+            not _same(_plain(module), attributes)
+            or not _same(module._modules, children)
+            or not _same(module._buffers, buffers)
+            or any(not torch.equal(buffer, clones[name]) for name, buffer in module._buffers.items() if name in clones)
+            for module, attributes, children, clones, buffers in self._modules
+        )
+
+    def put_back(self) -> None:
+        """Make the model as it was."""
+        self._config.__dict__.clear()
+        self._config.__dict__.update(self._settings)
+        for module, attributes, children, clones, buffers in self._modules:
+            for name in _plain(module).keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+            _set(module._modules, children)
+            _set(module._buffers, buffers)
+            for name, clone in clones.items():
+                if not torch.equal(buffers[name], clone):  # type: ignore[arg-type]
+                    module._buffers[name] = clone.clone()
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """A context after which the model is as it was before."""
+    state = ModelState(model)
+    try:
+        yield
+    finally:
+        state.put_back()
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN) and name != CAPTURING}
+
+
+def _clones(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
+
+
+def _same(found: dict[str, Any], before: dict[str, Any]) -> bool:
+    if found.keys() != before.keys():
+        return False
+    return all(value is before[name] or _equal(value, before[name]) for name, value in found.items())
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, (nn.Module, Tensor)) or isinstance(other, (nn.Module, Tensor)):
+        return False
+    return type(one) is type(other) and bool(one == other)
+
+
+def _set(target: dict[str, Any], content: dict[str, Any]) -> None:
+    target.clear()
+    target.update(content)

@@ -1,0 +1,400 @@
+"""The self-test at load: which ways of sharing a forward give each text the vectors that it has alone.
+
+Each way is tried with the code that runs later (`BatchedForward`), on texts that hold what has broken packing or
+padding in some model: the ids of the mask, of padding and of the unknown token inside a text, a short text beside a far
+longer one, lengths around a window of the attention, and more tokens in one row than the model has positions. What is
+right is said by the model as it came, one text at a time, without padding, and by its own `hidden_states`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import EncoderError
+from ..tokens import Int32Array, TokenBatch, cumulate
+from .attention import PACKED, BatchingSupport, plain_mode, register
+from .forward import BatchedForward
+from .forward_size import ForwardSize
+from .layer_modules import Undescribed
+from .layers import is_cut, stop_after, unroll
+from .model_state import ModelState
+from .output_spec import OutputSpec
+from .own_model import own_copy
+from .pretrained import most_positions
+
+Run: TypeAlias = Callable[[Sequence[Int32Array]], list[list[Tensor]]]
+"""From texts to the vectors [T, H] of each layer and, within it, of each text."""
+
+MOST_TOKENS = 2048
+"""Tokens of all the texts of one way, at most."""
+
+_EXACT = 1e-5
+_FEW_POSITIONS = 1000
+"""Of a model with more positions, no row of more tokens is tried: the self-test would take too long."""
+
+
+class Probe:
+    """Texts, and the right vectors of each layer that was asked for.
+
+    Args:
+        model: a transformers encoder in eval mode, whole. It is left as it is.
+        layers: counted from 0, the embedding layer.
+        num_layers: of the model.
+        special_ids: ids that a text may hold and that a model may treat specially, beside those that the config names.
+    Attributes:
+        texts: the ids of each text.
+        right: the vectors [T, H] of each layer and, within it, of each text, float32.
+        tolerance: relative L2 error that a text may have: 1e-5 in float32; where products are rounded, 8 times the
+            difference between the model's own attention functions.
+        changes_itself: whether a forward of the model changed it.
+    Raises:
+        EncoderError: the model is no encoder, does not run in its precision, or does not give these layers.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[int], num_layers: int, special_ids: Sequence[int | None] = ()
+    ) -> None:
+        self.layers = tuple(layers)
+        self.num_layers = num_layers
+        self.changes_itself = False
+        self._positions = most_positions(cast(Any, model.config)) or 0
+        self.skipped_id = _skipped_id(model)
+        self.texts = probe_texts(model, special_ids)
+        with plain_mode(next(model.parameters()).device):
+            self.right = self._alone(model)
+            self.tolerance = _EXACT if _is_exact(model) else max(1e-4, 8 * self._noise(model))
+
+    def errors(self, run: Run) -> list[float]:
+        """The worst relative L2 error of a text, layer by layer; infinite where a value is not finite.
+
+        Args:
+            run: gives the vectors of texts that share a forward, or several.
+        """
+        copies = self._copies()
+        found = run(self.texts * copies)
+        return [worst_error(layer, right * copies) for layer, right in zip(found, self.right, strict=True)]
+
+    def worst_error(self, run: Run) -> float:
+        """The worst of `errors`."""
+        return max(self.errors(run))
+
+    @property
+    def most_row(self) -> int:
+        """Tokens of the longest row that was tried."""
+        return self._copies() * sum(map(len, self.texts))
+
+    def _copies(self) -> int:
+        """How often each text is in a run, so that a packed row is longer than the model's table of positions."""
+        tokens = sum(map(len, self.texts))
+        wanted = self._positions // tokens + 1 if self._positions <= _FEW_POSITIONS else 1
+        return max(1, min(wanted, MOST_TOKENS // tokens))
+
+    def _alone(self, model: nn.Module) -> list[list[Tensor]]:
+        """One text at a time, each by the model as it was found."""
+        state = ModelState(model)
+        by_text = []
+        for text in self.texts:
+            by_text.append([layer.float() for layer in self._states(model, text)])
+            if state.differs():
+                self.changes_itself = True
+                state.put_back()
+        return [list(layer) for layer in zip(*by_text, strict=True)]
+
+    def _states(self, model: nn.Module, text: Int32Array) -> list[Tensor]:
+        name, parameter = type(model).__name__, next(model.parameters())
+        ids = torch.from_numpy(text.astype(np.int64))[None].to(parameter.device)
+        inner = any(layer < self.num_layers for layer in self.layers)
+        try:
+            out: Any = model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), **({"output_hidden_states": True} if inner else {})
+            )
+            last = out.last_hidden_state
+        except AttributeError as error:
+            raise EncoderError(
+                f"{name} gives no last_hidden_state ({error}): pass the encoder alone, as AutoModel loads it or "
+                "model.base_model holds it"
+            ) from error
+        except RuntimeError as error:
+            raise EncoderError(f"{name} does not run in {parameter.dtype} on {parameter.device}: {error}") from error
+        except Exception as error:
+            raise EncoderError(
+                f"{name} does not run on input_ids and attention_mask alone ({type(error).__name__}: {error}): pass a "
+                "text encoder; of a model with a decoder, model.get_encoder()"
+            ) from error
+        states = list(getattr(out, "hidden_states", None) or ()) if inner else []
+        if len(states) == self.num_layers and is_cut(model):  # the lower half of a split encoder: the end gives none
+            states.append(last)
+        if inner and len(states) != self.num_layers + 1:
+            raise EncoderError(
+                f"{name} gives {len(states)} hidden_states for {self.num_layers} layers, so which of them are "
+                f"layers={self.layers} is not known: leave layers= out"
+            )
+        # Some models pad inside, on the right, and give the padding's rows too.
+        found = [last[0] if layer == self.num_layers else states[layer][0, : len(text)] for layer in self.layers]
+        if not all(bool(rows.isfinite().all()) for rows in found):
+            way_out = "look at its weights"
+            if parameter.dtype == torch.float16:
+                way_out = "ask for dtype='bfloat16' or 'float32'"
+            raise EncoderError(f"{name} gives values that are not finite in {parameter.dtype}: {way_out}")
+        return found
+
+    def _noise(self, model: nn.Module) -> float:
+        """The difference between two of the model's own attention functions in its precision."""
+        native = cast(Any, model.config)._attn_implementation
+        changed = self.changes_itself
+        try:
+            cast(Any, model).set_attn_implementation("sdpa" if native == "eager" else "eager")
+            found = self._alone(model)
+        except (ValueError, ImportError, EncoderError):
+            return 1e-3
+        finally:
+            cast(Any, model).set_attn_implementation(native)
+            self.changes_itself = changed
+        noise = max(worst_error(layer, right) for layer, right in zip(found, self.right, strict=True))
+        return noise if math.isfinite(noise) else 1e-3
+
+
+def probe_batching(
+    model: nn.Module,
+    layers: Sequence[int],
+    num_layers: int,
+    packed: bool | None = None,
+    special_ids: Sequence[int | None] = (),
+) -> tuple[nn.Module, BatchingSupport]:
+    """Cut a model off after its highest layer, and find the fastest right way to share its forwards.
+
+    Args:
+        model: a transformers encoder in eval mode that shares neither structure nor config with the user's. A model
+            that passes packed keeps the packed attention, any other its own.
+        layers: counted from 0, the embedding layer.
+        num_layers: of the model.
+        packed: True refuses a model that cannot be packed, False does not try.
+        special_ids: as for `Probe`.
+    Returns:
+        The model to run, and how.
+    Raises:
+        EncoderError: no way is right for these layers; or `packed` is True and packing is not; or as for `Probe`.
+    """
+    register()
+    inner = min(layers) < num_layers
+    whole = own_copy(model) if inner else model  # asking for hidden_states leaves hooks in a model
+    probe = Probe(whole, layers, num_layers, special_ids)
+    support = _Trial(model, probe, packed)
+    try:
+        if inner:
+            unroll(model)
+        if max(layers) < num_layers:
+            stop_after(model, max(layers))
+    except Exception as error:  # whatever a model does that has no plain list of layers
+        support.reasons.append(f"its layers cannot be read inside ({type(error).__name__}: {error})")
+    else:
+        if (found := support.best(reads_own=False)) is not None:
+            return model, found
+    if inner:
+        support.model = whole
+        if (found := support.best(reads_own=True)) is not None:
+            return whole, found
+    name, reason = type(model).__name__, "; ".join(support.reasons)
+    if packed:
+        raise EncoderError(f"{name} cannot run packed: {reason}; leave packed= out")
+    wrong = [layer for layer, error in zip(layers, support.errors, strict=True) if not error <= support.loosest]
+    way_out = "leave these layers out" if inner else "pass a text encoder that gives a text the same vectors each time"
+    raise EncoderError(f"{name}: layers {wrong or list(layers)} are not right in any way: {reason}; {way_out}")
+
+
+class _Trial:
+    """The ways to share a forward, from the fastest, and why those that were tried are not right."""
+
+    def __init__(self, model: nn.Module, probe: Probe, packed: bool | None) -> None:
+        self.model = model
+        self.probe = probe
+        self.packed = packed
+        self.reasons = [] if packed is not False else ["packing was not asked for"]
+        self.errors: list[float] = [math.inf] * len(probe.layers)
+        # Grouped is the last way, so noise alone must not refuse it.
+        self.loosest = max(probe.tolerance, 1e-4)
+
+    def best(self, reads_own: bool) -> BatchingSupport | None:
+        """The fastest right way; None if there is none."""
+        model: Any = self.model
+        native = model.config._attn_implementation
+        support = BatchingSupport(
+            "packed",
+            "",
+            skipped_id=self.probe.skipped_id,
+            fill_id=_fill_id(model.config, self.probe.skipped_id),
+            reads_own=reads_own,
+            changes_itself=self.probe.changes_itself,
+        )
+        if self.packed is not False and self._packs():
+            support = dataclasses.replace(support, most_tokens=self._table())
+            try:
+                model.set_attn_implementation(PACKED)
+            except Exception as error:  # a model that cannot be packed may raise anything; the reason says what
+                self.reasons.append(f"it takes no other attention ({type(error).__name__}: {error})")
+            else:
+                if self._passes(support, self.probe.tolerance):
+                    return self._found(self._fused(support))
+            if model.config._attn_implementation != native:
+                model.set_attn_implementation(native)
+        if self.packed:
+            return None
+        for way, tolerance in (("padded", self.probe.tolerance), ("grouped", self.loosest)):
+            support = dataclasses.replace(support, way=cast(Any, way), most_tokens=None)
+            if self._passes(support, tolerance):
+                return self._found(support)
+        return None
+
+    def _fused(self, packed: BatchingSupport) -> BatchingSupport:
+        """Our own loop over the weights of a model that runs packed, if it is right too; else the same as before."""
+        errors, fused = self.errors, dataclasses.replace(packed, way="fused")
+        if packed.reads_own:
+            self.reasons.append("not fused: it runs as it came")
+        elif self._passes(fused, self.probe.tolerance):
+            return fused
+        self.errors = errors
+        return packed
+
+    def _packs(self) -> bool:
+        if "position_ids" in inspect.signature(self.model.forward).parameters:
+            return True
+        self.reasons.append(f"{type(self.model).__name__} takes no position_ids, so positions cannot restart")
+        return False
+
+    def _table(self) -> int | None:
+        """Tokens that a packed row may have, where a buffer of the model has as many entries as it has positions."""
+        positions = most_positions(cast(Any, self.model.config)) or 0
+        if positions <= self.probe.most_row:
+            return None
+        return positions if any(positions in buffer.shape for buffer in self.model.buffers()) else None
+
+    def _passes(self, support: BatchingSupport, tolerance: float) -> bool:
+        device = next(self.model.parameters()).device
+        try:
+            with plain_mode(device):
+                self.errors = self.probe.errors(_run_of(self.model, support, self.probe))
+        except Undescribed as error:
+            self.reasons.append(f"not fused: {error}")
+            return False
+        except Exception as error:
+            self.reasons.append(f"the {support.way} self-test raised {type(error).__name__}: {error}")
+            return False
+        worst = max(self.errors)
+        if worst <= tolerance:
+            self.reasons.append(f"{support.way} equals one by one (worst relative L2 error {worst:.1e})")
+            return True
+        self.reasons.append(f"{support.way} differs from one by one (relative L2 error {worst:.1e} > {tolerance:.0e})")
+        return False
+
+    def _found(self, support: BatchingSupport) -> BatchingSupport:
+        own = ["layers are the model's own hidden_states"] if support.reads_own else []
+        return dataclasses.replace(support, reason="; ".join([*own, *self.reasons]))
+
+
+def _run_of(model: nn.Module, support: BatchingSupport, probe: Probe) -> Run:
+    """Texts in one forward, by the code that runs later."""
+    forward = BatchedForward(model, OutputSpec(layers=probe.layers), support, probe.num_layers, ForwardSize(1 << 20))
+
+    def run(texts: Sequence[Int32Array]) -> list[list[Tensor]]:
+        batch = batch_of(texts)
+        return [list(layer.split(batch.lengths.tolist())) for layer in forward._token_vectors(batch, None, None)]
+
+    return run
+
+
+def batch_of(texts: Sequence[Int32Array]) -> TokenBatch:
+    """Texts as a batch of single texts that nothing more is known of."""
+    lengths = np.array([len(text) for text in texts], np.int32)
+    nothing = np.zeros(len(texts), np.int32)
+    return TokenBatch(np.concatenate(texts), cumulate(lengths), None, None, None, nothing, nothing)
+
+
+def probe_texts(model: nn.Module, special_ids: Sequence[int | None] = ()) -> list[Int32Array]:
+    """Texts of different lengths, each starting in another part of the vocabulary; two of them equally long.
+
+    Args:
+        model: a transformers encoder.
+        special_ids: ids to put inside some texts, beside those that the config names.
+    """
+    config: Any = model.config
+    skipped = _skipped_id(model)
+    vocab_size = _vocab_size(model)
+    limit = min((most_positions(config) or MOST_TOKENS) - (0 if skipped is None else skipped + 1), MOST_TOKENS)
+    lengths = [5, 7, 7, 11, 24, 96]
+    for length in _odd_lengths(config):
+        if length <= limit and sum(lengths) + length <= MOST_TOKENS:
+            lengths.append(length)
+    lengths = [max(1, min(length, limit)) for length in lengths]
+    usable = np.arange(min(max(16, vocab_size // 8), vocab_size // 2), vocab_size)
+    texts = [
+        usable[(number * len(usable) // len(lengths) + 37 * np.arange(length)) % len(usable)].astype(np.int32)
+        for number, length in enumerate(lengths)
+    ]
+    named = [getattr(config, f"{name}_token_id", None) for name in ("mask", "pad", "unk")]
+    known = dict.fromkeys(i for i in (skipped, *named, *special_ids) if isinstance(i, int) and 0 <= i < vocab_size)
+    for number, special in enumerate(known):
+        # Inside texts, not at their edges; twice in one, so that the share of such tokens differs from text to text.
+        for place, text in enumerate((texts[2], texts[3], texts[3], texts[5])):
+            if len(text) > 2:
+                text[1 + (2 * number + 3 * place) % (len(text) - 2)] = special
+    return texts
+
+
+def _odd_lengths(config: Any) -> Iterator[int]:
+    """Lengths just above what a model's attention sees at once, in rising order."""
+    found = set()
+    for name in ("sliding_window", "local_attention", "attention_window", "window_size", "block_size"):
+        value = getattr(config, name, None)
+        sizes = value if isinstance(value, (list, tuple)) else [value]
+        found |= {size + 1 for size in sizes if isinstance(size, int) and size > 0}
+    block, random = getattr(config, "block_size", None), getattr(config, "num_random_blocks", None)
+    if isinstance(block, int) and isinstance(random, int):
+        found.add((5 + 2 * random) * block + 1)  # big_bird's attention is sparse from here on
+    yield from sorted(found)
+
+
+def _vocab_size(model: nn.Module) -> int:
+    size = int(cast(Any, model.config).vocab_size)
+    try:
+        return min(size, int(cast(Any, model).get_input_embeddings().num_embeddings))
+    except (AttributeError, NotImplementedError):
+        return size
+
+
+def _skipped_id(model: nn.Module) -> int | None:
+    """The id that has no position, where a model's table of positions has an entry for padding."""
+    for path, module in model.named_modules():
+        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx
+    return None
+
+
+def _fill_id(config: Any, skipped_id: int | None) -> int:
+    """An id for the padding: the one that positions skip, else the config's if it is one; never the mask's."""
+    mask = getattr(config, "mask_token_id", None)
+    for fill in (skipped_id, getattr(config, "pad_token_id", None), 0, 1):
+        if isinstance(fill, int) and 0 <= fill < config.vocab_size and fill != mask:
+            return fill
+    return 0
+
+
+def _is_exact(model: nn.Module) -> bool:
+    """Whether products are computed in full float32."""
+    return next(model.parameters()).dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+
+
+def worst_error(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """The largest relative L2 error of the found texts; infinite where one is not finite or has another shape."""
+    errors = [
+        float((a.float() - b).norm() / b.norm()) if a.shape == b.shape else math.inf
+        for a, b in zip(found, right, strict=True)
+    ]
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf  # max() ignores a NaN
