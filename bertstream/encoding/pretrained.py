@@ -230,7 +230,10 @@ class Limit(NamedTuple):
 
 
 def longest_text(tokenizer: Any, config: Any, max_length: int | None, first_position: int = 0) -> Limit:
-    """Tokens of the longest text that model and tokenizer take, or the user's smaller number.
+    """Tokens of the longest text that model and tokenizer take, or the user's number.
+
+    The user's may be above the tokenizer's `model_max_length`, which some folders use for what they were trained with,
+    but not above the model's positions.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -247,9 +250,9 @@ def longest_text(tokenizer: Any, config: Any, max_length: int | None, first_posi
         limit = Limit(positions, f"the model takes {positions}")
     if max_length is None:
         return limit
-    if max_length > limit.tokens and limit.tokens == positions:
+    if 0 < positions < max_length:
         raise ConfigError(f"max_length={max_length}: the model takes 1 to {positions} tokens")
-    if max_length > limit.tokens:
+    if positions <= 0 and max_length > tokens:
         raise ConfigError(
             f"max_length={max_length}: {limit.said}; if the model takes more, load the tokenizer with "
             f"model_max_length={max_length} and pass both to Encoder()"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def make_folder(
     own.mkdir(parents=True, exist_ok=True)
     make_model().save_pretrained(own)  # type: ignore[operator]
     make_tokenizer().save_pretrained(own)
-    kinds = [("Transformer", None), ("Pooling", pooling or {"pooling_mode_mean_tokens": True}), *after]
+    pooled = {"word_embedding_dimension": 8} | dict(pooling or {"pooling_mode_mean_tokens": True})
+    kinds = [("Transformer", None), ("Pooling", pooled), *after]
     listed = []
     for number, (kind, config) in enumerate(kinds):
         path = f"{number}_{kind}" if number else transformer
@@ -86,9 +88,14 @@ def _full_name(kind: str) -> str:
     return kind if "." in kind else f"sentence_transformers.models.{kind}"
 
 
+@cache
+def _plain(folder: str) -> tuple[Any, Any]:
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
 @torch.no_grad()
 def hidden_states(folder: str, text: str, **options: Any) -> Tensor:
     """[L, H] of one text, by plain transformers."""
-    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = _plain(folder)
     found: Tensor = model(**tokenizer(text, return_tensors="pt", **options)).last_hidden_state[0]
     return found
