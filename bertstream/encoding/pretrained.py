@@ -42,7 +42,7 @@ class HubOptions:
 
     def chosen(self) -> dict[str, Any]:
         """Those that were chosen, by name."""
-        return {name: value for name, value in vars(self).items() if value}
+        return {name: value for name, value in vars(self).items() if value or (name == "token" and value is False)}
 
 
 @dataclass(frozen=True)
