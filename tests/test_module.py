@@ -405,7 +405,7 @@ def test_a_trained_model_is_saved_for_transformers_and_sentence_transformers(
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("pooling", ["cls", "max", "weighted_mean", ("cls", "mean")])
+@pytest.mark.parametrize("pooling", ["cls", "last", "mean_sqrt_len", "weighted_mean", ("cls", "max", "mean")])
 def test_how_sentences_are_pooled_is_saved_with_the_model(
     minilm_folder: str, tmp_path: Path, pooling: Any, normalize: bool
 ) -> None:

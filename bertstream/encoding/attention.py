@@ -168,9 +168,7 @@ def attend(
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _key_mask(
-    packing: Packing, texts: int, length: int, window: int | None, like: Tensor
-) -> tuple[int, Tensor | None]:
+def _key_mask(packing: Packing, texts: int, length: int, window: int | None, like: Tensor) -> tuple[int, Tensor | None]:
     """How many of the keys that follow a text attention also reads, and the mask that hides what a token may not see."""
     if window is not None and length > window:
         return 0, packing.window_mask(length, window, like)

@@ -240,18 +240,28 @@ class BatchedForward(nn.Module):
 
     def _sentences(self, layers: list[Tensor], batch: TokenBatch) -> Tensor:
         values = combine_layers(layers, self.combine)
-        kept = self._kept(batch)
-        rows = values if kept is None else self._pick(values, kept)
-        offsets = cumulate(batch.lengths if kept is None else _count_by_text(kept, batch))
+        rows, offsets = self._runs(values, self._kept(batch), batch)
+        skipped = None if batch.owned is None else self._to_device(_skipped(batch.owned, batch))
         parts = []
         for how in self.pooling:
-            if how in ("cls", "pooler"):  # the first token, even where special tokens do not count
+            if how == "pooler":
                 first = pool_runs(values, self._to_device(batch.cu_seqlens), "first")
-                parts.append(self._pooler(first, batch.lengths) if how == "pooler" else first)
+                parts.append(self._pooler(first, batch.lengths))
+            elif how == "cls":  # the first token, even where special tokens do not count
+                parts.append(pool_runs(*self._runs(values, batch.owned, batch), "first"))
             else:
-                parts.append(pool_runs(rows, self._to_device(offsets), cast(SentencePooling, how)))
+                parts.append(pool_runs(rows, offsets, cast(SentencePooling, how), skipped))
         vectors = parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts], -1)
+        if self.spec.head:
+            head: Any = self.model.sentence_head
+            vectors = head(vectors.to(next(head.parameters()).dtype))
+            vectors = vectors.masked_fill(self._to_device(batch.lengths == 0)[:, None], 0)  # or it would be the bias
         return F.normalize(vectors.float(), dim=-1) if self.normalize else vectors
+
+    def _runs(self, values: Tensor, kept: BoolArray | None, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """The rows of these tokens [n], and where those of each text begin [B + 1], on the device."""
+        lengths = batch.lengths if kept is None else _count_by_text(kept, batch)
+        return values if kept is None else self._pick(values, kept), self._to_device(cumulate(lengths))
 
     def _pooler(self, first: Tensor, lengths: Int32Array) -> Tensor:
         model: Any = self.model
@@ -431,7 +441,9 @@ class BatchedForward(nn.Module):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_weights_in_turn")} | {"_device_now": None}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_weights_in_turn")} | {
+            "_device_now": None
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         register()  # this process may not have made an encoder yet
@@ -471,6 +483,13 @@ def _tokens_of_words(batch: TokenBatch) -> tuple[BoolArray, Any]:
     texts = np.repeat(np.arange(len(batch)), batch.lengths)
     words = (word_ids + starts[:-1][texts])[kept]
     return kept, np.bincount(words, minlength=starts[-1])
+
+
+def _skipped(owned: BoolArray, batch: TokenBatch) -> Int32Array:
+    """[B] how many tokens of each text come before the first whose vector is used: those of a prompt."""
+    used = np.append(np.flatnonzero(owned), batch.num_tokens)
+    first = used[np.searchsorted(used, batch.cu_seqlens[:-1])]
+    return np.asarray(np.minimum(first, batch.cu_seqlens[1:]) - batch.cu_seqlens[:-1], np.int32)
 
 
 def _count_by_text(kept: BoolArray, batch: TokenBatch) -> Int32Array:

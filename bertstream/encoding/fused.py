@@ -302,13 +302,17 @@ class FusedForward:
             turned = qkv.view(len(qkv), heads + 2 * kv_heads, size)[:, : heads + kv_heads]
             turned.copy_(_rotated(turned, *rotary))
         if tiles is not None:
-            return kernels.packed_attention(
-                qkv, packing.cu_seqlens, tiles, **sizes, scale=size**-0.5, window=window
-            )
+            return kernels.packed_attention(qkv, packing.cu_seqlens, tiles, **sizes, scale=size**-0.5, window=window)
         return attend(qkv, heads, kv_heads, size, packing, window)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "layers": self.layers, "_num_layers": self._num_layers, "_warned": self._warned, "long_text": self.long_text}
+        return {
+            "model": self.model,
+            "layers": self.layers,
+            "_num_layers": self._num_layers,
+            "_warned": self._warned,
+            "long_text": self.long_text,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -302,6 +302,7 @@ class _Trial:
 def _run_of(model: nn.Module, support: BatchingSupport, probe: Probe) -> Run:
     """Texts in one forward, by the code that runs later."""
     forward = BatchedForward(model, OutputSpec(layers=probe.layers), support, probe.num_layers, ForwardSize(1 << 20))
+    forward.eval()  # as frozen encoders are: in train mode nothing runs fused
 
     def run(texts: Sequence[Int32Array]) -> list[list[Tensor]]:
         batch = batch_of(texts)

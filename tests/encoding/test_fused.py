@@ -114,9 +114,7 @@ def swapped_data(model: nn.Module) -> None:
     query.weight.data = 1.5 * query.weight.data
 
 
-@pytest.mark.parametrize(
-    "change", [written_in_place, loaded, replaced, another_parameter, a_layer_moved, swapped_data]
-)
+@pytest.mark.parametrize("change", [written_in_place, loaded, replaced, another_parameter, a_layer_moved, swapped_data])
 def test_a_changed_model_gives_its_new_vectors(encoder: Encoder, change: Any) -> None:
     before = encoder(TEXTS).values
     change(encoder.model)

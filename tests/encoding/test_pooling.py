@@ -39,6 +39,26 @@ def test_the_mean_equals_a_float64_loop(lengths: list[int], dtype: torch.dtype, 
     torch.testing.assert_close(found.double(), loop(values, lengths), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("skipped", [None, [0, 0, 0], [2, 0, 5]])
+def test_weights_count_the_rows_that_were_left_out_before_a_run(skipped: list[int] | None) -> None:
+    values, lengths = torch.arange(12.0).view(6, 2), [2, 0, 4]
+    found = pool_runs(values, offsets(lengths), "weighted_mean", None if skipped is None else torch.tensor(skipped))
+    for run, rows, first in zip(found, values.split(lengths), skipped or [0, 0, 0], strict=True):
+        weights = torch.arange(first + 1.0, first + 1 + len(rows))[:, None]
+        right = (rows * weights).sum(0) / weights.sum() if len(rows) else torch.zeros(2)
+        torch.testing.assert_close(run, right)
+
+
+@pytest.mark.parametrize("lengths", [[1], [3, 0, 5], [0], [2, 2]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mean_by_the_root_of_the_length_is_the_sum_divided_by_it(lengths: list[int], dtype: torch.dtype) -> None:
+    values = torch.randn(sum(lengths), 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = pool_runs(values, offsets(lengths), "mean_sqrt_len")
+    right = [rows.double().sum(0) / max(1, len(rows)) ** 0.5 for rows in values.split(lengths)]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), torch.stack(right), atol=1e-5, rtol=1e-5)
+
+
 def test_an_empty_text_gives_zeros_and_no_nan() -> None:
     values = torch.randn(3, H, requires_grad=True)
     found = mean_pool(values, offsets([0, 3, 0]))
