@@ -169,7 +169,7 @@ def attend(
 
 
 def _key_mask(packing: Packing, texts: int, length: int, window: int | None, like: Tensor) -> tuple[int, Tensor | None]:
-    """How many of the keys that follow a text attention also reads, and the mask that hides what a token may not see."""
+    """How many keys after a text attention reads too, and the mask that hides what a token may not see."""
     if window is not None and length > window:
         return 0, packing.window_mask(length, window, like)
     if _is_ragged(like, texts, length):

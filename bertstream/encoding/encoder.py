@@ -20,7 +20,6 @@ from .attention import plain_mode
 from .autotune import fastest_dtype
 from .calibrating import CalibratedForward
 from .fingerprint import hash_weights, weights_state
-from .forward import check_segments
 from .forward_size import ForwardSize
 from .freezing import warn_of_half
 from .output_spec import OutputSpec
@@ -36,6 +35,7 @@ from .pretrained import (
     save_model,
     torch_dtype,
 )
+from .rows import check_segments
 from .self_test import probe_batching
 from .sentence_folder import SentenceFolder, remove_sentence_folder, write_sentence_folder
 from .sentence_head import HEAD, with_head
@@ -90,8 +90,8 @@ class Encoder(CalibratedForward):
             `TokenBatch`es for it to embed.
     Raises:
         ConfigError: an argument is out of range.
-        EncoderError: `packed` is True and the model cannot be packed; no way is right for these layers; or the tokenizer
-            is not the model's.
+        EncoderError: `packed` is True and the model cannot be packed, no way is right for these layers, or the
+            tokenizer is not the model's.
     """
 
     _folder = SentenceFolder()

@@ -22,7 +22,7 @@ from ..tokens import Int32Array
 from . import kernels
 from .attention import Packing, attend
 from .fingerprint import states_of
-from .layer_modules import EncoderModules, LayerModules, Undescribed, describe
+from .layer_modules import EncoderModules, LayerModules, UndescribedError, describe
 from .model_guard import ModelGuard
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class FusedForward:
         layers: whose hidden states are wanted, counted from 0, the embedding layer.
         num_layers: of the whole model. The hidden states of the last layer are those after the model's final norm.
     Raises:
-        Undescribed: the model is none that this forward knows.
+        UndescribedError: the model is none that this forward knows.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int], num_layers: int) -> None:
@@ -115,13 +115,13 @@ class FusedForward:
         self._modules = describe(self.model, max(self.layers), whole=max(self.layers) == self._num_layers)
         self._guard = ModelGuard(self.model)
         if self._modules.activation not in _ACTIVATIONS:
-            raise Undescribed(f"its activation is {self._modules.activation}")
+            raise UndescribedError(f"its activation is {self._modules.activation}")
         self._activation = _ACTIVATIONS[self._modules.activation]
         weights = [weight for module in _used(self._modules) for weight in _plain_weights(module)]
         if len({(weight.dtype, weight.device) for weight in weights}) > 1:
-            raise Undescribed("its weights are of several dtypes or on several devices")
+            raise UndescribedError("its weights are of several dtypes or on several devices")
         if reason := self._guard.intruder():
-            raise Undescribed(reason)
+            raise UndescribedError(reason)
         # Those that are joined, and one that tells that the model moved.
         joined = [products for layer in self._modules.layers for products in (layer.qkv, layer.up) if len(products) > 1]
         sources = {id(w): w for products in joined for module in products for w in module.parameters()}
@@ -138,7 +138,7 @@ class FusedForward:
             try:
                 self.model = model
                 self._describe()
-            except Undescribed as error:
+            except UndescribedError as error:
                 reason = str(error)
         if reason is not None:
             if not self._warned:
@@ -334,9 +334,9 @@ def _plain_weights(module: nn.Module) -> list[nn.Parameter]:
     """A module's weights, if it is of a kind that needs nothing else: not quantized, no adapter, no parametrization."""
     kind = type(module)
     if kind not in (nn.Linear, nn.Embedding, nn.LayerNorm) and not _is_rms_norm(module):
-        raise Undescribed(f"it has a {kind.__module__}.{kind.__name__}")
+        raise UndescribedError(f"it has a {kind.__module__}.{kind.__name__}")
     if getattr(module, "max_norm", None) is not None:
-        raise Undescribed("its embedding table has a max_norm")
+        raise UndescribedError("its embedding table has a max_norm")
     return list(module.parameters(recurse=False))
 
 

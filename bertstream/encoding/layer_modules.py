@@ -17,7 +17,7 @@ Ids = Literal["input_ids", "position_ids", "token_type_ids", "zeros"]
 """What an embedding table is looked up by; "zeros" is always its first row."""
 
 
-class Undescribed(Exception):
+class UndescribedError(Exception):
     """The model is not one that the fused forward knows; the message says why."""
 
 
@@ -88,18 +88,18 @@ def describe(model: nn.Module, layers: int, *, whole: bool = True) -> EncoderMod
         layers: how many layers run.
         whole: whether these are all layers of the model, so that a final norm follows.
     Raises:
-        Undescribed: the family is unknown, or the model has other attributes or settings than the family.
+        UndescribedError: the family is unknown, or the model has other attributes or settings than the family.
     """
     config: Any = model.config
     family = _FAMILIES.get(config.model_type)
     if family is None:
-        raise Undescribed(f"no fused forward is known for {config.model_type}")
+        raise UndescribedError(f"no fused forward is known for {config.model_type}")
     if getattr(config, "position_embedding_type", "absolute") not in ("absolute", "rope"):
-        raise Undescribed(f"its positions are {config.position_embedding_type}")
+        raise UndescribedError(f"its positions are {config.position_embedding_type}")
     try:
         modules = family(model, config, layers)
     except AttributeError as error:
-        raise Undescribed(f"this {type(model).__name__} has other modules than its family: {error}") from error
+        raise UndescribedError(f"this {type(model).__name__} has other modules than its family: {error}") from error
     return modules if whole else dataclasses.replace(modules, final_norm=None)
 
 
@@ -163,7 +163,7 @@ def _distilbert(model: Any, config: Any, layers: int) -> EncoderModules:
 
 def _albert(model: Any, config: Any, layers: int) -> EncoderModules:
     if config.inner_group_num != 1:
-        raise Undescribed(f"inner_group_num={config.inner_group_num}")
+        raise UndescribedError(f"inner_group_num={config.inner_group_num}")
     embeddings, groups = model.embeddings, model.encoder.albert_layer_groups
     each = config.num_hidden_layers / config.num_hidden_groups  # 1 once the groups are unrolled
     used = [groups[int(index / each)].albert_layers[0] for index in range(layers)]
@@ -289,7 +289,7 @@ def _check_rotary(types: Iterable[str]) -> None:
     """Refuse frequencies that depend on the longest text of a forward."""
     for rope_type in types:
         if rope_type not in ("default", "linear"):
-            raise Undescribed(f"its rotary positions are of type {rope_type}")
+            raise UndescribedError(f"its rotary positions are of type {rope_type}")
 
 
 _FAMILIES: dict[str, Callable[[Any, Any, int], EncoderModules]] = {

@@ -1,4 +1,4 @@
-"""Notices that a model is no longer what its weights were read from: hooks, patches, and modules put in place of others."""
+"""Notices that a model is no longer what its weights were read from: hooks, patches, replaced modules and weights."""
 
 from __future__ import annotations
 

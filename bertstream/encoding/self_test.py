@@ -23,7 +23,7 @@ from ..tokens import Int32Array, TokenBatch, cumulate
 from .attention import PACKED, BatchingSupport, plain_mode, register
 from .forward import BatchedForward
 from .forward_size import ForwardSize
-from .layer_modules import Undescribed
+from .layer_modules import UndescribedError
 from .layers import is_cut, stop_after, unroll
 from .model_state import ModelState
 from .output_spec import OutputSpec
@@ -281,7 +281,7 @@ class _Trial:
         try:
             with plain_mode(device):
                 self.errors = self.probe.errors(_run_of(self.model, support, self.probe))
-        except Undescribed as error:
+        except UndescribedError as error:
             self.reasons.append(f"not fused: {error}")
             return False
         except Exception as error:

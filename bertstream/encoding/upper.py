@@ -14,10 +14,11 @@ from .attention import PACKED, plain_mode
 from .forward import BatchedForward
 from .layers import begin_at, begun_with, unroll
 from .own_model import own_copy
+from .rows import RowForward
 from .self_test import batch_of, probe_texts, worst_error
 
 
-class UpperEncoder(BatchedForward):
+class UpperEncoder(RowForward):
     """The upper layers of an encoder and its output; `Encoder.split` makes it.
 
         lower, upper = encoder.split(at=4)
