@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import tokenizers
 import torch
@@ -41,10 +42,10 @@ WORDS = ["The", "unbelievable", "banks", "of", "the", "river", "sprang", "electr
 PAIRS: list[Text] = [("a question", "its answer, which is longer"), ("", "b"), ("the bank of the river", "no")]
 
 
-def make(name: str, **sizes: int) -> nn.Module:
+def make(name: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     kind = name.removeprefix("Grouped")  # heads that share keys and values
-    config = getattr(transformers, f"{kind}Config")(**SIZES | OWN.get(name, {}) | sizes)
+    config = getattr(transformers, f"{kind}Config")(**SIZES | OWN.get(name, {}) | options)
     model = getattr(transformers, f"{kind}Model")(config).eval()
     with torch.no_grad():  # spread like trained weights: with the initial ones attention is nearly uniform
         for parameter in model.parameters():

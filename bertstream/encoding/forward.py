@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -244,14 +245,15 @@ class BatchedForward(nn.Module):
         tiles = self._fused.tiles(lengths)
         types = None if batch.token_type_ids is None else batch.token_type_ids[rows]
         ids = batch.input_ids[rows]
-        parts = [rows, ids, packed_positions(ids, lengths, self.batching), cumulate(lengths), types, tiles]
+        positions = packed_positions(ids, lengths, self.batching)
+        parts: list[npt.NDArray[Any] | None] = [rows, ids, positions, cumulate(lengths), types, tiles]
         sizes = [0 if part is None else part.size for part in parts]
         flat = [part.ravel() for part in parts if part is not None]
         slab = self._to_device(np.concatenate(flat, dtype=np.int32, casting="unsafe"))
-        index, input_ids, positions, cu_seqlens, *others = slab.split(sizes)
+        index, input_ids, position_ids, cu_seqlens, *others = slab.split(sizes)
         segments, tiled = (part if len(part) else None for part in others)
         packing = Packing(lengths, cu_seqlens)
-        made = self._fused(input_ids, positions, segments, packing, None if tiled is None else tiled.view(-1, 2))
+        made = self._fused(input_ids, position_ids, segments, packing, None if tiled is None else tiled.view(-1, 2))
         return made, index.long()
 
     def _packed_forward(

@@ -84,10 +84,6 @@ class Layer:
     rotary: str | None
 
 
-LONG_TEXT = 513
-"""Tokens of a text from which on torch's flash kernel is faster than ours, until `calibrate` has measured it."""
-
-
 class FusedForward:
     """A model's forward over packed texts.
 
@@ -108,7 +104,6 @@ class FusedForward:
         self.layers = tuple(layers)
         self._num_layers = num_layers
         self._warned = False
-        self.long_text = LONG_TEXT
         self._describe()
 
     def _describe(self) -> None:
@@ -184,7 +179,8 @@ class FusedForward:
             for layer in modules.layers
         ]
         self._joined = [pair for key, pairs in known.items() if len(key) > len(pairs) for pair in pairs]
-        self._tables = [(table.weight, ids) for table, ids in modules.tables]
+        tables: tuple[tuple[Any, str], ...] = modules.tables
+        self._tables: list[tuple[Tensor, str]] = [(table.weight, ids) for table, ids in tables]
         self._embedding_norm = _norm(modules.embedding_norm)
         self._projection = None if modules.projection is None else _product(modules.projection)
         norms = [*(layer.attention_norm for layer in self._loop), _norm(modules.final_norm)]
@@ -212,9 +208,7 @@ class FusedForward:
 
     def tiles(self, lengths: Int32Array) -> Int32Array | None:
         """[tiles, 2] of `kernels.attention_tiles` for a forward of these texts; None if it uses another attention."""
-        if self._tile_rows is None or lengths.max() >= self.long_text:
-            return None
-        return kernels.attention_tiles(lengths, self._tile_rows)
+        return None if self._tile_rows is None else kernels.attention_tiles(lengths, self._tile_rows)
 
     def __call__(
         self,
@@ -251,8 +245,7 @@ class FusedForward:
 
     def _embed(self, ids: dict[str, Tensor | None]) -> Tensor:
         found = [
-            table[0] if ids.get(name) is None else F.embedding(ids[name], table)  # type: ignore[arg-type]
-            for table, name in self._tables
+            table[0] if (named := ids.get(name)) is None else F.embedding(named, table) for table, name in self._tables
         ]
         x = found[0]
         for rows in found[1:]:
@@ -295,14 +288,23 @@ class FusedForward:
     ) -> Tensor:
         """[N, heads * d] from queries, keys and values side by side."""
         heads, kv_heads, size = self._modules.heads, self._modules.kv_heads, self._modules.head_size
-        sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": size}
         if rotary is not None and self._kernels:
-            kernels.rotate(qkv, *rotary, **sizes, rotary_dim=size)
+            cos, sin = rotary
+            kernels.rotate(qkv, cos, sin, heads=heads, kv_heads=kv_heads, head_dim=size, rotary_dim=size)
         elif rotary is not None:
             turned = qkv.view(len(qkv), heads + 2 * kv_heads, size)[:, : heads + kv_heads]
             turned.copy_(_rotated(turned, *rotary))
         if tiles is not None:
-            return kernels.packed_attention(qkv, packing.cu_seqlens, tiles, **sizes, scale=size**-0.5, window=window)
+            return kernels.packed_attention(
+                qkv,
+                packing.cu_seqlens,
+                tiles,
+                heads=heads,
+                kv_heads=kv_heads,
+                head_dim=size,
+                scale=size**-0.5,
+                window=window,
+            )
         return attend(qkv, heads, kv_heads, size, packing, window)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -248,7 +248,7 @@ def layer_list(model: nn.Module) -> nn.ModuleList:
     return _layer_list(model)[2]
 
 
-def known_layers(model: nn.Module) -> Sequence[nn.Module]:
+def known_layers(model: nn.Module) -> Iterable[nn.Module]:
     """The model's layers, bottom first; empty where it has no one list of them."""
     try:
         return layer_list(model)

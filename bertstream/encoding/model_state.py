@@ -5,9 +5,10 @@ big_bird, for example, switches its sparse attention off at the first short text
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class ModelState:
         self._config = config
         self._settings = dict(config.__dict__)
         self._modules = [
-            (module, _plain(module), dict(module._modules), _clones(module), dict(module._buffers))
+            (module, _plain(module), dict(module._modules), dict(module._buffers), _clones(module))
             for module in model.modules()
         ]
 
@@ -41,33 +42,38 @@ class ModelState:
         return any(
             not _same(_plain(module), attributes)
             or not _same(module._modules, children)
-            or not _same(module._buffers, buffers)
-            or any(not torch.equal(buffer, clones[name]) for name, buffer in module._buffers.items() if name in clones)
-            for module, attributes, children, clones, buffers in self._modules
+            or not _same_content(module._buffers, clones)
+            for module, attributes, children, _, clones in self._modules
         )
 
     def put_back(self) -> None:
         """Make the model as it was."""
         self._config.__dict__.clear()
         self._config.__dict__.update(self._settings)
-        for module, attributes, children, clones, buffers in self._modules:
+        for module, attributes, children, buffers, clones in self._modules:
             for name in _plain(module).keys() - attributes.keys():
                 del module.__dict__[name]
             module.__dict__.update(attributes)
             _set(module._modules, children)
             _set(module._buffers, buffers)
             for name, clone in clones.items():
-                if not torch.equal(buffers[name], clone):  # type: ignore[arg-type]
+                if clone is not None and not torch.equal(cast(Tensor, buffers[name]), clone):
                     module._buffers[name] = clone.clone()
 
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """A context after which the model is as it was before."""
+    """A context after which the model is as it was before; in it, the model's own logger is silent.
+
+    A model that warns of its change does so once where it changes for good, and here would do so in every forward.
+    """
     state = ModelState(model)
+    log = logging.getLogger(type(model).__module__)
+    was_off, log.disabled = log.disabled, True
     try:
         yield
     finally:
+        log.disabled = was_off
         state.put_back()
 
 
@@ -75,8 +81,15 @@ def _plain(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN) and name != CAPTURING}
 
 
-def _clones(module: nn.Module) -> dict[str, Tensor]:
-    return {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
+def _clones(module: nn.Module) -> dict[str, Tensor | None]:
+    return {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
+
+
+def _same_content(found: dict[str, Tensor | None], before: dict[str, Tensor | None]) -> bool:
+    if found.keys() != before.keys():
+        return False
+    pairs = [(found[name], before[name]) for name in found]
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
 
 def _same(found: dict[str, Any], before: dict[str, Any]) -> bool:

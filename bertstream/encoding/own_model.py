@@ -46,7 +46,10 @@ def own_copy(model: nn.Module, device: torch.device | str = "auto", dtype: DType
     own: Any = copy.deepcopy(model, {id(p): p for p in model.parameters()} if shared else {}).eval()
     _without_capture(own)
     if own.config._attn_implementation == PACKED:  # the model of another encoder
-        own.set_attn_implementation("sdpa")
+        try:
+            own.set_attn_implementation("sdpa")
+        except ValueError:  # splinter has no other than these two
+            own.set_attn_implementation("eager")
     if not shared:
         convert(own.requires_grad_(False), device, dtype)
     return cast(nn.Module, own)

@@ -373,8 +373,9 @@ def _vocab_size(model: nn.Module) -> int:
 def _skipped_id(model: nn.Module) -> int | None:
     """The id that has no position, where a model's table of positions has an entry for padding."""
     for path, module in model.named_modules():
-        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.padding_idx
+        padding = getattr(module, "padding_idx", None)  # of an nn.Embedding, or of ibert's own kind
+        if path.endswith("position_embeddings") and isinstance(padding, int):
+            return padding
     return None
 
 

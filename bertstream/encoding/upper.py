@@ -104,10 +104,10 @@ def upper_half(at: int, whole: BatchedForward, lower: BatchedForward) -> UpperEn
             "it whole, with unfreeze()"
         ) from error
     lengths = batch.lengths.tolist()
-    error = max(worst_error(a.split(lengths), b.split(lengths)) for a, b in zip(found, right, strict=True))
-    if not error <= (1e-5 if whole.dtype == torch.float32 else 1e-2):
+    worst = max(worst_error(a.split(lengths), b.split(lengths)) for a, b in zip(found, right, strict=True))
+    if not worst <= (1e-5 if whole.dtype == torch.float32 else 1e-2):
         raise ConfigError(
             f"split(at={at}): the halves of this {type(whole.model).__name__} differ from the whole (relative L2 error "
-            f"{error:.1e}); train it whole, with unfreeze()"
+            f"{worst:.1e}); train it whole, with unfreeze()"
         )
     return upper

@@ -14,25 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import (
     BertConfig,
-    BertForTokenClassification,
     BertModel,
-    DebertaV2Config,
-    DebertaV2Model,
-    FNetConfig,
-    FNetModel,
-    MobileBertConfig,
-    MobileBertModel,
     ModernBertConfig,
     ModernBertModel,
-    MPNetConfig,
-    MPNetModel,
-    RobertaConfig,
-    RobertaModel,
 )
 
 from bertstream import EncoderError
 from bertstream.encoding import attention
-from bertstream.encoding.attention import PACKED, Packing, packed_attention, probe_batching
+from bertstream.encoding.attention import PACKED, Packing, packed_attention
 from bertstream.tokens import cumulate
 
 TINY = {
@@ -131,69 +120,10 @@ def test_scores_are_scaled_as_the_model_asks() -> None:
 
 def test_padded_input_is_refused_because_it_would_give_wrong_vectors() -> None:
     model = tiny(BertModel, BertConfig)
-    assert probe_batching(model).way == "packed"
+    model.set_attn_implementation(PACKED)
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     with pytest.raises(EncoderError, match="packed row"):
         model(input_ids=ids, attention_mask=(ids > 0).long())
-
-
-def test_bert_runs_packed_and_roberta_with_its_own_first_position() -> None:
-    bert, roberta = tiny(BertModel, BertConfig), tiny(RobertaModel, RobertaConfig, pad_token_id=1)
-    assert probe_batching(bert).first_position == 0
-    assert probe_batching(roberta).first_position == 2
-    assert bert.config._attn_implementation == roberta.config._attn_implementation == PACKED
-
-
-@pytest.mark.parametrize(
-    ("model", "config"),
-    [
-        (MPNetModel, MPNetConfig),
-        (DebertaV2Model, DebertaV2Config),
-        (MobileBertModel, MobileBertConfig),
-        (FNetModel, FNetConfig),
-    ],
-)
-def test_a_model_that_mixes_packed_neighbours_is_refused_and_left_as_it_was(model: Any, config: Any) -> None:
-    refused = tiny(model, config)
-    before = refused.config._attn_implementation
-    support = probe_batching(refused)
-    assert support.way != "packed" and support.reason
-    assert refused.config._attn_implementation == before
-    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
-    assert refused(input_ids=ids, attention_mask=(ids > 0).long()).last_hidden_state.isfinite().all()
-
-
-def test_the_self_test_looks_beyond_a_sliding_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"local_attention": 16, "global_attn_every_n_layers": 2, "pad_token_id": 0}
-    assert probe_batching(tiny(ModernBertModel, ModernBertConfig, **options)).way == "packed"
-    blind = attention.packed_attention
-
-    def without_window(*arguments: Any, **named: Any) -> Any:
-        return blind(*arguments, **named | {"sliding_window": None})
-
-    monkeypatch.setattr(attention, "packed_attention", without_window)
-    assert probe_batching(tiny(ModernBertModel, ModernBertConfig, **options)).way != "packed"
-    monkeypatch.undo()
-    attention.register()
-
-
-def test_a_model_that_is_no_encoder_is_refused_with_the_way_out() -> None:
-    with pytest.raises(EncoderError, match="base_model"):
-        probe_batching(tiny(BertForTokenClassification, BertConfig))
-
-
-def test_a_model_whose_vectors_are_not_finite_is_refused() -> None:
-    model = tiny(BertModel, BertConfig)
-    with torch.no_grad():
-        model.embeddings.LayerNorm.weight.fill_(float("nan"))
-    with pytest.raises(EncoderError, match="not finite"):
-        probe_batching(model)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_self_test_judges_half_precision_by_its_own_noise(dtype: torch.dtype) -> None:
-    assert probe_batching(tiny(BertModel, BertConfig).to(dtype)).way == "packed"
-    assert probe_batching(tiny(MPNetModel, MPNetConfig).to(dtype)).way == "padded"
 
 
 def test_a_sliding_window_limits_attention_in_longer_texts() -> None:
@@ -201,7 +131,7 @@ def test_a_sliding_window_limits_attention_in_longer_texts() -> None:
     texts = [torch.randint(5, 200, (1, length)) for length in (40, 90)]
     with torch.no_grad():
         right = torch.cat([model(input_ids=ids).last_hidden_state for ids in texts], 1)
-        assert probe_batching(model).way == "packed"
+        model.set_attn_implementation(PACKED)
         found = model(
             input_ids=torch.cat(texts, 1),
             position_ids=torch.cat([torch.arange(40), torch.arange(90)])[None],

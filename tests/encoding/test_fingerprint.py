@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT
+from families import Tokenizer, make
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from bertstream import Encoder
+from bertstream import EmbeddingCache, Encoder
+from bertstream.encoding import fingerprint
 from bertstream.encoding.fingerprint import hash_weights, weights_state
 
 
@@ -193,3 +196,20 @@ def test_a_model_made_in_inference_mode_has_a_fingerprint(tokenizer: Any) -> Non
         model = tiny_bert()
     assert hash_weights(model, "", {}) == hash_weights(tiny_bert(), "", {})
     assert weights_state(model) == weights_state(model) is not None
+
+
+@pytest.mark.parametrize(("name", "stays"), [("Bert", True), ("ModernBert", True), ("Roberta", False), ("Esm", False)])
+def test_rows_that_an_earlier_revision_may_have_got_wrong_are_not_found(
+    name: str, stays: bool, minilm_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def misses() -> float:
+        model = make(name).requires_grad_(False)
+        with EmbeddingCache("1MiB", tmp_path, "16MiB") as cache:
+            encoder = Encoder(model, Tokenizer(minilm_folder, model))
+            cache.of(encoder).encode(encoder.tokenizer.batch(["a bank", "a river"]))
+            return cache.stats()["misses"]
+
+    monkeypatch.setattr(fingerprint, "_REVISION", 1)
+    assert [misses(), misses()] == [2, 0]
+    monkeypatch.undo()
+    assert [misses(), misses()] == [0 if stays else 2, 0]
