@@ -31,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from sweeps.cases import MODELS, Case, draw
 from sweeps.expected import Setting, expected, refusal
-from sweeps.reference import MustRefuse, relative_error
+from sweeps.reference import NoAnswerError, relative_error
 from sweeps.tokenizers import TOKENIZERS
 from torch import Tensor
 
@@ -55,7 +55,7 @@ def judge(case: Case) -> tuple[str, str]:
     try:
         if not reason:
             right = [expected(setting, case, text) for text in case.texts]
-    except MustRefuse as missing:
+    except NoAnswerError as missing:
         reason = str(missing)
     try:
         found = encoded(setting, case)
@@ -86,7 +86,9 @@ def encoded(setting: Setting, case: Case) -> list[Tensor]:
             return streamed(encoder, case, Path(folder))
         cache = EmbeddingCache("16MiB") if case.way == "cache" else None
         names = {"text": "text", "pair": "pair" if isinstance(case.texts[0], tuple) else None}
-        with closing(bertstream.wrap(list(batches(case)), encoder, prefetch=case.prefetch, cache=cache, **names)) as loader:
+        with closing(
+            bertstream.wrap(list(batches(case)), encoder, prefetch=case.prefetch, cache=cache, **names)
+        ) as loader:
             for _ in range(2 if cache is not None else 1):  # the second epoch's vectors are the cache's
                 found = [rows for batch in loader for rows in checked(batch["text"])]
         return found

@@ -21,7 +21,20 @@ MOST = 76
 """Tokens that each of the models takes, at least."""
 
 PLAIN_WORDS = " ".join(CORPUS).split()
-ODD_WORDS = ["e\u0301", "don't", "x" * 30, UNKNOWN, "🙂👍🏽", "\u200b", "ﬁ", "İ", "１２", "a\u00adb", "\u0915\u094d\u0937", "."]
+ODD_WORDS = [
+    "e\u0301",
+    "don't",
+    "x" * 30,
+    UNKNOWN,
+    "🙂👍🏽",
+    "\u200b",
+    "ﬁ",
+    "İ",
+    "１２",
+    "a\u00adb",
+    "\u0915\u094d\u0937",
+    ".",
+]
 BLANK_WORDS = ["", " ", "\t", " river", "New York"]
 
 
@@ -143,7 +156,9 @@ def draw_text(chance: random.Random, tokenizer: str, in_pairs: bool) -> Text:
 
 def draw_words(chance: random.Random, tokenizer: str, as_words: bool) -> list[str]:
     count = chance.choice((0, 1, 1, 2, 3, 5, 8, 13, 21))
-    specials = ["[MASK]", "[PAD]", "[SEP]", "[UNK]"] if tokenizer == "wordpiece" else ["<mask>", "<pad>", "</s>", "<unk>"]
+    specials = (
+        ["[MASK]", "[PAD]", "[SEP]", "[UNK]"] if tokenizer == "wordpiece" else ["<mask>", "<pad>", "</s>", "<unk>"]
+    )
     rare = [*ODD_WORDS, *specials, *(BLANK_WORDS if as_words and tokenizer != "gemma" else [])]
     if tokenizer == "gemma":  # whose words are read off the running text
         rare = [word for word in rare if word not in specials]

@@ -12,7 +12,7 @@ from bertstream.tokens import Text
 
 from .cases import LAYERS, MOST, Case
 from .families import build
-from .reference import MustRefuse, Tokens, combined, plain_states, pooled, tokenize, tokenize_running, windows
+from .reference import NoAnswerError, Tokens, combined, plain_states, pooled, tokenize, tokenize_running, windows
 from .tokenizers import TOKENIZERS, byte_bpe
 
 
@@ -28,10 +28,11 @@ class Setting:
     def __init__(self, model: str, tokenizer: str, dtype: str) -> None:
         self.kind = tokenizer
         self.tokenizer = TOKENIZERS[tokenizer]()
-        self.model: nn.Module = build(model, self.tokenizer).model
+        self.model: nn.Module = build(model, self.tokenizer).model.requires_grad_(False)  # so that a cache takes it
         # transformers asks for add_prefix_space=True with lists of words; it would glue them together without.
         self.for_lists = byte_bpe(add_prefix_space=True) if tokenizer == "byte_bpe" else None
-        self.own: Any = TOKENIZERS[tokenizer]()  # transformers changes one's truncation in every call
+        self.own: Any = TOKENIZERS[tokenizer]()  # a call of transformers changes its truncation
+        self.own.model_input_names = self.tokenizer.model_input_names
         self.plain: Any = copy.deepcopy(self.model)
         for parameter in self.plain.parameters():
             parameter.data = parameter.data.to(getattr(torch, dtype)).float()
@@ -99,7 +100,7 @@ def expected(setting: Setting, case: Case, text: Text) -> Tensor:
     """A text's rows: [rows, ...] of tokens or words, [...] of a sentence; float32.
 
     Raises:
-        MustRefuse: there is no right answer.
+        NoAnswerError: there is no right answer.
     """
     options = case.options
     if options["output"] == "words":
@@ -111,7 +112,7 @@ def expected(setting: Setting, case: Case, text: Text) -> Tensor:
     pieces = [whole]
     if len(whole.ids) > most:
         if options["overflow"] == "error":
-            raise MustRefuse(f"{len(whole.ids)} tokens, {most} are allowed")
+            raise NoAnswerError(f"{len(whole.ids)} tokens, {most} are allowed")
         if options["overflow"] == "truncate":
             pieces = [setting.tokens(text, most)]
         else:
@@ -123,7 +124,9 @@ def expected(setting: Setting, case: Case, text: Text) -> Tensor:
         if not piece.ids:
             continue
         states = setting.states(piece)
-        vectors = [combined([states[layer][i] for layer in case.layers], options["combine"]) for i in range(len(piece.ids))]
+        vectors = [
+            combined([states[layer][i] for layer in case.layers], options["combine"]) for i in range(len(piece.ids))
+        ]
         if number == 0:
             first = vectors[:1]
         words = piece.words or [None] * len(piece.ids)

@@ -57,7 +57,6 @@ SIZES: dict[str, Any] = {
     "global_block_size": 4,
     "local_attn_chunk_length": 8,
     "lsh_attn_chunk_length": 8,
-    "relative_attention_num_buckets": 8,
     "hidden_size_per_layer_input": 8,
     "query_pre_attn_scalar": 8,
     "embedding_dim": 32,
@@ -99,7 +98,7 @@ OWN: dict[str, dict[str, Any]] = {
 MOST_PARAMETERS = 20_000_000
 
 
-class NotBuilt(Exception):
+class NotBuiltError(Exception):
     """No small random model of the family can be made here; the text says why."""
 
 
@@ -140,7 +139,7 @@ def build(name: str, tokenizer: Any = None) -> Family:
         name: as `names` lists it.
         tokenizer: of transformers; None is a `wordpiece` whose padding token has the id of the family's default config.
     Raises:
-        NotBuilt: transformers does not make one of this config, or it is large all the same.
+        NotBuiltError: transformers does not make one of this config, or it is large all the same.
     """
     try:
         kind, config_kind = classes(name)
@@ -156,13 +155,13 @@ def build(name: str, tokenizer: Any = None) -> Family:
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in kind(config).parameters())
         if size > MOST_PARAMETERS:
-            raise NotBuilt(f"{size:,} parameters even so")
+            raise NotBuiltError(f"{size:,} parameters even so")
         torch.manual_seed(0)
         model = spread(kind(config).eval())
-    except NotBuilt:
+    except NotBuiltError:
         raise
     except Exception as error:
-        raise NotBuilt(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise NotBuiltError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     windows = [getattr(config, key, None) for key in ("attention_window", "local_attention", "sliding_window")]
     windows += [getattr(config, key, None) for key in ("block_size", "local_attn_chunk_length", "local_radius")]
     windows = [max(window) if isinstance(window, list) else window for window in windows]
@@ -172,7 +171,9 @@ def build(name: str, tokenizer: Any = None) -> Family:
 def classes(name: str) -> tuple[Any, Any]:
     """The classes of a family's model, the encoder alone where there is one, and of its config."""
     if name in PARTS:
-        model = getattr(transformers, f"{PARTS[name]}Model", None) or getattr(transformers, f"{PARTS[name]}EncoderModel")
+        model = getattr(transformers, f"{PARTS[name]}Model", None) or getattr(
+            transformers, f"{PARTS[name]}EncoderModel"
+        )
         if name == "longt5":
             model = transformers.LongT5EncoderModel
         return model, getattr(transformers, f"{PARTS[name]}Config")

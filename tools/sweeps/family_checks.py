@@ -21,8 +21,8 @@ from torch import Tensor
 from bertstream import BertstreamError, Encoder
 from bertstream.tokens import Text
 
-from .families import Family, NotBuilt, build
-from .reference import MustRefuse, Tokens, plain_states, pooled, relative_error, tokenize
+from .families import Family, NotBuiltError, build
+from .reference import NoAnswerError, Tokens, plain_states, pooled, relative_error, tokenize
 from .tokenizers import UNKNOWN, WORDS
 
 TOLERANCE = 1e-5
@@ -86,7 +86,7 @@ class Report:
             counts.refused += 1
             self.refusals[f"{type(refusal).__name__}: {refusal}"] += 1
             return
-        except MustRefuse as missing:
+        except NoAnswerError as missing:
             counts.wrong += 1
             self.wrong.append(f"{self.name}, {what}: vectors where there is no right answer: {missing}")
             return
@@ -143,7 +143,7 @@ def sweep(name: str, limit_s: float = 120.0) -> Report:
     try:
         with limited(limit_s):
             _Checks(build(name), report).run()
-    except NotBuilt as why:
+    except NotBuiltError as why:
         report.skipped = f"not built: {why}"
     except TookTooLong as why:
         report.counts["layers"].wrong += 1
@@ -192,7 +192,7 @@ class _Checks:
 
     def refuses(self, texts: Sequence[Text]) -> float:
         self.encoder()(texts)
-        raise MustRefuse(self.report.skipped)
+        raise NoAnswerError(self.report.skipped)
 
     def layer(self, texts: Sequence[Text], output: Any, layer: int) -> float:
         found = self.encoder(output=output, layers=layer)(texts)
@@ -219,7 +219,7 @@ class _Checks:
         if encoder.tokenizer.max_length > LONGEST:
             return 0.0
         encoder(long_texts(self.family.tokenizer, self.family.window, encoder.tokenizer.max_length + 1)[-1:])
-        raise MustRefuse(f"a text of {encoder.tokenizer.max_length + 1} tokens")
+        raise NoAnswerError(f"a text of {encoder.tokenizer.max_length + 1} tokens")
 
     def states(self, text: Text) -> tuple[Tokens, list[Tensor | None]]:
         if repr(text) not in self.known:
@@ -243,7 +243,7 @@ def expected(tokens: Tokens, states: Sequence[Tensor | None], output: str, layer
     for layer in layers:
         state = states[layer]
         if state is None:
-            raise MustRefuse(f"plain transformers gives no hidden states of layer {layer}")
+            raise NoAnswerError(f"plain transformers gives no hidden states of layer {layer}")
         chosen.append(state)
     rows = torch.cat(chosen, -1)
     if output == "tokens":

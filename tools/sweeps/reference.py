@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bertstream.tokens import Text
 
 
-class MustRefuse(Exception):
+class NoAnswerError(Exception):
     """There is no right answer: the encoder has to refuse this, in words of its own."""
 
 
@@ -141,14 +141,14 @@ def windows(text: Tokens, max_length: int, stride: int) -> list[Tokens]:
     own. Tokens before the sliding text are owned by the first window, those after it by the last.
 
     Raises:
-        MustRefuse: beside what is repeated, a window has no room for more than the stride.
+        NoAnswerError: beside what is repeated, a window has no room for more than the stride.
     """
     sliding = max(part for part in text.parts if part is not None)
     content = [i for i, part in enumerate(text.parts) if part == sliding]
     before, after = list(range(content[0])), list(range(content[-1] + 1, len(text.ids)))
     room = max_length - len(before) - len(after)
     if room <= stride:
-        raise MustRefuse(f"a window has room for {room} tokens, and overlaps by {stride}")
+        raise NoAnswerError(f"a window has room for {room} tokens, and overlaps by {stride}")
     starts = []
     start = 0
     while start + room < len(content):
