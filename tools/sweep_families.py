@@ -35,7 +35,7 @@ def cells(report: Report) -> tuple[str, ...]:
     if report.skipped and not report.wrong and not report.refusals:
         return (report.name, "-", *["-"] * len(GROUPS), "-", f"{report.seconds:.1f}")
     counts = [str(report.counts[group]) for group in GROUPS]
-    worst = f"{report.worst:.1e}" if report.worst else "-"
+    worst = f"{report.worst:.1e}" if report.worst else "0" if report.counts["layers"].right else "-"
     return (report.name, ", ".join(report.ways) or "-", *counts, worst, f"{report.seconds:.1f}")
 
 

@@ -102,7 +102,9 @@ def draw(number: int, seed: int, models: Sequence[str] = MODELS, tokenizers: Seq
     if options["overflow"] == "windows":
         options["stride"] = chance.randint(0, (options["max_length"] or 30) - 5)
     options["packed"] = chance.choice((None, None, False, True))
-    if options["packed"] and model in NOT_PACKED:
+    if (
+        options["packed"] and model in NOT_PACKED and any(layer % (LAYERS + 1) for layer in layers)
+    ):  # the embedding layer, 0, needs no packing
         must_refuse = "packed=True for a model that cannot be packed"
     way = chance.choice(WAYS)
     options["max_forward_tokens"] = chance.choice((1, 16, 64, 2048, *([None] if way == "call" else [])))

@@ -24,7 +24,6 @@ MORE = (
 PARTS = {
     "align_text_model": "AlignText",
     "blip_text_model": "BlipText",
-    "bridgetower_text_model": "BridgeTowerText",
     "chinese_clip_text_model": "ChineseCLIPText",
     "clap_text_model": "ClapText",
     "flava_text_model": "FlavaText",
@@ -81,7 +80,11 @@ OWN: dict[str, dict[str, Any]] = {
     "funnel": {"block_sizes": [1, 1, 1], "num_decoder_layers": 1},
     "luke": {"use_entity_aware_attention": True},
     "mobilebert": {"embedding_size": 32},
+    "layoutlmv3": {"hidden_size": 48, "coordinate_size": 8, "shape_size": 8},
+    "lilt": {"hidden_size": 48},
+    "neomme": {"head_dim": 16},
     "reformer": {
+        "hash_seed": 0,
         "attn_layers": ["local", "lsh", "local"],
         "axial_pos_shape": [8, 10],
         "axial_pos_embds_dim": [16, 16],
@@ -90,6 +93,7 @@ OWN: dict[str, dict[str, Any]] = {
     "squeezebert": {"embedding_size": 32},
     "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8},
     "roformer": {"embedding_size": 32},
+    "t5gemma": {"is_encoder_decoder": False},
     "tapas": {"type_vocab_sizes": [3, 8, 8, 2, 8, 8, 4]},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
 }
@@ -180,7 +184,8 @@ def classes(name: str) -> tuple[Any, Any]:
     model_name = modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(name)
     model_name = model_name or modeling_auto.MODEL_MAPPING_NAMES[name]
     first = model_name if isinstance(model_name, str) else model_name[0]
-    return getattr(transformers, first), getattr(transformers, CONFIG_MAPPING_NAMES[name])
+    model = getattr(transformers, first)
+    return model, model.config_class or getattr(transformers, CONFIG_MAPPING_NAMES[name])
 
 
 def shrunken(kind: Any, name: str, tokenizer: Any = None) -> Any:
@@ -191,9 +196,9 @@ def shrunken(kind: Any, name: str, tokenizer: Any = None) -> Any:
     if tokenizer is not None:
         changes |= {key: value for key, value in vocabulary(tokenizer).items() if key in known}
     changes |= OWN.get(name, {})
-    for key, part in getattr(kind, "sub_configs", {}).items():
+    for key in getattr(kind, "sub_configs", {}):
         value = getattr(default, key, None)
-        if value is not None and not isinstance(value, dict) and hasattr(part, "model_type"):
+        if isinstance(value, transformers.PreTrainedConfig):
             changes[key] = shrunken(type(value), "", tokenizer)
     return kind(**changes)
 

@@ -7,13 +7,12 @@ import random
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,6 +31,8 @@ OUTPUTS = ("tokens", "words", "sentence")
 GROUPS = ("layers", "split", "long")
 LONGEST = 96
 """Tokens of the longest text, of a model without a limit."""
+
+Found: TypeAlias = tuple[float, Text]
 
 
 @dataclass
@@ -66,25 +67,26 @@ class Report:
     ways: list[str] = field(default_factory=list)
     counts: dict[str, Counts] = field(default_factory=lambda: {group: Counts() for group in GROUPS})
     wrong: list[str] = field(default_factory=list)
-    refusals: Counter[str] = field(default_factory=Counter)
+    refusals: dict[str, int] = field(default_factory=dict)
     worst: float = 0.0
     skipped: str = ""
     seconds: float = 0.0
 
-    def check(self, group: str, what: str, run: Callable[[], float]) -> None:
+    def check(self, group: str, what: str, run: Callable[[], Found]) -> None:
         """Count one check.
 
         Args:
             group: one of `GROUPS`.
             what: the check, for a line about it.
-            run: returns the worst error of its texts, or raises.
+            run: returns the worst error of its texts and which text has it, or raises.
         """
         counts = self.counts[group]
         try:
-            error = run()
+            error, text = run()
         except BertstreamError as refusal:
             counts.refused += 1
-            self.refusals[f"{type(refusal).__name__}: {refusal}"] += 1
+            said = f"{type(refusal).__name__}: {refusal}"
+            self.refusals[said] = self.refusals.get(said, 0) + 1
             return
         except NoAnswerError as missing:
             counts.wrong += 1
@@ -101,7 +103,7 @@ class Report:
             self.worst = max(self.worst, error)
         else:
             counts.wrong += 1
-            self.wrong.append(f"{self.name}, {what}: relative error {error:.1e}")
+            self.wrong.append(f"{self.name}, {what}: relative error {error:.1e} of {str(text)[:60]!r}")
 
     def note_way(self, encoder: Encoder) -> None:
         if encoder.batching.way not in self.ways:
@@ -131,18 +133,19 @@ def limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def sweep(name: str, limit_s: float = 120.0) -> Report:
+def sweep(name: str, limit_s: float = 120.0, groups: Sequence[str] = GROUPS) -> Report:
     """Check one family.
 
     Args:
         name: as `families.names` lists it.
         limit_s: after this time the rest is not checked, which counts as wrong.
+        groups: the checks to run.
     """
     report = Report(name)
     started = time.perf_counter()
     try:
         with limited(limit_s):
-            _Checks(build(name), report).run()
+            _Checks(build(name), report).run(groups)
     except NotBuiltError as why:
         report.skipped = f"not built: {why}"
     except TookTooLong as why:
@@ -159,7 +162,7 @@ class _Checks:
         self.model = copy.deepcopy(family.model)  # the user's; the family's stays as it was made
         self.known: dict[str, tuple[Tokens, list[Tensor | None]]] = {}
 
-    def run(self) -> None:
+    def run(self, groups: Sequence[str]) -> None:
         texts = short_texts(self.family.tokenizer)
         try:
             for text in texts:
@@ -169,17 +172,24 @@ class _Checks:
             # No reference, so no vector can be right.
             self.report.check("layers", "a model that does not run on its own", partial(self.refuses, texts))
             return
-        every = range(self.family.layers + 1)
+        for group in groups:
+            getattr(self, f"check_{group}")(texts)
+
+    def check_layers(self, texts: Sequence[Text]) -> None:
         for output in OUTPUTS:
-            for layer in every:
+            for layer in range(self.family.layers + 1):
                 self.report.check("layers", f"{output} of layer {layer}", partial(self.layer, texts, output, layer))
-            for at in every[1:-1]:
+
+    def check_split(self, texts: Sequence[Text]) -> None:
+        for at in range(1, self.family.layers):
+            for output in OUTPUTS:
                 self.report.check("split", f"{output}, split at {at}", partial(self.split, texts, output, (-1,), at))
-        for at in every[1:-1]:
             layers = (at, -1)
             what = f"tokens of layers {layers}, split at {at}"
             self.report.check("split", what, partial(self.split, texts, "tokens", layers, at))
-        for layer in every:
+
+    def check_long(self, texts: Sequence[Text]) -> None:
+        for layer in range(self.family.layers + 1):
             self.report.check("long", f"long texts, layer {layer}", partial(self.long, texts, layer))
         pairs: list[Text] = [(" ".join(WORDS[:3]), " ".join(WORDS[3:9])), ("bank", "river")]
         self.report.check("long", "pairs", partial(self.pairs, pairs, texts))
@@ -190,34 +200,34 @@ class _Checks:
         self.report.note_way(encoder)
         return encoder
 
-    def refuses(self, texts: Sequence[Text]) -> float:
+    def refuses(self, texts: Sequence[Text]) -> Found:
         self.encoder()(texts)
         raise NoAnswerError(self.report.skipped)
 
-    def layer(self, texts: Sequence[Text], output: Any, layer: int) -> float:
+    def layer(self, texts: Sequence[Text], output: Any, layer: int) -> Found:
         found = self.encoder(output=output, layers=layer)(texts)
         return self.worst(found, texts, output, (layer,))
 
-    def split(self, texts: Sequence[Text], output: Any, layers: tuple[int, ...], at: int) -> float:
+    def split(self, texts: Sequence[Text], output: Any, layers: tuple[int, ...], at: int) -> Found:
         lower, upper = self.encoder(output=output, layers=layers).split(at)
         return self.worst(upper(lower(texts)), texts, output, layers)
 
-    def long(self, texts: Sequence[Text], layer: int) -> float:
+    def long(self, texts: Sequence[Text], layer: int) -> Found:
         encoder = self.encoder(layers=layer)
         most = min(encoder.tokenizer.max_length, LONGEST)
         longer = long_texts(self.family.tokenizer, self.family.window, most)
         # Short ones first: they must not change how a model runs long ones.
         found = [self.worst(encoder(part), part, "tokens", (layer,)) for part in (texts, longer, [*longer, *texts])]
-        return max(found)
+        return max(found, key=lambda found: found[0])
 
-    def pairs(self, pairs: Sequence[Text], texts: Sequence[Text]) -> float:
+    def pairs(self, pairs: Sequence[Text], texts: Sequence[Text]) -> Found:
         found = self.encoder()([*pairs, *texts])
         return self.worst(found, [*pairs, *texts], "tokens", (-1,))
 
-    def too_long(self) -> float:
+    def too_long(self) -> Found:
         encoder = self.encoder()
         if encoder.tokenizer.max_length > LONGEST:
-            return 0.0
+            return 0.0, ""
         encoder(long_texts(self.family.tokenizer, self.family.window, encoder.tokenizer.max_length + 1)[-1:])
         raise NoAnswerError(f"a text of {encoder.tokenizer.max_length + 1} tokens")
 
@@ -227,14 +237,14 @@ class _Checks:
             self.known[repr(text)] = tokens, plain_states(self.family.model, tokens.ids, tokens.types)
         return self.known[repr(text)]
 
-    def worst(self, found: Any, texts: Sequence[Text], output: str, layers: Sequence[int]) -> float:
+    def worst(self, found: Any, texts: Sequence[Text], output: str, layers: Sequence[int]) -> Found:
         assert len(found) == len(texts)
         errors = []
         for text, rows in zip(texts, found, strict=True):
             split = text.split() if isinstance(text, str) and output == "words" else text
             tokens, states = self.states(split)
-            errors.append(relative_error(rows.detach(), expected(tokens, states, output, layers)))
-        return max(errors)
+            errors.append((relative_error(rows.detach(), expected(tokens, states, output, layers)), text))
+        return max(errors, key=lambda found: found[0])
 
 
 def expected(tokens: Tokens, states: Sequence[Tensor | None], output: str, layers: Sequence[int]) -> Tensor:

@@ -83,8 +83,15 @@ def plain_states(pristine: nn.Module, ids: Sequence[int], types: Sequence[int] |
     states = getattr(out, "hidden_states", None)
     if states is None or len(states) != count + 1:
         states = (None,) * (count + 1)
-    inner = [state[0] if state is not None and state.shape == last.shape else None for state in states[:-1]]
-    return [*inner, last[0]]
+    return [*(_of_tokens(state, last) for state in states[:-1]), last[0]]
+
+
+def _of_tokens(state: Tensor | None, last: Tensor) -> Tensor | None:
+    """[T, H] of one text's hidden states, which some models (big_bird) pad to whole blocks; None if they are others."""
+    if state is None or state.dim() != 3:
+        return None
+    fits = state.shape[0] == 1 and state.shape[1] >= last.shape[1] and state.shape[2] == last.shape[2]
+    return state[0, : last.shape[1]] if fits else None
 
 
 def tokenize(tokenizer: Any, text: Text, *, for_lists: Any = None, max_length: int | None = None) -> Tokens:
