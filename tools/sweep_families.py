@@ -41,7 +41,12 @@ def cells(report: Report) -> tuple[str, ...]:
 
 def notes(reports: list[Report]) -> list[str]:
     """What the table leaves out: what was wrong, what was refused and why, and what was not built."""
-    out = [f"wrong: {line}" for report in reports for line in report.wrong]
+    out = []
+    for report in reports:
+        for reason in dict.fromkeys(wrong.reason for wrong in report.wrong):
+            alike = [wrong for wrong in report.wrong if wrong.reason == reason]
+            checks = ", ".join(f"{wrong.what} ({wrong.detail})" if wrong.detail else wrong.what for wrong in alike)
+            out.append(f"wrong: {report.name}, {len(alike)} times {reason}: {checks}")
     for report in reports:
         if report.skipped:
             out.append(f"without a reference: {report.name}: {report.skipped}")

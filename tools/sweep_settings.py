@@ -157,7 +157,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.case is not None:
             print(f"{verdict}: {said}\n{case}")
         elif verdict == "wrong":
-            wrong.append(f"python tools/sweep_settings.py --seed {options.seed} --case {number}{restricted}  # {said}")
+            kind = f"{case.model} {case.tokenizer} {case.way}"
+            wrong.append(
+                f"python tools/sweep_settings.py --seed {options.seed} --case {number}{restricted}  # {kind}: {said}"
+            )
             print(wrong[-1], flush=True)
     kinds = ("right", "refused", "wrong")
     seconds = time.perf_counter() - started

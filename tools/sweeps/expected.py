@@ -40,24 +40,27 @@ class Setting:
 
     @property
     def hidden_size(self) -> int:
+        """H."""
         return int(self.plain.config.hidden_size)
 
     def states(self, tokens: Tokens) -> list[Tensor]:
-        """The hidden states of a text or window, [T, H] each, and last of all the pooler's output [1, H] if any."""
+        """The hidden states of a text or window, [T, H] each."""
         key = (*tokens.ids, "types", *(tokens.types or ()))
         if key not in self.known:
-            found = plain_states(self.plain, tokens.ids, tokens.types)
+            found = plain_states(self.plain, tokens.ids, tokens.types, fresh=False)
             assert all(state is not None for state in found)
             self.known[key] = [state for state in found if state is not None]
         return self.known[key]
 
     @torch.no_grad()
     def pooler_output(self, tokens: Tokens) -> Tensor:
+        """[H] of a text or window, by the model's own pooler."""
         ids = torch.tensor([tokens.ids])
         types = {} if tokens.types is None else {"token_type_ids": torch.tensor([tokens.types])}
         return self.plain(input_ids=ids, attention_mask=torch.ones_like(ids), **types).pooler_output[0]
 
     def tokens(self, text: Text, max_length: int | None = None) -> Tokens:
+        """A text by transformers' own tokenizer, truncated if `max_length` is given."""
         if self.kind == "gemma" and not isinstance(text, (str, tuple)):
             return tokenize_running(self.own, text, max_length=max_length)
         return tokenize(self.own, text, for_lists=self.for_lists, max_length=max_length)

@@ -77,6 +77,7 @@ OWN: dict[str, dict[str, Any]] = {
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "conv_kernel_size": 3},
     "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "esm": {"token_dropout": True, "position_embedding_type": "rotary"},
+    "esmc": {"head_dim": 8, "num_key_value_heads": 4},
     "funnel": {"block_sizes": [1, 1, 1], "num_decoder_layers": 1},
     "luke": {"use_entity_aware_attention": True},
     "mobilebert": {"embedding_size": 32},
@@ -98,6 +99,16 @@ OWN: dict[str, dict[str, Any]] = {
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
 }
 """What a family needs besides, by its name."""
+
+WINDOWS = (
+    "attention_window",
+    "local_attention",
+    "sliding_window",
+    "block_size",
+    "local_attn_chunk_length",
+    "local_radius",
+)
+"""Entries of configs that hold the size of a window or block; the first that there is counts."""
 
 MOST_PARAMETERS = 20_000_000
 
@@ -166,10 +177,8 @@ def build(name: str, tokenizer: Any = None) -> Family:
         raise
     except Exception as error:
         raise NotBuiltError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
-    windows = [getattr(config, key, None) for key in ("attention_window", "local_attention", "sliding_window")]
-    windows += [getattr(config, key, None) for key in ("block_size", "local_attn_chunk_length", "local_radius")]
-    windows = [max(window) if isinstance(window, list) else window for window in windows]
-    return Family(name, model, tokenizer, next((window for window in windows if window), 16))
+    windows = [SIZES[key] for key in WINDOWS if key in config.to_dict() and key in SIZES]
+    return Family(name, model, tokenizer, next(iter(windows), 16))
 
 
 def classes(name: str) -> tuple[Any, Any]:

@@ -48,6 +48,24 @@ class Counts:
 
 
 @dataclass
+class Wrong:
+    """One check that failed.
+
+    Attributes:
+        what: the check.
+        reason: why, the same for checks that fail in one way.
+        detail: the error and the text, of other vectors.
+    """
+
+    what: str
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass
 class Report:
     """What the sweep found of a family.
 
@@ -56,7 +74,7 @@ class Report:
         ways: how texts shared forwards, each way that was met.
         counts: by group: "layers", every layer and output; "split", every place; "long", texts around windows, blocks
             and the longest the model takes, pairs, and a text that is too long.
-        wrong: a line for each check with a wrong vector or a foreign error.
+        wrong: the checks with other vectors or a foreign error.
         refusals: what the encoder said, how often.
         worst: the largest error of a right check.
         skipped: why nothing was checked, or "".
@@ -66,7 +84,7 @@ class Report:
     name: str
     ways: list[str] = field(default_factory=list)
     counts: dict[str, Counts] = field(default_factory=lambda: {group: Counts() for group in GROUPS})
-    wrong: list[str] = field(default_factory=list)
+    wrong: list[Wrong] = field(default_factory=list)
     refusals: dict[str, int] = field(default_factory=dict)
     worst: float = 0.0
     skipped: str = ""
@@ -90,20 +108,21 @@ class Report:
             return
         except NoAnswerError as missing:
             counts.wrong += 1
-            self.wrong.append(f"{self.name}, {what}: vectors where there is no right answer: {missing}")
+            self.wrong.append(Wrong(what, f"vectors where there is no right answer: {missing}"))
             return
         except TookTooLong:
             raise
         except Exception as foreign:
             counts.wrong += 1
-            self.wrong.append(f"{self.name}, {what}: foreign error {type(foreign).__name__}: {str(foreign)[:200]}")
+            said = " ".join(str(foreign).split())[:160]
+            self.wrong.append(Wrong(what, f"foreign error {type(foreign).__name__}: {said}"))
             return
         if error <= TOLERANCE:
             counts.right += 1
             self.worst = max(self.worst, error)
         else:
             counts.wrong += 1
-            self.wrong.append(f"{self.name}, {what}: relative error {error:.1e} of {str(text)[:60]!r}")
+            self.wrong.append(Wrong(what, "other vectors", f"relative error {error:.1e} of {str(text)[:40]!r}"))
 
     def note_way(self, encoder: Encoder) -> None:
         if encoder.batching.way not in self.ways:
@@ -150,7 +169,7 @@ def sweep(name: str, limit_s: float = 120.0, groups: Sequence[str] = GROUPS) -> 
         report.skipped = f"not built: {why}"
     except TookTooLong as why:
         report.counts["layers"].wrong += 1
-        report.wrong.append(f"{name}: {why}")
+        report.wrong.append(Wrong("the family", str(why)))
     report.seconds = time.perf_counter() - started
     return report
 

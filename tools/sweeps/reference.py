@@ -55,19 +55,22 @@ class Tokens:
 
 
 @torch.no_grad()
-def plain_states(pristine: nn.Module, ids: Sequence[int], types: Sequence[int] | None = None) -> list[Tensor | None]:
-    """The hidden states of one text by plain transformers, in a model that never saw another text.
+def plain_states(
+    pristine: nn.Module, ids: Sequence[int], types: Sequence[int] | None = None, *, fresh: bool = True
+) -> list[Tensor | None]:
+    """The hidden states of one text by plain transformers.
 
     Args:
-        pristine: is copied, because some models change themselves in a forward.
+        pristine: a model as it was made.
         ids: [T].
         types: [T] segment ids, or None.
+        fresh: whether to run a copy of the model, because some models change themselves in a forward.
     Returns:
         L + 1 tensors [T, H], the embeddings first; None for a layer that transformers does not give.
     Raises:
         Exception: whatever the model raises; AttributeError if it gives no `last_hidden_state`.
     """
-    model: Any = copy.deepcopy(pristine)
+    model: Any = copy.deepcopy(pristine) if fresh else pristine
     inputs = {"input_ids": torch.tensor([list(ids)])}
     if "attention_mask" in inspect.signature(model.forward).parameters:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

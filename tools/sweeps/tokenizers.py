@@ -5,6 +5,7 @@ The vocabularies are made here: the trainers of `tokenizers` break ties in anoth
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ def wordpiece(pad_id: int = 0, *, segments: bool = True) -> Any:
 def byte_bpe(*, add_prefix_space: bool = False) -> Any:
     """As RoBERTa has it; the vocabulary is the same with and without the space."""
     spaced = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    merges = merges_of([word for line in CORPUS for word, _ in spaced.pre_tokenize_str(line)], 150)
+    merges = merges_of(tuple(word for line in CORPUS for word, _ in spaced.pre_tokenize_str(line)), 150)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = numbered([*SENTENCEPIECE, *letters, *("".join(merge) for merge in merges)])
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
@@ -78,7 +79,7 @@ def closed_only() -> Any:
 def gemma() -> Any:
     """As Gemma has it: a normalizer turns blanks into the word mark, and nothing puts one before the first word."""
     words = [f"▁{word}" if i else word for line in CORPUS for i, word in enumerate(line.split())]
-    merges = merges_of(words, 200)
+    merges = merges_of(tuple(words), 200)
     letters = sorted({"▁", *"".join(words)})
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     vocabulary = numbered([*specials, *letters, *("".join(merge) for merge in merges)])
@@ -110,7 +111,8 @@ def sentencepiece(specials: Sequence[str]) -> Tokenizer:
     return Tokenizer(models.Unigram(vocabulary, unk_id=list(specials).index("<unk>")))
 
 
-def merges_of(words: Sequence[str], count: int) -> list[tuple[str, str]]:
+@functools.cache
+def merges_of(words: tuple[str, ...], count: int) -> list[tuple[str, str]]:
     """Byte-pair merges: again and again the most frequent pair, the first in the alphabet of equals."""
     split = [list(word) for word in words]
     out: list[tuple[str, str]] = []
