@@ -29,6 +29,9 @@ from sweeps.family_checks import GROUPS, Report, sweep
 
 HEADER = ("family", "way", *(f"{group} right / refused / wrong" for group in GROUPS), "worst error", "seconds")
 
+SHOWN = 4
+"""Checks that are named for each reason; `--json` has all."""
+
 
 def cells(report: Report) -> tuple[str, ...]:
     """The columns of one family."""
@@ -45,8 +48,10 @@ def notes(reports: list[Report]) -> list[str]:
     for report in reports:
         for reason in dict.fromkeys(wrong.reason for wrong in report.wrong):
             alike = [wrong for wrong in report.wrong if wrong.reason == reason]
-            checks = ", ".join(f"{wrong.what} ({wrong.detail})" if wrong.detail else wrong.what for wrong in alike)
-            out.append(f"wrong: {report.name}, {len(alike)} times {reason}: {checks}")
+            shown = [f"{wrong.what} ({wrong.detail})" if wrong.detail else wrong.what for wrong in alike]
+            if len(shown) > SHOWN:
+                shown[SHOWN - 1 :] = [f"and {len(shown) - SHOWN + 1} more"]
+            out.append(f"wrong: {report.name}, {len(alike)} times {reason}: {', '.join(shown)}")
     for report in reports:
         if report.skipped:
             out.append(f"without a reference: {report.name}: {report.skipped}")

@@ -94,6 +94,21 @@ def test_vectors_of_a_text_that_is_too_long_count_as_wrong(monkeypatch: pytest.M
     assert wrong.what == "a text that is too long" and "no right answer" in wrong.reason
 
 
+def test_a_text_that_plain_transformers_does_not_run_has_to_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = family_checks.plain_states
+
+    def failing(model: Any, ids: Any, types: Any = None) -> Any:
+        if len(ids) == 3:
+            raise RuntimeError("too short for its pooling")
+        return plain(model, ids, types)
+
+    monkeypatch.setattr(family_checks, "plain_states", failing)
+    report = sweep("bert", groups=["layers"])
+    (wrong,) = report.wrong
+    assert wrong.what == "texts that plain transformers does not run" and "too short for its pooling" in wrong.reason
+    assert report.counts["layers"].right == 3 * (LAYERS + 1) and not report.skipped
+
+
 def test_a_family_that_takes_too_long_counts_as_wrong() -> None:
     report = sweep("bert", limit_s=0.01)
     assert report.counts["layers"].wrong and "took more than" in report.wrong[-1].reason

@@ -180,16 +180,17 @@ class _Checks:
         self.report = report
         self.model = copy.deepcopy(family.model)  # the user's; the family's stays as it was made
         self.known: dict[str, tuple[Tokens, list[Tensor | None]]] = {}
+        self.failed = ""  # the last error of plain transformers
 
     def run(self, groups: Sequence[str]) -> None:
-        texts = short_texts(self.family.tokenizer)
-        try:
-            for text in texts:
-                self.states(text)
-        except Exception as error:
-            self.report.skipped = f"plain transformers: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
-            # No reference, so no vector can be right.
-            self.report.check("layers", "a model that does not run on its own", partial(self.refuses, texts))
+        every = short_texts(self.family.tokenizer)
+        texts = [text for text in every if self.runs(text)]
+        if len(texts) < len(every):
+            # Without a reference no vector is right.
+            what = "texts that plain transformers does not run"
+            self.report.check("layers", what, partial(self.refuses, [text for text in every if text not in texts]))
+        if not texts:
+            self.report.skipped = f"plain transformers: {self.failed}"
             return
         for group in groups:
             getattr(self, f"check_{group}")(texts)
@@ -221,7 +222,7 @@ class _Checks:
 
     def refuses(self, texts: Sequence[Text]) -> Found:
         self.encoder()(texts)
-        raise NoAnswerError(self.report.skipped)
+        raise NoAnswerError(self.failed)
 
     def layer(self, texts: Sequence[Text], output: Any, layer: int) -> Found:
         found = self.encoder(output=output, layers=layer)(texts)
@@ -234,7 +235,9 @@ class _Checks:
     def long(self, texts: Sequence[Text], layer: int) -> Found:
         encoder = self.encoder(layers=layer)
         most = min(encoder.tokenizer.max_length, LONGEST)
-        longer = long_texts(self.family.tokenizer, self.family.window, most)
+        longer = [text for text in long_texts(self.family.tokenizer, self.family.window, most) if self.runs(text)]
+        if not longer:
+            raise NoAnswerError(f"plain transformers runs no long text: {self.failed}")
         # Short ones first: they must not change how a model runs long ones.
         found = [self.worst(encoder(part), part, "tokens", (layer,)) for part in (texts, longer, [*longer, *texts])]
         return max(found, key=lambda found: found[0])
@@ -249,6 +252,15 @@ class _Checks:
             return 0.0, ""
         encoder(long_texts(self.family.tokenizer, self.family.window, encoder.tokenizer.max_length + 1)[-1:])
         raise NoAnswerError(f"a text of {encoder.tokenizer.max_length + 1} tokens")
+
+    def runs(self, text: Text) -> bool:
+        """Whether plain transformers takes this text."""
+        try:
+            self.states(text)
+        except Exception as error:
+            self.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            return False
+        return True
 
     def states(self, text: Text) -> tuple[Tokens, list[Tensor | None]]:
         if repr(text) not in self.known:
