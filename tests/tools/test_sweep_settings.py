@@ -19,7 +19,7 @@ from bertstream import Encoder
 CASES = 100
 SEED = 17
 EVERY = list(TOKENIZERS)
-# Smaller than the sweep: literal padding tokens move the positions of these models, and gemma's words are glued together.
+# Less than the whole: literal padding tokens move these models' positions, and gemma's words are glued together.
 SAMPLE = [model for model in MODELS if model not in ("roberta", "xlm-roberta", "mpnet")]
 TOKENIZED = [kind for kind in EVERY if kind != "gemma"]
 
