@@ -243,20 +243,20 @@ def _doctor(options: argparse.Namespace) -> _Found:
     return found, lines, int(any("error" in about for about in found["models"].values()))
 
 
+_HUB_OPTIONS = {
+    "revision": "a branch, tag or commit of the model on the hub",
+    "subfolder": "where in the folder or repository the model is",
+    "cache_dir": "where files of the hub are kept",
+    "trust_remote_code": "run the code that comes with the model",
+    "local_files_only": "do not ask the hub",
+}
+
+
 def _encoder(options: argparse.Namespace) -> Encoder:
     if not options.progress:
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    names = (
-        "output",
-        "combine",
-        "pooling",
-        "dtype",
-        "device",
-        "overflow",
-        "stride",
-        "max_length",
-        "max_forward_tokens",
-    )
+    names = ["output", "combine", "dtype", "device", "overflow", "stride", "max_length", "prompt", "max_forward_tokens"]
+    names += _HUB_OPTIONS
     chosen = {name: getattr(options, name) for name in names}
     chosen["pooling"] = options.pooling[0] if options.pooling and len(options.pooling) == 1 else options.pooling
     if options.normalize:
@@ -424,6 +424,12 @@ def _add_encoder(verb: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-length", type=int, metavar="N", help="tokens of a text or window (default: the model's limit)"
     )
+    group.add_argument("--prompt", metavar="TEXT", help="put before each text; or the name of one of the model's own")
+    for name, about in _HUB_OPTIONS.items():
+        flag: dict[str, Any] = {"action": "store_true"} if name in ("trust_remote_code", "local_files_only") else {}
+        group.add_argument(
+            f"--{name.replace('_', '-')}", default="" if name == "subfolder" else None, help=about, **flag
+        )
     group.add_argument("--max-forward-tokens", type=int, metavar="N", help="tokens of one forward (default: measured)")
     group.add_argument("--dtype", default="auto", help="of the forward (default: %(default)s)")
     group.add_argument("--device", default="auto", help="(default: %(default)s)")

@@ -111,7 +111,10 @@ class Embeddings:
 
     def padded_present(self) -> Tensor:
         """[B, T] bool beside `padded()`: True where a row has a vector; False for padding and words without one."""
-        present = torch.ones_like(self.values[:, 0], dtype=torch.bool) if self.present is None else self.present
+        self._refuse_sentence("padded_present")
+        present = self.present
+        if present is None:
+            present = torch.ones(len(self.values), dtype=torch.bool, device=self.values.device)
         return dataclasses.replace(self, values=present).padded()[0]
 
     def nested(self) -> Tensor:

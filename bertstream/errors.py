@@ -14,7 +14,7 @@ out of a worker process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import get_args
 
@@ -127,3 +127,11 @@ def shortened(value: object) -> str:
 def described(error: BaseException) -> str:
     """The error's type and text for a message."""
     return f"{type(error).__name__}: {error}"
+
+
+def table_columns(value: object) -> list[str] | None:
+    """The names of the columns of a table (of pandas, polars, Arrow or datasets); None for anything else."""
+    names = getattr(value, "column_names", None)
+    if names is None:
+        names = getattr(value, "columns", None)
+    return list(map(str, names)) if isinstance(names, Iterable) else None

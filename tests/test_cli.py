@@ -67,8 +67,8 @@ def test_every_verb_explains_itself_and_its_exit_status(call: Call, verb: str) -
 def test_every_option_of_an_encoder_has_one_on_the_command_line(call: Call) -> None:
     names = set(Encoder.__init__.__kwdefaults__ or ()) | set(Encoder.from_pretrained.__kwdefaults__ or ())
     shown = re.findall(r"--(?:no-)?([\w-]+)", call("embed", "--help")[1])
-    # A function cannot be typed on a command line, and `packed` is for tests.
-    assert {name.replace("_", "-") for name in names - {"word_splitter", "split", "packed"}} <= set(shown)
+    # A function cannot be typed on a command line, `packed` is for tests, and others could read a token there.
+    assert {name.replace("_", "-") for name in names - {"word_splitter", "split", "packed", "token"}} <= set(shown)
 
 
 def test_inspect_prints_what_the_library_finds(call: Call, shard: str, tmp_path: Path) -> None:
@@ -152,9 +152,9 @@ def test_doctor_names_a_model_that_is_no_text_encoder_and_still_describes_the_ot
     others: dict[str, torch.nn.Module] = {"images": images, "linear": torch.nn.Linear(1, 1)}
     find = pretrained.find_pretrained
 
-    def find_others(name: str) -> pretrained.Pretrained:
+    def find_others(name: str, hub: pretrained.HubOptions) -> pretrained.Pretrained:
         if name not in others:
-            return find(name)
+            return find(name, hub)
         config = getattr(others[name], "config", None)
         pretrained.check_config(config, type(others[name]).__name__)
         return pretrained.Pretrained(name, name, config, None, None)
@@ -164,7 +164,7 @@ def test_doctor_names_a_model_that_is_no_text_encoder_and_still_describes_the_ot
     models = json.loads(out)["models"]
     assert status == 1 and "Linear is not a transformers text encoder" in models["linear"]["error"]
     assert "ViTModel is not a transformers text encoder" in models["images"]["error"]
-    assert models["all-MiniLM-L6-v2"]["runs"] == "packed"
+    assert models["all-MiniLM-L6-v2"]["runs"] == "fused"
 
 
 MISTAKES: list[tuple[tuple[Any, ...], int, str]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pickle
 from collections.abc import Callable, Sequence
@@ -128,6 +129,20 @@ def test_packed_sequence_gives_an_lstm_what_torchs_own_packing_gives_it(lengths:
     torch.testing.assert_close(state, right_state)
 
 
+@pytest.mark.parametrize("shape", [(H,), (2, H), (2, 3, H)], ids=str)
+@given(lengths=LENGTHS)
+@example(lengths=[])
+def test_the_mask_of_present_rows_has_one_entry_a_place_whatever_a_row_is(
+    shape: tuple[int, ...], lengths: list[int]
+) -> None:
+    embeddings = tokens_of(lengths, torch.ones(sum(lengths), *shape))
+    _, mask = embeddings.padded()
+    assert embeddings.padded_present().dtype == torch.bool and torch.equal(embeddings.padded_present(), mask)
+    present = torch.arange(sum(lengths)) % 2 == 0
+    missing = dataclasses.replace(embeddings, present=present)
+    assert missing.padded_present().shape == mask.shape and torch.equal(missing.padded_present()[mask], present)
+
+
 @given(LENGTHS)
 @example([])
 def test_iterating_and_indexing_give_each_texts_rows_as_views(lengths: list[int]) -> None:
@@ -221,6 +236,7 @@ def test_sentence_output_is_one_vector_a_text_in_every_layout() -> None:
     "form",
     [
         Embeddings.padded,
+        Embeddings.padded_present,
         Embeddings.key_padding_mask,
         Embeddings.nested,
         Embeddings.packed_sequence,

@@ -62,7 +62,7 @@ def test_loss_and_gradients_equal_those_of_a_plain_loop(family: str, output: str
     model = make(family)
     options, of_hidden = OUTPUTS[output]
     encoder = encoder_of(copy.deepcopy(model), minilm_folder, max_forward_tokens=16, **options).unfreeze()
-    assert encoder.batching.way == "packed"
+    assert encoder.batching.way == "fused"
     found = BertEmbedding(encoder)(TEXTS)
     loss = loss_of(list(found))
     loss.backward()
@@ -405,7 +405,7 @@ def test_a_trained_model_is_saved_for_transformers_and_sentence_transformers(
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("pooling", ["cls", "max", "weighted_mean", ("cls", "mean")])
+@pytest.mark.parametrize("pooling", ["cls", "last", "mean_sqrt_len", "weighted_mean", ("cls", "max", "mean")])
 def test_how_sentences_are_pooled_is_saved_with_the_model(
     minilm_folder: str, tmp_path: Path, pooling: Any, normalize: bool
 ) -> None:
@@ -456,7 +456,7 @@ def test_only_the_adapters_of_peft_are_trained(minilm_folder: str) -> None:
     trained = {name.split(".")[-3] for name, p in encoder.model.named_parameters() if p.grad is not None}
     assert trained == {"lora_A", "lora_B"}
     after = encoder.encode(encoder.tokenizer.batch(["a bank"])).values
-    assert encoder.batching.way == "packed" and not torch.allclose(after, before)
+    assert encoder.batching.way == "fused" and not torch.allclose(after, before)
     ids = torch.from_numpy(encoder.tokenizer.batch(["a bank"]).input_ids.astype(np.int64))[None]
     assert torch.allclose(adapted.eval()(input_ids=ids).last_hidden_state[0], after, atol=1e-5), "the user's own too"
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bertstream import tokens
+from bertstream import ConfigError, tokens
 from bertstream.embeddings import Embeddings
 from bertstream.tokens import Cursor, Record, TokenBatch, TokenizedText, cumulate
 
@@ -159,3 +161,12 @@ def test_the_representation_is_one_line() -> None:
     assert repr(batch) == "TokenBatch(2 texts, 3 tokens)"
     batch.fields["label"] = [1, 2]
     assert repr(batch) == "TokenBatch(2 texts, 3 tokens, fields=['label'])"
+
+
+@pytest.mark.parametrize("ids", [[[1, 2]], np.ones((1, 2)), None], ids=lambda value: type(value).__name__)
+def test_padded_ids_that_are_no_tensors_are_refused_with_the_way_to_get_them(ids: Any) -> None:
+    for given_ids, mask in ((ids, ids), (torch.ones(1, 2), ids), (ids, torch.ones(1, 2))):
+        with pytest.raises(
+            ConfigError, match=rf"{type(ids).__name__}.*: pass tensors \[B, T\], as return_tensors='pt'"
+        ):
+            TokenBatch.from_padded(given_ids, mask)

@@ -7,6 +7,7 @@
     python tools/bench.py split --data ../shared/data       the upper layers over a cached lower half
     python tools/bench.py outputs --data ../shared/data     the cost of fewer layers and of word vectors
     python tools/bench.py embed --data ../shared/data       vectors written to files, against encoding alone
+    python tools/bench.py launch                            what a forward costs beside its arithmetic
     python tools/bench.py cache --data ../shared/data       epochs from the cache, and a tagger's over tensors in memory
     python tools/bench.py stream --data ../shared/data      reading, tokenizing and bucketing, against the tokenizer
     python tools/bench.py mix --data ../shared/data         how well a shuffled stream mixes data sorted by class
@@ -42,12 +43,12 @@ def measure(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for verb in VERBS:
         module = import_module(f"benchmarks.{verb}")
         command = commands.add_parser(verb, help=module.__doc__)
-        command.set_defaults(run=getattr(module, verb))
+        command.set_defaults(run=getattr(module, verb), needs_texts=getattr(module, "NEEDS_TEXTS", True))
         common.add_options(command)
         if hasattr(module, "add_options"):
             module.add_options(command)
     chosen = parser.parse_args(arguments)
-    if chosen.data is None and chosen.corpus is None:
+    if chosen.needs_texts and chosen.data is None and chosen.corpus is None:
         parser.error("no texts: write --data FOLDER or --corpus FILE")
     return {"benchmark": chosen.benchmark} | chosen.run(chosen) | {"machine": common.machine(chosen.device)}
 

@@ -1,179 +1,273 @@
-"""Check this version on a machine with a GPU: the CUDA tests, then the benchmarks with a BERT-base of random weights.
+"""Check this version on a machine with a GPU in five minutes: the CUDA tests, then speed; prints rows as they come.
 
-    python tools/gpu_check.py                            writes tools/results/<device>.json; about ten minutes
-    python tools/gpu_check.py --data ../shared/data      with those texts instead of Python's manual
-    python tools/gpu_check.py --device cpu --tiny        the same on a CPU with a tiny model, to try the tool
+    python tools/gpu_check.py                            writes tools/results/<device>.json
+    python tools/gpu_check.py --model minilm             with a folder's MiniLM and tokenizer, not random weights
+    python tools/gpu_check.py --data texts.csv           with those texts instead of Python's manual
+    python tools/gpu_check.py --parts launch forward     only these
+    python tools/gpu_check.py --device cpu --tiny        the same on a CPU with tiny models, to try the tool
 
-The exit status is 1 if a test or a benchmark failed. The results also hold this device's targets, and which were met.
+Each part is a file of tools/gpu and runs in a process of its own. One that crashes or takes longer than its limit ends
+alone, and what it found until then is kept. The exit status is 1 if a part failed or was cut off. The results also hold
+this device's targets, and which were met.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from pydoc_data.topics import topics
-from typing import Any
-from xml.etree import ElementTree
+from typing import Any, NamedTuple
 
-import bench
-import torch
-from benchmarks.common import machine
-from benchmarks.models import write_bert
+TOOLS = Path(__file__).resolve().parent
 
-ROOT = Path(__file__).resolve().parent.parent
-
-# The benchmarks that depend on the device, with their own options; they share one corpus.
-BENCHMARKS: dict[str, list[str]] = {
-    "encode": ["encode", "--dtypes", "float32", "bfloat16", "--without", "pipeline", "flair"],
-    "encode_compiled": ["encode", "--dtypes", "bfloat16", "--without", "pipeline", "flair", "sentence", "--compiled"],
-    "wrap": ["wrap", "--dtypes", "bfloat16"],
-    "epoch": ["epoch", "--dtypes", "bfloat16"],
-    "outputs": ["outputs", "--dtypes", "bfloat16"],
-    "cache": ["cache", "--dtypes", "bfloat16"],
+LIMITS_S = {
+    "prepare": 40,
+    "tests": 70,
+    "launch": 20,
+    "forward": 50,
+    "stream": 50,
+    "epoch": 45,
+    "sentence_transformers": 25,
 }
+"""Seconds of each part at most, in the order in which they run; together five minutes."""
 
-# Targets of BERT-base in bfloat16: name, figure in the results, test of it, and a part of the devices' names.
-TARGETS: list[tuple[str, Callable[[dict[str, Any]], float], Callable[[float], bool], str]] = [
-    (
-        "tokens/s of the encoder, at least 1.2 M (aim: 2 M)",
-        lambda found: found["encode"]["tokens_per_s"]["bertstream_bfloat16"],
-        lambda value: value >= 1.2e6,
-        "H100",
-    ),
-    (
-        "times sentence-transformers in bfloat16, at least 2",
-        lambda found: found["encode"]["times"]["bertstream_bfloat16"]["sentence_transformers_bfloat16"],
-        lambda value: value >= 2,
-        "",
-    ),
-    (
-        "an epoch of a launch-bound model over max(T_encode, T_train), at most 1.10",
-        lambda found: found["epoch"]["steps"]["launch_bound"]["over_max"],
-        lambda value: value <= 1.10,
-        "",
-    ),
+Row = dict[str, Any]
+Show = Callable[[str, str, Row], None]
+
+
+class Target(NamedTuple):
+    """A figure that a part's row should reach.
+
+    Attributes:
+        part: the part.
+        row: its row.
+        figure: the row's figure.
+        least: the value that it should at least have, or None.
+        most: the value that it should at most have, or None.
+        devices: parts of the names of the devices it is meant for; "" is in all.
+    """
+
+    part: str
+    row: str
+    figure: str
+    least: float | None = None
+    most: float | None = None
+    devices: tuple[str, ...] = ("",)
+
+    def __str__(self) -> str:
+        bound = f"at least {self.least:,}" if self.least is not None else f"at most {self.most:,}"
+        return f"{self.part}, {self.row}: {self.figure} {bound}"
+
+    def met(self, value: float | None) -> bool:
+        """Whether a value reaches it; None is a figure that was not measured."""
+        if value is None:
+            return False
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+
+
+HOPPER = ("H100", "H200")
+
+TARGETS = [
+    Target("launch", "4k tokens", "cpu_ms", most=2.5),
+    Target("forward", "bert_base 4k", "tokens_per_s", least=1_800_000, devices=HOPPER),
+    Target("forward", "bert_base 32k", "tokens_per_s", least=2_400_000, devices=HOPPER),
+    Target("forward", "minilm 32k", "tokens_per_s", least=12_000_000, devices=HOPPER),
+    Target("stream", "bert_base", "over_lesser", least=0.85),
+    Target("epoch", "launch_bound", "over_max", most=1.05),
 ]
 
 
-def run_tests(select: list[str]) -> dict[str, Any]:
-    """Run pytest in a process of its own; return counts and the names of failed tests."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *select]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if not report.exists():
-            return {"passed": 0, "failed": ["pytest itself: " + (done.stdout + done.stderr)[-2000:]], "skipped": 0}
-        cases = list(ElementTree.parse(report).iter("testcase"))
-    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = [case for case in cases if case.find("skipped") is not None]
-    return {
-        "passed": len(cases) - len(failed) - len(skipped),
-        "failed": [f"{case.get('classname')}::{case.get('name')}" for case in failed],
-        "skipped": len(skipped),
-    }
+class Part:
+    """A part's process. It is started early, because importing takes seconds, and waits for `run`.
 
+    Args:
+        name: of a file of tools/gpu.
+        log: file for what it and its libraries write.
+        command: what to run instead.
+    """
 
-def run_benchmarks(texts: list[str], settings: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Run all benchmarks, even if some fail; return lines and tracebacks by name."""
-    found, failed = {}, {}
-    for name, own in BENCHMARKS.items():
-        started = time.perf_counter()
-        print(f"{name} ...", file=sys.stderr)
+    def __init__(self, name: str, log: Path, command: Sequence[str] | None = None) -> None:
+        self.name = name
+        self._log = log
+        self._ended = False
+        paths = [str(TOOLS), str(TOOLS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                command or [sys.executable, "-m", "gpu.part", name],
+                cwd=TOOLS.parent,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                start_new_session=True,  # so that its own processes are killed with it
+            )
+
+    def run(self, settings: dict[str, Any], limit_s: float, show: Show) -> dict[str, Any]:
+        """Run the part to its end or its limit.
+
+        Args:
+            settings: of `gpu.part.Settings`.
+            limit_s: seconds.
+            show: called with the part's name, a row's name and the row's figures, as each row comes.
+        Returns:
+            "ended" ("done", or why not), "took_s", and "rows" by name.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        rows: dict[str, Row] = {}
+        cut_off = threading.Event()
+
+        def cut() -> None:
+            cut_off.set()
+            self._kill_group()
+
+        started = time.monotonic()
+        timer = threading.Timer(limit_s, cut)
+        timer.start()
         try:
-            found[name] = bench.measure([*own, *texts, *settings])
-            found[name]["took_s"] = round(time.perf_counter() - started, 1)
-            found[name].pop("machine")  # the results hold it once
-        except (Exception, SystemExit):
-            failed[name] = traceback.format_exc()
-    return found, failed
-
-
-def judge(found: dict[str, Any], device: str) -> dict[str, dict[str, Any]]:
-    """Compare the figures with this device's targets; a benchmark that failed misses its targets."""
-    verdicts = {}
-    for name, figure, wanted, devices in TARGETS:
-        if devices not in device:
-            continue
-        try:
-            value = figure(found)
-        except KeyError:
-            verdicts[name] = {"value": None, "held": False}
+            with suppress(BrokenPipeError):  # it failed on import, and its log says why
+                self._process.stdin.write(json.dumps(settings) + "\n")
+                self._process.stdin.close()
+            for line in self._process.stdout:
+                if not line.endswith("\n"):
+                    break  # killed while it wrote
+                row = json.loads(line)
+                name = row.pop("row")
+                rows[name] = row
+                show(self.name, name, row)
+            status = self._process.wait()
+        finally:
+            timer.cancel()
+            timer.join()
+            self.kill()
+        if cut_off.is_set():
+            ended = f"cut off after {limit_s:.0f} s"
+        elif status:
+            log = self._log.read_text(encoding="utf-8", errors="replace").strip()
+            ended = f"failed with exit status {status}: {log[-3000:]}"
         else:
-            verdicts[name] = {"value": value, "held": wanted(value)}
+            ended = "done"
+        return {"ended": ended, "took_s": round(time.monotonic() - started, 1), "rows": rows}
+
+    def kill(self) -> None:
+        """End the process and all that it started."""
+        if self._ended:
+            return
+        self._kill_group()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(BrokenPipeError):
+                assert pipe is not None
+                pipe.close()
+        self._ended = True
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def judge(parts: dict[str, Any], device: str) -> dict[str, dict[str, Any]]:
+    """Compare the figures with this device's targets; a figure that is missing misses its target."""
+    verdicts = {}
+    for target in TARGETS:
+        if target.part in parts and any(name in device for name in target.devices):
+            value = parts[target.part]["rows"].get(target.row, {}).get(target.figure)
+            verdicts[str(target)] = {"value": value, "met": target.met(value)}
     return verdicts
 
 
-def write_corpus(path: Path, count: int) -> None:
-    """Write sentences of Python's manual as jsonl, then runs of two, of three and so on, each text once."""
-    paragraphs = [part.strip() for topic in sorted(topics) for part in topics[topic].split("\n\n")]
-    sentences = [part for paragraph in paragraphs for part in re.split(r"(?<=\.)\s+", paragraph) if len(part) > 20]
-    texts: dict[str, None] = {}
-    for together in range(1, 12):
-        runs = (" ".join(sentences[i : i + together]) for i in range(len(sentences) - together))
-        texts |= dict.fromkeys(text for text in runs if len(text) < 1200)
-    chosen = list(texts)
-    random.Random(0).shuffle(chosen)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen[:count]), encoding="utf-8")
-
-
-def check(arguments: argparse.Namespace) -> tuple[Path, bool]:
-    """Run everything; return the path of the results, and whether everything ran."""
-    tests = ["tests/test_cuda.py"] if arguments.tiny else ["tests"]
-    print("tests ...", file=sys.stderr)
-    tested = run_tests([*tests, "-m", "cuda"])
+def check(arguments: argparse.Namespace, show: Show) -> tuple[Path | None, dict[str, Any]]:
+    """Run the parts; return the path of the results, which are written after each part, and the results."""
+    results: dict[str, Any] = {"ran": False, "tiny": arguments.tiny, "machine": {}, "targets": {}, "parts": {}}
+    path = None
     with tempfile.TemporaryDirectory() as folder:
-        model = write_bert(Path(folder) / "bert", tiny=arguments.tiny, tokenizer=arguments.tokenizer)
-        corpus = Path(folder) / "corpus.jsonl"
-        write_corpus(corpus, arguments.texts)
-        texts = ["--data", str(arguments.data)] if arguments.data is not None else ["--corpus", str(corpus)]
-        settings = ["--model", model, "--device", arguments.device, "--texts", str(arguments.texts)]
-        settings += ["--rounds", str(arguments.rounds)]
-        found, failed = run_benchmarks(texts, settings)
-    on = machine(arguments.device)
-    ran = not tested["failed"] and not failed and (on["device"] == "cpu" or tested["passed"] > 0)
-    results = {
-        "ran": ran,
-        "model": "tiny, random weights" if arguments.tiny else "BERT-base, random weights",
-        "machine": on | {"cuda": torch.version.cuda},
-        "tests": tested,
-        "targets": {} if arguments.tiny else judge(found, str(on["device"])),
-        "benchmarks": found,
-        "failed_benchmarks": failed,
-    }
-    name = re.sub(r"\W+", "-", str(on["device"])).strip("-").lower()
-    path = arguments.results / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return path, ran
+        settings = {
+            "folder": folder,
+            "device": arguments.device,
+            "tiny": arguments.tiny,
+            "data": None if arguments.data is None else str(arguments.data.resolve()),
+            "model": None if arguments.model is None else str(arguments.model.resolve()),
+            "workers": max(1, len(os.sched_getaffinity(0)) - 2),
+        }
+        names = ["prepare", *(name for name in LIMITS_S if name in arguments.parts and name != "prepare")]
+        until = time.monotonic() + arguments.limit_s
+        waiting = [Part(name, Path(folder) / f"{name}.log") for name in names]
+        try:
+            for part in waiting:
+                limit_s = max(0.0, until - time.monotonic())
+                if not arguments.tiny:  # which is for any machine, however slow
+                    limit_s = min(limit_s, LIMITS_S[part.name])
+                found = part.run(settings, limit_s, show)
+                results["parts"][part.name] = found
+                show(part.name, found["ended"], {"took_s": found["took_s"]})
+                results["machine"] |= found["rows"].get("machine", {})
+                if part.name == "prepare" and found["ended"] != "done":
+                    break
+                device = str(results["machine"]["device"])
+                results["targets"] = {} if arguments.tiny else judge(results["parts"], device)
+                results["ran"] = [found["ended"] for found in results["parts"].values()] == ["done"] * len(names)
+                path = arguments.results / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        finally:
+            for part in waiting:
+                part.kill()
+    return path, results
+
+
+class Table:
+    """Prints rows: seconds since the start, the part, the row, its figures; and their names where they change."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._head = ""
+
+    def show(self, part: str, name: str, row: Row) -> None:
+        """Print a row; a long text is in the results only."""
+        figures = {figure: shown(value) for figure, value in row.items() if figure != "text"}
+        widths = [max(len(figure), len(value)) for figure, value in figures.items()]
+        head = "  ".join(figure.rjust(width) for figure, width in zip(figures, widths, strict=True))
+        values = "  ".join(value.rjust(width) for value, width in zip(figures.values(), widths, strict=True))
+        if head != self._head:
+            print(" " * 47 + head)
+            self._head = head
+        print(f"{time.monotonic() - self._started:6.1f}  {part:21}  {name:14}  {values}", flush=True)
+
+
+def shown(value: Any) -> str:
+    """A figure with three digits, or all that are left of the point."""
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def main(given: list[str] | None = None) -> int:
-    """Run everything and print the path of the results."""
+    """Run the check and print its rows, verdicts and the path of the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with banking77/ and ud_english_ewt/")
+    parser.add_argument("--model", type=Path, help="folder with MiniLM (weights of any dtype) and its tokenizer")
+    parser.add_argument("--data", type=Path, help="texts: jsonl, csv or txt, or a folder with the benchmarks' data")
+    parser.add_argument("--parts", nargs="+", choices=list(LIMITS_S), default=list(LIMITS_S))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and few texts")
-    parser.add_argument("--tokenizer", help="a folder with one of at most 30,522 entries, if the demo extra is missing")
-    parser.add_argument("--texts", type=int, help="20,000 by default")
-    parser.add_argument("--rounds", type=int, help="5 by default")
-    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and few texts")
+    parser.add_argument("--limit-s", type=float, default=300, help="seconds of all parts together")
+    parser.add_argument("--results", type=Path, default=TOOLS / "results")
     arguments = parser.parse_args(given)
-    arguments.texts = arguments.texts or (40 if arguments.tiny else 20_000)
-    arguments.rounds = arguments.rounds or (1 if arguments.tiny else 5)
-    if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device {arguments.device}: torch {torch.__version__} sees no CUDA device here")
-    path, ran = check(arguments)
-    print(path)
-    return 0 if ran else 1
+    path, results = check(arguments, Table().show)
+    for target, verdict in results["targets"].items():
+        value = "not measured" if verdict["value"] is None else shown(verdict["value"])
+        print(f"{'met' if verdict['met'] else 'MISSED'}: {target}: {value}")
+    print("no results" if path is None else path)
+    return 0 if results["ran"] else 1
 
 
 if __name__ == "__main__":

@@ -32,6 +32,10 @@ _LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 """Numbers of float32 in a vector register of this CPU."""
 
 
+_RAGGED_SCORES = 2048
+"""Scores of a head below which padded keys cost more than they save."""
+
+
 @dataclass(frozen=True)
 class Packing:
     """Where the texts of one packed row begin and end.
@@ -55,6 +59,26 @@ class Packing:
     def max_length(self) -> int:
         """Tokens of the longest text."""
         return int(self.lengths.max())
+
+    @cached_property
+    def _masks(self) -> dict[tuple[int, int], Tensor]:
+        return {}  # the same in every layer
+
+    def window_mask(self, length: int, window: int, like: Tensor) -> Tensor:
+        """[length, length] bool, true where two tokens are fewer than `window` positions apart; on like's device."""
+        mask = self._masks.get((length, -window))
+        if mask is None:
+            steps = torch.arange(length, device=like.device)
+            mask = self._masks[length, -window] = (steps[:, None] - steps).abs() < window
+        return mask
+
+    def ragged_mask(self, length: int, more: int, like: Tensor) -> Tensor:
+        """[1, length + more] of like's dtype, added to the scores: 0, then -inf for `more` keys of other texts."""
+        mask = self._masks.get((length, more))
+        if mask is None:
+            mask = self._masks[length, more] = like.new_zeros(1, length + more)
+            mask[:, length:] = -math.inf
+        return mask
 
 
 def packed_attention(
@@ -97,45 +121,89 @@ def packed_attention(
     out: list[Tensor] = []
     start = 0
     for texts, length in packing.groups:
-        rows = slice(start, start + texts * length)
-        q, k, v = (x[0, :, rows].unflatten(1, (texts, length)).transpose(0, 1) for x in (query, key, value))
-        band = None
-        if sliding_window is not None and length > sliding_window:
-            steps = torch.arange(length, device=query.device)
-            band = (steps[:, None] - steps).abs() < sliding_window
-        elif _is_ragged(q):
-            more = -length % _LANES
-            k, v = (_with_neighbours(x, start, texts, length, more) for x in (key, value))
-            band = query.new_zeros(1, length + more)
-            band[:, length:] = -math.inf
-        grouped = F.scaled_dot_product_attention(q, k, v, attn_mask=band, dropout_p=dropout, scale=scaling)
-        out.append(grouped.transpose(1, 2).flatten(0, 1))
-        start = rows.stop
-    return torch.cat(out)[None], None
+        more, mask = _key_mask(packing, texts, length, sliding_window, query)
+        q, k, v = (_texts(x, start, texts, length, extra) for x, extra in ((query, 0), (key, more), (value, more)))
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        out.append(found.transpose(1, 2).flatten(0, 1))
+        start += texts * length
+    return (out[0] if len(out) == 1 else torch.cat(out))[None], None
 
 
-def _is_ragged(query: Tensor) -> bool:
-    """Whether attention over [texts, heads, L, d] is faster with keys padded to whole vector registers.
+def attend(
+    qkv: Tensor, heads: int, kv_heads: int, head_size: int, packing: Packing, window: int | None = None
+) -> Tensor:
+    """`packed_attention` over queries, keys and values side by side, without gradients and with little Python.
+
+    Args:
+        qkv: [N, (heads + 2 * kv_heads) * head_size], contiguous.
+        heads: of the queries.
+        kv_heads: of the keys and values.
+        head_size: numbers in each head.
+        packing: where the texts begin and end.
+        window: a token sees the tokens fewer than this many positions away; None for all.
+    Returns:
+        [N, heads * head_size].
+    """
+    if qkv.is_cuda:
+        states = qkv.view(1, len(qkv), -1, head_size).transpose(1, 2).split((heads, kv_heads, kv_heads), 1)
+        out, _ = packed_attention(None, *states, None, packing=packing, sliding_window=window)
+        return out.view(len(qkv), heads * head_size)
+    found: list[Tensor] = []
+    width, start = qkv.shape[1], 0
+    for texts, length in packing.groups:
+        more, mask = _key_mask(packing, texts, length, window, qkv)
+        rows, first = qkv, start
+        if start + texts * length + more > len(qkv):  # the last texts of the row, which are its shortest
+            rows, first = F.pad(qkv[start:], (0, 0, 0, more)), 0
+        stride, begin = (length * width, head_size, width, 1), first * width
+        q = rows.as_strided((texts, heads, length, head_size), stride, begin)
+        size = (texts, kv_heads, length + more, head_size)
+        k = rows.as_strided(size, stride, begin + heads * head_size)
+        v = rows.as_strided(size, stride, begin + (heads + kv_heads) * head_size)
+        if kv_heads != heads:
+            k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+        states = F.scaled_dot_product_attention(q, k, v, mask)
+        found.append(states.transpose(1, 2).reshape(texts * length, heads * head_size))
+        start += texts * length
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _key_mask(packing: Packing, texts: int, length: int, window: int | None, like: Tensor) -> tuple[int, Tensor | None]:
+    """How many keys after a text attention reads too, and the mask that hides what a token may not see."""
+    if window is not None and length > window:
+        return 0, packing.window_mask(length, window, like)
+    if _is_ragged(like, texts, length):
+        more = -length % _LANES
+        return more, packing.ragged_mask(length, more, like)
+    return 0, None
+
+
+def _is_ragged(query: Tensor, texts: int, length: int) -> bool:
+    """Whether attention over texts of this length is faster with keys padded to whole vector registers.
 
     torch's CPU kernel computes the exponentials of an incomplete register one by one. With 16 lanes and four or more
     left over, padding brought attention over texts of 5 to 130 tokens to 0.53 to 1.03 of its time, 0.75 on average.
     """
-    if query.is_cuda or query.dtype != torch.float32 or torch.is_grad_enabled():
+    if length % _LANES < _LANES // 4 or query.is_cuda or query.dtype != torch.float32:
         return False
-    return query.shape[-2] % _LANES >= _LANES // 4
+    if texts * length * length < _RAGGED_SCORES:
+        return False
+    return not torch.is_grad_enabled()
 
 
-def _with_neighbours(x: Tensor, start: int, texts: int, length: int, more: int) -> Tensor:
-    """[texts, heads, length + more, d] of x [1, heads, N, d]: each text from `start`, and what follows it in the row.
+def _texts(x: Tensor, start: int, texts: int, length: int, more: int) -> Tensor:
+    """[texts, heads, length + more, d] of x [1, heads, N, d]: each text from row `start`, and what follows it in x.
 
     A view, so padding costs no copy; a mask hides the neighbours' keys, so their weights are exactly 0.
     """
-    rows = x[0, :, start:]
-    if rows.shape[1] < texts * length + more:  # the last texts of the row, which are its shortest
-        rows = F.pad(rows, (0, 0, 0, more))
+    rows = x[0]
+    if torch.is_grad_enabled():  # the gradient of a strided view is slow
+        return rows[:, start : start + texts * length].unflatten(1, (texts, length)).transpose(0, 1)
+    if start + texts * length + more > rows.shape[1]:  # the last texts of the row, which are its shortest
+        rows, start = F.pad(rows[:, start:], (0, 0, 0, more)), 0
     head, row, number = rows.stride()
-    size = (texts, rows.shape[0], length + more, rows.shape[2])
-    return rows.as_strided(size, (length * row, head, row, number), rows.storage_offset())
+    size, stride = (texts, rows.shape[0], length + more, rows.shape[2]), (length * row, head, row, number)
+    return rows.as_strided(size, stride, rows.storage_offset() + start * row)
 
 
 def _flash_fits(query: Tensor) -> bool:
@@ -170,7 +238,8 @@ class BatchingSupport:
     """How texts may share a forward, as the self-test found.
 
     Attributes:
-        way: "packed" in one row; "padded" to the longest; "grouped", texts of equal length only.
+        way: "fused", in one row and by our own loop over the weights; "packed" in one row; "padded" to the longest;
+            "grouped", texts of equal length only.
         reason: why, in words, with the measured errors.
         skipped_id: the token id that has no position of its own, where the model counts positions over the others
             (RoBERTa's family); None where it counts all tokens from 0.
@@ -182,7 +251,7 @@ class BatchingSupport:
             was loaded.
     """
 
-    way: Literal["packed", "padded", "grouped"]
+    way: Literal["fused", "packed", "padded", "grouped"]
     reason: str
     skipped_id: int | None = None
     fill_id: int = 0
@@ -194,6 +263,11 @@ class BatchingSupport:
     def first_position(self) -> int:
         """The position id of a text's first token."""
         return 0 if self.skipped_id is None else self.skipped_id + 1
+
+    @property
+    def packs(self) -> bool:
+        """Whether texts of any length share a row."""
+        return self.way in ("fused", "packed")
 
 
 def packed_positions(ids: npt.NDArray[Any], lengths: Int32Array, batching: BatchingSupport) -> npt.NDArray[Any]:

@@ -6,45 +6,47 @@ import copy
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..embeddings import Embeddings, Output
 from ..errors import ConfigError, EncoderError
 from ..system.cuda import resolve_device
-from ..tokens import Text, TokenBatch, cumulate
+from ..tokens import Text, TokenBatch
 from .attention import plain_mode
-from .autotune import TRIED_TOKENS, fastest_dtype, fastest_forward_tokens
+from .autotune import fastest_dtype
+from .calibrating import CalibratedForward
 from .fingerprint import hash_weights, weights_state
-from .forward import check_segments
-from .forward_size import FORWARD_TOKENS, ForwardSize
-from .freezing import FreezableForward, warn_of_half
+from .forward_size import ForwardSize
+from .freezing import warn_of_half
 from .output_spec import OutputSpec
 from .own_model import own_copy, without_peft
 from .pooling import Combine, SentencePooling, WordPooling
 from .pretrained import (
     DType,
+    HubOptions,
     check_config,
     convert,
     find_pretrained,
     longest_text,
     save_model,
-    save_pooling,
     torch_dtype,
 )
+from .rows import check_segments
 from .self_test import probe_batching
+from .sentence_folder import SentenceFolder, remove_sentence_folder, write_sentence_folder
+from .sentence_head import HEAD, with_head
 from .tokenizer import Overflow, TextTokenizer, WordSplitter, check_cutting, renamed_splitter
 from .upper import UpperEncoder, upper_half
+from .vocabulary import check_batch, check_vocabulary
 
 logger = logging.getLogger(__name__)
 
 
-class Encoder(FreezableForward):
+class Encoder(CalibratedForward):
     """From texts or a `TokenBatch` to `Embeddings`; frozen until `unfreeze`.
 
     The model's structure is copied and its parameters are shared; the user's model object stays as it is (until `.to()`
@@ -59,8 +61,8 @@ class Encoder(FreezableForward):
             at the highest.
         combine: of several layers: "concat" side by side, "mean", "sum", or "stack" ([N, K, H], see `ScalarMix`).
         pooling: of a word's tokens: "mean" (the default), "first", "last", "max" or "first_last". Of a text's tokens:
-            "mean" (the default), "cls", "max", "weighted_mean", "pooler" (the model's own layer over the first token),
-            or several, side by side.
+            "mean" (the default), "cls", "last", "max", "weighted_mean", "mean_sqrt_len" (the sum by the root of their
+            number), "pooler" (the model's own layer over the first token), or several, side by side.
         special_tokens: whether the tokens that frame a text have rows in token output, and count in the pooling of
             sentences.
         normalize: whether sentence vectors are scaled to length 1.
@@ -69,10 +71,12 @@ class Encoder(FreezableForward):
             device other than the model's copies the weights.
         device: "auto" keeps the model's own.
         output_dtype: of the vectors; float32 fits a downstream layer of default dtype.
-        overflow: for a text that is longer than the model takes: "error"; "truncate"; or "windows", which covers it
-            with overlapping windows and takes each word's vector from the window in which it is farthest from an edge.
+        overflow: for a text that is longer than the model takes: "error"; "truncate", on the tokenizer's
+            `truncation_side`; or "windows", which covers it with overlapping windows and takes each word's vector from
+            the window in which it is farthest from an edge.
         stride: tokens by which windows overlap.
         max_length: tokens of the longest text or window; None is what the model and the tokenizer allow.
+        prompt: a text to put before each text, before the first one of a pair, for sentence output.
         packed: None packs texts into one row where the model allows it, True refuses a model that does not, False
             does not pack.
         max_forward_tokens: tokens of one forward; None is 2,048 on the CPU and 16,384 on CUDA, until `calibrate` finds
@@ -86,8 +90,11 @@ class Encoder(FreezableForward):
             `TokenBatch`es for it to embed.
     Raises:
         ConfigError: an argument is out of range.
-        EncoderError: `packed` is True and the model cannot be packed; or no way is right for these layers.
+        EncoderError: `packed` is True and the model cannot be packed, no way is right for these layers, or the
+            tokenizer is not the model's.
     """
+
+    _folder = SentenceFolder()
 
     def __init__(
         self,
@@ -107,6 +114,7 @@ class Encoder(FreezableForward):
         overflow: Overflow = "error",
         stride: int = 0,
         max_length: int | None = None,
+        prompt: str | None = None,
         packed: bool | None = None,
         max_forward_tokens: int | None = None,
         split: WordSplitter | None = None,
@@ -121,23 +129,28 @@ class Encoder(FreezableForward):
             normalize=normalize,
             output_dtype=output_dtype,
         )
-        check_cutting(output, word_splitter, overflow, stride, max_length)
+        check_cutting(output, word_splitter, overflow, stride, max_length, prompt)
         size = ForwardSize(max_forward_tokens)
         model = without_peft(model)
         config: Any = getattr(model, "config", None)
         check_config(config, type(model).__name__)
+        check_vocabulary(tokenizer, config, type(model).__name__, saved_together=False)
         num_layers: int = config.num_hidden_layers
         spec = spec.resolved(num_layers)
         if "pooler" in spec.pooling and getattr(model, "pooler", None) is None:
             raise ConfigError(f"pooling='pooler': {type(model).__name__} has no pooler, or its weights were not saved")
         own = own_copy(model, device, dtype)
+        spec = with_head(spec, own, num_layers)
         special_ids = [getattr(tokenizer, f"{name}_token_id", None) for name in ("mask", "pad", "unk")]
         own, batching = probe_batching(own, spec.layers, num_layers, packed, special_ids)
         super().__init__(own, spec, batching, num_layers, size)
         logger.info("%s runs %s: %s", type(model).__name__, self.batching.way, self.batching.reason)
+        longest = longest_text(tokenizer, config, max_length, self.batching.first_position)
         self.tokenizer = TextTokenizer(
             tokenizer,
-            max_length=longest_text(tokenizer, config, max_length, self.batching.first_position),
+            max_length=longest.tokens,
+            limit=longest.said,
+            prompt=prompt or "",
             overflow=overflow,
             stride=stride,
             word_splitter=(word_splitter or str.split) if output == "words" else None,
@@ -166,21 +179,32 @@ class Encoder(FreezableForward):
         overflow: Overflow = "error",
         stride: int = 0,
         max_length: int | None = None,
+        prompt: str | None = None,
         packed: bool | None = None,
         max_forward_tokens: int | None = None,
         split: WordSplitter | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+        subfolder: str = "",
+        local_files_only: bool = False,
     ) -> Encoder:
         """Load an encoder by name. The options are those of `Encoder`, except for what is said here.
 
         Args:
             name: a folder with `config.json`, weights and tokenizer; or a name, looked up among the installed packages
                 that carry weights, then on the Hugging Face hub.
-            pooling: None follows a sentence-transformers folder's own pooling and normalisation, for sentence output of
-                the last layer.
+            pooling: None follows a sentence-transformers folder's own pooling, dense layers and normalisation, for
+                sentence output of the last layer.
             normalize: None is False where no folder says otherwise.
+            max_length: None follows such a folder's own `max_seq_length`, for sentence output.
+            prompt: also the name of one of such a folder's prompts. None follows the folder's default prompt, "" puts
+                nothing before texts.
             dtype: "auto" is bfloat16 if a short measurement finds its matrix products faster than float32's (every
                 recent GPU, some CPUs), else float32. The weights are read as float32 and then converted.
             device: "auto" is the process's CUDA device if there is one, else the CPU.
+            revision, token, trust_remote_code, cache_dir, subfolder, local_files_only: as transformers takes them.
         Raises:
             ConfigError: an argument is out of range; raised before weights are loaded, unless only they show it.
             EncoderError: there is no model of that name; the message says what to install or download.
@@ -195,80 +219,48 @@ class Encoder(FreezableForward):
             normalize=bool(normalize),
             output_dtype=output_dtype,
         )
-        check_cutting(output, word_splitter, overflow, stride, max_length)
+        check_cutting(output, word_splitter, overflow, stride, max_length, prompt)
         ForwardSize(max_forward_tokens)
         device = resolve_device(device)
         resolved = None if dtype == "auto" else torch_dtype(dtype)
-        found = find_pretrained(str(name))
+        hub = HubOptions(revision, token, trust_remote_code, cache_dir, subfolder, local_files_only)
+        found = find_pretrained(str(name), hub)
         longest_text(found.tokenizer, found.config, max_length)
         num_layers: int = found.config.num_hidden_layers
-        spec = spec.resolved(num_layers)
-        folder = found.folder_pooling
-        if folder is not None and output == "sentence" and pooling is None and spec.layers == (num_layers,):
-            if folder.pooling is None:
-                raise EncoderError(
-                    f"{name} makes sentence vectors by {', '.join(folder.modules)} in a way that is not known here: "
-                    "choose a pooling with pooling="
-                )
-            pooling, normalize = folder.pooling, folder.normalize if normalize is None else normalize
+        followed = found.followed(spec.resolved(num_layers), pooling, normalize, prompt, max_length)
         if resolved is None:
             resolved = fastest_dtype(device, found.config.hidden_size)
         model = found.load_model().requires_grad_(False)
+        followed.add_head(model, found)
         convert(model, device, resolved)  # in place: the constructor would copy
-        return cls(
+        followed.lowercase(found.tokenizer)
+        encoder = cls(
             model,
             found.tokenizer,
             output=output,
             layers=layers,
             combine=combine,
-            pooling=pooling,
+            pooling=followed.pooling,
             special_tokens=special_tokens,
-            normalize=bool(normalize),
+            normalize=followed.normalize,
             word_splitter=word_splitter,
             output_dtype=output_dtype,
             overflow=overflow,
             stride=stride,
-            max_length=max_length,
+            max_length=followed.max_length,
+            prompt=followed.prompt,
             packed=packed,
             max_forward_tokens=max_forward_tokens,
         )
-
-    def calibrate(self) -> int:
-        """Measure how many tokens of one forward are fastest on this device: once, and only if the user gave no number.
-
-        On a CPU the feed-forward products of one layer are timed, on CUDA whole forwards, for about a second plus the
-        slowest of them. A loader calls it at its start, unless it is deterministic or the encoder is trained.
-
-        Returns:
-            `max_forward_tokens`, as it is from now on.
-        """
-        tried = TRIED_TOKENS.get(self.device.type) if not self.trainable else None
-        if tried is not None and self._size.is_open(self.device):
-            run = self._feed_forward() if self.device.type == "cpu" else self._dummy_forward
-            with self._weights():
-                found = fastest_forward_tokens(tried, run, self.device, FORWARD_TOKENS[self.device.type])
-            self._size.measured[self.device] = found
-            logger.info("forwards of %d tokens are fastest on %s", found, self.device)
-        return self.max_forward_tokens
-
-    def _feed_forward(self) -> Callable[[int], object]:
-        size = self._hidden_size
-        up = torch.zeros(4 * size, size, dtype=self.dtype, device="cpu")
-        rows = torch.zeros(max(TRIED_TOKENS["cpu"]), size, dtype=self.dtype, device="cpu")
-        return lambda tokens: F.linear(F.gelu(F.linear(rows[:tokens], up)), up.T)
-
-    def _dummy_forward(self, tokens: int) -> object:
-        lengths = np.full(tokens // 32, 32, np.int32)
-        nothing = np.zeros(len(lengths), np.int32)
-        ids = np.zeros(32 * len(lengths), np.int32)
-        batch = TokenBatch(ids, cumulate(lengths), None, None, None, nothing, nothing)
-        with plain_mode(self.device):
-            forward = self._packed_forward if self.batching.way == "packed" else self._padded_forward
-            return forward(batch, np.arange(len(ids)), lengths)
+        encoder._folder = followed.folder
+        followed.finish(encoder.tokenizer, max_length)
+        return encoder
 
     def freeze(self) -> Encoder:
         """Stop training all parameters; from here on vectors may be cached."""
         self._fingerprint = None  # the weights may have changed without a trace
+        if self._fused is not None:
+            self._fused.forget()
         return super().freeze()
 
     def split(self, at: int) -> tuple[Encoder, UpperEncoder]:
@@ -302,7 +294,7 @@ class Encoder(FreezableForward):
             self._pretrained_tokenizer,
             layers=at,
             output_dtype=self.dtype,
-            packed=None if self.batching.way == "packed" else False,
+            packed=None if self.batching.packs else False,
         )
         lower.tokenizer = self.tokenizer
         lower.spec = dataclasses.replace(lower.spec, every_window=True)
@@ -326,9 +318,10 @@ class Encoder(FreezableForward):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write model and tokenizer as transformers does, and the pooling as sentence-transformers does.
 
-        Sentence vectors are then the same in sentence-transformers, and here with `output="sentence"`. Exceptions:
-        texts that are cut or come in windows; `pooling="pooler"`; several poolings in another order than cls, max,
-        mean, weighted_mean; and `special_tokens=False`. Of a split encoder, save the whole.
+        Sentence vectors are then the same in sentence-transformers, and here with `output="sentence"`; prompt,
+        `max_length` and a folder's dense layers are saved too. Exceptions: texts that come in windows;
+        `pooling="pooler"`; several poolings in another order than cls, max, mean, mean_sqrt_len, weighted_mean, last;
+        and `special_tokens=False`. Of a split encoder, save the whole.
 
         Raises:
             ConfigError: the layers above the highest of `layers` were dropped, or adapters are in the model, so it
@@ -340,8 +333,18 @@ class Encoder(FreezableForward):
                 "encoder was made from"
             )
         save_model(folder, self.model, self._pretrained_tokenizer)
-        expressible = self.output == "sentence" and self.layers == (self._num_layers,) and self.special_tokens
-        save_pooling(folder, self.pooling if expressible else (), self.normalize, self._hidden_size)
+        remove_sentence_folder(folder)
+        if self.output == "sentence" and self.layers == (self._num_layers,) and self.special_tokens:
+            like = dataclasses.replace(
+                self._folder,
+                pooling=self.pooling,
+                normalize=self.normalize,
+                include_prompt=self.tokenizer.prompt_counts,
+                max_length=self.tokenizer.max_length,
+                default_prompt=self.tokenizer.prompt,
+            )
+            head = getattr(self.model, HEAD, None)
+            write_sentence_folder(folder, like, head, self._hidden_size)
 
     def __repr__(self) -> str:
         """One line; `print(encoder.model)` shows the layers."""
@@ -383,7 +386,8 @@ class Encoder(FreezableForward):
             EncoderError: as for `encode`.
         """
         batch = texts if isinstance(texts, TokenBatch) else self.tokenizer.batch(texts)
-        self._check_batch(batch)
+        check_batch(batch, self.tokenizer, cast(Any, self.model.config).vocab_size)
+        check_segments(batch, self.model.config)
         self._check_marks(batch)
         found = self._vectors(batch, max_forward_tokens=max_forward_tokens)
         if not self._checked_finite:
@@ -412,24 +416,6 @@ class Encoder(FreezableForward):
                 known = state, hash_weights(self.model, repr(self.spec.settings), config.to_dict())
             self._fingerprint = known
         return known[1]
-
-    def _check_batch(self, batch: TokenBatch) -> None:
-        lengths = batch.lengths if batch.window_lengths is None else batch.window_lengths
-        longest = self.tokenizer.max_length
-        if len(lengths) and lengths.max() > longest:
-            texts = np.flatnonzero(batch.lengths > longest)
-            message = f"text {texts[0]} has {batch.lengths[texts[0]]} tokens, the model takes {longest}"
-            raise EncoderError(message, records=texts.tolist())
-        check_segments(batch, self.model.config)
-        vocab_size = cast(Any, self.model.config).vocab_size
-        unknown = np.flatnonzero((batch.input_ids < 0) | (batch.input_ids >= vocab_size))
-        if len(unknown):
-            text = int(np.searchsorted(batch.cu_seqlens, unknown[0], "right")) - 1
-            raise EncoderError(
-                f"text {text} has the token id {batch.input_ids[unknown[0]]}, the model knows 0 to {vocab_size - 1}: "
-                "it was tokenized for another model",
-                records=(text,),
-            )
 
     def _check_finite(self, found: Embeddings) -> None:
         if not len(found.values):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -75,6 +76,20 @@ def weights_state(model: nn.Module) -> list[tuple[object, ...]] | None:
         for _, t in tensors
     ]
     return [*state, *_adapters(model, tensors)]
+
+
+def states_of(parameters: Sequence[nn.Parameter]) -> object:
+    """A value that changes when one of these is written in place, moved, converted, trained, or comes to be trained.
+
+    It takes some ten microseconds for a hundred parameters.
+    """
+    kinds = list(map(_KIND, parameters))
+    versions = list(map(_VERSION, (p for p in parameters if not p.is_inference())))
+    return kinds, versions, list(map(Tensor.data_ptr, parameters)), [vars(p).get(_TIMES_TRAINED) for p in parameters]
+
+
+_KIND = attrgetter("requires_grad", "dtype")
+_VERSION = attrgetter("_version")
 
 
 def _adapters(model: nn.Module, tensors: Sequence[tuple[str, Tensor]]) -> list[tuple[object, ...]]:

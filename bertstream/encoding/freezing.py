@@ -11,16 +11,16 @@ from torch import nn
 
 from ..errors import ConfigError
 from .fingerprint import note_training
-from .forward import BatchedForward
 from .layers import known_layers, layer_list
+from .rows import RowForward
 
 logger = logging.getLogger(__name__)
 
 Self = TypeVar("Self", bound="FreezableForward")
 
 
-class FreezableForward(BatchedForward):
-    """A `BatchedForward` that is frozen until `unfreeze`, and in eval mode wherever it is frozen.
+class FreezableForward(RowForward):
+    """A `RowForward` that is frozen until `unfreeze`, and in eval mode wherever it is frozen.
 
     Attributes:
         trainable: whether it was unfrozen.

@@ -267,13 +267,14 @@ def parameters_by_layer(model: nn.Module, with_pooler: bool) -> list[list[nn.Par
             group.
     """
     pooler = getattr(model, "pooler", None)
-    top = list(pooler.parameters()) if pooler is not None else []
+    above = list(pooler.parameters()) if pooler is not None else []
+    head = getattr(model, "sentence_head", None)
+    top = list(head.parameters()) if head is not None else []
     groups = [list(layer.parameters()) for layer in known_layers(model)][::-1]
     groups = [group for group in groups if group] or [[]]
-    seen = {id(parameter) for group in (top, *groups) for parameter in group}
+    seen = {id(parameter) for group in (above, top, *groups) for parameter in group}
     groups.append([parameter for parameter in model.parameters() if id(parameter) not in seen])
-    if with_pooler:
-        groups[0] = top + groups[0]
+    groups[0] = top + (above if with_pooler else []) + groups[0]
     seen.clear()
     out = []
     for group in groups:

@@ -27,6 +27,8 @@ class OutputSpec:
         special_tokens: whether the tokens that frame a text have rows or count in pooling.
         normalize: whether sentence vectors are scaled to length 1.
         output_dtype: dtype of the rows.
+        head: what the folder's dense layers after the pooling are, beside their weights; empty for none.
+        head_dim: the size of the vectors that they make.
         every_window: whether overlapping windows each keep a row for a token that they share; the lower half of a split
             encoder needs them all.
     """
@@ -39,6 +41,8 @@ class OutputSpec:
     normalize: bool = False
     output_dtype: torch.dtype = torch.float32
     every_window: bool = False
+    head: tuple[tuple[object, ...], ...] = ()
+    head_dim: int = 0
 
     @classmethod
     def of(
@@ -94,10 +98,12 @@ class OutputSpec:
     def settings(self) -> tuple[Any, ...]:
         """What changes the vectors. Fingerprints hash its repr: another order or spelling loses every cache."""
         chosen = (self.output, self.layers, self.combine, self.pooling, self.special_tokens, self.normalize)
-        return (chosen, self.output_dtype, *(["every window"] if self.every_window else []))
+        return (chosen, self.output_dtype, *(["every window"] if self.every_window else []), *self.head)
 
     def embedding_dim(self, hidden_size: int) -> int:
         """H, the size of the vectors made of hidden states of `hidden_size`."""
+        if self.head:
+            return self.head_dim
         layers = len(self.layers) if self.combine == "concat" else 1
         vectors = sum(2 if how == "first_last" else 1 for how in self.pooling) or 1  # tokens are not pooled
         return hidden_size * layers * vectors

@@ -6,7 +6,7 @@ Shapes: B texts, W words, N tokens in all, H hidden size, K layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,46 +14,76 @@ from torch import Tensor, nn
 from ..errors import ConfigError, check_at_least
 
 WordPooling: TypeAlias = Literal["first", "last", "mean", "max", "first_last"]
-SentencePooling: TypeAlias = Literal["cls", "mean", "max", "weighted_mean", "pooler"]
+SentencePooling: TypeAlias = Literal["cls", "last", "mean", "max", "mean_sqrt_len", "weighted_mean", "pooler"]
 Combine: TypeAlias = Literal["concat", "mean", "sum", "stack"]
 
 
-def pool_runs(values: Tensor, offsets: Tensor, how: WordPooling | SentencePooling) -> Tensor:
+def pool_runs(
+    values: Tensor, offsets: Tensor, how: WordPooling | SentencePooling, skipped: Tensor | None = None
+) -> Tensor:
     """One vector for each run of rows: a word's tokens, or a text's.
 
     Args:
         values: [N, ...] floating point, any device.
         offsets: [S + 1] int32, same device; run i is rows offsets[i]:offsets[i + 1].
         how: "mean"; "max"; "first", which is also "cls"; "last"; "first_last", both side by side; "weighted_mean", in
-            which the k-th row of a run weighs k.
+            which the k-th row of a run weighs k; "mean_sqrt_len", the sum divided by the root of the number of rows.
+        skipped: [S] integers, how many rows of each run were left out before its first, and count in k; None for none.
     Returns:
         [S, ...], twice as wide for "first_last"; float32 for means, which are summed in float32, else the dtype of
-        `values`. A run without rows gives zeros.
+        `values`. A run without rows gives zeros. Rows that tie for a maximum share its gradient.
     Source: Reimers and Gurevych 2019 (Sentence-BERT), section 3; weights as in Muennighoff 2022 (SGPT), equation 2.
     """
     if how == "first_last":
         return torch.cat([pool_runs(values, offsets, "first"), pool_runs(values, offsets, "last")], -1)
     lengths = offsets.diff()
     trailing = (1,) * (values.dim() - 1)
-    if how in ("mean", "weighted_mean"):
+    if how in ("mean", "mean_sqrt_len", "weighted_mean"):
         rows, weight = values.float(), lengths
         if how == "weighted_mean":
             runs = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths, output_size=len(values))
             steps = torch.arange(1, len(values) + 1, device=values.device) - offsets[runs]
-            rows, weight = rows * steps.view(-1, *trailing), lengths * (lengths + 1) // 2
+            weight = lengths * (lengths + 1) // 2
+            if skipped is not None:
+                steps, weight = steps + skipped[runs], weight + lengths * skipped
+            rows = rows * steps.view(-1, *trailing)
         sums = torch.segment_reduce(rows, "sum", offsets=offsets.to(torch.int64), axis=0, unsafe=True)
-        return sums / weight.clamp(min=1).view(-1, *trailing)
+        weight = weight.clamp(min=1).view(-1, *trailing)
+        return sums / (weight.sqrt() if how == "mean_sqrt_len" else weight)
     if not len(values):
         return values.new_zeros(len(lengths), *values.shape[1:])
     if how == "max":
-        found = torch.segment_reduce(values.float(), "max", offsets=offsets.to(torch.int64), axis=0, unsafe=True)
-        found = found.to(values.dtype)
+        found = _MaxOfRuns.apply(values, offsets)  # type: ignore[no-untyped-call]
     elif how in ("first", "cls", "last"):
         rows = offsets[1:] - 1 if how == "last" else offsets[:-1]
         found = values.index_select(0, rows.clamp(0, len(values) - 1))
     else:
         raise ConfigError(f"pooling={how!r} is not a pooling of rows")
     return torch.where((lengths > 0).view(-1, *trailing), found, found.new_zeros(()))
+
+
+class _MaxOfRuns(torch.autograd.Function):
+    """The largest number of each run; rows that tie for it share its gradient equally.
+
+    `torch.segment_reduce` shares only a positive gradient: of a negative one each of these rows gets all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, offsets: Tensor) -> Tensor:
+        found = torch.segment_reduce(values.float(), "max", offsets=offsets.to(torch.int64), axis=0, unsafe=True)
+        found = found.to(values.dtype)
+        ctx.save_for_backward(values, found, offsets)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        values, found, offsets = ctx.saved_tensors
+        lengths = offsets.diff()
+        runs = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths, output_size=len(values))
+        is_max = (values == found.index_select(0, runs)).float()
+        ties = torch.segment_reduce(is_max, "sum", offsets=offsets.to(torch.int64), axis=0, unsafe=True)
+        share = grads[0].float() / ties.clamp(min=1)
+        return (is_max * share.index_select(0, runs)).to(values.dtype), None
 
 
 def combine_layers(layers: Sequence[Tensor], how: Combine) -> Tensor:

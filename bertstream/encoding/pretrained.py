@@ -1,43 +1,48 @@
-"""Loading a model by name and saving it: tokenizer, config, weights, and how its folder pools sentences."""
+"""Loading a model by name and saving it: tokenizer, config, weights, and how its folder makes sentence vectors."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import difflib
 import hashlib
 import importlib.util
 import json
-import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
+from tokenizers import normalizers
 from torch import nn
 
 from ..errors import ConfigError, EncoderError
-from .pooling import SentencePooling
-
-logger = logging.getLogger(__name__)
+from .output_spec import OutputSpec
+from .sentence_folder import SentenceFolder, read_sentence_folder
+from .sentence_head import HEAD, load_head
+from .tokenizer import TextTokenizer
+from .vocabulary import check_vocabulary
 
 DType: TypeAlias = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
-class FolderPooling:
-    """How a sentence-transformers folder makes sentence vectors.
+class HubOptions:
+    """Where and how transformers finds a model's files: its own options, of the same names and meanings."""
 
-    Attributes:
-        pooling: the poolings it concatenates, in sentence-transformers' order; None if one is unknown here.
-        normalize: whether vectors are scaled to length 1.
-        modules: all the modules after the transformer, as the folder lists them.
-    """
+    revision: str | None = None
+    token: str | bool | None = None
+    trust_remote_code: bool = False
+    cache_dir: str | os.PathLike[str] | None = None
+    subfolder: str = ""
+    local_files_only: bool = False
 
-    pooling: tuple[SentencePooling, ...] | None
-    normalize: bool
-    modules: tuple[str, ...]
+    def chosen(self) -> dict[str, Any]:
+        """Those that were chosen, by name."""
+        return {name: value for name, value in vars(self).items() if value or (name == "token" and value is False)}
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,54 @@ class Pretrained:
         source: the folder or the name on the hub to load from.
         config: the model's config.
         tokenizer: the model's tokenizer.
-        folder_pooling: how its folder pools sentences; None if it is no sentence-transformers folder.
+        folder: how its folder makes sentence vectors; None if it is no sentence-transformers folder.
+        hub: where its files are; the subfolder is the transformer's.
+        root: the subfolder of the other modules.
     """
 
     name: str
     source: str
     config: Any
     tokenizer: Any
-    folder_pooling: FolderPooling | None
+    folder: SentenceFolder | None
+    hub: HubOptions = HubOptions()
+    root: str = ""
+
+    def followed(
+        self, spec: OutputSpec, pooling: Any, normalize: bool | None, prompt: str | None, max_length: int | None
+    ) -> Followed:
+        """What an encoder of this output follows of the folder, where the user did not choose otherwise.
+
+        Args:
+            spec: with layers counted from 0.
+            pooling, normalize, prompt, max_length: the user's; None for none.
+        Raises:
+            EncoderError: the folder has settings that are not known here.
+            ConfigError: it has no prompt of that name.
+        """
+        folder = self.folder or SentenceFolder()
+        if spec.output != "sentence":
+            return Followed(pooling, bool(normalize), "", max_length, SentenceFolder())
+        if folder.unknown_settings:
+            raise EncoderError(
+                f"{self.name} makes sentence vectors with settings that are not known here "
+                f"({'; '.join(folder.unknown_settings)}): load model and tokenizer with transformers and pass them to "
+                "Encoder(), which follows none of the folder's settings"
+            )
+        own = pooling is None and self.folder is not None and spec.layers == (self.config.num_hidden_layers,)
+        if own and folder.unknown_modules:
+            raise EncoderError(
+                f"{self.name} makes sentence vectors in a way that is not known here "
+                f"({'; '.join(folder.unknown_modules)}): choose one with pooling="
+            )
+        longest = longest_text(self.tokenizer, self.config, None).tokens
+        if folder.max_length is not None and max_length is None and folder.max_length < longest:
+            max_length = folder.max_length
+        if own:
+            pooling, normalize = folder.pooling, folder.normalize if normalize is None else normalize
+        else:
+            folder = dataclasses.replace(folder, head=(), include_prompt=True)
+        return Followed(pooling, bool(normalize), folder.prompt_of(prompt), max_length, folder)
 
     def load_model(self) -> nn.Module:
         """Read the weights.
@@ -86,7 +131,9 @@ class Pretrained:
         from transformers import AutoModel
 
         with _explained(self.name):
-            model, loaded = AutoModel.from_pretrained(self.source, dtype=torch.float32, output_loading_info=True)
+            model, loaded = AutoModel.from_pretrained(
+                self.source, dtype=torch.float32, output_loading_info=True, **self.hub.chosen()
+            )
         missing = sorted(loaded["missing_keys"])
         if any(key.startswith("pooler.") for key in missing):
             model.pooler = None  # its weights would be random
@@ -100,26 +147,68 @@ class Pretrained:
         return cast(nn.Module, model)
 
 
-def find_pretrained(name: str) -> Pretrained:
+@dataclass(frozen=True)
+class Followed:
+    """What an encoder does, the user's choice or else the folder's.
+
+    Attributes:
+        pooling, normalize, prompt, max_length: as the constructor of an encoder takes them.
+        folder: what else is followed; an empty one for other outputs than sentences.
+    """
+
+    pooling: Any
+    normalize: bool
+    prompt: str
+    max_length: int | None
+    folder: SentenceFolder
+
+    def add_head(self, model: nn.Module, found: Pretrained) -> None:
+        """Give the model the folder's dense layers, with their weights."""
+        if self.folder.head:
+            setattr(
+                model, HEAD, load_head(self.folder.head, lambda file: _find(found.source, file, found.hub, found.root))
+            )
+
+    def lowercase(self, tokenizer: Any) -> None:
+        """Have a tokenizer lowercase texts first, as sentence-transformers does, if the folder says so."""
+        backend = tokenizer.backend_tokenizer
+        if self.folder.lowercase and "Lowercase()" not in repr(backend.normalizer):
+            others = [] if backend.normalizer is None else [backend.normalizer]
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
+
+    def finish(self, tokenizer: TextTokenizer, max_length: int | None) -> None:
+        """Set what only a folder says; `max_length` is the user's."""
+        tokenizer.prompt_counts = self.folder.include_prompt
+        if max_length is None and self.folder.max_length == self.max_length is not None:
+            tokenizer.limit = f"the folder's max_seq_length is {self.max_length} (max_length= chooses another)"
+
+
+def find_pretrained(name: str, hub: HubOptions = HubOptions()) -> Pretrained:
     """Find a model and read its config and tokenizer, but no weights.
 
     Args:
         name: a folder, the name of a model inside an installed package, or a name on the hub.
+        hub: transformers' options.
     Raises:
-        EncoderError: there is no model of that name, or its package is damaged.
+        EncoderError: there is no model of that name, its package is damaged, or the tokenizer is not the model's.
         ConfigError: the model is no text encoder.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     packaged = _PACKAGES.get(_bare(name))
     source = name
-    if not Path(name).is_dir() and packaged is not None:
+    if not Path(name).is_dir() and packaged is not None and not (hub.revision or hub.subfolder):
         source = _packaged_folder(packaged) or name
+    root = hub.subfolder
     with _explained(name):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        config = AutoConfig.from_pretrained(source)
+        folder = read_sentence_folder(lambda file: _read_json(_find(source, file, hub, root)))
+        if folder is not None and folder.subfolder:
+            hub = dataclasses.replace(hub, subfolder=f"{root}/{folder.subfolder}".removeprefix("/"))
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub.chosen())
+        config = AutoConfig.from_pretrained(source, **hub.chosen())
     check_config(config, f"{name!r} ({type(config).__name__})")
-    return Pretrained(name, source, config, tokenizer, _folder_pooling(source))
+    check_vocabulary(tokenizer, config, repr(name), saved_together=True)
+    return Pretrained(name, source, config, tokenizer, folder, hub, root)
 
 
 def check_config(config: Any, whose: str) -> None:
@@ -133,8 +222,18 @@ def check_config(config: Any, whose: str) -> None:
         raise ConfigError(f"{whose} is not a transformers text encoder: its config has no {lacking[0]}")
 
 
-def longest_text(tokenizer: Any, config: Any, max_length: int | None, first_position: int = 0) -> int:
-    """Tokens of the longest text that model and tokenizer take, or the user's smaller number.
+class Limit(NamedTuple):
+    """How many tokens a text may have, and whose limit that is, in words for messages."""
+
+    tokens: int
+    said: str
+
+
+def longest_text(tokenizer: Any, config: Any, max_length: int | None, first_position: int = 0) -> Limit:
+    """Tokens of the longest text that model and tokenizer take, or the user's number.
+
+    The user's may be above the tokenizer's `model_max_length`, which some folders use for what they were trained with,
+    but not above the model's positions.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -144,13 +243,21 @@ def longest_text(tokenizer: Any, config: Any, max_length: int | None, first_posi
     Raises:
         ConfigError: `max_length` is larger.
     """
-    longest = int(min(getattr(tokenizer, "model_max_length", 1 << 30), 1 << 30))
-    positions = most_positions(config)
-    if positions is not None:
-        longest = min(longest, positions - first_position)
-    if max_length is not None and max_length > longest:
-        raise ConfigError(f"max_length={max_length}: the model takes 1 to {longest} tokens")
-    return max_length or longest
+    tokens = int(min(getattr(tokenizer, "model_max_length", None) or 1 << 30, 1 << 30))
+    limit = Limit(tokens, f"the tokenizer's model_max_length is {tokens}")
+    positions = (most_positions(config) or 0) - first_position
+    if 0 < positions <= tokens:
+        limit = Limit(positions, f"the model takes {positions}")
+    if max_length is None:
+        return limit
+    if 0 < positions < max_length:
+        raise ConfigError(f"max_length={max_length}: the model takes 1 to {positions} tokens")
+    if positions <= 0 and max_length > tokens:
+        raise ConfigError(
+            f"max_length={max_length}: {limit.said}; if the model takes more, load the tokenizer with "
+            f"model_max_length={max_length} and pass both to Encoder()"
+        )
+    return Limit(max_length, f"max_length is {max_length}")
 
 
 def most_positions(config: Any) -> int | None:
@@ -208,44 +315,8 @@ def convert(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         setattr(model.get_submodule(owner), name, buffer.to(device))
 
 
-# sentence-transformers' names of poolings, old flags and new names, in the order in which it concatenates.
-_POOLING_MODES: dict[str, SentencePooling | None] = {
-    "cls_token": "cls",
-    "cls": "cls",
-    "max_tokens": "max",
-    "max": "max",
-    "mean_tokens": "mean",
-    "mean": "mean",
-    "mean_sqrt_len_tokens": None,
-    "weightedmean_tokens": "weighted_mean",
-    "weightedmean": "weighted_mean",
-    "lasttoken": None,
-}
-_POOLING_FLAGS = ("cls_token", "max_tokens", "mean_tokens", "weightedmean_tokens")
-
-
-def _folder_pooling(source: str) -> FolderPooling | None:
-    listed = _read_json(source, "modules.json")
-    if listed is None:
-        return None
-    kinds = tuple(module["type"].rpartition(".")[2] for module in listed)
-    pooling: tuple[SentencePooling, ...] | None = None
-    for kind, module in zip(kinds, listed, strict=True):
-        if kind == "Pooling":
-            config = _read_json(source, f"{module['path']}/config.json") or {}
-            named = config.get("pooling_mode")
-            chosen = [named] if isinstance(named, str) else named
-            if chosen is None:
-                chosen = [mode for mode in _POOLING_MODES if config.get(f"pooling_mode_{mode}")]
-            known = [_POOLING_MODES.get(mode) for mode in chosen]
-            pooling = tuple(mode for mode in known if mode is not None) if known and None not in known else None
-    if set(kinds) - {"Transformer", "Pooling", "Normalize"}:
-        pooling = None
-    return FolderPooling(pooling, "Normalize" in kinds, kinds)
-
-
 def save_model(folder: str | os.PathLike[str], model: nn.Module, tokenizer: Any) -> None:
-    """Write model and tokenizer as transformers does.
+    """Write model and tokenizer as transformers does, without the head that a sentence-transformers folder gave it.
 
     Raises:
         ConfigError: adapters of PEFT are in the model, or transformers cannot write it.
@@ -255,8 +326,10 @@ def save_model(folder: str | os.PathLike[str], model: nn.Module, tokenizer: Any)
             "adapters of PEFT are in this model: save them with the PeftModel's own save_pretrained(), or save the "
             "model that its merge_and_unload() returns"
         )
+    bare: Any = copy.copy(model)
+    bare._modules = {name: module for name, module in model._modules.items() if name != HEAD}
     try:
-        cast(Any, model).save_pretrained(folder)
+        bare.save_pretrained(folder)
     except RuntimeError as error:  # albert's groups, each of which is several of the layers
         raise ConfigError(
             f"transformers cannot write this {type(model).__name__} without its upper layers: {error}; to save it, "
@@ -265,57 +338,23 @@ def save_model(folder: str | os.PathLike[str], model: nn.Module, tokenizer: Any)
     tokenizer.save_pretrained(folder)
 
 
-def save_pooling(folder: str | os.PathLike[str], pooling: Sequence[str], normalize: bool, hidden_size: int) -> None:
-    """Write how sentences are pooled into a saved model's folder, in the form that `find_pretrained` reads.
-
-    sentence-transformers wrote this form before version 6, and every version reads it. If it cannot express the
-    pooling, nothing is written, and the file of an earlier model in the folder is removed.
-
-    Args:
-        folder: holds the model.
-        pooling: the poolings to concatenate, empty for none; only sentence-transformers' order can be written.
-        normalize: whether vectors are scaled to length 1.
-        hidden_size: of the model.
-    """
-    flags = {flag: mode in pooling for flag, mode in _POOLING_MODES.items() if flag in _POOLING_FLAGS}
-    written = [_POOLING_MODES[flag] for flag, chosen in flags.items() if chosen]
-    if not pooling or written != list(pooling):
-        (Path(folder) / "modules.json").unlink(missing_ok=True)
-        if pooling:
-            logger.warning(
-                "%s does not say how sentences are pooled: sentence-transformers has no name for %s",
-                folder,
-                list(pooling),
-            )
-        return
-    modules = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
-    listed = [
-        {
-            "idx": number,
-            "name": str(number),
-            "path": f"{number}_{kind}" if number else "",
-            "type": f"sentence_transformers.models.{kind}",
-        }
-        for number, kind in enumerate(modules)
-    ]
-    for module in listed[1:]:
-        (Path(folder) / str(module["path"])).mkdir(exist_ok=True)
-    pooled = {"word_embedding_dimension": hidden_size} | {f"pooling_mode_{flag}": on for flag, on in flags.items()}
-    (Path(folder) / "1_Pooling" / "config.json").write_text(json.dumps(pooled, indent=2), encoding="utf-8")
-    (Path(folder) / "modules.json").write_text(json.dumps(listed, indent=2), encoding="utf-8")
-
-
-def _read_json(source: str, file: str) -> Any:
-    """A JSON file of a folder or of a model on the hub; None if there is none."""
+def _find(source: str, file: str, hub: HubOptions, root: str) -> str | None:
+    """The local path of a file of a folder or of a model on the hub, `file` below `root`; None if there is none."""
+    file = f"{root}/{file}".removeprefix("/")
     if Path(source).is_dir():
         path: Any = Path(source) / file
     else:
         from transformers.utils.hub import cached_file
 
-        path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
-    if path is None or not Path(path).is_file():
-        return None
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+        options = {
+            name: value for name, value in hub.chosen().items() if name not in ("subfolder", "trust_remote_code")
+        }
+        path = cached_file(source, file, _raise_exceptions_for_missing_entries=False, **options)
+    return None if path is None or not Path(path).is_file() else str(path)
+
+
+def _read_json(path: str | None) -> Any:
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def _packaged_folder(packaged: _WeightPackage) -> str | None:

@@ -23,6 +23,7 @@ from ..tokens import Int32Array, TokenBatch, cumulate
 from .attention import PACKED, BatchingSupport, plain_mode, register
 from .forward import BatchedForward
 from .forward_size import ForwardSize
+from .layer_modules import UndescribedError
 from .layers import is_cut, stop_after, unroll
 from .model_state import ModelState
 from .output_spec import OutputSpec
@@ -241,7 +242,7 @@ class _Trial:
                 self.reasons.append(f"it takes no other attention ({type(error).__name__}: {error})")
             else:
                 if self._passes(support, self.probe.tolerance):
-                    return self._found(support)
+                    return self._found(self._fused(support))
             if model.config._attn_implementation != native:
                 model.set_attn_implementation(native)
         if self.packed:
@@ -251,6 +252,16 @@ class _Trial:
             if self._passes(support, tolerance):
                 return self._found(support)
         return None
+
+    def _fused(self, packed: BatchingSupport) -> BatchingSupport:
+        """Our own loop over the weights of a model that runs packed, if it is right too; else the same as before."""
+        errors, fused = self.errors, dataclasses.replace(packed, way="fused")
+        if packed.reads_own:
+            self.reasons.append("not fused: it runs as it came")
+        elif self._passes(fused, self.probe.tolerance):
+            return fused
+        self.errors = errors
+        return packed
 
     def _packs(self) -> bool:
         if "position_ids" in inspect.signature(self.model.forward).parameters:
@@ -270,6 +281,9 @@ class _Trial:
         try:
             with plain_mode(device):
                 self.errors = self.probe.errors(_run_of(self.model, support, self.probe))
+        except UndescribedError as error:
+            self.reasons.append(f"not fused: {error}")
+            return False
         except Exception as error:
             self.reasons.append(f"the {support.way} self-test raised {type(error).__name__}: {error}")
             return False
@@ -288,6 +302,7 @@ class _Trial:
 def _run_of(model: nn.Module, support: BatchingSupport, probe: Probe) -> Run:
     """Texts in one forward, by the code that runs later."""
     forward = BatchedForward(model, OutputSpec(layers=probe.layers), support, probe.num_layers, ForwardSize(1 << 20))
+    forward.eval()  # as frozen encoders are: in train mode nothing runs fused
 
     def run(texts: Sequence[Int32Array]) -> list[list[Tensor]]:
         batch = batch_of(texts)

@@ -6,31 +6,38 @@ loses its threads, in the child.
 
 from __future__ import annotations
 
+import logging
 import os
-import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ..errors import ConfigError, EncoderError, check_at_least, check_choice, shortened
-from ..tokens import BoolArray, Int32Array, Text, TokenBatch, TokenizedText
+from ..tokens import Int32Array, Text, TokenBatch, TokenizedText
+from .cutting import kept, owners
+from .texts import check_texts
+from .words import AddedTokens, find_blanks
+
+logger = logging.getLogger(__name__)
 
 Overflow: TypeAlias = Literal["error", "truncate", "windows"]
 WordSplitter: TypeAlias = Callable[[str], Sequence[str]]
-
-_BLANK_BEGINS_WORDS = re.compile(r"ByteLevel\(add_prefix_space=False|prepend_scheme=never")
 
 _IMPORTED_IN = os.getpid()
 
 
 def check_cutting(
-    output: str, word_splitter: WordSplitter | None, overflow: Overflow, stride: int, max_length: int | None
+    output: str,
+    word_splitter: WordSplitter | None,
+    overflow: Overflow,
+    stride: int,
+    max_length: int | None,
+    prompt: str | None = None,
 ) -> None:
     """Check, before a tokenizer is there, the arguments of `Encoder` that say how texts are cut.
 
@@ -41,6 +48,10 @@ def check_cutting(
         raise ConfigError(f"word_splitter={shortened(word_splitter)}: pass a function from a string to its words")
     if word_splitter is not None and output != "words":
         raise ConfigError(f"word_splitter= has no effect on output={output!r}: it is for word vectors")
+    if prompt is not None and not isinstance(prompt, str):
+        raise ConfigError(f"prompt={shortened(prompt)}: pass a string")
+    if prompt and output != "sentence":
+        raise ConfigError(f"prompt={prompt!r} has no effect on output={output!r}: it is for sentence vectors")
     check_choice("overflow", overflow, Overflow)
     check_at_least("stride", stride, 0)
     if stride and overflow != "windows":
@@ -65,11 +76,15 @@ class TextTokenizer:
     Args:
         tokenizer: a transformers tokenizer that is backed by the `tokenizers` library. It is read, never changed.
         max_length: tokens of the longest text the model takes, special tokens included.
-        overflow: for a longer text: "error" raises; "truncate" drops its end and counts the dropped tokens; "windows"
-            covers it with overlapping windows. Of a pair the second text is windowed, the first repeated.
+        overflow: for a longer text: "error" raises; "truncate" drops its end (its start, with the tokenizer's
+            `truncation_side="left"`) and counts the dropped tokens; "windows" covers it with overlapping windows. Of a
+            pair the second text is windowed, the first repeated.
         stride: tokens by which windows overlap, as transformers counts them.
         word_splitter: splits strings into words, for word vectors; None leaves strings whole.
         segments: whether the model tells the texts of a pair apart by segment ids.
+        prompt: is put before each text, before the first one of a pair; of no word.
+        prompt_counts: whether sentences are pooled over the prompt's tokens too.
+        limit: whose limit `max_length` is, for messages; None is the model's.
         split: deprecated alias of `word_splitter`, removed in the next version.
     Raises:
         ConfigError: the tokenizer has no Rust backend, or an argument is out of range.
@@ -84,6 +99,9 @@ class TextTokenizer:
         stride: int = 0,
         word_splitter: WordSplitter | None = None,
         segments: bool = True,
+        prompt: str = "",
+        prompt_counts: bool = True,
+        limit: str | None = None,
         split: WordSplitter | None = None,
     ) -> None:
         word_splitter = renamed_splitter(word_splitter, split)
@@ -107,16 +125,21 @@ class TextTokenizer:
         self.stride = stride
         self.word_splitter = word_splitter
         self.segments = segments
-        # Byte-level tokenizers mark the start of a word by the blank before it: without one, the words of a list would
-        # be glued together. A blank before an added token would become a token of its own.
-        self._blank_before_words = _BLANK_BEGINS_WORDS.search(repr(backend.pre_tokenizer)) is not None
-        self._no_blank_before = (" ", *(token.content for token in backend.get_added_tokens_decoder().values()))
+        self.prompt = prompt
+        self.prompt_counts = prompt_counts
+        self.limit = limit or f"the model takes {max_length}"
+        self._keeps_end = overflow == "truncate" and getattr(tokenizer, "truncation_side", "right") == "left"
+        self._splits_special = bool(getattr(tokenizer, "split_special_tokens", backend.encode_special_tokens))
+        self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()) if prompt else ())
+        self._blanks = find_blanks(backend)
+        self._added: AddedTokens | None = None
+        self._warned = False
         self._json: str = backend.to_str()
         self._built: tuple[int, Any] | None = None
         self._framed: tuple[tuple[int, int] | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_built": None}
+        return self.__dict__ | {"_built": None, "_added": None}
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -125,7 +148,14 @@ class TextTokenizer:
         Saved states and caches depend on it: another order or spelling refuses all of them.
         """
         splitter = getattr(self.word_splitter, "__qualname__", type(self.word_splitter).__name__)
-        return self._json, self.max_length, self.overflow, self.stride, self.segments, splitter
+        rare = {
+            "prompt": (self.prompt, self.prompt_counts) if self.prompt else None,
+            "truncation_side": "left" if self._keeps_end else None,
+            "split_special_tokens": self._splits_special or None,
+        }
+        others = tuple((name, value) for name, value in rare.items() if value is not None)
+        settings = (self._json, self.max_length, self.overflow, self.stride, self.segments, splitter)
+        return *settings, *self._blanks.news, *others
 
     def __repr__(self) -> str:
         return f"TextTokenizer(max_length={self.max_length}, overflow={self.overflow!r})"
@@ -142,15 +172,17 @@ class TextTokenizer:
             ConfigError: `texts` is no list of texts.
         """
         if not isinstance(texts, (list, tuple)):
-            _check_texts(texts)
+            check_texts(texts)
         backend = self._backend()
         parts = [_parts(text, i) for i, text in enumerate(texts)]
         if self.word_splitter is not None:
             parts = [[self._words(part, i) for part in text] for i, text in enumerate(parts)]
+        if self.prompt:
+            parts = [[self._prompted(text[0]), *text[1:]] for text in parts]
         if all(len(text) == 1 and isinstance(text[0], str) for text in parts):
             plain = self._plain(backend.encode_batch_fast([text[0] for text in parts]))
             if plain is not None:
-                return plain
+                return self._without_prompt(plain)
         out: list[TokenizedText | None] = [None] * len(texts)
         for in_words in (False, True):
             indices = [i for i, text in enumerate(parts) if isinstance(text[0], list) is in_words]
@@ -162,7 +194,7 @@ class TextTokenizer:
             encode = backend.encode_batch if in_words else backend.encode_batch_fast
             for i, encoding in zip(indices, encode(inputs, is_pretokenized=in_words) if indices else (), strict=True):
                 out[i] = self._text(encoding, parts[i], i)
-        return out  # type: ignore[return-value]  # both kinds together fill all of it
+        return self._without_prompt(out)  # type: ignore[arg-type]  # both kinds together fill all of it
 
     def _plain(self, encodings: Sequence[Any]) -> list[TokenizedText] | None:
         """The common case, single strings that are short enough: one array for all, in a fifth of the time.
@@ -210,8 +242,23 @@ class TextTokenizer:
             backend = Tokenizer.from_str(self._json)
             backend.no_padding()
             backend.no_truncation()
+            backend.encode_special_tokens = self._splits_special
             self._built = (os.getpid(), backend)
         return self._built[1]
+
+    def _prompted(self, part: str | list[str]) -> str | list[str]:
+        return self.prompt + part if isinstance(part, str) else self.prompt.split() + part
+
+    def _without_prompt(self, texts: list[TokenizedText]) -> list[TokenizedText]:
+        """Mark the prompt's tokens, and the special ones before it, as not used where the prompt does not count."""
+        if self.prompt and not self.prompt_counts:
+            prompt = self._backend().encode(self.prompt).ids  # as sentence-transformers counts them
+            count = len(prompt) - (prompt[-1:] != [] and prompt[-1] in self._special_ids)
+            for text in texts:
+                if text.owned is None:
+                    text.owned = np.ones(len(text.input_ids), np.bool_)
+                text.owned[np.flatnonzero(text.owned)[:count]] = False
+        return texts
 
     def _words(self, part: str | list[str], index: int) -> list[str]:
         if isinstance(part, list):
@@ -223,9 +270,21 @@ class TextTokenizer:
         return list(words)
 
     def _marked(self, part: str | list[str]) -> str | list[str]:
-        if isinstance(part, str) or not self._blank_before_words:
+        if isinstance(part, str):
             return part
-        return [f" {word}" if word and not word.startswith(self._no_blank_before) else word for word in part]
+        if self._blanks.unlike and not self._warned:
+            self._warned = True
+            logger.warning(
+                "a list of words does not have the tokens of the running text, as in %r: with this tokenizer, word "
+                "vectors are of words that were tokenized one by one",
+                self._blanks.unlike,
+            )
+        if not self._blanks.others:
+            return part
+        backend = self._backend()
+        if self._added is None or self._added.backend is not backend:
+            self._added = AddedTokens(backend)
+        return self._blanks.put(part, self._added.begin)
 
     def _text(self, encoding: Any, parts: list[Any], index: int) -> TokenizedText:
         in_words = isinstance(parts[0], list)
@@ -240,12 +299,16 @@ class TextTokenizer:
         if out.word_ids is not None and len(parts) == 2:
             sequence_ids = _or_minus_one(encoding.sequence_ids)
             out.word_ids[sequence_ids == 1] += len(parts[0])
+        if out.word_ids is not None and self.prompt:
+            words = len(self.prompt.split())
+            out.word_ids = np.maximum(out.word_ids - np.int32(words), np.int32(-1))
+            out.num_words -= words
         length = len(out.input_ids)
         if length <= self.max_length:
             return out
         if self.overflow == "error":
             raise EncoderError(
-                f"text {index} has {length} tokens, the model takes {self.max_length}: "
+                f"text {index} has {length} tokens, {self.limit}: "
                 f"{shortened(parts[0] if len(parts) == 1 else tuple(parts))}; make the encoder with "
                 "overflow='truncate' to cut such texts and count what is cut, or with overflow='windows' to cover them "
                 "with several windows",
@@ -253,12 +316,12 @@ class TextTokenizer:
             )
         sequence_ids = _or_minus_one(encoding.sequence_ids)
         if self.overflow == "truncate":
-            kept = _kept(sequence_ids, self.max_length)
-            short = out.pick(kept)
+            left = kept(sequence_ids, self.max_length, self._keeps_end)
+            short = out.pick(left)
             short.cut_tokens = length - self.max_length
             if out.word_ids is not None:
                 numbers = np.arange(out.num_words)
-                short.words_cut = np.isin(numbers, out.word_ids) & ~np.isin(numbers, out.word_ids[kept])
+                short.words_cut = np.isin(numbers, out.word_ids) & ~np.isin(numbers, out.word_ids[left])
             return short
         return self._windowed(out, sequence_ids, index)
 
@@ -278,7 +341,7 @@ class TextTokenizer:
         starts = np.minimum(np.arange(0, count - self.stride, room - self.stride), count - room)
         inside = starts[:, None] + np.arange(room)
         windows = np.arange(len(starts))[:, None]
-        owner = _owners(np.arange(count) if text.word_ids is None else text.word_ids[content], starts, room)
+        owner = owners(np.arange(count) if text.word_ids is None else text.word_ids[content], starts, room)
 
         def side_by_side(*parts: npt.NDArray[Any]) -> npt.NDArray[Any]:
             return np.concatenate([np.broadcast_to(x, (len(starts), x.shape[-1])) for x in parts], 1).ravel()
@@ -289,71 +352,6 @@ class TextTokenizer:
         first, last = windows == 0, windows == len(starts) - 1
         out.owned = side_by_side(first.repeat(len(before), 1), owner[inside] == windows, last.repeat(len(after), 1))
         return out
-
-
-def _owners(words: npt.NDArray[Any], starts: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
-    """Which window each sliding token's vector is taken from.
-
-    It is the window in which the token's word is farthest from an edge beyond which the text continues, the earlier of
-    two equals. All tokens of a word have one owner, unless no window holds the whole word: then each has its own.
-
-    Args:
-        words: [n] the word of each token, ascending.
-        starts: [W] the first token of each window, ascending, from 0 to n - room.
-        room: tokens of each window.
-    Returns:
-        [n] ascending, so that owned tokens keep their order.
-    """
-    # Window i + 1 beats window i for a word whose middle comes after the middle of both windows together. The same is
-    # true at the text's ends, where one edge does not count: the other edge decides alone, at the same point.
-    middles = starts[:-1] + starts[1:] + room - 1
-    first = np.flatnonzero(np.diff(words, prepend=-1))
-    last = np.append(first[1:], len(words)) - 1
-    owner = np.searchsorted(middles, first + last)
-    whole = (starts[owner] <= first) & (last < starts[owner] + room)
-    by_token = np.searchsorted(middles, 2 * np.arange(len(words)))
-    return np.where(np.repeat(whole, last - first + 1), np.repeat(owner, last - first + 1), by_token)
-
-
-def _kept(sequence_ids: Int32Array, max_length: int) -> BoolArray:
-    """[L] the tokens that truncation keeps: special ones, and the text's first.
-
-    Each text of a pair keeps half of the room, and more if the other needs less: transformers' "longest_first".
-
-    Args:
-        sequence_ids: [L] which text of the pair a token belongs to, -1 for special tokens.
-        max_length: how many tokens are kept, fewer than L.
-    """
-    first, second = (np.flatnonzero(sequence_ids == text) for text in (0, 1))
-    room = max_length - np.count_nonzero(sequence_ids < 0)
-    shorter = min(len(first), len(second), room // 2)
-    kept = sequence_ids < 0
-    kept[first[: shorter if len(first) <= len(second) else room - shorter]] = True
-    kept[second[: shorter if len(first) > len(second) else room - shorter]] = True
-    return kept
-
-
-def _check_texts(texts: Any) -> None:
-    """Refuse anything but a list of texts, and say what to pass; a dict would otherwise be read as its keys.
-
-    Raises:
-        ConfigError: `texts` is one string, a mapping, a set, or nothing that has a length and an order.
-    """
-    if isinstance(texts, (str, bytes)):
-        raise ConfigError(f"texts={shortened(texts)}, one string: pass a list of texts, [text] for a single one")
-    kind = type(texts).__name__
-    if isinstance(texts, Mapping):
-        way_out = (
-            "padded ids go in as TokenBatch.from_padded(input_ids, attention_mask)"
-            if "input_ids" in texts
-            else "pass the list of texts under one of its keys"
-        )
-        raise ConfigError(f"texts is a {kind} with the keys {shortened(list(texts))}: {way_out}")
-    if isinstance(texts, (Set, Tensor)) or not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__")):
-        raise ConfigError(
-            f"texts is a {kind}: pass a list of texts (strings, lists of words, or pairs of either as tuples) or a "
-            "TokenBatch"
-        )
 
 
 def _parts(text: Any, index: int) -> list[Any]:

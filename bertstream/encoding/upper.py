@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import torch
@@ -13,10 +14,11 @@ from .attention import PACKED, plain_mode
 from .forward import BatchedForward
 from .layers import begin_at, begun_with, unroll
 from .own_model import own_copy
+from .rows import RowForward
 from .self_test import batch_of, probe_texts, worst_error
 
 
-class UpperEncoder(BatchedForward):
+class UpperEncoder(RowForward):
     """The upper layers of an encoder and its output; `Encoder.split` makes it.
 
         lower, upper = encoder.split(at=4)
@@ -35,9 +37,10 @@ class UpperEncoder(BatchedForward):
     def __init__(self, model: nn.Module, at: int, whole: BatchedForward) -> None:
         unroll(model)
         begin_at(model, at, keep_pooler="pooler" in whole.pooling)
-        if whole.batching.way == "packed":
+        if whole.batching.packs:
             cast(Any, model).set_attn_implementation(PACKED)
-        super().__init__(model, whole.spec, whole.batching, whole._num_layers, whole._size.copied())
+        batching = dataclasses.replace(whole.batching, way="packed") if whole.batching.packs else whole.batching
+        super().__init__(model, whole.spec, batching, whole._num_layers, whole._size.copied())
         self.at = at
         self.eval()
 

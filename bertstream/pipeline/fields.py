@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..embeddings import Embeddings, Layout
-from ..errors import BertstreamError, ConfigError
+from ..errors import BertstreamError, ConfigError, described
 from ..tokens import SupportsTokenize, TokenBatch
 
 Field: TypeAlias = str | int
@@ -69,18 +69,31 @@ def get_field(holder: Any, field: Field, option: str = "text") -> Any:
 
 
 def put_fields(holder: Any, values: Mapping[Any, Any]) -> Any:
-    """A shallow copy of the same type with these values in these fields; the holder is unchanged."""
+    """A shallow copy of the same type with these values in these fields; the holder is unchanged.
+
+    Raises:
+        ConfigError: the fields of such a holder cannot be set.
+    """
     if hasattr(holder, "_fields"):  # a namedtuple
         names = holder._fields
         return holder._replace(**{names[f] if isinstance(f, int) else f: value for f, value in values.items()})
     if isinstance(holder, tuple):
         return type(holder)(values.get(i, values.get(i - len(holder), part)) for i, part in enumerate(holder))
-    out = copy.copy(holder)
-    for field, value in values.items():
-        if isinstance(out, (Mapping, list)):
-            out[field] = value  # type: ignore[index]
-        else:
-            object.__setattr__(out, field, value)  # works in a frozen dataclass too; the copy is ours
+    try:
+        if isinstance(holder, Mapping) and not isinstance(holder, MutableMapping):
+            # A mappingproxy and frozen dicts are made of a dict.
+            return type(holder)({**holder, **values})  # type: ignore[call-arg]
+        out = copy.copy(holder)
+        for field, value in values.items():
+            if isinstance(out, (Mapping, list)):
+                out[field] = value  # type: ignore[index]
+            else:
+                object.__setattr__(out, field, value)  # works in a frozen dataclass too; the copy is ours
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{', '.join(map(repr, values))} cannot be set in a copy of {describe(holder)} ({described(error)}): yield "
+            "batches whose fields can be replaced, such as dicts"
+        ) from error
     return out
 
 

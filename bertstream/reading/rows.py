@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader
 
+from ..errors import ConfigError, shortened, table_columns
 from .raw import RawRecord
 from .shards import Piece
 
@@ -19,12 +21,43 @@ def is_rows(source: Any) -> bool:
     """Whether this is a dataset of rows rather than names of shards.
 
     True for Hugging Face's `Dataset` and `IterableDataset`, and for lists and map-style datasets of dicts.
+
+    Raises:
+        ConfigError: it is neither: a mapping (a `DatasetDict`), a table, a set, a DataLoader, or has no length.
     """
     if isinstance(source, (str, os.PathLike)):
         return False
     if hasattr(source, "num_shards") and hasattr(source, "shard"):  # of Hugging Face
         return True
-    return hasattr(source, "__getitem__") and len(source) > 0 and isinstance(source[0], Mapping)
+    _check_source(source)
+    # Not `source[0]`: of a pandas Series that is the row with the label 0.
+    if hasattr(source, "__getitem__") and len(source) > 0 and isinstance(next(iter(source)), Mapping):
+        return True
+    columns = table_columns(source)
+    if columns is not None:
+        raise ConfigError(
+            f"shards is a {type(source).__name__} of {len(source)} rows with the columns {shortened(columns)}: pass "
+            "its rows as a list of dicts, such as df.to_dict('records'), or a Hugging Face Dataset with rows, such as "
+            "datasets.Dataset.from_pandas(df)"
+        )
+    return False
+
+
+def _check_source(source: Any) -> None:
+    kind = type(source).__name__
+    if isinstance(source, Mapping):
+        names = list(source)
+        example = f", such as the one under {names[0]!r}" if names else ""
+        raise ConfigError(
+            f"shards is a {kind} with the keys {shortened(names)}: pass one of its splits{example}; or a list of "
+            "dicts, one a record"
+        )
+    if isinstance(source, Set):
+        raise ConfigError(f"shards is a {kind}, which has no order: pass a list")
+    if isinstance(source, DataLoader) or (hasattr(source, "__getitem__") and not hasattr(source, "__len__")):
+        raise ConfigError(
+            f"shards is a {kind}, which has no positions to share out: use bertstream.wrap with a DataLoader"
+        )
 
 
 def split_rows(rows: Any, parts: int) -> list[tuple[Piece, int]]:

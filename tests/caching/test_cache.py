@@ -19,14 +19,16 @@ import numpy.typing as npt
 import pytest
 import torch
 from fake_cuda import CUDA, fake_cuda
+from families import tokenizer_with_marks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 import bertstream
 from bertstream import CacheError, ConfigError, EmbeddingCache, Embeddings, Encoder, EncoderError, TokenBatch, testing
 from bertstream.caching.cached_encoder import text_keys
 from bertstream.caching.codec import Storage
+from bertstream.encoding.words import Blanks
 from bertstream.tokens import Text, TokenizedText
 
 
@@ -647,8 +649,10 @@ def test_rows_kept_on_a_device_stay_there_and_the_host_never_waits(
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_rows_from_host_or_disk_return_to_cuda(sentences: list[str], tmp_path: Path, device: str) -> None:
-    encoder = Encoder.from_pretrained("all-MiniLM-L6-v2", dtype="float32", device="cuda", output="words")
+def test_rows_from_host_or_disk_return_to_cuda(
+    minilm_folder: str, sentences: list[str], tmp_path: Path, device: str
+) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", device="cuda", output="words")
     batches = [sentences[i : i + 8] for i in range(0, 48, 8)]
     right = [encoder(texts).values for texts in batches]
     for memory in ("64MiB", 0):
@@ -659,3 +663,25 @@ def test_rows_from_host_or_disk_return_to_cuda(sentences: list[str], tmp_path: P
                     assert float((found.values - values).norm() / values.norm()) <= 1e-5
                 cache.flush()
             assert cache.stats()["misses"] == 48 and cache.stats()["memory_hits" if memory else "disk_hits"] == 48
+
+
+def test_rows_of_words_that_an_earlier_version_glued_together_are_not_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key is made of token ids, so a tokenizer that makes other ones needs no other fingerprint."""
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]"}
+    marks = tokenizer_with_marks(["the banks of the river", "a bank raised its rates"], [*special.values()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=marks, model_max_length=64, **special)
+    texts: list[Text] = [["the", "river", "banks"], ["a", "bank", "of", "the", "river"]]
+    with monkeypatch.context() as patch, EmbeddingCache("1MiB", tmp_path, "16MiB") as cache:
+        patch.setattr("bertstream.encoding.tokenizer.find_blanks", lambda backend: Blanks())  # as in 0.1.0
+        glued = tiny(tokenizer, output="words")
+        wrong = cache.of(glued).encode(glued.tokenizer.batch([*texts, ["river"]]))
+    with EmbeddingCache(0, tmp_path, "16MiB") as cache:
+        encoder = tiny(tokenizer, output="words")
+        found = cache.of(encoder).encode(encoder.tokenizer.batch([*texts, ["river"]]))
+        assert encoder.fingerprint() == glued.fingerprint()
+        assert cache.stats()["misses"] == 2 and cache.stats()["disk_hits"] == 1, "one word alone was right"
+    torch.testing.assert_close(found.values, encoder([*texts, ["river"]]).values)
+    assert torch.equal(found[2], wrong[2])
+    assert all((found[i] - wrong[i]).abs().max() > 0.1 for i in (0, 1))

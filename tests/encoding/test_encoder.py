@@ -72,20 +72,21 @@ def worst_error(found: Embeddings, texts: list[Text], plain: Callable[[Text], Te
 def test_packed_float32_equals_plain_transformers_text_by_text(
     minilm: Encoder, texts: list[Text], plain_minilm: Callable[[Text], Tensor]
 ) -> None:
-    assert minilm.batching.way == "packed"
+    assert minilm.batching.way == "fused"
     assert worst_error(minilm(texts), texts, plain_minilm) <= 1e-5
 
 
 def test_packed_bfloat16_is_within_its_stated_error(texts: list[Text], plain_minilm: Callable[[Text], Tensor]) -> None:
     encoder = Encoder.from_pretrained("all-MiniLM-L6-v2", dtype="bfloat16", device="cpu")
     found = encoder(texts)
-    assert encoder.batching.way == "packed" and found.values.dtype == torch.float32
+    assert encoder.batching.way == "fused" and found.values.dtype == torch.float32
     assert 1e-4 < worst_error(found, texts, plain_minilm) <= 0.025
 
 
 def test_a_sentence_is_the_mean_of_its_tokens(minilm_folder: str, minilm: Encoder, texts: list[Text]) -> None:
     tokens = minilm(texts)
-    sentences = Encoder.from_pretrained(minilm_folder, output="sentence", pooling="mean", dtype="float32")(texts)
+    options: Any = {"output": "sentence", "pooling": "mean", "dtype": "float32", "max_length": 512}
+    sentences = Encoder.from_pretrained(minilm_folder, **options)(texts)
     assert sentences.vectors.shape == (len(texts), 384)
     right = torch.stack([rows.double().mean(0) for rows in tokens])
     torch.testing.assert_close(sentences.vectors.double(), right, atol=1e-6, rtol=1e-5)
@@ -392,7 +393,7 @@ def test_the_default_forward_size_is_kept_unless_another_is_clearly_faster(
 def test_a_call_with_its_own_forward_tokens_leaves_the_encoder_as_it_is(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Any, sentences: list[str]
 ) -> None:
-    monkeypatch.setattr("bertstream.encoding.encoder.fastest_forward_tokens", lambda *arguments: 4096)
+    monkeypatch.setattr("bertstream.encoding.calibrating.fastest_forward_tokens", lambda *arguments: 4096)
     encoder = Encoder(tiny_bert(), tokenizer)
     run, sizes = encoder.model.forward, []
 
@@ -511,6 +512,8 @@ def test_sentence_vectors_are_sentence_transformers_own(minilm_folder: str, sent
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, ("cls", "mean")),
         ({"pooling_mode": "max"}, ("max",)),
         ({"pooling_mode_weightedmean_tokens": True}, ("weighted_mean",)),
+        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_sqrt_len_tokens": True}, ("mean_sqrt_len", "last")),
+        ({"pooling_mode": ["lasttoken", "cls"]}, ("last", "cls")),
     ],
 )
 def test_a_sentence_transformers_folder_says_how_sentences_are_pooled(
@@ -525,17 +528,6 @@ def test_a_sentence_transformers_folder_says_how_sentences_are_pooled(
     assert followed.pooling == pooling and not followed.normalize
     assert Encoder.from_pretrained(folder, output="sentence", pooling="cls").pooling == ("cls",)
     assert Encoder.from_pretrained(folder).pooling == ()
-
-
-def test_a_folder_with_an_unknown_pooling_is_refused_until_the_user_chooses_one(
-    minilm_folder: str, tmp_path: Path
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(minilm_folder, folder)
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
-    with pytest.raises(EncoderError, match="Transformer, Pooling, Normalize in a way that is not known.*pooling="):
-        Encoder.from_pretrained(folder, output="sentence")
-    assert Encoder.from_pretrained(folder, output="sentence", pooling="mean").pooling == ("mean",)
 
 
 def test_layers_above_the_highest_wanted_one_are_dropped(minilm_folder: str) -> None:
@@ -607,7 +599,7 @@ def test_a_bad_choice_of_vectors_is_refused_with_the_value_seen(
 def test_another_encoders_model_can_be_used_at_any_layer(minilm: Encoder, tokenizer: Any) -> None:
     found = Encoder(minilm.model, tokenizer, layers=(1,))(["The bank of the river."])
     assert torch.equal(found.values, Encoder(minilm.model, tokenizer, layers=(1,), packed=True)(found.tokens).values)
-    assert minilm.batching.way == "packed" and len(minilm(["still works"])) == 1
+    assert minilm.batching.way == "fused" and len(minilm(["still works"])) == 1
 
 
 def test_a_single_layer_needs_no_tuple(minilm_folder: str) -> None:
@@ -680,7 +672,8 @@ def test_from_pretrained_takes_every_option_of_the_class_by_name() -> None:
     own = inspect.signature(Encoder).parameters
     loaded = inspect.signature(Encoder.from_pretrained).parameters
     options = [name for name in own if name not in ("model", "tokenizer")]
-    assert [name for name in loaded if name != "name"] == options
+    of_the_hub = ["revision", "token", "trust_remote_code", "cache_dir", "subfolder", "local_files_only"]
+    assert [name for name in loaded if name != "name"] == [*options, *of_the_hub]
     assert all(loaded[name].kind is inspect.Parameter.KEYWORD_ONLY for name in options)
     assert {name for name in options if loaded[name].default != own[name].default} == {"normalize"}
 

@@ -69,7 +69,7 @@ def hidden(encoder: Encoder, text: Text, plain: Callable[..., list[Tensor]]) -> 
 
 def test_each_family_runs_in_its_fastest_correct_way(family: tuple[str, nn.Module], minilm_folder: str) -> None:
     encoder = encoder_of(family, minilm_folder)
-    assert (encoder.batching.way == "packed") == (family[0] in PACKED), encoder.batching
+    assert encoder.batching.packs == (family[0] in PACKED), encoder.batching
     assert encoder.batching.reason
 
 

@@ -22,7 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from bertstream.encoding.tokenizer import TextTokenizer
 from bertstream.errors import ConfigError, EncoderError
@@ -57,6 +57,11 @@ def auto(minilm_folder: str) -> Any:
 def cutting(auto: Any) -> Callable[[int], TextTokenizer]:
     """A truncating tokenizer for a length."""
     return cache(lambda max_length: TextTokenizer(auto, max_length=max_length, overflow="truncate"))
+
+
+@pytest.fixture(scope="module")
+def to_the_left(minilm_folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(minilm_folder, truncation_side="left")
 
 
 def transformers_own(auto: Any, text: Text, **options: Any) -> Any:
@@ -111,6 +116,83 @@ def test_truncation_equals_transformers_and_counts_the_dropped_tokens(
     assert len(cut.input_ids) == min(len(whole.input_ids), max_length)
     assert cut.cut_tokens == len(whole.input_ids) - len(cut.input_ids)
     assert cut.num_words == whole.num_words
+
+
+@settings(max_examples=50)
+@given(text=TEXTS, max_length=st.integers(3, 24))
+@example(text="one two three four", max_length=4)
+@example(text=("bank " * 9, "river " * 9), max_length=8)
+@example(text=("bank", "river " * 9), max_length=7)
+@example(text=["unbelievable"] * 9, max_length=6)
+@example(text=(["bank"] * 3, ["unbelievable", "river"]), max_length=6)
+def test_truncation_on_the_left_keeps_what_transformers_keeps(to_the_left: Any, text: Text, max_length: int) -> None:
+    tokenizer = TextTokenizer(to_the_left, max_length=max_length, overflow="truncate")
+    [whole], [cut] = TextTokenizer(to_the_left, max_length=512)([text]), tokenizer([text])
+    in_words = isinstance(text, list) or (isinstance(text[0:1], tuple) and isinstance(text[0], list))
+    right = to_the_left(
+        [text], is_split_into_words=in_words, truncation="longest_first", max_length=max_length
+    ).encodings[0]
+    assert cut.input_ids.tolist() == right.ids and cut.cut_tokens == len(whole.input_ids) - len(right.ids)
+    assert cut.num_words == whole.num_words
+    if cut.cut_tokens and whole.word_ids is not None and cut.word_ids is not None and cut.words_cut is not None:
+        lost = set(whole.word_ids.tolist()) - set(cut.word_ids.tolist())
+        assert np.flatnonzero(cut.words_cut).tolist() == sorted(lost)
+
+
+def test_truncation_on_the_left_keeps_the_last_words_and_their_numbers(to_the_left: Any) -> None:
+    tokenizer = TextTokenizer(to_the_left, max_length=5, overflow="truncate")
+    [text, words, pair] = tokenizer(
+        ["one two three four five", ["one", "two", "three", "four", "five"], ("one two", "three")]
+    )
+    said = [to_the_left.convert_ids_to_tokens(found.input_ids.tolist()) for found in (text, words, pair)]
+    assert said[:2] == [["[CLS]", "three", "four", "five", "[SEP]"]] * 2
+    assert said[2] == ["[CLS]", "two", "[SEP]", "three", "[SEP]"]
+    assert words.word_ids is not None and words.word_ids.tolist() == [-1, 2, 3, 4, -1]
+    assert words.words_cut is not None and words.words_cut.tolist() == [True, True, False, False, False]
+    assert pair.token_type_ids is not None and pair.token_type_ids.tolist() == [0, 0, 0, 1, 1]
+    with pytest.raises(EncoderError, match="text 0 has 7 tokens"):
+        TextTokenizer(to_the_left, max_length=5)(["one two three four five"])
+
+
+def test_the_side_of_truncation_is_part_of_a_tokenizers_identity_only_where_it_cuts(
+    auto: Any, to_the_left: Any
+) -> None:
+    def identity(tokenizer: Any, overflow: Any) -> Any:
+        return TextTokenizer(tokenizer, max_length=5, overflow=overflow).identity[1:]
+
+    assert identity(auto, "truncate") != identity(to_the_left, "truncate")
+    for overflow in ("error", "windows"):
+        assert identity(auto, overflow) == identity(to_the_left, overflow)
+    assert len(identity(auto, "truncate")) == 5, "what states of earlier versions have"
+
+
+@pytest.mark.parametrize("text", ["say [SEP] now", "[CLS]", ["a", "[MASK]ed", "[PAD]"], ("a [SEP] b", "[UNK]")])
+@pytest.mark.parametrize("splits", [False, True])
+def test_the_names_of_special_tokens_in_a_text_are_split_if_the_tokenizer_says_so(
+    minilm_folder: str, text: Text, splits: bool
+) -> None:
+    auto = AutoTokenizer.from_pretrained(minilm_folder, split_special_tokens=splits)
+    tokenizer = TextTokenizer(auto, max_length=64)
+    right = transformers_own(auto, text).ids
+    assert tokenizer([text])[0].input_ids.tolist() == right
+    assert pickle.loads(pickle.dumps(tokenizer))([text])[0].input_ids.tolist() == right
+
+
+def test_splitting_special_tokens_is_part_of_a_tokenizers_identity(minilm_folder: str, auto: Any) -> None:
+    splitting = AutoTokenizer.from_pretrained(minilm_folder, split_special_tokens=True)
+    assert TextTokenizer(splitting, max_length=9).identity != TextTokenizer(auto, max_length=9).identity
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"single_word": True}, {"lstrip": True}, {"rstrip": True}, {"normalized": True}, {"special": True}]
+)
+def test_added_tokens_are_found_as_transformers_finds_them(minilm_folder: str, options: dict[str, bool]) -> None:
+    auto = AutoTokenizer.from_pretrained(minilm_folder)
+    auto.add_tokens([AddedToken("Banken", **{"normalized": False} | options)])
+    tokenizer = TextTokenizer(auto, max_length=64)
+    texts: list[Text] = ["a Banken b", "aBankens", "banken", "a  Banken  .", ("Banken a", "the BANKEN")]
+    for text, found in zip(texts, tokenizer(texts), strict=True):
+        assert found.input_ids.tolist() == transformers_own(auto, text).ids
 
 
 def test_an_empty_text_is_its_special_tokens(auto: Any) -> None:
@@ -192,7 +274,7 @@ def test_padding_and_truncation_of_the_checkpoint_do_not_leak_in(minilm_folder: 
     )
     settings_file = folder / "tokenizer.json"
     content = json.loads(settings_file.read_text("utf-8"))
-    content["truncation"] = {"max_length": 5, "strategy": "LongestFirst", "stride": 2, "direction": "Left"}
+    content["truncation"] = {"max_length": 5, "strategy": "LongestFirst", "stride": 2, "direction": "Right"}
     content["padding"] = content["padding"] | {"strategy": {"Fixed": 9}}
     settings_file.write_text(json.dumps(content), "utf-8")
     auto = AutoTokenizer.from_pretrained(folder)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from families import tokenizer_with_marks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from bertstream import ConfigError, Encoder, EncoderError
 from bertstream.encoding.tokenizer import TextTokenizer
+from bertstream.encoding.words import _SAMPLES, AddedTokens, Blanks, find_blanks
 from bertstream.tokens import Text
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
@@ -284,3 +288,195 @@ def test_word_output_refuses_tokens_of_unsplit_strings(kind: Kind) -> None:
         with pytest.raises(EncoderError, match="belong to no word") as caught:
             kind.words.encode(tokenizer.batch(texts))
         assert caught.value.records == tuple(i for i, text in enumerate(texts) if not isinstance(text, list))
+
+
+# Blanks before words, whatever the tokenizer.
+
+
+def with_marks() -> Tokenizer:
+    return tokenizer_with_marks(CORPUS, SPECIAL_TOKENS)
+
+
+def with_a_first_mark() -> Tokenizer:
+    """As Llama 2 has it: the normalizer also puts a mark before the text."""
+    tokenizer = with_marks()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    return tokenizer
+
+
+def with_a_first_mark_and_metaspace() -> Tokenizer:
+    """The name of the pre-tokenizer asks for blanks, but the normalizer puts a mark before each word already."""
+    tokenizer = with_a_first_mark()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    return tokenizer
+
+
+def with_blanks_in_the_vocabulary() -> Tokenizer:
+    """Nothing marks a blank: it is the first character of a word's first token."""
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL_TOKENS, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def of_characters() -> Tokenizer:
+    """A blank is a token like any other character."""
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    trainer = trainers.BpeTrainer(vocab_size=1, special_tokens=SPECIAL_TOKENS, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def without_blanks() -> Tokenizer:
+    """As CLIP has it: byte-level, but blanks are dropped."""
+    tokenizer = byte_bpe(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), tokenizer.pre_tokenizer])
+    return tokenizer
+
+
+KINDS_OF_BLANKS: dict[str, tuple[Callable[[], Tokenizer], bool]] = {
+    "marks": (with_marks, True),
+    "a first mark": (with_a_first_mark, False),
+    "a first mark, Metaspace": (with_a_first_mark_and_metaspace, True),
+    "blanks in the vocabulary": (with_blanks_in_the_vocabulary, True),
+    "characters": (of_characters, True),
+    "without blanks": (without_blanks, False),
+    "WordPiece": (wordpiece, False),
+    "Unigram": (unigram, False),
+    "byte-level, add_prefix_space": (lambda: byte_bpe(add_prefix_space=True), False),
+}
+"""The tokenizer, and whether version 0.1.0 had other tokens."""
+
+
+def of_texts(tokenizer: Tokenizer, texts: list[Text]) -> list[list[int]]:
+    found = TextTokenizer(SimpleNamespace(backend_tokenizer=tokenizer), max_length=200)(texts)
+    return [text.input_ids.tolist() for text in found]
+
+
+@pytest.mark.parametrize("name", KINDS_OF_BLANKS)
+def test_a_list_of_words_has_the_tokens_of_the_running_text(name: str) -> None:
+    tokenizer = KINDS_OF_BLANKS[name][0]()
+    tokenizer.post_processor = TEMPLATE
+    strings = ["the river banks sprang", "river", "Привет мир", "l'été à la plage, ça va?"]
+    in_words = of_texts(tokenizer, [*[text.split() for text in strings], (["the", "banks"], ["of", "the", "river"])])
+    assert in_words == of_texts(tokenizer, [*strings, ("the banks", "of the river")])
+
+
+@pytest.mark.parametrize("name", KINDS_OF_BLANKS)
+def test_only_tokenizers_whose_words_had_other_tokens_have_another_identity(name: str) -> None:
+    make, changed = KINDS_OF_BLANKS[name]
+    tokenizer = TextTokenizer(SimpleNamespace(backend_tokenizer=make()), max_length=200)
+    assert tokenizer.identity[:6] == (tokenizer._json, 200, "error", 0, True, "NoneType")
+    assert tokenizer.identity[6:] == (("found by trying",) if changed else ())
+
+
+def test_word_vectors_of_a_string_with_marks_are_those_of_its_tokens() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=with_marks(), model_max_length=100, **SPECIAL)
+    tokenizer.backend_tokenizer.post_processor = TEMPLATE
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    model = BertModel(config).eval()
+    text = "the unbelievable river banks"
+    encoding = tokenizer(text)
+    marks = [token.startswith("\u2581") for token in tokenizer.convert_ids_to_tokens(encoding.input_ids)]
+    words = np.cumsum(marks)[1:-1]
+    rows = Encoder(model, tokenizer)([text])[0][1:-1]
+    right = torch.stack([rows[words == word].mean(0) for word in range(4)])
+    torch.testing.assert_close(Encoder(model, tokenizer, output="words")([text])[0], right)
+
+
+def test_truncation_that_was_set_on_the_users_tokenizer_does_not_hide_the_blanks() -> None:
+    tokenizer = with_marks()
+    tokenizer.enable_truncation(1)
+    tokenizer.enable_padding(length=9)
+    assert find_blanks(tokenizer)[:2] == (False, True)
+    assert find_blanks(tokenizer).unlike == "" and tokenizer.truncation["max_length"] == 1
+
+
+def test_empty_words_and_words_that_begin_with_a_blank_get_none() -> None:
+    words = ["the", "", " river", "of", "the", ""]
+    assert Blanks(others=True).put(words) == ["the", "", " river", " of", " the", ""]
+    assert Blanks(first=True, others=True).put(words) == [" the", "", " river", " of", " the", ""]
+    assert Blanks().put(words) == words and Blanks(others=True).put([]) == []
+
+
+def test_a_tokenizer_whose_tokens_cross_blanks_is_named_at_the_first_list(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    trainer = trainers.BpeTrainer(special_tokens=SPECIAL_TOKENS, show_progress=False)
+    tokenizer.train_from_iterator([" ".join(words) for words in _SAMPLES] * 3, trainer)
+    texts = TextTokenizer(SimpleNamespace(backend_tokenizer=tokenizer), max_length=200)
+    with caplog.at_level(logging.WARNING, "bertstream"):
+        texts(["the river"])
+        assert not caplog.messages
+        for _ in range(2):
+            texts([["the", "river"], ["a", "bank"]])
+    (message,) = caplog.messages
+    assert "does not have the tokens of the running text, as in 'the river did not rise'" in message
+
+
+# Added tokens.
+
+
+@pytest.mark.parametrize(
+    ("token", "word"),
+    [
+        (AddedToken("ban", single_word=True), "banks"),
+        (AddedToken("ban", single_word=True, lstrip=True), "ban1"),
+        (AddedToken("[ban", single_word=True), "[ban_"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("make", [with_marks, lambda: byte_bpe(add_prefix_space=False)], ids=["marks", "bytes"])
+def test_a_word_that_only_begins_like_an_added_token_keeps_its_blank(
+    make: Callable[[], Tokenizer], token: AddedToken, word: str
+) -> None:
+    tokenizer = make()
+    right = of_texts(tokenizer, [["the", word, "river"]])
+    tokenizer.add_tokens([token])
+    assert of_texts(tokenizer, [["the", word, "river"]]) == right
+    assert TextTokenizer(SimpleNamespace(backend_tokenizer=tokenizer), max_length=9).identity[-1] == (
+        "added tokens as they match"
+    )
+
+
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [
+        (AddedToken("ban", single_word=True), ["ban", "ban-k", "ban."]),
+        (AddedToken("ban"), ["ban", "banks"]),
+        (AddedToken("ban", lstrip=True, rstrip=True), ["ban", "banks"]),
+        (AddedToken("BAN", normalized=True), ["ban", "BAN", "Banks"]),
+        (AddedToken("[BAN]", special=True), ["[BAN]", "[BAN]k"]),
+    ],
+    ids=str,
+)
+def test_an_added_token_in_a_list_has_no_token_of_a_blank_before_it(token: AddedToken, words: list[str]) -> None:
+    tokenizer = byte_bpe(add_prefix_space=False)
+    if token.normalized:
+        tokenizer.normalizer = normalizers.Lowercase()
+    add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
+    add([token])
+    number = tokenizer.token_to_id(token.content)
+    before = of_texts(tokenizer, [["the"]])[0]
+    for word in words:
+        assert of_texts(tokenizer, [["the", word]])[0][: len(before) + 1] == [*before, number]
+
+
+def test_a_special_token_that_is_split_like_other_text_is_no_added_token() -> None:
+    tokenizer = byte_bpe(add_prefix_space=False)
+    assert AddedTokens(tokenizer).begin("[SEP]x") and not AddedTokens(tokenizer).begin("x[SEP]")
+    tokenizer.encode_special_tokens = True
+    assert not AddedTokens(tokenizer).begin("[SEP]x")
+
+
+def test_added_tokens_that_match_as_they_are_written_leave_the_identity() -> None:
+    """As ModernBERT has it: a normalizer that leaves them, and runs of blanks."""
+    tokenizer = byte_bpe(add_prefix_space=False)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_tokens([AddedToken("   ", normalized=True), AddedToken("|||EMAIL|||", normalized=True)])
+    tokenizer.add_special_tokens([AddedToken("[MASK]", lstrip=True)])
+    assert find_blanks(tokenizer) == Blanks(first=True, others=True)

@@ -20,7 +20,7 @@ def test_versions_devices_and_models_are_plain_json(minilm: Encoder) -> None:
     assert cpu["device"] == "cpu" and cpu["auto_dtype"] in ("float32", "bfloat16")
     assert len(found["devices"]) == 1 + torch.cuda.device_count()
     model = found["models"]["all-MiniLM-L6-v2"]
-    assert model["runs"] == minilm.batching.way == "packed"
+    assert model["runs"] == minilm.batching.way == "fused"
     assert model["because"].startswith("packed equals one by one")  # the figure after it depends on the threads
     assert (model["max_length"], model["embedding_dim"], model["dtype"]) == (512, 384, "float32")
     assert "no model 'no-such-model'" in found["models"]["no-such-model"]["error"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, UserDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -263,3 +265,59 @@ def test_into_gives_each_text_a_key_and_needs_dicts() -> None:
     assert out == {"q": ["a"], "a": ["b"], "x": embeddings["q"], "y": embeddings["a"]}
     with pytest.raises(ConfigError, match=r"into=\('x',\) needs batches that are dicts; this is a list"):
         with_vectors([["a"]], {0: encoded("a")}, text=(0,), into=("x",), layout=None)
+
+
+class FrozenMapping(Mapping[str, Any]):
+    """A mapping without `__setitem__`, made of a dict, as frozen dicts are."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self._content = content
+
+    def __getitem__(self, key: str) -> Any:
+        return self._content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+
+@pytest.mark.parametrize("kind", [MappingProxyType, FrozenMapping])
+@pytest.mark.parametrize("layout", [None, "padded"])
+def test_vectors_go_into_a_copy_of_a_mapping_that_cannot_be_written(kind: Any, layout: Any) -> None:
+    batch, found = kind({"said": ["a b"], "label": 1}), encoded("a b")
+    out = with_vectors(batch, {"said": found}, text=("said",), into=("v",), layout=layout)
+    assert type(out) is kind and out["said"] == ["a b"] and out["label"] == 1 and "v" not in batch
+    assert (out["v"] is found) if layout is None else torch.equal(out["v_mask"], found.padded()[1])
+    assert with_vectors(batch, {"said": found}, text=("said",), into=None, layout=None)["said"] is found
+
+
+class ReadOnly:
+    """Its text is a property that cannot be set."""
+
+    said = property(lambda self: ["a b"])
+
+
+class Keyed(FrozenMapping):
+    """A mapping that is not made of a dict."""
+
+    def __init__(self) -> None:
+        super().__init__({"said": ["a b"]})
+
+
+class Uncopyable:
+    """Holds a lock, which cannot be copied."""
+
+    def __init__(self) -> None:
+        self.said = ["a b"]
+
+    def __copy__(self) -> Uncopyable:
+        raise TypeError("cannot pickle '_thread.lock' object")
+
+
+@pytest.mark.parametrize("batch", [ReadOnly(), Keyed(), Uncopyable()], ids=lambda batch: type(batch).__name__)
+def test_a_batch_that_takes_no_vectors_is_refused_with_the_way_out(batch: Any) -> None:
+    with pytest.raises(ConfigError, match=f"'said' cannot be set in a copy of a {type(batch).__name__}.*such as dicts"):
+        with_vectors(batch, {"said": encoded("a b")}, text=("said",), into=None, layout=None)
+    assert get_field(batch, "said") == ["a b"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -371,3 +371,54 @@ def test_a_row_without_a_text_is_named(hugging_face: Any) -> None:
     with pytest.raises(ShardError, match="field 'body'") as caught:
         list(TextStream(hugging_face, FakeEncoder(), text="body"))
     assert caught.value.path == "Dataset" and caught.value.index == 0
+
+
+class Uncounted(torch.utils.data.Dataset[Any]):
+    """A map-style dataset that does not say how many records it has."""
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        return {"text": "a bank"}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "frame",
+            r"DataFrame of 403 rows with the columns \['text', 'id'\]: pass its rows as a list.*from_pandas",
+        ),
+        ("table", r"Table of 403 rows with the columns \['text', 'id'\]: pass its rows"),
+        ("empty", "Dataset of 0 rows with the columns"),
+        ("splits", r"DatasetDict with the keys \['train'\]: pass one of its splits, such as the one under 'train'"),
+        ("streamed splits", "IterableDatasetDict with the keys .*: pass one of its splits"),
+        ("dict", r"dict with the keys \['text'\].*or a list of dicts, one a record"),
+        ("empty dict", "dict with the keys .*or a list of dicts, one a record"),
+        ("set", "set, which has no order: pass a list"),
+        ("loader", "DataLoader, which has no positions to share out: use bertstream.wrap"),
+        ("uncounted", "Uncounted, which has no positions to share out: use bertstream.wrap"),
+    ],
+)
+def test_a_source_that_is_neither_shards_nor_rows_is_refused_with_the_way_out(
+    hugging_face: Any, source: str, message: str
+) -> None:
+    import datasets
+
+    make: dict[str, Callable[[], Any]] = {
+        "frame": lambda: hugging_face.to_pandas(),
+        "table": lambda: hugging_face.data.table,
+        "empty": lambda: hugging_face.select([]),
+        "splits": lambda: datasets.DatasetDict(train=hugging_face),
+        "streamed splits": lambda: datasets.IterableDatasetDict(train=hugging_face.to_iterable_dataset()),
+        "dict": lambda: {"text": ["a bank"]},
+        "empty dict": dict,
+        "set": lambda: {"a.jsonl", "b.jsonl"},
+        "loader": lambda: DataLoader([{"text": "a bank"}]),  # type: ignore[arg-type]
+        "uncounted": Uncounted,
+    }
+    with pytest.raises(ConfigError, match=f"shards is a {message}"):
+        bertstream.stream(make[source](), FakeEncoder())
+
+
+def test_names_in_a_series_are_shards_whatever_its_index(shards: list[str], hugging_face: Any) -> None:
+    names = hugging_face.to_pandas().head(2).assign(name=shards[:2], index=[7, 3]).set_index("index")["name"]
+    assert TextStream(names, FakeEncoder()).shards == shards[:2]

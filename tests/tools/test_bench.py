@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a tiny BERT of random weights."""
-    return write_bert(tmp_path_factory.mktemp("bert"), tiny=True)
+    return write_bert(tmp_path_factory.mktemp("bert"), "tiny")
 
 
 @pytest.fixture(scope="module")

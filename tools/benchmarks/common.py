@@ -7,6 +7,7 @@ import csv
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,14 +33,24 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def texts_of(arguments: argparse.Namespace) -> list[str]:
     """The first texts of the corpus, or of the data if no corpus is named."""
-    if arguments.corpus is None:
-        return read_texts(arguments.data, arguments.texts)
-    with arguments.corpus.open(encoding="utf-8") as file:
-        if arguments.corpus.suffix == ".jsonl":
-            texts = [json.loads(line)["text"] for line in file]
-        else:
-            texts = [line.rstrip("\n") for line in file]
-    return texts[: arguments.texts]
+    return read_corpus(arguments.corpus or arguments.data)[: arguments.texts]
+
+
+def read_corpus(path: Path) -> list[str]:
+    """The texts of a file, in its order, or of a data folder, shuffled.
+
+    Args:
+        path: jsonl with a key "text"; csv, whose columns are joined, numbers left out; any other file has a text a
+            line. Or a folder with banking77/ and ud_english_ewt/.
+    """
+    if path.is_dir():
+        return read_texts(path, sys.maxsize)
+    with path.open(encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
+        if path.suffix == ".jsonl":
+            return [json.loads(line)["text"] for line in file]
+        if path.suffix == ".csv":
+            return [" ".join(cell for cell in row if not cell.isdigit()) for row in csv.reader(file)]
+        return [line.rstrip("\n") for line in file]
 
 
 def short_texts(arguments: argparse.Namespace) -> list[str]:

@@ -1,0 +1,54 @@
+"""Which tokens of a text that is too long are kept, and which window each token's vector is taken from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..tokens import BoolArray, Int32Array
+
+
+def owners(words: npt.NDArray[Any], starts: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
+    """Which window each sliding token's vector is taken from.
+
+    It is the window in which the token's word is farthest from an edge beyond which the text continues, the earlier of
+    two equals. All tokens of a word have one owner, unless no window holds the whole word: then each has its own.
+
+    Args:
+        words: [n] the word of each token, ascending.
+        starts: [W] the first token of each window, ascending, from 0 to n - room.
+        room: tokens of each window.
+    Returns:
+        [n] ascending, so that owned tokens keep their order.
+    """
+    # Window i + 1 beats window i for a word whose middle comes after the middle of both windows together. The same is
+    # true at the text's ends, where one edge does not count: the other edge decides alone, at the same point.
+    middles = starts[:-1] + starts[1:] + room - 1
+    first = np.flatnonzero(np.diff(words, prepend=-1))
+    last = np.append(first[1:], len(words)) - 1
+    owner = np.searchsorted(middles, first + last)
+    whole = (starts[owner] <= first) & (last < starts[owner] + room)
+    by_token = np.searchsorted(middles, 2 * np.arange(len(words)))
+    return np.where(np.repeat(whole, last - first + 1), np.repeat(owner, last - first + 1), by_token)
+
+
+def kept(sequence_ids: Int32Array, max_length: int, keeps_end: bool) -> BoolArray:
+    """[L] the tokens that truncation keeps: special ones, and the text's first, or its last.
+
+    Each text of a pair keeps half of the room, and more if the other needs less: transformers' "longest_first".
+
+    Args:
+        sequence_ids: [L] which text of the pair a token belongs to, -1 for special tokens.
+        max_length: how many tokens are kept, fewer than L.
+        keeps_end: whether the last tokens are kept.
+    """
+    first, second = (np.flatnonzero(sequence_ids == text) for text in (0, 1))
+    room = max_length - np.count_nonzero(sequence_ids < 0)
+    shorter = min(len(first), len(second), room // 2)
+    chosen = sequence_ids < 0
+    counts = (shorter, room - shorter) if len(first) <= len(second) else (room - shorter, shorter)
+    for part, count in zip((first, second), counts, strict=True):
+        chosen[part[max(0, len(part) - count) :] if keeps_end else part[:count]] = True
+    return chosen

@@ -1,0 +1,383 @@
+"""The forward of a frozen encoder as one loop over its weights, without the model's modules in between.
+
+transformers' modules take several milliseconds of Python for a forward that a GPU computes in two. The loop takes the
+weights where they are, and joins those of queries, keys and values, so that one product makes all three.
+
+Shapes: N tokens of all texts, H hidden size, d size of one head.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..tokens import Int32Array
+from . import kernels
+from .attention import Packing, attend
+from .fingerprint import states_of
+from .layer_modules import EncoderModules, LayerModules, UndescribedError, describe
+from .model_guard import ModelGuard
+
+logger = logging.getLogger(__name__)
+
+Product = tuple[Tensor, Tensor | None]
+"""Weight [out, in] and bias [out] of `F.linear`."""
+
+_TANH_GELU = partial(F.gelu, approximate="tanh")
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_fast": _TANH_GELU,
+    "gelu_new": _TANH_GELU,
+    "gelu_pytorch_tanh": _TANH_GELU,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+_GATES = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "swish": "silu"}
+"""The activations of `kernels.gated`, by their names in transformers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """LayerNorm, or RMSNorm, which has no mean and no bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    rms: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalize [N, H] along H."""
+        if not self.rms:
+            return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The weights of one layer, in the order in which they are used.
+
+    Attributes:
+        qkv: one product, or three where the weights may change unnoticed and so are not joined.
+        attention_norm: None for no norm.
+        up: one product; or two of a gated feed-forward that are not joined.
+        window: see `LayerModules`; `rotary` too.
+    """
+
+    qkv: tuple[Product, ...]
+    attention_out: Product
+    attention_norm: Norm | None
+    up: tuple[Product, ...]
+    down: Product
+    feed_forward_norm: Norm
+    window: int | None
+    rotary: str | None
+
+
+class FusedForward:
+    """A model's forward over packed texts.
+
+    It reads the weights of the model and keeps joined copies of some, which it renews when a weight was written in
+    place, moved, replaced or trained. Weights that require a gradient are not joined: optimizers may change them
+    without a trace.
+
+    Args:
+        model: an encoder in eval mode; layers above the highest of `layers` may have been dropped.
+        layers: whose hidden states are wanted, counted from 0, the embedding layer.
+        num_layers: of the whole model. The hidden states of the last layer are those after the model's final norm.
+    Raises:
+        UndescribedError: the model is none that this forward knows.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[int], num_layers: int) -> None:
+        self.model = model
+        self.layers = tuple(layers)
+        self._num_layers = num_layers
+        self._warned = False
+        self._describe()
+
+    def _describe(self) -> None:
+        self._modules = describe(self.model, max(self.layers), whole=max(self.layers) == self._num_layers)
+        self._guard = ModelGuard(self.model)
+        if self._modules.activation not in _ACTIVATIONS:
+            raise UndescribedError(f"its activation is {self._modules.activation}")
+        self._activation = _ACTIVATIONS[self._modules.activation]
+        weights = [weight for module in _used(self._modules) for weight in _plain_weights(module)]
+        if len({(weight.dtype, weight.device) for weight in weights}) > 1:
+            raise UndescribedError("its weights are of several dtypes or on several devices")
+        if reason := self._guard.intruder():
+            raise UndescribedError(reason)
+        # Those that are joined, and one that tells that the model moved.
+        joined = [products for layer in self._modules.layers for products in (layer.qkv, layer.up) if len(products) > 1]
+        sources = {id(w): w for products in joined for module in products for w in module.parameters()}
+        self._watched = list(sources.values()) or weights[:1]
+        self._state: object = None
+
+    def ready(self, model: nn.Module) -> bool:
+        """Whether the model can run fused as it is now; if so, the joined weights are up to date.
+
+        Cheap enough for every batch. If not, the model has to run itself; the first time, the log says why.
+        """
+        reason = self._guard.intruder()
+        if reason is None and (model is not self.model or self._guard.replaced()):
+            try:
+                self.model = model
+                self._describe()
+            except UndescribedError as error:
+                reason = str(error)
+        if reason is not None:
+            if not self._warned:
+                logger.warning("%s runs through its own modules: %s", type(self.model).__name__, reason)
+            self._warned = True
+            return False
+        state = states_of(self._watched)
+        if state != self._state:
+            self._read_weights()
+            self._state = state
+        return True
+
+    def forget(self) -> None:
+        """Read the weights again before the next forward: they may have changed without a trace."""
+        self._state = None
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any parameter of the model requires a gradient."""
+        return self._guard.requires_grad()
+
+    def _read_weights(self) -> None:
+        modules = self._modules
+        known: dict[tuple[int, ...], tuple[Product, ...]] = {}
+
+        def products(sources: tuple[nn.Module, ...]) -> tuple[Product, ...]:
+            key = tuple(map(id, sources))  # layers may share their modules
+            if key not in known:
+                known[key] = _joined(sources)
+            return known[key]
+
+        self._loop = [
+            Layer(
+                qkv=products(layer.qkv),
+                attention_out=_product(layer.attention_out),
+                attention_norm=_norm(layer.attention_norm),
+                up=products(layer.up),
+                down=_product(layer.down),
+                feed_forward_norm=_required(layer.feed_forward_norm),
+                window=layer.window,
+                rotary=layer.rotary,
+            )
+            for layer in modules.layers
+        ]
+        self._joined = [pair for key, pairs in known.items() if len(key) > len(pairs) for pair in pairs]
+        tables: tuple[tuple[Any, str], ...] = modules.tables
+        self._tables: list[tuple[Tensor, str]] = [(table.weight, ids) for table, ids in tables]
+        self._embedding_norm = _norm(modules.embedding_norm)
+        self._projection = None if modules.projection is None else _product(modules.projection)
+        norms = [*(layer.attention_norm for layer in self._loop), _norm(modules.final_norm)]
+        self._following = norms[1:]
+        self._rotary = self._rotary_tables() if self._loop else {}
+        weight = self._tables[0][0]
+        self._kernels = kernels.available(weight.device)
+        self._gate = _GATES.get(modules.activation) if self._kernels else None
+        fits = self._kernels and kernels.attention_fits(modules.head_size, weight.dtype)
+        self._tile_rows = kernels.tile_rows(modules.head_size, weight.dtype) if fits else None
+
+    def _rotary_tables(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Cosines and sines [positions, d] of each kind of layer, as the model computes them."""
+        config: Any = self.model.config
+        weight = self._tables[0][0]
+        like = weight.new_zeros(1, 1, config.hidden_size)
+        positions = torch.arange(config.max_position_embeddings, device=weight.device)[None]
+        made = {kind: rotary(like, positions) for kind, rotary in self._modules.rotary.items()}
+        return {kind: (cos[0], sin[0]) for kind, (cos, sin) in made.items()}
+
+    @property
+    def joined_bytes(self) -> int:
+        """Bytes of the joined copies, beside the model's own weights."""
+        return sum(tensor.nbytes for pair in self._joined for tensor in pair if tensor is not None)
+
+    def tiles(self, lengths: Int32Array) -> Int32Array | None:
+        """[tiles, 2] of `kernels.attention_tiles` for a forward of these texts; None if it uses another attention."""
+        return None if self._tile_rows is None else kernels.attention_tiles(lengths, self._tile_rows)
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor | None,
+        packing: Packing,
+        tiles: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The hidden states [N, H] of each of `layers`, after `ready` said yes.
+
+        Args:
+            input_ids: [N] of an integer dtype, on the model's device, one text after the other.
+            position_ids: [N], as the model counts them.
+            token_type_ids: [N]; None is all zeros.
+            packing: where the texts begin and end.
+            tiles: of the method, on the device.
+        """
+        x = self._embed({"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids})
+        kept = {0: x}
+        rotary = {kind: (cos[position_ids], sin[position_ids]) for kind, (cos, sin) in self._rotary.items()}
+        pre_norm = self._modules.pre_norm
+        first = self._loop[0].attention_norm if self._loop and pre_norm else None
+        normed = x if first is None else first(x)
+        for index, (layer, following) in enumerate(zip(self._loop, self._following, strict=True), 1):
+            qkv = _apply(layer.qkv, normed)
+            attended = self._attend(qkv, packing, tiles, layer.window, rotary.get(layer.rotary or ""))
+            out = F.linear(attended, *layer.attention_out)
+            x, normed = self._add(out, x, layer.feed_forward_norm if pre_norm else layer.attention_norm)
+            out = self._feed_forward(normed, layer)
+            x, normed = self._add(out, x, following if pre_norm else layer.feed_forward_norm)
+            kept[index] = normed if index == self._num_layers else x
+        return [kept[layer] for layer in self.layers]
+
+    def _embed(self, ids: dict[str, Tensor | None]) -> Tensor:
+        found = [
+            table[0] if (named := ids.get(name)) is None else F.embedding(named, table) for table, name in self._tables
+        ]
+        x = found[0]
+        for rows in found[1:]:
+            x = x.add_(rows)
+        x = x if self._embedding_norm is None else self._embedding_norm(x)
+        return x if self._projection is None else F.linear(x, *self._projection)
+
+    def _add(self, out: Tensor, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
+        """The residual stream and what the next product takes, after `out` [N, H], which is overwritten."""
+        pre_norm = self._modules.pre_norm
+        if norm is None:
+            total = normed = out.add_(x)
+        elif not self._kernels:
+            total = out.add_(x)
+            normed = norm(total)
+        elif pre_norm:
+            total, normed = kernels.add_norm(out, x, norm.weight, norm.bias, norm.eps, rms=norm.rms, keep_sum=True)
+        else:
+            total = normed = kernels.add_norm(out, x, norm.weight, norm.bias, norm.eps, rms=norm.rms)
+        return (total if pre_norm else normed), normed
+
+    def _feed_forward(self, x: Tensor, layer: Layer) -> Tensor:
+        return F.linear(self._activate(_apply(layer.up, x)), *layer.down)
+
+    def _activate(self, up: Tensor) -> Tensor:
+        if not self._modules.gated:
+            return self._activation(up)
+        if self._gate is not None:
+            return kernels.gated(up, self._gate, up_first=False)
+        gate, value = up.chunk(2, -1)
+        return self._activation(gate).mul_(value)
+
+    def _attend(
+        self,
+        qkv: Tensor,
+        packing: Packing,
+        tiles: Tensor | None,
+        window: int | None,
+        rotary: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """[N, heads * d] from queries, keys and values side by side."""
+        heads, kv_heads, size = self._modules.heads, self._modules.kv_heads, self._modules.head_size
+        if rotary is not None and self._kernels:
+            cos, sin = rotary
+            kernels.rotate(qkv, cos, sin, heads=heads, kv_heads=kv_heads, head_dim=size, rotary_dim=size)
+        elif rotary is not None:
+            turned = qkv.view(len(qkv), heads + 2 * kv_heads, size)[:, : heads + kv_heads]
+            turned.copy_(_rotated(turned, *rotary))
+        if tiles is not None:
+            return kernels.packed_attention(
+                qkv,
+                packing.cu_seqlens,
+                tiles,
+                heads=heads,
+                kv_heads=kv_heads,
+                head_dim=size,
+                scale=size**-0.5,
+                window=window,
+            )
+        return attend(qkv, heads, kv_heads, size, packing, window)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "layers": self.layers,
+            "_num_layers": self._num_layers,
+            "_warned": self._warned,
+            "long_text": self.long_text,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._describe()
+
+
+def _used(modules: EncoderModules) -> list[nn.Module]:
+    """All modules whose weights are read."""
+    outside = [*(table for table, _ in modules.tables), modules.embedding_norm, modules.projection, modules.final_norm]
+    return [module for module in (*outside, *(m for layer in modules.layers for m in _used_in(layer))) if module]
+
+
+def _used_in(layer: LayerModules) -> list[nn.Module | None]:
+    products = [*layer.qkv, layer.attention_out, *layer.up, layer.down]
+    return [*products, layer.attention_norm, layer.feed_forward_norm]
+
+
+def _plain_weights(module: nn.Module) -> list[nn.Parameter]:
+    """A module's weights, if it is of a kind that needs nothing else: not quantized, no adapter, no parametrization."""
+    kind = type(module)
+    if kind not in (nn.Linear, nn.Embedding, nn.LayerNorm) and not _is_rms_norm(module):
+        raise UndescribedError(f"it has a {kind.__module__}.{kind.__name__}")
+    if getattr(module, "max_norm", None) is not None:
+        raise UndescribedError("its embedding table has a max_norm")
+    return list(module.parameters(recurse=False))
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+
+
+def _norm(module: Any) -> Norm | None:
+    return None if module is None else _required(module)
+
+
+def _required(module: Any) -> Norm:
+    if _is_rms_norm(module):
+        return Norm(module.weight, None, module.variance_epsilon, rms=True)
+    return Norm(module.weight, module.bias, module.eps, rms=False)
+
+
+def _product(module: Any) -> Product:
+    return module.weight, module.bias
+
+
+def _joined(sources: tuple[Any, ...]) -> tuple[Product, ...]:
+    """One product in the place of several of the same input; several where a weight requires a gradient."""
+    products = tuple(_product(source) for source in sources)
+    biased = [bias for _, bias in products if bias is not None]
+    if len(products) == 1 or len(biased) not in (0, len(products)) or any(w.requires_grad for w, _ in products):
+        return products
+    with torch.no_grad():
+        return ((torch.cat([weight for weight, _ in products]), torch.cat(biased) if biased else None),)
+
+
+def _apply(products: tuple[Product, ...], x: Tensor) -> Tensor:
+    if len(products) == 1:
+        return F.linear(x, *products[0])
+    return torch.cat([F.linear(x, *product) for product in products], -1)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions of [N, heads, d] in float32; cos and sin are [N, d]."""
+    first, second = x.float().chunk(2, -1)
+    turned = torch.cat((-second, first), -1)
+    return (x * cos.float()[:, None]).add_(turned.mul_(sin.float()[:, None]))

@@ -1,0 +1,102 @@
+"""Whether tokenizer and model belong together: their vocabularies at load, and the ids of each batch."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from ..errors import EncoderError, shortened
+from ..tokens import TokenBatch
+from .tokenizer import TextTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def check_vocabulary(tokenizer: Any, config: Any, whose: str, *, saved_together: bool) -> None:
+    """Refuse a tokenizer that cannot be the model's.
+
+    An embedding table is often padded to a round size, so a vocabulary may be smaller than the table. Below half of it
+    no such reason is left.
+
+    Args:
+        tokenizer: a transformers tokenizer; without a Rust backend nothing is checked.
+        config: the model's.
+        whose: the model, for messages.
+        saved_together: whether both are of one folder; else a vocabulary below half of the table only gives a warning.
+    Raises:
+        EncoderError: it knows nothing but special tokens, none of its special tokens, or tokens that the model's
+            embedding table has no row for.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    rows = int(config.vocab_size)
+    known = backend.get_vocab_size(with_added_tokens=True)
+    special = set(getattr(tokenizer, "all_special_tokens", ()))
+    belongs = "save the model's tokenizer beside it with tokenizer.save_pretrained(), or pass both to Encoder()"
+    if special and known <= len(special) + 64 and not _ordinary(backend, special):
+        raise EncoderError(
+            f"{whose} comes without its tokenizer: the one found knows {known} tokens, none but special ones "
+            f"({shortened(sorted(special))}), so every word would be unknown; {belongs}"
+        )
+    if special and all(backend.token_to_id(token) is None for token in special):
+        raise EncoderError(
+            f"{whose}: the tokenizer knows none of its special tokens {shortened(sorted(special))}; {belongs}"
+        )
+    unknown = getattr(backend.model, "unk_token", None)
+    needs_unknown = type(backend.model).__name__ in ("WordPiece", "WordLevel")
+    if needs_unknown and unknown is not None and backend.model.token_to_id(unknown) is None:
+        raise EncoderError(f"{whose}: the tokenizer's vocabulary lacks its unknown token {unknown!r}; {belongs}")
+    own = backend.get_vocab_size(with_added_tokens=False)
+    if own > rows:
+        raise EncoderError(
+            f"{whose}: the tokenizer's vocabulary has {own} entries, the model's embedding table {rows} rows: it is "
+            f"another model's tokenizer; {belongs}"
+        )
+    # Nothing is padded here, so a padding token that was added for that purpose is never looked up.
+    padding = getattr(tokenizer, "pad_token", None)
+    added = backend.get_added_tokens_decoder().items()
+    beyond = {number: token.content for number, token in added if number >= rows and token.content != padding}
+    if beyond:
+        raise EncoderError(
+            f"{whose}: the tokenizer's added tokens {shortened(list(beyond.values()))} have ids up to {max(beyond)}, "
+            f"the model's embedding table has {rows} rows: call model.resize_token_embeddings(len(tokenizer)) before "
+            "you train and save the model, or take the tokenizer that was saved with it"
+        )
+    if 2 * known < rows:
+        message = (
+            f"{whose}: the tokenizer knows {known} tokens, the model {rows}, more than twice as many, so it seems to "
+            "be another model's tokenizer"
+        )
+        if saved_together:
+            raise EncoderError(f"{message}; if they belong together, pass both to Encoder()")
+        logger.warning("%s", message)
+
+
+def _ordinary(backend: Any, special: set[str]) -> list[str]:
+    """The tokens of a small vocabulary that are neither special nor the mark of a blank alone."""
+    return [token for token in backend.get_vocab() if token not in special and token.strip("▁Ġ ")]
+
+
+def check_batch(batch: TokenBatch, tokenizer: TextTokenizer, vocab_size: int) -> None:
+    """Refuse a batch that the model cannot take.
+
+    Raises:
+        EncoderError: a text is too long, or has an id without a row in the embedding table; `.records` names it.
+    """
+    lengths = batch.lengths if batch.window_lengths is None else batch.window_lengths
+    if len(lengths) and lengths.max() > tokenizer.max_length:
+        texts = np.flatnonzero(batch.lengths > tokenizer.max_length)
+        message = f"text {texts[0]} has {batch.lengths[texts[0]]} tokens, {tokenizer.limit}"
+        raise EncoderError(message, records=texts.tolist())
+    unknown = np.flatnonzero((batch.input_ids < 0) | (batch.input_ids >= vocab_size))
+    if len(unknown):
+        text = int(np.searchsorted(batch.cu_seqlens, unknown[0], "right")) - 1
+        raise EncoderError(
+            f"text {text} has the token id {batch.input_ids[unknown[0]]}, the model knows 0 to {vocab_size - 1}: it "
+            "was tokenized for another model, or tokens were added without "
+            "model.resize_token_embeddings(len(tokenizer))",
+            records=(text,),
+        )

@@ -1,0 +1,257 @@
+"""The fused forward: equal to plain transformers, never stale, and left alone where a model is not what it knows."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from families import PAIRS, WORDS, Tokenizer, make
+from torch import Tensor, nn
+
+from bertstream import Encoder
+from bertstream.tokens import Text
+
+FUSED = ("Bert", "Roberta", "XLMRoberta", "Camembert", "DistilBert", "Electra", "Albert", "Ernie", "ModernBert")
+FUSED = (*FUSED, "NomicBert", "EuroBert", "GroupedEuroBert")
+
+TEXTS: list[Text] = ["a bank", "", "The bank raised its rates again this spring.", [*WORDS], "one", "a bat"]
+
+
+@pytest.fixture(scope="module")
+def bert() -> nn.Module:
+    return make("Bert").requires_grad_(False)
+
+
+@pytest.fixture
+def encoder(bert: nn.Module, minilm_folder: str) -> Encoder:
+    own = copy.deepcopy(bert)
+    return Encoder(own, Tokenizer(minilm_folder, own))
+
+
+def alone(model: nn.Module, encoder: Encoder, texts: list[Text], layer: int) -> Tensor:
+    """The hidden states of each text by the model itself, one after the other."""
+    rows = []
+    with torch.no_grad():
+        for text in texts:
+            batch = encoder.tokenizer.batch([text])
+            if not batch.num_tokens:
+                continue
+            inputs = {"input_ids": torch.from_numpy(batch.input_ids).long()[None]}
+            if batch.token_type_ids is not None:
+                inputs["token_type_ids"] = torch.from_numpy(batch.token_type_ids).long()[None]
+            out = model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), output_hidden_states=True)
+            rows.append(out.hidden_states[layer][0])
+    return torch.cat(rows)
+
+
+def error(found: Tensor, right: Tensor) -> float:
+    return float((found.float() - right).norm() / right.norm())
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_every_layer_of_every_fused_family_equals_the_model_itself(name: str, minilm_folder: str) -> None:
+    model = make(name).requires_grad_(False)
+    for layer in range(4):
+        encoder = Encoder(model, Tokenizer(minilm_folder, model), layers=layer)
+        assert encoder.batching.way == "fused", encoder.batching
+        assert error(encoder(TEXTS).values, alone(model, encoder, TEXTS, layer)) < 1e-5
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_pairs_and_windows_equal_the_packed_forward(name: str, minilm_folder: str) -> None:
+    model = make(name).requires_grad_(False)
+    tokenizer = Tokenizer(minilm_folder, model)
+    options: dict[str, Any] = {"layers": (0, 2, 3), "combine": "stack", "overflow": "windows", "stride": 4}
+    fused = Encoder(model, tokenizer, max_length=16, **options)
+    packed = Encoder(model, tokenizer, max_length=16, **options)
+    packed._fused = None
+    long = " ".join(WORDS * 3)
+    for texts in ([long, *TEXTS], PAIRS):
+        if texts is PAIRS and getattr(model.config, "type_vocab_size", 0) < 2:
+            continue
+        assert error(fused(texts).values, packed(texts).values) < 1e-5
+
+
+def test_a_lower_half_is_fused_and_the_upper_half_continues_it(encoder: Encoder) -> None:
+    right = encoder(TEXTS).values
+    lower, upper = encoder.split(2)
+    assert lower.batching.way == "fused"
+    upper.requires_grad_(False)
+    assert error(upper(lower(TEXTS)).values, right) < 1e-5
+
+
+def written_in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.encoder.layer[1].attention.self.key.weight.mul_(1.5)
+
+
+def loaded(model: nn.Module) -> None:
+    state = {name: 1.25 * tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    model.load_state_dict(state, strict=False)
+
+
+def replaced(model: nn.Module) -> None:
+    old = model.encoder.layer[0].attention.self.value
+    model.encoder.layer[0].attention.self.value = nn.Linear(old.in_features, old.out_features).requires_grad_(False)
+
+
+def another_parameter(model: nn.Module) -> None:
+    out = model.encoder.layer[2].output.dense
+    out.weight = nn.Parameter(2 * out.weight, requires_grad=False)
+
+
+def a_layer_moved(model: nn.Module) -> None:
+    layers = model.encoder.layer
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+def swapped_data(model: nn.Module) -> None:
+    query = model.encoder.layer[0].attention.self.query
+    query.weight.data = 1.5 * query.weight.data
+
+
+@pytest.mark.parametrize("change", [written_in_place, loaded, replaced, another_parameter, a_layer_moved, swapped_data])
+def test_a_changed_model_gives_its_new_vectors(encoder: Encoder, change: Any) -> None:
+    before = encoder(TEXTS).values
+    change(encoder.model)
+    after = encoder(TEXTS).values
+    assert encoder._fused is not None and encoder._fused.ready(encoder.model)
+    packed = copy.deepcopy(encoder)
+    packed._fused = None
+    assert error(after, packed(TEXTS).values) < 1e-5 < error(after, before)
+
+
+def test_another_dtype_converts_the_joined_weights(encoder: Encoder) -> None:
+    encoder(TEXTS)
+    encoder.to(torch.bfloat16)
+    found = encoder(TEXTS).values
+    packed = copy.deepcopy(encoder)
+    packed._fused = None
+    assert error(found, packed(TEXTS).values) < 0.05
+
+
+@pytest.mark.parametrize("fused_optimizer", [False, True])
+def test_training_is_seen_at_every_step(encoder: Encoder, fused_optimizer: bool) -> None:
+    frozen = encoder(TEXTS).values
+    encoder.unfreeze()
+    optimizer = torch.optim.AdamW(encoder.parameters(), 0.01, fused=fused_optimizer)
+    seen = [frozen]
+    for _ in range(2):
+        encoder(TEXTS).values.pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(encoder.encode(TEXTS).values)
+    encoder.freeze()
+    assert torch.allclose(encoder(TEXTS).values, seen[-1], atol=1e-5)
+    assert all(error(a, b) > 1e-3 for a, b in pairwise(seen))
+
+
+def test_weights_that_another_module_trains_are_never_joined(bert: nn.Module, minilm_folder: str) -> None:
+    model = copy.deepcopy(bert).requires_grad_(True)
+    encoder = Encoder(model, Tokenizer(minilm_folder, model))
+    before = encoder(TEXTS).values
+    assert encoder.batching.way == "fused" and encoder._fused is not None and encoder._fused.joined_bytes == 0
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)  # leaves no trace
+    after = encoder(TEXTS).values
+    assert error(after, alone(model, encoder, TEXTS, 3)) < 1e-5 < error(after, before)
+
+
+def test_gradients_are_those_of_the_model(bert: nn.Module, minilm_folder: str) -> None:
+    model = copy.deepcopy(bert).requires_grad_(True)
+    encoder = Encoder(model, Tokenizer(minilm_folder, model))
+    encoder.embed(["a bank"]).values.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "pooler" not in name)
+
+
+def test_a_hook_runs_and_is_named_once_in_the_log(encoder: Encoder, caplog: pytest.LogCaptureFixture) -> None:
+    right = encoder(TEXTS).values
+    layer = encoder.model.get_submodule("encoder.layer.1")
+    with caplog.at_level(logging.WARNING):
+        handle = layer.register_forward_hook(lambda module, arguments, out: 0 * out)
+        assert error(encoder(TEXTS).values, right) > 0.1
+        encoder(TEXTS)
+    handle.remove()
+    assert torch.equal(encoder(TEXTS).values, right)
+    (record,) = caplog.records
+    assert "encoder.layer.1" in record.message and "hook" in record.message
+
+
+def test_a_pre_hook_and_a_patched_forward_run(encoder: Encoder) -> None:
+    right = encoder(TEXTS).values
+    dense = encoder.model.get_submodule("encoder.layer.0.intermediate.dense")
+    handle = dense.register_forward_pre_hook(lambda module, arguments: (0 * arguments[0],))
+    assert error(encoder(TEXTS).values, right) > 0.1
+    handle.remove()
+    dense.forward = lambda x: torch.zeros(*x.shape[:-1], dense.out_features)  # type: ignore[assignment]
+    assert error(encoder(TEXTS).values, right) > 0.1
+    del dense.forward
+    assert torch.equal(encoder(TEXTS).values, right)
+
+
+def test_an_adapter_put_into_a_layer_runs(encoder: Encoder) -> None:
+    peft = pytest.importorskip("peft")
+    right = encoder(TEXTS).values
+    adapted = peft.inject_adapter_in_model(
+        peft.LoraConfig(target_modules=["query"], init_lora_weights=False), encoder.model
+    )
+    found = encoder(TEXTS).values
+    assert adapted is encoder.model and error(found, right) > 1e-3
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_model_with_foreign_modules_runs_packed_and_says_so(bert: nn.Module, minilm_folder: str) -> None:
+    model = copy.deepcopy(bert)
+    dense = model.encoder.layer[1].output.dense
+    doubled = Doubled(dense.in_features, dense.out_features)
+    doubled.load_state_dict(dense.state_dict())
+    model.encoder.layer[1].output.dense = doubled
+    encoder = Encoder(model, Tokenizer(minilm_folder, model))
+    assert encoder.batching.way == "packed" and "Doubled" in encoder.batching.reason
+    assert error(encoder(TEXTS).values, alone(model, encoder, TEXTS, 3)) < 1e-5
+
+
+def test_what_the_description_does_not_see_fails_the_self_test(
+    bert: nn.Module, minilm_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy.deepcopy(bert)
+    kind = type(model.encoder.layer[0].output)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *given: 1.5 * forward(self, *given))
+    encoder = Encoder(model, Tokenizer(minilm_folder, model))
+    assert encoder.batching.way == "packed" and "fused differs" in encoder.batching.reason
+
+
+def test_packed_false_does_not_fuse(bert: nn.Module, minilm_folder: str) -> None:
+    assert Encoder(bert, Tokenizer(minilm_folder, bert), packed=False).batching.way == "padded"
+
+
+def test_autocast_applies_to_embed(encoder: Encoder) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = encoder.embed(TEXTS).values
+    assert 1e-4 < error(found, encoder(TEXTS).values) < 0.05
+
+
+def test_a_copied_and_a_pickled_encoder_are_fused_over_their_own_weights(encoder: Encoder) -> None:
+    right = encoder(TEXTS).values
+    for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        written_in_place(other.model)
+        assert other._fused.model is other.model and error(other(TEXTS).values, right) > 1e-3
+    assert torch.equal(encoder(TEXTS).values, right)
+
+
+def test_layers_that_share_weights_share_the_joined_ones(minilm_folder: str) -> None:
+    albert = make("Albert").requires_grad_(False)
+    encoder = Encoder(albert, Tokenizer(minilm_folder, albert))
+    encoder(TEXTS)
+    one_layer = 3 * 32 * 32 + 3 * 32
+    assert encoder._fused is not None and encoder._fused.joined_bytes == 4 * one_layer
