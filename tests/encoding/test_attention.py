@@ -120,6 +120,7 @@ def test_scores_are_scaled_as_the_model_asks() -> None:
 
 def test_padded_input_is_refused_because_it_would_give_wrong_vectors() -> None:
     model = tiny(BertModel, BertConfig)
+    attention.register()
     model.set_attn_implementation(PACKED)
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     with pytest.raises(EncoderError, match="packed row"):
@@ -131,6 +132,7 @@ def test_a_sliding_window_limits_attention_in_longer_texts() -> None:
     texts = [torch.randint(5, 200, (1, length)) for length in (40, 90)]
     with torch.no_grad():
         right = torch.cat([model(input_ids=ids).last_hidden_state for ids in texts], 1)
+        attention.register()
         model.set_attn_implementation(PACKED)
         found = model(
             input_ids=torch.cat(texts, 1),
