@@ -177,7 +177,7 @@ def test_positions_are_counted_as_the_model_counts_them(
 ) -> None:
     model = family(name, pad_token_id=padding, max_position_embeddings=padding + 41)
     encoder = Encoder(model, Tokenizer(minilm_folder, model), packed=packed)
-    assert encoder.batching.way == ("packed" if packed is None else "padded")
+    assert encoder.batching.packs == (packed is None)
     texts = random_texts([9, 4, 40, 9, 3], (padding, padding, UNKNOWN))
     assert any(padding in text[:-1] for text in texts)
     assert worst_error(encoder, model, texts) <= 1e-5
@@ -203,9 +203,9 @@ def test_positions_of_a_packed_row_are_those_of_its_texts(texts: list[list[int]]
 
 
 def test_a_mask_in_a_text_does_not_change_the_texts_beside_it(minilm_folder: str) -> None:
-    for name, way in (("EsmWithMaskRatio", "padded"), ("Esm", "packed")):
+    for name, packs in (("EsmWithMaskRatio", False), ("Esm", True)):
         encoder = Encoder(family(name), Tokenizer(minilm_folder, family(name)))
-        assert encoder.batching.way == way, encoder.batching
+        assert encoder.batching.packs == packs, encoder.batching
         plain, masked = random_texts([7, 9])
         masked[2:5] = MASK
         left = encoder(batch_of([plain]))[0]
@@ -332,7 +332,7 @@ def test_a_model_that_mixes_packed_neighbours_is_refused_and_left_as_it_was(mode
     refused = tiny(model, config)
     before = refused.config._attn_implementation
     support = probed(refused)
-    assert support.way != "packed" and support.reason
+    assert not support.packs and support.reason
     assert refused.config._attn_implementation == before
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     assert refused(input_ids=ids, attention_mask=(ids > 0).long()).last_hidden_state.isfinite().all()
@@ -340,14 +340,14 @@ def test_a_model_that_mixes_packed_neighbours_is_refused_and_left_as_it_was(mode
 
 def test_the_self_test_looks_beyond_a_sliding_window(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"local_attention": 16, "global_attn_every_n_layers": 2, "pad_token_id": 0}
-    assert probed(tiny(ModernBertModel, ModernBertConfig, **options)).way == "packed"
+    assert probed(tiny(ModernBertModel, ModernBertConfig, **options)).packs
     blind = attention.packed_attention
 
     def without_window(*arguments: Any, **named: Any) -> Any:
         return blind(*arguments, **named | {"sliding_window": None})
 
     monkeypatch.setattr(attention, "packed_attention", without_window)
-    assert probed(tiny(ModernBertModel, ModernBertConfig, **options)).way != "packed"
+    assert not probed(tiny(ModernBertModel, ModernBertConfig, **options)).packs
     monkeypatch.undo()
     attention.register()
 
@@ -362,5 +362,5 @@ def test_a_model_whose_vectors_are_not_finite_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_self_test_judges_half_precision_by_its_own_noise(dtype: torch.dtype) -> None:
-    assert probed(tiny(BertModel, BertConfig).to(dtype)).way == "packed"
+    assert probed(tiny(BertModel, BertConfig).to(dtype)).packs
     assert probed(tiny(MPNetModel, MPNetConfig).to(dtype)).way == "padded"
