@@ -82,7 +82,7 @@ class Packing:
 
 
 def packed_attention(
-    module: nn.Module,
+    module: nn.Module | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -145,8 +145,9 @@ def attend(
         [N, heads * head_size].
     """
     if qkv.is_cuda:
-        states = qkv.view(1, len(qkv), -1, head_size).transpose(1, 2).split((heads, kv_heads, kv_heads), 1)
-        out, _ = packed_attention(None, *states, None, packing=packing, sliding_window=window)
+        states = qkv.view(1, len(qkv), -1, head_size).transpose(1, 2)
+        query, key, value = states.split((heads, kv_heads, kv_heads), 1)
+        out, _ = packed_attention(None, query, key, value, None, packing=packing, sliding_window=window)
         return out.view(len(qkv), heads * head_size)
     found: list[Tensor] = []
     width, start = qkv.shape[1], 0
@@ -198,7 +199,8 @@ def _texts(x: Tensor, start: int, texts: int, length: int, more: int) -> Tensor:
     """
     rows = x[0]
     if torch.is_grad_enabled():  # the gradient of a strided view is slow
-        return rows[:, start : start + texts * length].unflatten(1, (texts, length)).transpose(0, 1)
+        taken: Tensor = rows[:, start : start + texts * length].unflatten(1, (texts, length))
+        return taken.transpose(0, 1)
     if start + texts * length + more > rows.shape[1]:  # the last texts of the row, which are its shortest
         rows, start = F.pad(rows[:, start:], (0, 0, 0, more)), 0
     head, row, number = rows.stride()

@@ -308,13 +308,8 @@ class FusedForward:
         return attend(qkv, heads, kv_heads, size, packing, window)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "layers": self.layers,
-            "_num_layers": self._num_layers,
-            "_warned": self._warned,
-            "long_text": self.long_text,
-        }
+        kept = ("model", "layers", "_num_layers", "_warned")  # the rest is read from the model
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
