@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from bertstream import ConfigError, Encoder, EncoderError
 from bertstream.encoding import attention
 from bertstream.encoding.attention import PACKED, BatchingSupport, packed_positions
 from bertstream.encoding.pretrained import most_positions
-from bertstream.encoding.self_test import MOST_TOKENS, batch_of, probe_batching, probe_texts
+from bertstream.encoding.self_test import MOST_TOKENS, _odd_lengths, batch_of, probe_batching, probe_texts
 from bertstream.tokens import Int32Array
 
 MASK, UNKNOWN = 103, 100
@@ -155,6 +156,23 @@ def test_a_model_that_needs_more_than_ids_is_refused_with_the_way_out(minilm_fol
         probed(tiny(BertForTokenClassification, BertConfig))
 
 
+class Differing:
+    """A config whose layers differ in a setting, which transformers then refuses to give for all of them."""
+
+    def __init__(self) -> None:
+        self.block_size = 8
+        self.is_heterogeneous = True
+        self.per_layer_config = [SimpleNamespace(sliding_window=40), SimpleNamespace(sliding_window=None)]
+
+    @property
+    def sliding_window(self) -> int:
+        raise ValueError("differs from layer to layer")
+
+
+def test_windows_that_differ_from_layer_to_layer_are_probed() -> None:
+    assert list(_odd_lengths(Differing())) == [9, 41]
+
+
 class Crowded(BertModel):
     """A model in which every text depends on how many share its forward."""
 
@@ -167,6 +185,21 @@ class Crowded(BertModel):
 def test_a_model_that_is_right_in_no_way_is_refused() -> None:
     with pytest.raises(EncoderError, match=r"layers \[3\] are not right in any way: .*grouped differs from one by one"):
         probed(tiny(Crowded, BertConfig))
+
+
+class Wide(BertModel):
+    """Like reformer, whose last layer is two tensors side by side."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        out = super().forward(*arguments, **named)
+        out.last_hidden_state = torch.cat([out.last_hidden_state] * 2, -1)
+        return out
+
+
+def test_vectors_of_another_size_than_the_config_says_are_refused() -> None:
+    for layers in ((3,), (1,)):
+        with pytest.raises(EncoderError, match="vectors of (32 and )?64 numbers, and its config says hidden_size=32"):
+            probe_batching(tiny(Wide, BertConfig), layers, 3)
 
 
 @pytest.mark.parametrize("padding", [1, UNKNOWN])
