@@ -376,16 +376,21 @@ def cumulate(lengths: npt.NDArray[Any]) -> Int32Array:
     return cu_seqlens
 
 
-def rows_of(texts: npt.NDArray[Any], cu_seqlens: Int32Array) -> npt.NDArray[Any]:
+def rows_of(
+    texts: npt.NDArray[Any], cu_seqlens: Int32Array, dtype: npt.DTypeLike = np.int64
+) -> npt.NDArray[np.integer[Any]]:
     """Indices of the rows of these texts, text by text, if text i owns rows cu_seqlens[i]:cu_seqlens[i + 1]."""
     lengths = np.diff(cu_seqlens)[texts]
-    rows: npt.NDArray[Any] = steps(lengths) + np.repeat(cu_seqlens[:-1][texts], lengths)
+    rows = steps(lengths, dtype)
+    rows += np.repeat(cu_seqlens[:-1][texts].astype(dtype, copy=False), lengths)
     return rows
 
 
-def steps(lengths: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def steps(lengths: npt.NDArray[Any], dtype: npt.DTypeLike = np.int64) -> npt.NDArray[np.integer[Any]]:
     """0, 1, 2, ... within each text, the texts one after the other."""
-    counted: npt.NDArray[Any] = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    ends = np.cumsum(lengths)
+    counted: npt.NDArray[Any] = np.arange(ends[-1] if len(ends) else 0, dtype=dtype)
+    counted -= np.repeat((ends - lengths).astype(dtype, copy=False), lengths)
     return counted
 
 

@@ -6,6 +6,7 @@ which it would wait on a real device. It does not check the numbers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import EllipsisType
@@ -19,6 +20,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.overrides import TorchFunctionMode
 
 from bertstream.caching import cache
+from bertstream.encoding import kernels
 from bertstream.encoding.forward import BatchedForward
 from bertstream.system.cuda import InTurn
 
@@ -26,14 +28,23 @@ CUDA = torch.device("cuda", 0)
 
 
 @contextmanager
-def fake_cuda(encoder: BatchedForward, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A context in which the encoder is on the device, which has the flash kernel; its weights are lost."""
+def fake_cuda(encoder: BatchedForward, monkeypatch: pytest.MonkeyPatch, *, triton: bool = False) -> Iterator[None]:
+    """A context in which the encoder is on the device, which has the flash kernel; its weights are lost.
+
+    Args:
+        encoder: moved to the device.
+        monkeypatch: for what the device lacks.
+        triton: whether the device has our kernels, which then compute nothing.
+    """
+    monkeypatch.setattr(kernels, "available", lambda device: triton)
+    monkeypatch.setattr(kernels, "_launch", _launched)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _checked(varlen_attn))
     monkeypatch.setattr(InTurn, "use", lambda self, device, *shared: nullcontext())
     monkeypatch.setattr(cache, "resolve_device", torch.device)
     mode = FakeTensorMode()
-    with mode, _Device(mode):
+    with mode, _Device(mode), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer")  # which tells whether a weight was moved
         for module in encoder.model.modules():
             for name, weight in module._parameters.items():
                 if weight is not None:
@@ -68,6 +79,12 @@ class _Device(TorchFunctionMode):
         if func is torch.Tensor.__getitem__ and isinstance(args[0], FakeTensor):
             return _item(args[0], args[1] if isinstance(args[1], tuple) else (args[1],))
         return _UNGUARDED.get(func, func)(*args, **(kwargs or {}))
+
+
+def _launched(name: str, grid: Any, tensors: Sequence[Tensor | None], *others: Any, **options: Any) -> None:
+    """A launch that only looks at the tensors."""
+    for tensor in tensors:
+        assert tensor is None or (tensor.device == CUDA and tensor.is_contiguous()), name
 
 
 def _checked(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:

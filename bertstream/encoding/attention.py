@@ -281,7 +281,7 @@ def packed_positions(ids: npt.NDArray[Any], lengths: Int32Array, batching: Batch
         batching: how the model counts.
     """
     if batching.skipped_id is None:
-        return steps(lengths)
+        return steps(lengths, np.int32)
     counted = ids != batching.skipped_id
     before = cumulate(counted)
     within = before[1:] - np.repeat(before[cumulate(lengths)[:-1]], lengths)

@@ -28,7 +28,7 @@ from .pooling import Combine
 
 logger = logging.getLogger(__name__)
 
-Forward = Callable[[TokenBatch, Indices, Int32Array, Tensor | None], tuple[list[Tensor], Tensor]]
+Forward = Callable[[TokenBatch, npt.NDArray[np.integer[Any]], Int32Array, Tensor | None], tuple[list[Tensor], Tensor]]
 
 
 class BatchedForward(nn.Module):
@@ -178,7 +178,7 @@ class BatchedForward(nn.Module):
         waiting = deque(self._forwards(order, lengths, self._most_tokens(max_forward_tokens)))
         while waiting:
             texts = waiting.popleft()
-            rows = rows_of(texts, cu_seqlens)
+            rows = rows_of(texts, cu_seqlens, np.int32)
             made = None
             try:
                 made = forward(batch, rows, lengths[texts], given)
@@ -238,7 +238,7 @@ class BatchedForward(nn.Module):
         return self._fused.ready(self.model) and not (torch.is_grad_enabled() and self._fused.requires_grad)
 
     def _fused_forward(
-        self, batch: TokenBatch, rows: Indices, lengths: Int32Array, given: Tensor | None = None
+        self, batch: TokenBatch, rows: npt.NDArray[np.integer[Any]], lengths: Int32Array, given: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """Like `_packed_forward`; all inputs go to the device in one copy."""
         assert self._fused is not None and given is None
@@ -257,7 +257,7 @@ class BatchedForward(nn.Module):
         return made, index.long()
 
     def _packed_forward(
-        self, batch: TokenBatch, rows: Indices, lengths: Int32Array, given: Tensor | None = None
+        self, batch: TokenBatch, rows: npt.NDArray[np.integer[Any]], lengths: Int32Array, given: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """The hidden states of `layers`, each [n, H], of these texts, and the rows [n] that they are of."""
         ids = batch.input_ids[rows]
@@ -266,12 +266,12 @@ class BatchedForward(nn.Module):
             inputs["token_type_ids"] = batch.token_type_ids[rows]
         tensors = {name: self._to_device(ids.astype(np.int64))[None] for name, ids in inputs.items()}
         packing = Packing(lengths, self._to_device(cumulate(lengths)))
-        index = self._to_device(rows)
+        index = self._to_device(rows.astype(np.int64))
         given = None if given is None else given.index_select(0, index)[None]
         return [layer[0] for layer in self._run(given, **tensors, packing=packing)], index
 
     def _padded_forward(
-        self, batch: TokenBatch, rows: Indices, lengths: Int32Array, given: Tensor | None = None
+        self, batch: TokenBatch, rows: npt.NDArray[np.integer[Any]], lengths: Int32Array, given: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """Like `_packed_forward`, with each text in a row of its own."""
         longest = int(lengths.max())
@@ -288,7 +288,7 @@ class BatchedForward(nn.Module):
         }
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = pad(batch.token_type_ids[rows], 0)
-        index, filled = self._to_device(rows), self._to_device(slots)
+        index, filled = self._to_device(rows.astype(np.int64)), self._to_device(slots)
         if given is not None:
             padded = given.new_zeros(len(lengths) * longest, given.shape[1])
             given = padded.index_copy(0, filled, given.index_select(0, index)).view(len(lengths), longest, -1)

@@ -29,8 +29,7 @@ class ModelGuard:
         self._sizes: list[int] = []  # looked at once in any case
         tables = [table for m in named.values() for table in (m._modules, m._parameters, m._buffers)]
         self._tables: list[dict[str, object]] = [table for table in tables if table]
-        self._entries = list(chain.from_iterable(map(dict.values, self._tables)))  # kept, so that no id is used again
-        self._ids = list(map(id, self._entries))
+        self._entries = list(chain.from_iterable(map(dict.values, self._tables)))
         self._parameters = [p for module in named.values() for p in module.parameters(recurse=False)]
 
     def intruder(self) -> str | None:
@@ -60,7 +59,10 @@ class ModelGuard:
 
     def replaced(self) -> bool:
         """Whether a module, parameter or buffer is another than it was."""
-        return list(map(id, chain.from_iterable(map(dict.values, self._tables)))) != self._ids
+        try:  # lists look at identity first, so tensors are compared only where one was replaced
+            return list(chain.from_iterable(map(dict.values, self._tables))) != self._entries
+        except RuntimeError:
+            return True
 
     def requires_grad(self) -> bool:
         """Whether any parameter requires a gradient."""

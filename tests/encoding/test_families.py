@@ -174,13 +174,16 @@ def test_half_precision_stays_close(family: tuple[str, nn.Module], minilm_folder
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("output", ["tokens", "words", "sentence"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("way", ["packed", "fused", "fused with our kernels"])
 def test_on_cuda_all_tensors_are_on_the_device_and_the_host_never_waits(
-    name: str, minilm_folder: str, monkeypatch: pytest.MonkeyPatch, output: Any, dtype: Any
+    name: str, minilm_folder: str, monkeypatch: pytest.MonkeyPatch, output: Any, dtype: Any, way: str
 ) -> None:
     encoder = encoder_of((name, make(name)), minilm_folder, output=output, dtype=dtype, layers=(1, -1))
     texts: list[Text] = [WORDS, [], ["one"], WORDS]
     batch, right = encoder.tokenizer.batch(texts), encoder(texts).values
-    with fake_cuda(encoder, monkeypatch):
+    if way == "packed":
+        encoder._fused = None
+    with fake_cuda(encoder, monkeypatch, triton="kernels" in way):
         found = encoder.encode(batch)
         assert found.values.device == found.cu_seqlens.device == CUDA and found.lengths.device.type == "cpu"
         assert found.values.shape == right.shape and found.values.dtype == right.dtype

@@ -56,7 +56,7 @@ def test_both_halves_together_equal_the_whole(family: tuple[str, nn.Module], min
     right = encoder(texts)
     for at in range(1, min(max(encoder.layers), min(encoder.layers) + 1)):
         lower, upper = encoder.split(at)
-        assert lower.batching.way == upper.batching.way == encoder.batching.way
+        assert lower.batching.packs == upper.batching.packs == encoder.batching.packs
         states = lower(texts)
         assert states.values.shape == (states.tokens.num_tokens, 32) and not states.values.requires_grad
         found = upper(states)
