@@ -137,6 +137,13 @@ class Probe:
                 f"{name} gives {len(states)} hidden_states for {self.num_layers} layers, so which of them are "
                 f"layers={self.layers} is not known: leave layers= out"
             )
+        size = int(cast(Any, model.config).hidden_size)
+        widths = sorted({int(state.shape[-1]) for state in (last, *states)})
+        if widths != [size]:
+            raise EncoderError(
+                f"{name} gives vectors of {' and '.join(map(str, widths))} numbers, and its config says "
+                f"hidden_size={size}: such a model is not known here; pass one whose layers are all of that size"
+            )
         # Some models pad inside, on the right, and give the padding's rows too.
         found = [last[0] if layer == self.num_layers else states[layer][0, : len(text)] for layer in self.layers]
         if not all(bool(rows.isfinite().all()) for rows in found):
@@ -352,14 +359,24 @@ def probe_texts(model: nn.Module, special_ids: Sequence[int | None] = ()) -> lis
 def _odd_lengths(config: Any) -> Iterator[int]:
     """Lengths just above what a model's attention sees at once, in rising order."""
     found = set()
-    for name in ("sliding_window", "local_attention", "attention_window", "window_size", "block_size"):
-        value = getattr(config, name, None)
-        sizes = value if isinstance(value, (list, tuple)) else [value]
-        found |= {size + 1 for size in sizes if isinstance(size, int) and size > 0}
-    block, random = getattr(config, "block_size", None), getattr(config, "num_random_blocks", None)
+    # What differs from layer to layer is not in the config itself.
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else ()
+    for part in (config, *layers):
+        for name in ("sliding_window", "local_attention", "attention_window", "window_size", "block_size"):
+            value = _entry(part, name)
+            sizes = value if isinstance(value, (list, tuple)) else [value]
+            found |= {size + 1 for size in sizes if isinstance(size, int) and size > 0}
+    block, random = _entry(config, "block_size"), _entry(config, "num_random_blocks")
     if isinstance(block, int) and isinstance(random, int):
         found.add((5 + 2 * random) * block + 1)  # big_bird's attention is sparse from here on
     yield from sorted(found)
+
+
+def _entry(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers refuses what each layer has for itself with an error that is no AttributeError
+        return None
 
 
 def _vocab_size(model: nn.Module) -> int:

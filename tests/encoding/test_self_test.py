@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from bertstream import ConfigError, Encoder, EncoderError
 from bertstream.encoding import attention
 from bertstream.encoding.attention import PACKED, BatchingSupport, packed_positions
 from bertstream.encoding.pretrained import most_positions
-from bertstream.encoding.self_test import MOST_TOKENS, batch_of, probe_batching, probe_texts
+from bertstream.encoding.self_test import MOST_TOKENS, _odd_lengths, batch_of, probe_batching, probe_texts
 from bertstream.tokens import Int32Array
 
 MASK, UNKNOWN = 103, 100
@@ -155,6 +156,23 @@ def test_a_model_that_needs_more_than_ids_is_refused_with_the_way_out(minilm_fol
         probed(tiny(BertForTokenClassification, BertConfig))
 
 
+class Differing:
+    """A config whose layers differ in a setting, which transformers then refuses to give for all of them."""
+
+    def __init__(self) -> None:
+        self.block_size = 8
+        self.is_heterogeneous = True
+        self.per_layer_config = [SimpleNamespace(sliding_window=40), SimpleNamespace(sliding_window=None)]
+
+    @property
+    def sliding_window(self) -> int:
+        raise ValueError("differs from layer to layer")
+
+
+def test_windows_that_differ_from_layer_to_layer_are_probed() -> None:
+    assert list(_odd_lengths(Differing())) == [9, 41]
+
+
 class Crowded(BertModel):
     """A model in which every text depends on how many share its forward."""
 
@@ -169,6 +187,21 @@ def test_a_model_that_is_right_in_no_way_is_refused() -> None:
         probed(tiny(Crowded, BertConfig))
 
 
+class Wide(BertModel):
+    """Like reformer, whose last layer is two tensors side by side."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        out = super().forward(*arguments, **named)
+        out.last_hidden_state = torch.cat([out.last_hidden_state] * 2, -1)
+        return out
+
+
+def test_vectors_of_another_size_than_the_config_says_are_refused() -> None:
+    for layers in ((3,), (1,)):
+        with pytest.raises(EncoderError, match="vectors of (32 and )?64 numbers, and its config says hidden_size=32"):
+            probe_batching(tiny(Wide, BertConfig), layers, 3)
+
+
 @pytest.mark.parametrize("padding", [1, UNKNOWN])
 @pytest.mark.parametrize("packed", [None, False])
 @pytest.mark.parametrize("name", ["Roberta", "XLMRoberta", "Data2VecText", "Esm"])
@@ -177,7 +210,7 @@ def test_positions_are_counted_as_the_model_counts_them(
 ) -> None:
     model = family(name, pad_token_id=padding, max_position_embeddings=padding + 41)
     encoder = Encoder(model, Tokenizer(minilm_folder, model), packed=packed)
-    assert encoder.batching.way == ("packed" if packed is None else "padded")
+    assert encoder.batching.packs == (packed is None)
     texts = random_texts([9, 4, 40, 9, 3], (padding, padding, UNKNOWN))
     assert any(padding in text[:-1] for text in texts)
     assert worst_error(encoder, model, texts) <= 1e-5
@@ -203,9 +236,9 @@ def test_positions_of_a_packed_row_are_those_of_its_texts(texts: list[list[int]]
 
 
 def test_a_mask_in_a_text_does_not_change_the_texts_beside_it(minilm_folder: str) -> None:
-    for name, way in (("EsmWithMaskRatio", "padded"), ("Esm", "packed")):
+    for name, packs in (("EsmWithMaskRatio", False), ("Esm", True)):
         encoder = Encoder(family(name), Tokenizer(minilm_folder, family(name)))
-        assert encoder.batching.way == way, encoder.batching
+        assert encoder.batching.packs == packs, encoder.batching
         plain, masked = random_texts([7, 9])
         masked[2:5] = MASK
         left = encoder(batch_of([plain]))[0]
@@ -332,7 +365,7 @@ def test_a_model_that_mixes_packed_neighbours_is_refused_and_left_as_it_was(mode
     refused = tiny(model, config)
     before = refused.config._attn_implementation
     support = probed(refused)
-    assert support.way != "packed" and support.reason
+    assert not support.packs and support.reason
     assert refused.config._attn_implementation == before
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     assert refused(input_ids=ids, attention_mask=(ids > 0).long()).last_hidden_state.isfinite().all()
@@ -340,14 +373,14 @@ def test_a_model_that_mixes_packed_neighbours_is_refused_and_left_as_it_was(mode
 
 def test_the_self_test_looks_beyond_a_sliding_window(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"local_attention": 16, "global_attn_every_n_layers": 2, "pad_token_id": 0}
-    assert probed(tiny(ModernBertModel, ModernBertConfig, **options)).way == "packed"
+    assert probed(tiny(ModernBertModel, ModernBertConfig, **options)).packs
     blind = attention.packed_attention
 
     def without_window(*arguments: Any, **named: Any) -> Any:
         return blind(*arguments, **named | {"sliding_window": None})
 
     monkeypatch.setattr(attention, "packed_attention", without_window)
-    assert probed(tiny(ModernBertModel, ModernBertConfig, **options)).way != "packed"
+    assert not probed(tiny(ModernBertModel, ModernBertConfig, **options)).packs
     monkeypatch.undo()
     attention.register()
 
@@ -362,5 +395,5 @@ def test_a_model_whose_vectors_are_not_finite_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_self_test_judges_half_precision_by_its_own_noise(dtype: torch.dtype) -> None:
-    assert probed(tiny(BertModel, BertConfig).to(dtype)).way == "packed"
+    assert probed(tiny(BertModel, BertConfig).to(dtype)).packs
     assert probed(tiny(MPNetModel, MPNetConfig).to(dtype)).way == "padded"
