@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from operator import is_
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,7 @@ class ModelGuard:
         self._sizes: list[int] = []  # looked at once in any case
         tables = [table for m in named.values() for table in (m._modules, m._parameters, m._buffers)]
         self._tables: list[dict[str, object]] = [table for table in tables if table]
+        self._lengths = list(map(len, self._tables))
         self._entries = list(chain.from_iterable(map(dict.values, self._tables)))
         self._parameters = [p for module in named.values() for p in module.parameters(recurse=False)]
 
@@ -59,10 +61,8 @@ class ModelGuard:
 
     def replaced(self) -> bool:
         """Whether a module, parameter or buffer is another than it was."""
-        try:  # lists look at identity first, so tensors are compared only where one was replaced
-            return list(chain.from_iterable(map(dict.values, self._tables))) != self._entries
-        except RuntimeError:
-            return True
+        entries = chain.from_iterable(map(dict.values, self._tables))
+        return list(map(len, self._tables)) != self._lengths or not all(map(is_, entries, self._entries))
 
     def requires_grad(self) -> bool:
         """Whether any parameter requires a gradient."""
