@@ -42,16 +42,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-_IN_KERNELS = {
-    "gelu": "gelu",
-    "gelu_fast": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-"""Names of activations in transformers and in `kernels.ACTIVATIONS`."""
+_GATES = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "swish": "silu"}
+"""The activations of `kernels.gated`, by their names in transformers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +188,7 @@ class FusedForward:
         self._rotary = self._rotary_tables() if self._loop else {}
         weight = self._tables[0][0]
         self._kernels = kernels.available(weight.device)
-        self._in_kernels = _IN_KERNELS[modules.activation] if self._kernels else None
+        self._gate = _GATES.get(modules.activation) if self._kernels else None
         fits = self._kernels and kernels.attention_fits(modules.head_size, weight.dtype)
         self._tile_rows = kernels.tile_rows(modules.head_size, weight.dtype) if fits else None
 
@@ -243,11 +235,12 @@ class FusedForward:
         first = self._loop[0].attention_norm if self._loop and pre_norm else None
         normed = x if first is None else first(x)
         for index, (layer, following) in enumerate(zip(self._loop, self._following, strict=True), 1):
-            attended = self._attend(normed, layer, packing, tiles, rotary.get(layer.rotary or ""))
-            norm = layer.feed_forward_norm if pre_norm else layer.attention_norm
-            x, normed = self._add(attended, layer.attention_out, x, norm)
-            norm = following if pre_norm else layer.feed_forward_norm
-            x, normed = self._add(self._activated(normed, layer), layer.down, x, norm)
+            qkv = _apply(layer.qkv, normed)
+            attended = self._attend(qkv, packing, tiles, layer.window, rotary.get(layer.rotary or ""))
+            out = F.linear(attended, *layer.attention_out)
+            x, normed = self._add(out, x, layer.feed_forward_norm if pre_norm else layer.attention_norm)
+            out = self._feed_forward(normed, layer)
+            x, normed = self._add(out, x, following if pre_norm else layer.feed_forward_norm)
             kept[index] = normed if index == self._num_layers else x
         return [kept[layer] for layer in self.layers]
 
@@ -261,63 +254,59 @@ class FusedForward:
         x = x if self._embedding_norm is None else self._embedding_norm(x)
         return x if self._projection is None else F.linear(x, *self._projection)
 
-    def _add(self, made: Tensor, product: Product, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
-        """The residual stream x with the product of `made` added, and what the next product takes: it after the norm.
-
-        Here and below a kernel adds the bias of the product before it: torch's product without bias is launched faster.
-        """
-        weight, bias = product
+    def _add(self, out: Tensor, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
+        """The residual stream and what the next product takes, after `out` [N, H], which is overwritten."""
         pre_norm = self._modules.pre_norm
-        if norm is None or not self._kernels:
-            total = F.linear(made, weight, bias).add_(x)
-            normed = total if norm is None else norm(total)
-            return (total if pre_norm else normed), normed
-        out = F.linear(made, weight)
-        if pre_norm:
-            return kernels.add_norm(out, x, norm.weight, norm.bias, norm.eps, rms=norm.rms, x_bias=bias, keep_sum=True)
-        normed = kernels.add_norm(out, x, norm.weight, norm.bias, norm.eps, rms=norm.rms, x_bias=bias)
-        return normed, normed
+        if norm is None:
+            total = normed = out.add_(x)
+        elif not self._kernels:
+            total = out.add_(x)
+            normed = norm(total)
+        elif pre_norm:
+            total, normed = kernels.add_norm(out, x, norm.weight, norm.bias, norm.eps, rms=norm.rms, keep_sum=True)
+        else:
+            total = normed = kernels.add_norm(out, x, norm.weight, norm.bias, norm.eps, rms=norm.rms)
+        return (total if pre_norm else normed), normed
 
-    def _activated(self, x: Tensor, layer: Layer) -> Tensor:
-        """[N, I], what the feed-forward's second product takes."""
-        if self._in_kernels is None:
-            up = _apply(layer.up, x)
-            if not self._modules.gated:
-                return self._activation(up)
-            gate, value = up.chunk(2, -1)
-            return self._activation(gate).mul_(value)
-        if self._modules.gated:
-            return kernels.gated(_apply(layer.up, x), self._in_kernels, up_first=False)
-        ((weight, bias),) = layer.up
-        return kernels.activate(F.linear(x, weight), bias, self._in_kernels)
+    def _feed_forward(self, x: Tensor, layer: Layer) -> Tensor:
+        return F.linear(self._activate(_apply(layer.up, x)), *layer.down)
+
+    def _activate(self, up: Tensor) -> Tensor:
+        if not self._modules.gated:
+            return self._activation(up)
+        if self._gate is not None:
+            return kernels.gated(up, self._gate, up_first=False)
+        gate, value = up.chunk(2, -1)
+        return self._activation(gate).mul_(value)
 
     def _attend(
         self,
-        x: Tensor,
-        layer: Layer,
+        qkv: Tensor,
         packing: Packing,
         tiles: Tensor | None,
+        window: int | None,
         rotary: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """[N, heads * d]."""
+        """[N, heads * d] from queries, keys and values side by side."""
         heads, kv_heads, size = self._modules.heads, self._modules.kv_heads, self._modules.head_size
-        if tiles is None or rotary is not None or len(layer.qkv) > 1:
-            qkv, bias = _apply(layer.qkv, x), None
-        else:
-            ((weight, bias),) = layer.qkv
-            qkv = F.linear(x, weight)
         if rotary is not None and self._kernels:
             cos, sin = rotary
             kernels.rotate(qkv, cos, sin, heads=heads, kv_heads=kv_heads, head_dim=size, rotary_dim=size)
         elif rotary is not None:
             turned = qkv.view(len(qkv), heads + 2 * kv_heads, size)[:, : heads + kv_heads]
             turned.copy_(_rotated(turned, *rotary))
-        if tiles is None:
-            return attend(qkv, heads, kv_heads, size, packing, layer.window)
-        return kernels.packed_attention(
-            qkv, packing.cu_seqlens, tiles, heads=heads, kv_heads=kv_heads, head_dim=size, scale=size**-0.5,
-            window=layer.window, bias=bias,
-        )  # fmt: skip
+        if tiles is not None:
+            return kernels.packed_attention(
+                qkv,
+                packing.cu_seqlens,
+                tiles,
+                heads=heads,
+                kv_heads=kv_heads,
+                head_dim=size,
+                scale=size**-0.5,
+                window=window,
+            )
+        return attend(qkv, heads, kv_heads, size, packing, window)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("model", "layers", "_num_layers", "_warned")  # the rest is read from the model

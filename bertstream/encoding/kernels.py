@@ -25,8 +25,8 @@ from ..tokens import Int32Array, steps
 
 logger = logging.getLogger(__name__)
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
-"""What `activate` and `gated` compute; "gelu" is the exact one."""
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
+"""What `gated` computes."""
 
 
 class Tile(NamedTuple):
@@ -57,7 +57,7 @@ ATTENTION_TILES: dict[tuple[int, int], Tile] = {
 }
 """By bytes of a number and the head size, rounded up to a power of two."""
 
-VALUES: dict[str, int] = {"add_norm": 2048, "activate": 2048, "gated": 1024, "rotate": 1024}
+VALUES: dict[str, int] = {"add_norm": 2048, "gated": 1024, "rotate": 1024}
 """Values of one program of the other kernels, unless a row has more; `_block` reads it once for each width."""
 
 PER_WARP = 512
@@ -144,7 +144,7 @@ def _padded(width: int) -> int:
 def _block(name: str, width: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program of one of the kernels in `VALUES`."""
     columns = _padded(width)
-    if name in ("activate", "gated"):  # the others need whole rows
+    if name == "gated":  # the only one that does not need whole rows
         columns = min(columns, VALUES[name])
     rows = max(VALUES[name] // columns, 1)
     return rows, columns, min(max(rows * columns // PER_WARP, 1), 16)
@@ -152,14 +152,7 @@ def _block(name: str, width: int) -> tuple[int, int, int]:
 
 @overload
 def add_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    rms: bool = ...,
-    x_bias: Tensor | None = ...,
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, *, rms: bool = ...
 ) -> Tensor: ...
 @overload
 def add_norm(
@@ -170,7 +163,6 @@ def add_norm(
     eps: float,
     *,
     rms: bool = ...,
-    x_bias: Tensor | None = ...,
     keep_sum: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def add_norm(
@@ -181,7 +173,6 @@ def add_norm(
     eps: float,
     *,
     rms: bool = False,
-    x_bias: Tensor | None = None,
     keep_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm or RMSNorm of x + residual, in one pass.
@@ -192,16 +183,15 @@ def add_norm(
         weight, bias: [H]; no bias if None.
         eps: added to the variance.
         rms: divide by the root of the mean square, without subtracting the mean.
-        x_bias: [H], added to x, for a product without its bias.
         keep_sum: return x + residual too, which a layer with its norm first adds to later.
     Returns:
         [N, H] in the dtype of x, computed in float32 from the sum before it is rounded; or (sum, normed).
     """
     tokens, hidden = x.shape
     out = torch.empty_like(x)
-    total = torch.empty_like(x) if keep_sum and (residual is not None or x_bias is not None) else None
+    total = torch.empty_like(x) if keep_sum and residual is not None else None
     rows, columns, warps = _block("add_norm", hidden)
-    tensors = (x, x_bias, residual, weight, bias, total, out)
+    tensors = (x, residual, weight, bias, total, out)
     grid = (-(-tokens // rows), 1, 1)
     _launch("add_norm", grid, tensors, (tokens, eps), (hidden, columns, rows, rms), num_warps=warps)
     if keep_sum:
@@ -246,7 +236,6 @@ def packed_attention(
     head_dim: int,
     scale: float,
     window: int | None = None,
-    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of each token over its own text, or over the part of it that a window shows.
 
@@ -260,7 +249,6 @@ def packed_attention(
         head_dim: size of a head.
         scale: factor of the scores.
         window: a token sees the tokens fewer than this many positions away; None for all.
-        bias: [(heads + 2 * kv_heads) * head_dim], added to qkv, for a product without its bias.
     Returns:
         [N, heads * head_dim] in the dtype of qkv; sums in float32.
     """
@@ -269,36 +257,9 @@ def packed_attention(
     rows, columns, warps, stages = ATTENTION_TILES[qkv.element_size(), padded]
     constants = (heads, kv_heads, head_dim, padded, window or 0, rows, columns)
     grid = (tiles.shape[0] * heads, 1, 1)
-    tensors = (qkv, bias, cu_seqlens, tiles, out)
+    tensors = (qkv, cu_seqlens, tiles, out)
     _launch("attend", grid, tensors, (scale,), constants, num_warps=warps, num_stages=stages)
     return out
-
-
-def activate(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """An activation of x + bias, in place and in one pass.
-
-    Args:
-        x: [N, I] float16, bfloat16 or float32, contiguous; overwritten.
-        bias: [I], for a product without its bias; None for none.
-        activation: one of `ACTIVATIONS`.
-    Returns:
-        x.
-    Raises:
-        EncoderError: the activation is another one.
-    """
-    _check_activation(activation)
-    tokens, inner = x.shape
-    rows, columns, warps = _block("activate", inner)
-    grid = (-(-tokens // rows), -(-inner // columns), 1)
-    _launch("activate", grid, (x, bias), (tokens,), (inner, columns, rows, activation), num_warps=warps)
-    return x
-
-
-def _check_activation(activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise EncoderError(
-            f"activation={activation!r}: the kernels have {', '.join(ACTIVATIONS)}; use torch's function"
-        )
 
 
 def gated(x: Tensor, activation: str, up_first: bool) -> Tensor:
@@ -313,7 +274,8 @@ def gated(x: Tensor, activation: str, up_first: bool) -> Tensor:
     Raises:
         EncoderError: the activation is another one.
     """
-    _check_activation(activation)
+    if activation not in ACTIVATIONS:
+        raise EncoderError(f"activation={activation!r}: gated() has {', '.join(ACTIVATIONS)}; use torch's function")
     tokens, inner = x.shape[0], x.shape[1] // 2
     out = x.new_empty(tokens, inner)
     rows, columns, warps = _block("gated", inner)

@@ -12,18 +12,16 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["rows"])
 def add_norm(
-    x, x_bias, residual, weight, bias, total, out, rows, eps, HIDDEN: tl.constexpr, PADDED: tl.constexpr,
-    ROWS: tl.constexpr, RMS: tl.constexpr,
+    x, residual, weight, bias, total, out, rows, eps, HIDDEN: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    RMS: tl.constexpr,
 ):  # fmt: skip
-    """Norm of x + x_bias + residual [rows, HIDDEN], ROWS rows a program; all but x, weight and out may be None."""
+    """Norm of x + residual [rows, HIDDEN], ROWS rows a program; `residual`, `bias` and `total` may be None."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, PADDED)
     known = column < HIDDEN
     inside = (row < rows)[:, None] & known[None, :]
     at = row[:, None] * HIDDEN + column[None, :]
     value = tl.load(x + at, inside, 0.0).to(tl.float32)
-    if x_bias is not None:
-        value += tl.load(x_bias + column, known, 0.0).to(tl.float32)[None, :]
     if residual is not None:
         value += tl.load(residual + at, inside, 0.0).to(tl.float32)
     if total is not None:
@@ -40,13 +38,10 @@ def add_norm(
 
 @triton.jit(do_not_specialize=["cu_seqlens", "tiles"])
 def attend(
-    qkv, bias, cu_seqlens, tiles, out, scale, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr,
+    qkv, cu_seqlens, tiles, out, scale, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr,
     PADDED: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one query head over ROWS rows of one text, by blocks of COLUMNS keys; a WINDOW of 0 is none.
-
-    `bias` is added to queries and values. That of the keys changes all scores of a row alike, and so no weight.
-    """
+    """Attention of one query head over ROWS rows of one text, by blocks of COLUMNS keys; a WINDOW of 0 is none."""
     # The heads of a tile are neighbours, because they read neighbouring memory.
     tile = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
@@ -63,8 +58,6 @@ def attend(
     mine = (first + row < length)[:, None] & known[None, :]
     query = qkv + (start + first).to(tl.int64) * width + head * HEAD
     q = tl.load(query + row[:, None] * width + d[None, :], mine, 0.0)
-    if bias is not None:
-        q = (q.to(tl.float32) + tl.load(bias + head * HEAD + d, known, 0.0).to(tl.float32)[None, :]).to(q.dtype)
     key = qkv + start.to(tl.int64) * width + (HEADS + head // (HEADS // KV_HEADS)) * HEAD
 
     begin = 0
@@ -96,41 +89,8 @@ def attend(
         sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
         best = higher
         key += COLUMNS * width
-    found = sums / total[:, None]
-    if bias is not None:
-        values = HEADS + KV_HEADS + head // (HEADS // KV_HEADS)
-        found += tl.load(bias + values * HEAD + d, known, 0.0).to(tl.float32)[None, :]
     into = out + (start + first).to(tl.int64) * (HEADS * HEAD) + head * HEAD
-    tl.store(into + row[:, None] * (HEADS * HEAD) + d[None, :], found, mine)
-
-
-@triton.jit
-def _active(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "gelu":
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        # 0.5 * (1 + tanh(t)) is the sigmoid of 2 t.
-        y = x / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
-    elif ACTIVATION == "silu":
-        y = x / (1.0 + tl.exp(-x))
-    else:
-        y = tl.maximum(x, 0.0)
-    return y
-
-
-@triton.jit(do_not_specialize=["rows"])
-def activate(
-    x, bias, rows, INNER: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """X = ACTIVATION(x + bias) for x [rows, INNER], ROWS x COLUMNS values a program; `bias` may be None."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < rows)[:, None] & (column < INNER)[None, :]
-    at = row[:, None] * INNER + column[None, :]
-    value = tl.load(x + at, inside, 0.0).to(tl.float32)
-    if bias is not None:
-        value += tl.load(bias + column, column < INNER, 0.0).to(tl.float32)[None, :]
-    tl.store(x + at, _active(value, ACTIVATION), inside)
+    tl.store(into + row[:, None] * (HEADS * HEAD) + d[None, :], sums / total[:, None], mine)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -149,7 +109,14 @@ def gate(
     else:
         g = tl.load(x + at, inside, 0.0).to(tl.float32)
         up = tl.load(x + at + INNER, inside, 0.0).to(tl.float32)
-    tl.store(out + row[:, None] * INNER + column[None, :], _active(g, ACTIVATION) * up, inside)
+    if ACTIVATION == "gelu":
+        active = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 * (1 + tanh(t)) is the sigmoid of 2 t.
+        active = g / (1.0 + tl.exp(-1.5957691216057308 * g * (1.0 + 0.044715 * g * g)))
+    else:
+        active = g / (1.0 + tl.exp(-g))
+    tl.store(out + row[:, None] * INNER + column[None, :], active * up, inside)
 
 
 @triton.jit(do_not_specialize=["pairs"])

@@ -90,9 +90,6 @@ def check_add_norm(hidden: int, rms: bool, dtype: torch.dtype) -> None:
     assert_near(kept, total)
     assert_near(found, normed(total, weight, None, rms))
     assert kernels.add_norm(x, None, weight, None, 1e-6, rms=rms, keep_sum=True)[0] is x
-    kept, found = kernels.add_norm(x, y, weight, bias, 1e-6, rms=rms, x_bias=bias, keep_sum=True)
-    assert_near(kept, total + bias.double())
-    assert_near(found, normed(total + bias.double(), weight, bias, rms))
 
 
 @on_device
@@ -113,23 +110,14 @@ def test_the_norm_of_a_nearly_constant_row_keeps_its_digits() -> None:
 # ---- attention
 
 
-def attention(
-    lengths: list[int],
-    qkv: Tensor,
-    heads: int,
-    groups: int,
-    size: int,
-    window: int | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
+def attention(lengths: list[int], qkv: Tensor, heads: int, groups: int, size: int, window: int | None = None) -> Tensor:
     """`packed_attention` of texts in a packed row."""
     ends = np.array(lengths, np.int32)
     tiles = kernels.attention_tiles(ends, kernels.tile_rows(size, qkv.dtype))
     cu_seqlens, tiles_there = (torch.from_numpy(x).to(DEVICE) for x in (cumulate(ends), tiles))
     return kernels.packed_attention(
-        qkv, cu_seqlens, tiles_there, heads=heads, kv_heads=groups, head_dim=size, scale=size**-0.5, window=window,
-        bias=bias,
-    )  # fmt: skip
+        qkv, cu_seqlens, tiles_there, heads=heads, kv_heads=groups, head_dim=size, scale=size**-0.5, window=window
+    )
 
 
 def attended(lengths: list[int], qkv: Tensor, heads: int, groups: int, size: int, window: int | None = None) -> Tensor:
@@ -177,15 +165,6 @@ def test_query_heads_share_the_key_heads_of_their_group(heads: int, groups: int)
 
 
 # In the interpreter a product of bfloat16 is one of the integers that hold them.
-@on_device
-@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2)])
-def test_a_bias_counts_as_if_the_product_had_added_it(heads: int, groups: int) -> None:
-    lengths = [5, 70]
-    qkv, bias = normal(75, (heads + 2 * groups) * 24), normal((heads + 2 * groups) * 24, seed=1)
-    found = attention(lengths, qkv, heads, groups, 24, bias=bias)
-    assert_near(found, attended(lengths, qkv + bias, heads, groups, 24))
-
-
 @on_device
 @pytest.mark.parametrize("dtype", HALVES[INTERPRETED:], ids=str)
 @pytest.mark.parametrize(("size", "window"), [(32, 50), (80, None)])
@@ -237,7 +216,6 @@ ACTIVE = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
-    "relu": F.relu,
 }
 
 
@@ -252,23 +230,9 @@ def test_a_gate_multiplies_the_half_that_is_up(activation: str, dtype: torch.dty
         assert_near(kernels.gated(x, activation, up_first=True), ACTIVE[activation](second) * first)
 
 
-@on_device
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
-def test_an_activation_is_computed_in_place(activation: str, dtype: torch.dtype) -> None:
-    for tokens, inner in ((1, 2304), (5, 40), (3, 8)):
-        x, bias = normal(tokens, inner, dtype=dtype) * 2, normal(inner, dtype=dtype, seed=1)
-        plain = x.clone()
-        biased = ACTIVE[activation](x.double() + bias.double())
-        assert kernels.activate(x, bias, activation) is x
-        assert_near(x, biased)
-        assert_near(kernels.activate(plain.clone(), None, activation), ACTIVE[activation](plain.double()))
-
-
 def test_an_unknown_activation_is_refused() -> None:
-    for refuses in (lambda x: kernels.gated(x, "tanh", False), lambda x: kernels.activate(x, None, "tanh")):
-        with pytest.raises(EncoderError, match="activation='tanh'.*gelu, gelu_tanh, silu"):
-            refuses(torch.zeros(1, 2))
+    with pytest.raises(EncoderError, match="activation='relu'.*gelu, gelu_tanh, silu"):
+        kernels.gated(torch.zeros(1, 2), "relu", False)
 
 
 def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -340,7 +304,6 @@ def one_launch_of_each() -> None:
     kernels.rotate(qkv, angles, angles, heads=1, kv_heads=1, head_dim=96, rotary_dim=96)
     for activation in kernels.ACTIVATIONS:
         kernels.gated(x, activation, up_first=True)
-        kernels.activate(x, weight, activation)
 
 
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...], dict[str, int]]]:
@@ -362,7 +325,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...]
 
 
 def all_kernels() -> list[Any]:
-    return [getattr(kernels._jit(), name) for name in ("add_norm", "attend", "activate", "gate", "rotate")]
+    return [getattr(kernels._jit(), name) for name in ("add_norm", "attend", "gate", "rotate")]
 
 
 def described(kernel: Any, args: tuple[Any, ...]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -388,7 +351,6 @@ def test_another_number_of_tokens_compiles_nothing() -> None:
         x, weight = normal(tokens, 72), normal(72)
         kernels.add_norm(x, x, weight, weight, 1e-6)
         kernels.gated(x, "silu", up_first=True)
-        kernels.activate(x, None, "gelu")
         kernels.rotate(x, normal(tokens, 24), normal(tokens, 24), heads=1, kv_heads=1, head_dim=24, rotary_dim=24)
         attention([tokens], x, 1, 1, 24)
         counts.append(compiled())
