@@ -77,7 +77,7 @@ class Inspection:
         padding_in_order: padding as a share of all positions of padded batches: texts in the shards' order, batches of
             the stream's mean size.
         padding_bucketed: the same for the stream's batches. Packed, as bertstream runs most models, there is none.
-        batching: how this encoder runs: "packed", "padded" or "grouped", and why.
+        batching: how this encoder runs: "fused", "packed", "padded" or "grouped", and why.
         tokens_per_s: of the encoder alone, measured on batches of this corpus; 0 if it was not measured.
         encode_s: the least that an epoch without a cache takes at this rate.
         cache_bytes: storage -> bytes of a cache that holds the whole corpus.
