@@ -36,6 +36,7 @@ def fake_cuda(encoder: BatchedForward, monkeypatch: pytest.MonkeyPatch, *, trito
         monkeypatch: for what the device lacks.
         triton: whether the device has our kernels, which then compute nothing.
     """
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(kernels, "available", lambda device: triton)
     monkeypatch.setattr(kernels, "_launch", _launched)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -31,13 +31,13 @@ from typing import Any, NamedTuple
 TOOLS = Path(__file__).resolve().parent
 
 LIMITS_S = {
-    "prepare": 40,
+    "prepare": 30,
     "tests": 70,
-    "launch": 20,
-    "forward": 50,
+    "launch": 15,
+    "forward": 30,
     "stream": 45,
     "epoch": 60,
-    "sentence_transformers": 45,
+    "sentence_transformers": 50,
 }
 """Seconds of each part at most, in the order in which they run; together five minutes."""
 

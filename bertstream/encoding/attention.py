@@ -156,7 +156,7 @@ def attend(
         rows, first = qkv, start
         if start + texts * length + more > len(qkv):  # the last texts of the row, which are its shortest
             rows, first = F.pad(qkv[start:], (0, 0, 0, more)), 0
-        stride, begin = (length * width, head_size, width, 1), first * width
+        stride, begin = (length * width, head_size, width, 1), rows.storage_offset() + first * width
         q = rows.as_strided((texts, heads, length, head_size), stride, begin)
         size = (texts, kv_heads, length + more, head_size)
         k = rows.as_strided(size, stride, begin + heads * head_size)

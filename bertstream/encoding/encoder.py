@@ -264,8 +264,6 @@ class Encoder(CalibratedForward):
         weights are made again.
         """
         self._fingerprint = None  # the weights may have changed without a trace
-        if self._fused is not None:
-            self._fused.forget()
         return super().freeze()
 
     def split(self, at: int) -> tuple[Encoder, UpperEncoder]:

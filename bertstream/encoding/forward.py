@@ -227,7 +227,8 @@ class BatchedForward(nn.Module):
     def _chosen_forward(self, given: Tensor | None = None) -> Forward:
         if not self.batching.packs:
             return self._padded_forward
-        fused = given is None and self._fused is not None and not self.training and self._is_plain()
+        eval_mode = not (self.training or self.model.training)
+        fused = given is None and self._fused is not None and eval_mode and self._is_plain()
         return self._fused_forward if fused else self._packed_forward
 
     def _is_plain(self) -> bool:
@@ -253,7 +254,8 @@ class BatchedForward(nn.Module):
         index, input_ids, position_ids, cu_seqlens, *others = slab.split(sizes)
         segments, tiled = (part if len(part) else None for part in others)
         packing = Packing(lengths, cu_seqlens)
-        made = self._fused(input_ids, position_ids, segments, packing, None if tiled is None else tiled.view(-1, 2))
+        with torch.cuda.device(self.device) if slab.is_cuda else nullcontext():  # where Triton launches
+            made = self._fused(input_ids, position_ids, segments, packing, None if tiled is None else tiled.view(-1, 2))
         return made, index.long()
 
     def _packed_forward(

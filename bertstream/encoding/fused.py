@@ -30,20 +30,23 @@ logger = logging.getLogger(__name__)
 Product = tuple[Tensor, Tensor | None]
 """Weight [out, in] and bias [out] of `F.linear`."""
 
-_TANH_GELU = partial(F.gelu, approximate="tanh")
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_KERNEL_NAMES = {
+    "gelu": "gelu",
+    "gelu_fast": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""Activations by their names in transformers."""
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "gelu_fast": _TANH_GELU,
-    "gelu_new": _TANH_GELU,
-    "gelu_pytorch_tanh": _TANH_GELU,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
-    "swish": F.silu,
 }
-
-
-_GATES = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "swish": "silu"}
-"""The activations of `kernels.gated`, by their names in transformers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ class FusedForward:
     place, moved, replaced or trained. Weights that require a gradient are not joined: optimizers may change them
     without a trace.
 
+    Attributes:
+        joined_bytes: of the joined copies, beside the model's own weights; 0 before the first forward.
     Args:
         model: an encoder in eval mode; layers above the highest of `layers` may have been dropped.
         layers: whose hidden states are wanted, counted from 0, the embedding layer.
@@ -104,51 +109,58 @@ class FusedForward:
         self.layers = tuple(layers)
         self._num_layers = num_layers
         self._warned = False
+        self._copies: list[Tensor] = []
         self._describe()
+        self._kinds = self._guard.kinds
+        if reason := self._guard.interference():
+            raise UndescribedError(reason)
 
     def _describe(self) -> None:
-        self._modules = describe(self.model, max(self.layers), whole=max(self.layers) == self._num_layers)
+        self._refusal: str | None = "it was not described"
         self._guard = ModelGuard(self.model)
-        if self._modules.activation not in _ACTIVATIONS:
+        self._modules = describe(self.model, max(self.layers), whole=max(self.layers) == self._num_layers)
+        self._activation = _KERNEL_NAMES.get(self._modules.activation, "")
+        if not self._activation:
             raise UndescribedError(f"its activation is {self._modules.activation}")
-        self._activation = _ACTIVATIONS[self._modules.activation]
         weights = [weight for module in _used(self._modules) for weight in _plain_weights(module)]
         if len({(weight.dtype, weight.device) for weight in weights}) > 1:
             raise UndescribedError("its weights are of several dtypes or on several devices")
-        if reason := self._guard.intruder():
-            raise UndescribedError(reason)
         # Those that are joined, and one that tells that the model moved.
         joined = [products for layer in self._modules.layers for products in (layer.qkv, layer.up) if len(products) > 1]
         sources = {id(w): w for products in joined for module in products for w in module.parameters()}
         self._watched = list(sources.values()) or weights[:1]
         self._state: object = None
+        self._refusal = None
 
     def ready(self, model: nn.Module) -> bool:
         """Whether the model can run fused as it is now; if so, the joined weights are up to date.
 
         Cheap enough for every batch. If not, the model has to run itself; the first time, the log says why.
         """
-        reason = self._guard.intruder()
-        if reason is None and (model is not self.model or self._guard.replaced()):
-            try:
-                self.model = model
-                self._describe()
-            except UndescribedError as error:
-                reason = str(error)
-        if reason is not None:
+        if model is not self.model or self._guard.replaced():
+            self.model = model
+            self._describe_again()
+        if reason := self._refusal or self._guard.interference():
             if not self._warned:
-                logger.warning("%s runs through its own modules: %s", type(self.model).__name__, reason)
+                logger.warning("%s runs through its own modules: %s", type(model).__name__, reason)
             self._warned = True
             return False
         state = states_of(self._watched)
         if state != self._state:
             self._read_weights()
             self._state = state
+            self._held = [weight.detach() for weight in self._watched]  # else other weights could get their address
         return True
 
-    def forget(self) -> None:
-        """Read the weights again before the next forward: they may have changed without a trace."""
-        self._state = None
+    def _describe_again(self) -> None:
+        """After a change; only weights may be others, because the self-test saw no other modules."""
+        try:
+            self._describe()
+        except UndescribedError as error:
+            self._refusal = str(error)
+        else:
+            if self._guard.kinds != self._kinds:
+                self._refusal = "it has other modules than at the self-test"
 
     @property
     def requires_grad(self) -> bool:
@@ -157,10 +169,13 @@ class FusedForward:
 
     def _read_weights(self) -> None:
         modules = self._modules
+        for tensor in self._copies:  # work that was queued here may still read them
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         known: dict[tuple[int, ...], tuple[Product, ...]] = {}
 
-        def products(sources: tuple[nn.Module, ...]) -> tuple[Product, ...]:
-            key = tuple(map(id, sources))  # layers may share their modules
+        def products(sources: tuple[Any, ...]) -> tuple[Product, ...]:
+            key = tuple(id(source.weight) for source in sources)  # layers may share their weights
             if key not in known:
                 known[key] = _joined(sources)
             return known[key]
@@ -172,13 +187,15 @@ class FusedForward:
                 attention_norm=_norm(layer.attention_norm),
                 up=products(layer.up),
                 down=_product(layer.down),
-                feed_forward_norm=_required(layer.feed_forward_norm),
+                feed_forward_norm=_norm_of(layer.feed_forward_norm),
                 window=layer.window,
                 rotary=layer.rotary,
             )
             for layer in modules.layers
         ]
-        self._joined = [pair for key, pairs in known.items() if len(key) > len(pairs) for pair in pairs]
+        pairs = [pair for key, pairs in known.items() if len(key) > len(pairs) for pair in pairs]
+        joined = [tensor for pair in pairs for tensor in pair if tensor is not None]
+        self.joined_bytes = sum(tensor.nbytes for tensor in joined)
         tables: tuple[tuple[Any, str], ...] = modules.tables
         self._tables: list[tuple[Tensor, str]] = [(table.weight, ids) for table, ids in tables]
         self._embedding_norm = _norm(modules.embedding_norm)
@@ -187,8 +204,8 @@ class FusedForward:
         self._following = norms[1:]
         self._rotary = self._rotary_tables() if self._loop else {}
         weight = self._tables[0][0]
-        self._kernels = kernels.available(weight.device)
-        self._gate = _GATES.get(modules.activation) if self._kernels else None
+        self._copies = [*joined, *(tensor for pair in self._rotary.values() for tensor in pair)]
+        self._kernels = kernels.fits(weight.dtype) and kernels.available(weight.device)
         fits = self._kernels and kernels.attention_fits(modules.head_size, weight.dtype)
         self._tile_rows = kernels.tile_rows(modules.head_size, weight.dtype) if fits else None
 
@@ -200,11 +217,6 @@ class FusedForward:
         positions = torch.arange(config.max_position_embeddings, device=weight.device)[None]
         made = {kind: rotary(like, positions) for kind, rotary in self._modules.rotary.items()}
         return {kind: (cos[0], sin[0]) for kind, (cos, sin) in made.items()}
-
-    @property
-    def joined_bytes(self) -> int:
-        """Bytes of the joined copies, beside the model's own weights."""
-        return sum(tensor.nbytes for pair in self._joined for tensor in pair if tensor is not None)
 
     def tiles(self, lengths: Int32Array) -> Int32Array | None:
         """[tiles, 2] of `kernels.attention_tiles` for a forward of these texts; None if it uses another attention."""
@@ -226,10 +238,10 @@ class FusedForward:
             position_ids: [N], as the model counts them.
             token_type_ids: [N]; None is all zeros.
             packing: where the texts begin and end.
-            tiles: of the method, on the device.
+            tiles: what `tiles` returned, on the device.
         """
         x = self._embed({"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids})
-        kept = {0: x}
+        kept = {0: x} if 0 in self.layers else {}
         rotary = {kind: (cos[position_ids], sin[position_ids]) for kind, (cos, sin) in self._rotary.items()}
         pre_norm = self._modules.pre_norm
         first = self._loop[0].attention_norm if self._loop and pre_norm else None
@@ -241,7 +253,8 @@ class FusedForward:
             x, normed = self._add(out, x, layer.feed_forward_norm if pre_norm else layer.attention_norm)
             out = self._feed_forward(normed, layer)
             x, normed = self._add(out, x, following if pre_norm else layer.feed_forward_norm)
-            kept[index] = normed if index == self._num_layers else x
+            if index in self.layers:
+                kept[index] = normed if index == self._num_layers else x
         return [kept[layer] for layer in self.layers]
 
     def _embed(self, ids: dict[str, Tensor | None]) -> Tensor:
@@ -255,7 +268,13 @@ class FusedForward:
         return x if self._projection is None else F.linear(x, *self._projection)
 
     def _add(self, out: Tensor, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
-        """The residual stream and what the next product takes, after `out` [N, H], which is overwritten."""
+        """What the next residual is added to, and what the next product takes; in a post-norm layer the same.
+
+        Args:
+            out: [N, H], the product to add to x; it may be overwritten.
+            x: [N, H].
+            norm: of the sum; None for no norm.
+        """
         pre_norm = self._modules.pre_norm
         if norm is None:
             total = normed = out.add_(x)
@@ -272,12 +291,13 @@ class FusedForward:
         return F.linear(self._activate(_apply(layer.up, x)), *layer.down)
 
     def _activate(self, up: Tensor) -> Tensor:
+        function = _FUNCTIONS[self._activation]
         if not self._modules.gated:
-            return self._activation(up)
-        if self._gate is not None:
-            return kernels.gated(up, self._gate, up_first=False)
+            return function(up)
+        if self._kernels and self._activation in kernels.ACTIVATIONS:
+            return kernels.gated(up, self._activation, up_first=False)
         gate, value = up.chunk(2, -1)
-        return self._activation(gate).mul_(value)
+        return function(gate).mul_(value)
 
     def _attend(
         self,
@@ -309,18 +329,19 @@ class FusedForward:
         return attend(qkv, heads, kv_heads, size, packing, window)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("model", "layers", "_num_layers", "_warned")  # the rest is read from the model
-        return {name: getattr(self, name) for name in kept}
+        kept = ("model", "layers", "_num_layers", "_warned", "_kinds")  # the rest is read from the model
+        return {name: getattr(self, name) for name in kept} | {"_copies": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._describe()
+        self._describe_again()
 
 
 def _used(modules: EncoderModules) -> list[nn.Module]:
     """All modules whose weights are read."""
     outside = [*(table for table, _ in modules.tables), modules.embedding_norm, modules.projection, modules.final_norm]
-    return [module for module in (*outside, *(m for layer in modules.layers for m in _used_in(layer))) if module]
+    inside = [module for layer in modules.layers for module in _used_in(layer)]
+    return [module for module in (*outside, *inside) if module is not None]
 
 
 def _used_in(layer: LayerModules) -> list[nn.Module | None]:
@@ -335,7 +356,11 @@ def _plain_weights(module: nn.Module) -> list[nn.Parameter]:
         raise UndescribedError(f"it has a {kind.__module__}.{kind.__name__}")
     if getattr(module, "max_norm", None) is not None:
         raise UndescribedError("its embedding table has a max_norm")
-    return list(module.parameters(recurse=False))
+    weights = list(module.parameters(recurse=False))
+    for weight in weights:
+        if type(weight) is not nn.Parameter:
+            raise UndescribedError(f"it has weights of type {type(weight).__name__}")
+    return weights
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
@@ -343,10 +368,10 @@ def _is_rms_norm(module: nn.Module) -> bool:
 
 
 def _norm(module: Any) -> Norm | None:
-    return None if module is None else _required(module)
+    return None if module is None else _norm_of(module)
 
 
-def _required(module: Any) -> Norm:
+def _norm_of(module: Any) -> Norm:
     if _is_rms_norm(module):
         return Norm(module.weight, None, module.variance_epsilon, rms=True)
     return Norm(module.weight, module.bias, module.eps, rms=False)
@@ -357,13 +382,17 @@ def _product(module: Any) -> Product:
 
 
 def _joined(sources: tuple[Any, ...]) -> tuple[Product, ...]:
-    """One product in the place of several of the same input; several where a weight requires a gradient."""
+    """One product in the place of several of the same input; several where one may be trained."""
     products = tuple(_product(source) for source in sources)
     biased = [bias for _, bias in products if bias is not None]
-    if len(products) == 1 or len(biased) not in (0, len(products)) or any(w.requires_grad for w, _ in products):
+    if len(products) == 1 or len(biased) not in (0, len(products)) or _trained(products):
         return products
     with torch.no_grad():
         return ((torch.cat([weight for weight, _ in products]), torch.cat(biased) if biased else None),)
+
+
+def _trained(products: tuple[Product, ...]) -> bool:
+    return any(tensor is not None and tensor.requires_grad for pair in products for tensor in pair)
 
 
 def _apply(products: tuple[Product, ...], x: Tensor) -> Tensor:

@@ -199,9 +199,14 @@ def add_norm(
     return out
 
 
+def fits(dtype: torch.dtype) -> bool:
+    """Whether the kernels take tensors of this dtype."""
+    return dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
 def attention_fits(head_dim: int, dtype: torch.dtype) -> bool:
     """Whether `packed_attention` takes heads of this size and dtype."""
-    return head_dim % 8 == 0 and 16 <= head_dim <= 128 and dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return head_dim % 8 == 0 and 16 <= head_dim <= 128 and fits(dtype)
 
 
 def tile_rows(head_dim: int, dtype: torch.dtype) -> int:

@@ -98,7 +98,7 @@ def describe(model: nn.Module, layers: int, *, whole: bool = True) -> EncoderMod
         raise UndescribedError(f"its positions are {config.position_embedding_type}")
     try:
         modules = family(model, config, layers)
-    except AttributeError as error:
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # modules that are not what they are elsewhere
         raise UndescribedError(f"this {type(model).__name__} has other modules than its family: {error}") from error
     return modules if whole else dataclasses.replace(modules, final_norm=None)
 

@@ -16,28 +16,33 @@ class ModelGuard:
     """A picture of a model's structure, cheap enough to compare with every batch.
 
     Args:
-        model: the pooler is left out: it runs as a module anyway.
+        model: its pooler and its sentence head are left out: they run as modules anyway.
+    Attributes:
+        kinds: the class of each module, by its path.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        pooler = getattr(model, "pooler", None)
-        left_out = set() if pooler is None else set(pooler.modules())
+        apart = [part for name in ("pooler", "sentence_head") if (part := getattr(model, name, None)) is not None]
+        left_out = {module for part in apart for module in part.modules()}
         named = {path or type(model).__name__: m for path, m in model.named_modules() if m not in left_out}
         self._modules = named
         self._hooks = [hooks for m in named.values() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._hooks += _GLOBAL_HOOKS
         self._vars = [vars(module) for module in named.values()]
-        self._sizes: list[int] = []  # looked at once in any case
+        self._sizes: list[int] = []  # empty, so that the first call looks
+        self.kinds = {path: type(module) for path, module in named.items()}
         tables = [table for m in named.values() for table in (m._modules, m._parameters, m._buffers)]
         self._tables: list[dict[str, object]] = [table for table in tables if table]
         self._lengths = list(map(len, self._tables))
         self._entries = list(chain.from_iterable(map(dict.values, self._tables)))
         self._parameters = [p for module in named.values() for p in module.parameters(recurse=False)]
 
-    def intruder(self) -> str | None:
+    def interference(self) -> str | None:
         """What would change a forward beside the modules themselves, in words; None if nothing does."""
         if any(self._hooks) and (hooked := self._hooked()):
             return f"it has a hook on {hooked}"
+        if list(map(type, self._modules.values())) != list(self.kinds.values()):
+            return "a module is of another class than it was"
         if list(map(len, self._vars)) == self._sizes:
             return None
         for path, module in self._modules.items():

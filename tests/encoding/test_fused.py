@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import pickle
+import subprocess
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -60,6 +63,34 @@ def test_every_layer_of_every_fused_family_equals_the_model_itself(name: str, mi
         encoder = Encoder(model, Tokenizer(minilm_folder, model), layers=layer)
         assert encoder.batching.way == "fused", encoder.batching
         assert error(encoder(TEXTS).values, alone(model, encoder, TEXTS, layer)) < 1e-5
+
+
+def test_the_task_of_ernie_counts(minilm_folder: str) -> None:
+    model = make("Ernie", use_task_id=True).requires_grad_(False)
+    encoder = Encoder(model, Tokenizer(minilm_folder, model))
+    assert encoder.batching.way == "fused"
+    assert error(encoder(TEXTS).values, alone(model, encoder, TEXTS, 3)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Bert", "ModernBert", "GroupedEuroBert"])
+def test_heads_that_fit_the_kernels_are_right_with_and_without_them(name: str, minilm_folder: str) -> None:
+    sizes = {"hidden_size": 64, "head_dim": 16} if "Euro" in name else {"hidden_size": 64}
+    model = make(name, **sizes).requires_grad_(False)
+    encoder = Encoder(model, Tokenizer(minilm_folder, model), layers=(0, 2, 3), combine="stack")
+    found = encoder(TEXTS).values
+    assert encoder.batching.way == "fused" and encoder._fused is not None
+    assert encoder._fused._kernels == (os.environ.get("TRITON_INTERPRET") == "1")
+    for place, layer in enumerate(encoder.layers):
+        assert error(found[:, place], alone(model, encoder, TEXTS, layer)) < 1e-5
+
+
+def test_in_tritons_interpreter_the_whole_forward_is_right() -> None:
+    pytest.importorskip("triton", "3.9", reason="the interpreter of earlier versions fails with new versions of numpy")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "heads_that_fit"]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -136,10 +167,12 @@ def test_another_dtype_converts_the_joined_weights(encoder: Encoder) -> None:
 
 
 @pytest.mark.parametrize("fused_optimizer", [False, True])
-def test_training_is_seen_at_every_step(encoder: Encoder, fused_optimizer: bool) -> None:
+@pytest.mark.parametrize("part", ["", "query.bias", "value.weight"])
+def test_training_is_seen_at_every_step(encoder: Encoder, fused_optimizer: bool, part: str) -> None:
     frozen = encoder(TEXTS).values
-    encoder.unfreeze()
-    optimizer = torch.optim.AdamW(encoder.parameters(), 0.01, fused=fused_optimizer)
+    trained = [p for name, p in encoder.named_parameters() if name.endswith(part) and "pooler" not in name]
+    encoder.unfreeze(parameters=trained)
+    optimizer = torch.optim.AdamW(trained, 0.1, fused=fused_optimizer)
     seen = [frozen]
     for _ in range(2):
         encoder(TEXTS).values.pow(2).sum().backward()
@@ -200,8 +233,53 @@ def test_an_adapter_put_into_a_layer_runs(encoder: Encoder) -> None:
     adapted = peft.inject_adapter_in_model(
         peft.LoraConfig(target_modules=["query"], init_lora_weights=False), encoder.model
     )
-    found = encoder(TEXTS).values
-    assert adapted is encoder.model and error(found, right) > 1e-3
+    found = [encoder(TEXTS).values for _ in range(3)]
+    assert adapted is encoder.model and error(found[0], right) > 1e-3
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+class Mirrored(nn.Module):
+    def __init__(self, own: nn.Module) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.own = own.query, own.key, own.value, own
+
+    def forward(self, states: Tensor, *given: Any, **named: Any) -> Any:
+        attended, *others = self.own(states, *given, **named)
+        return -attended, *others
+
+
+@pytest.mark.parametrize("path", ["encoder.layer.1.attention.self", "encoder.layer.1.intermediate.intermediate_act_fn"])
+def test_a_module_of_another_class_with_the_same_weights_runs(encoder: Encoder, path: str) -> None:
+    right = encoder(TEXTS).values
+    owner, _, name = path.rpartition(".")
+    old = encoder.model.get_submodule(path)
+    new = Mirrored(old) if name == "self" else nn.ReLU()
+    setattr(encoder.model.get_submodule(owner), name, new)
+    found = [encoder(TEXTS).values for _ in range(2)]
+    assert error(found[0], right) > 1e-3 and torch.equal(found[0], found[1])
+    setattr(encoder.model.get_submodule(owner), name, old)
+    assert torch.equal(encoder(TEXTS).values, right)
+
+
+def test_an_object_whose_class_is_swapped_runs(encoder: Encoder) -> None:
+    right = encoder(TEXTS).values
+    encoder.model.get_submodule("encoder.layer.1.output.dense").__class__ = Doubled
+    assert error(encoder(TEXTS).values, right) > 1e-3
+
+
+def test_a_model_in_train_mode_has_its_dropout(encoder: Encoder) -> None:
+    right = encoder(TEXTS).values
+    encoder.model.train()
+    assert error(encoder(TEXTS).values, right) > 1e-3
+    encoder.model.eval()
+    assert torch.equal(encoder(TEXTS).values, right)
+
+
+def test_a_hooked_encoder_is_copied_with_its_hook(encoder: Encoder) -> None:
+    right = encoder(TEXTS).values
+    encoder.model.get_submodule("encoder.layer.1").register_forward_hook(lambda module, given, out: 0 * out)
+    other = copy.deepcopy(encoder)
+    assert torch.equal(other(TEXTS).values, encoder(TEXTS).values) and error(other(TEXTS).values, right) > 0.1
 
 
 class Doubled(nn.Linear):
@@ -251,7 +329,7 @@ def test_a_copied_and_a_pickled_encoder_are_fused_over_their_own_weights(encoder
 
 def test_layers_that_share_weights_share_the_joined_ones(minilm_folder: str) -> None:
     albert = make("Albert").requires_grad_(False)
-    encoder = Encoder(albert, Tokenizer(minilm_folder, albert))
+    encoder = Encoder(albert, Tokenizer(minilm_folder, albert), layers=(1, 3))
     encoder(TEXTS)
     one_layer = 3 * 32 * 32 + 3 * 32
     assert encoder._fused is not None and encoder._fused.joined_bytes == 4 * one_layer
