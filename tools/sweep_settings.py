@@ -4,8 +4,9 @@
     python tools/sweep_settings.py --cases 100 --seed 7       fewer, and others
     python tools/sweep_settings.py --seed 7 --case 41         one of them, with all that is known of it
 
-A case draws a model and a tokenizer, output, layers, combine, pooling, overflow, pairs, special tokens, normalisation,
-dtype, the size of forwards, packing, and whether texts come by a call, `wrap`, `stream` or from a cache. It is right if
+A case draws a model and a tokenizer, output, layers, combine, pooling, overflow, the side of truncation, prompts, pairs,
+special tokens, normalisation, dtype, the size of forwards, packing, and whether texts come by a call, `wrap`, `stream`
+or from a cache. It is right if
 the relative L2 error of each text is at most 1e-5 (bfloat16: 0.05), refused if there is no right answer and the encoder
 says so in an error of its own, and wrong otherwise. The exit status is 1 if a case is wrong.
 """
@@ -78,6 +79,7 @@ def judge(case: Case) -> tuple[str, str]:
 
 def encoded(setting: Setting, case: Case) -> list[Tensor]:
     """The rows of each text, in the way of the case."""
+    setting.tokenizer.truncation_side = case.truncation_side
     encoder = Encoder(setting.model, setting.tokenizer, **case.options)
     if case.way == "call":
         return list(checked(encoder(case.texts)))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..embeddings import Output
+from ..errors import BertstreamError, EncoderError
 from ..system.cuda import InTurn, to_device
 from ..tokens import Indices, Int32Array, TokenBatch, cumulate, rows_of, steps
 from .attention import BatchingSupport, Packing, packed_positions, register
@@ -304,7 +305,12 @@ class BatchedForward(nn.Module):
             unchanged(self.model) if self.batching.changes_itself else nullcontext(),
             kept_inputs(self.model, [] if own else inner) as kept,
         ):
-            out = self.model(**inputs, **({"output_hidden_states": True} if own else {}))
+            try:
+                out = self.model(**inputs, **({"output_hidden_states": True} if own else {}))
+            except (torch.OutOfMemoryError, BertstreamError):
+                raise
+            except Exception as error:  # whatever a model does with a text that it cannot take
+                raise _model_fails(self.model, inputs, error) from error
         if own:
             kept.update(enumerate(out.hidden_states))
         kept[self._num_layers] = out.last_hidden_state
@@ -324,3 +330,16 @@ class BatchedForward(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lock = threading.Lock()
         self._weights_in_turn = InTurn()
+
+
+def _model_fails(model: nn.Module, inputs: dict[str, Any], error: Exception) -> EncoderError:
+    """What to raise for an error of the model's own: funnel's pooling takes no text of three tokens, for example."""
+    packing = inputs.get("packing")
+    lengths = packing.lengths if packing is not None else inputs["attention_mask"].sum(1).cpu().numpy()
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    tokens = f"{longest} tokens" if shortest == longest else f"{shortest} to {longest} tokens"
+    texts = "a text" if len(lengths) == 1 else f"{len(lengths)} texts"
+    return EncoderError(
+        f"{type(model).__name__} fails in a forward of {texts} of {tokens} ({type(error).__name__}: {error}): leave "
+        "texts of such lengths out, or use another model"
+    )

@@ -28,6 +28,8 @@ from transformers import (
     BertModel,
     DebertaV2Config,
     DebertaV2Model,
+    FunnelConfig,
+    FunnelModel,
     MPNetConfig,
     MPNetModel,
 )
@@ -465,6 +467,36 @@ def test_a_forward_that_runs_out_of_memory_is_halved_and_later_ones_are_smaller(
     monkeypatch.setattr(encoder.model, "forward", lambda **named: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(torch.OutOfMemoryError):
         encoder([longest])  # a single text cannot be split
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, IndexError, AssertionError])
+def test_a_text_that_the_model_itself_cannot_run_is_refused_by_its_length(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    for packed, said in ((None, "2 texts of 3 to 6 tokens"), (False, "2 texts of 3 to 6 tokens")):
+        encoder = Encoder(tiny_bert(), tokenizer, packed=packed)
+        encoder.train()  # fused forwards do not call the model
+
+        def pooling(*arguments: Any, **named: Any) -> Any:
+            raise kind("output [1, 2, 1] doesn't match [1, 2, 2]")
+
+        monkeypatch.setattr(encoder.model, "forward", pooling)
+        with pytest.raises(EncoderError, match=rf"BertModel fails .* {said} \({kind.__name__}: output") as caught:
+            encoder(["bank", "the bank of river"])
+        assert isinstance(caught.value.__cause__, kind)
+        with pytest.raises(EncoderError, match="a text of 3 tokens"):
+            encoder(["bank"])
+
+
+def test_funnel_takes_no_text_of_three_tokens_and_says_so(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    config = FunnelConfig(
+        vocab_size=30522, d_model=32, n_head=4, d_head=8, d_inner=64, block_sizes=[1, 1, 1], num_decoder_layers=1
+    )
+    encoder = Encoder(FunnelModel(config).eval(), tokenizer)
+    assert encoder(["the bank of the river"]).values.isfinite().all()
+    with pytest.raises(EncoderError, match="FunnelModel fails in a forward of 2 texts of 3 tokens .*leave texts of"):
+        encoder(["the bank of the river", "bank", "river"])
 
 
 def test_a_failed_forwards_tensors_are_freed_before_the_cuda_cache_is_emptied(

@@ -15,7 +15,8 @@ MODELS = ("bert", "roberta", "distilbert", "albert", "electra", "modernbert", "x
 NOT_PACKED = ("mpnet", "deberta-v2")
 WAYS = ("call", "call", "wrap", "stream", "cache")
 WORD_POOLINGS = ("mean", "first", "last", "max", "first_last")
-SENTENCE_POOLINGS = ("mean", "cls", "max", "weighted_mean")
+SENTENCE_POOLINGS = ("mean", "cls", "last", "max", "weighted_mean", "mean_sqrt_len")
+PROMPTS = ("bank of ", "query:", "the")
 LAYERS = 3
 MOST = 76
 """Tokens that each of the models takes, at least."""
@@ -52,6 +53,7 @@ class Case:
         batch_size: of "wrap", "stream" and "cache".
         prefetch: of these.
         shuffle: of "stream".
+        truncation_side: of the tokenizer.
         must_refuse: why the settings alone have no right answer; "" if they have one.
     """
 
@@ -64,6 +66,7 @@ class Case:
     batch_size: int = 4
     prefetch: int | None = None
     shuffle: bool = False
+    truncation_side: str = "right"
     must_refuse: str = ""
     layers: tuple[int, ...] = field(default=(-1,))
 
@@ -106,6 +109,8 @@ def draw(number: int, seed: int, models: Sequence[str] = MODELS, tokenizers: Seq
         options["packed"] and model in NOT_PACKED and any(layer % (LAYERS + 1) for layer in layers)
     ):  # the embedding layer, 0, needs no packing
         must_refuse = "packed=True for a model that cannot be packed"
+    if output == "sentence" and chance.random() < 0.4:
+        options["prompt"] = chance.choice(PROMPTS)
     way = chance.choice(WAYS)
     options["max_forward_tokens"] = chance.choice((1, 16, 64, 2048, *([None] if way == "call" else [])))
     if chance.random() < 0.03:
@@ -125,6 +130,7 @@ def draw(number: int, seed: int, models: Sequence[str] = MODELS, tokenizers: Seq
         batch_size=chance.randint(1, 4),
         prefetch=chance.choice((None, 0, 1)),
         shuffle=chance.random() < 0.5,
+        truncation_side=chance.choice(("right", "left")),
         must_refuse=must_refuse,
         layers=layers,
     )
@@ -142,7 +148,7 @@ def bad_options(output: str) -> list[tuple[dict[str, Any], str]]:
     if output == "words":
         out.append(({"special_tokens": False}, "words without special tokens"))
     if output != "sentence":
-        out.append(({"normalize": True}, "normalized tokens"))
+        out += [({"normalize": True}, "normalized tokens"), ({"prompt": PROMPTS[0]}, "a prompt before tokens")]
     return out
 
 

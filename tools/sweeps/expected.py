@@ -59,11 +59,26 @@ class Setting:
         types = {} if tokens.types is None else {"token_type_ids": torch.tensor([tokens.types])}
         return self.plain(input_ids=ids, attention_mask=torch.ones_like(ids), **types).pooler_output[0]
 
-    def tokens(self, text: Text, max_length: int | None = None) -> Tokens:
-        """A text by transformers' own tokenizer, truncated if `max_length` is given."""
-        if self.kind == "gemma" and not isinstance(text, (str, tuple)):
-            return tokenize_running(self.own, text, max_length=max_length)
-        return tokenize(self.own, text, for_lists=self.for_lists, max_length=max_length)
+    def tokens(self, text: Text, max_length: int | None = None, side: str = "right", prompt: str = "") -> Tokens:
+        """A text by transformers' own tokenizer, truncated on this side if `max_length` is given.
+
+        A prompt is words of the first text, and their tokens are of no word.
+        """
+        self.own.truncation_side = side
+        if self.for_lists is not None:
+            self.for_lists.truncation_side = side
+        first, *others = text if isinstance(text, tuple) else (text,)
+        several: tuple[Any, ...] = (prompt + first if isinstance(first, str) else [*prompt.split(), *first], *others)
+        whole: Any = several if others else several[0]
+        if self.kind == "gemma" and isinstance(several[0], list):
+            found = tokenize_running(self.own, whole, max_length=max_length)
+        else:
+            found = tokenize(self.own, whole, for_lists=self.for_lists, max_length=max_length)
+        if isinstance(several[0], list):
+            count = len(prompt.split())
+            found.words = [None if word is None or word < count else word - count for word in found.words]
+            found.num_words -= count
+        return found
 
 
 def longest(setting: Setting, case: Case) -> int:
@@ -111,13 +126,14 @@ def expected(setting: Setting, case: Case, text: Text) -> Tensor:
         split: Any = tuple(part.split() if isinstance(part, str) else part for part in several)
         text = split if isinstance(text, tuple) else split[0]
     most = longest(setting, case)
-    whole = setting.tokens(text)
+    prompt = options.get("prompt") or ""
+    whole = setting.tokens(text, prompt=prompt)
     pieces = [whole]
     if len(whole.ids) > most:
         if options["overflow"] == "error":
             raise NoAnswerError(f"{len(whole.ids)} tokens, {most} are allowed")
         if options["overflow"] == "truncate":
-            pieces = [setting.tokens(text, most)]
+            pieces = [setting.tokens(text, most, case.truncation_side, prompt)]
         else:
             pieces = windows(whole, most, options["stride"])
     width = setting.hidden_size * (len(case.layers) if options["combine"] == "concat" else 1)

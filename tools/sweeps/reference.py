@@ -130,16 +130,25 @@ def tokenize(tokenizer: Any, text: Text, *, for_lists: Any = None, max_length: i
     )
 
 
-def tokenize_running(tokenizer: Any, words: list[str], *, max_length: int | None = None) -> Tokens:
-    """A list of words as the running text that they make, each token with the word in which its characters are."""
+def tokenize_running(tokenizer: Any, text: Any, *, max_length: int | None = None) -> Tokens:
+    """A list of words, or a pair of two, as the running text that they make.
+
+    A token is of the word in which its last character is; the blank before a word is the word's.
+    """
+    several: list[list[str]] = list(text) if isinstance(text, tuple) else [text]
     options: dict[str, Any] = {} if max_length is None else {"truncation": True, "max_length": max_length}
-    found = tokenizer([" ".join(words)], return_offsets_mapping=True, **options).encodings[0]
-    word_of_character = [i for i, word in enumerate(words) for _ in f"{word} "]
+    found = tokenizer(*[[" ".join(part)] for part in several], return_offsets_mapping=True, **options).encodings[0]
+    word_of_character: list[list[int]] = []
+    count = 0
+    for part in several:
+        lengths = [len(word) + (i > 0) for i, word in enumerate(part)]
+        word_of_character.append([count + i for i, length in enumerate(lengths) for _ in range(length)])
+        count += len(part)
     numbered: list[int | None] = [
-        None if part is None else word_of_character[end - 1]
+        None if part is None else word_of_character[part][end - 1]
         for (_, end), part in zip(found.offsets, found.sequence_ids, strict=True)
     ]
-    return Tokens(list(found.ids), None, list(found.sequence_ids), numbered, [True] * len(found.ids), len(words))
+    return Tokens(list(found.ids), None, list(found.sequence_ids), numbered, [True] * len(found.ids), count)
 
 
 def windows(text: Tokens, max_length: int, stride: int) -> list[Tokens]:
@@ -231,7 +240,7 @@ def pooled(rows: Sequence[Tensor], how: str, empty: Tensor) -> Tensor:
     total = torch.zeros_like(empty)
     for row, weight in zip(rows, weights, strict=True):
         total = total + row * weight
-    return total / sum(weights)
+    return total / (math.sqrt(len(rows)) if how == "mean_sqrt_len" else sum(weights))
 
 
 def relative_error(found: Tensor, right: Tensor) -> float:
