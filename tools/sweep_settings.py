@@ -4,7 +4,7 @@
     python tools/sweep_settings.py --cases 100 --seed 7       fewer, and others
     python tools/sweep_settings.py --seed 7 --case 41         one of them, with all that is known of it
 
-A case draws a model and a tokenizer, output, layers, combine, pooling, overflow, the side of truncation, prompts, pairs,
+A case draws a model, a tokenizer, output, layers, combine, pooling, overflow, the side of truncation, prompts, pairs,
 special tokens, normalisation, dtype, the size of forwards, packing, and whether texts come by a call, `wrap`, `stream`
 or from a cache. It is right if
 the relative L2 error of each text is at most 1e-5 (bfloat16: 0.05), refused if there is no right answer and the encoder
