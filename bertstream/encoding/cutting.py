@@ -17,7 +17,7 @@ def owners(words: npt.NDArray[Any], starts: npt.NDArray[Any], room: int) -> npt.
     two equals. All tokens of a word have one owner, unless no window holds the whole word: then each has its own.
 
     Args:
-        words: [n] the word of each token, ascending.
+        words: [n] the word of each token, ascending; -1 for a token of no word (a prompt's), which is on its own.
         starts: [W] the first token of each window, ascending, from 0 to n - room.
         room: tokens of each window.
     Returns:
@@ -26,7 +26,7 @@ def owners(words: npt.NDArray[Any], starts: npt.NDArray[Any], room: int) -> npt.
     # Window i + 1 beats window i for a word whose middle comes after the middle of both windows together. The same is
     # true at the text's ends, where one edge does not count: the other edge decides alone, at the same point.
     middles = starts[:-1] + starts[1:] + room - 1
-    first = np.flatnonzero(np.diff(words, prepend=-1))
+    first = np.flatnonzero((np.diff(words, prepend=-1) != 0) | (words < 0))
     last = np.append(first[1:], len(words)) - 1
     owner = np.searchsorted(middles, first + last)
     whole = (starts[owner] <= first) & (last < starts[owner] + room)

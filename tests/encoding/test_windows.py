@@ -181,6 +181,19 @@ def test_a_long_word_that_no_window_holds_is_pieced_together() -> None:
     assert [sum(w.owned) for w in windows_of(text)] == [1 + 5, 5 + 1]
 
 
+def prompted(words: Text, prompt: str) -> TokenizedText:
+    return TextTokenizer(NUMBERED, max_length=7, overflow="windows", stride=2, prompt=prompt)([words])[0]
+
+
+@pytest.mark.parametrize("prompt", ["7 ", "7 8 9 ", "7.8 9 ", "1 2 3 4 5 6 7 8 9 "])
+def test_a_prompt_before_a_list_of_words_is_windowed_with_it_word_by_word(prompt: str) -> None:
+    words = spelled([1, 3, 1, 2, 1, 1, 2, 1], start=20)
+    tokens = [*prompt.replace(".", " ").split(), *".".join(words).split(".")]
+    windows = windows_of(prompted(words, prompt))
+    owned = [[i for i, mine in zip(*window, strict=True) if mine] for window in windows]
+    assert len(windows) > 2 and [i for mine in owned for i in mine] == [CLS, *map(int, tokens), SEP]
+
+
 @given(case=cases(), more=st.integers(0, 3))
 def test_a_text_that_fits_is_tokenized_as_without_windows(case: Case, more: int) -> None:
     longest = len(case.before) + len(case.content) + 1 + more

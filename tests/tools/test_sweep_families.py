@@ -16,7 +16,10 @@ from sweeps.family_checks import OUTPUTS, sweep
 
 from bertstream import Encoder
 
-SAMPLE = ("bert", "mobilebert", "distilbert", "albert", "modernbert", "electra", "deberta", "nomic_bert")
+SAMPLE = (
+    *("bert", "mobilebert", "distilbert", "albert", "modernbert", "electra", "deberta", "nomic_bert"),
+    *("roberta", "xlm-roberta", "longformer", "esm", "big_bird", "mpnet"),
+)
 
 
 @pytest.mark.parametrize("name", SAMPLE)
