@@ -140,7 +140,7 @@ def test_warm_reports_a_cache_that_is_too_small(call: Call, tmp_path: Path) -> N
 
 def test_doctor_describes_models_and_fails_if_one_cannot_be_loaded(call: Call) -> None:
     status, out, _ = call("doctor", "--model", "all-MiniLM-L6-v2", "--dtype", "float32")
-    assert status == 0 and "runs: packed" in out and f"torch {version('torch')}" in out
+    assert status == 0 and "runs: fused" in out and f"torch {version('torch')}" in out
     status, out, _ = call("doctor", "--model", "no-such-model", "--json")
     assert status == 1 and "no model" in json.loads(out)["models"]["no-such-model"]["error"]
 

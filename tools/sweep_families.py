@@ -99,9 +99,6 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = sorted({*(options.families or ())} - {*names()})
     if unknown:
         parser.error(f"no such families: {', '.join(unknown)}; --list prints them")
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)  # tiny models: threads would wait for each other
     reports = []
     print(" | ".join(HEADER))
     for name in options.families or names():
@@ -116,4 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Here, not in main(), which tests call: these are settings of the whole process.
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # tiny models: threads would wait for each other
     raise SystemExit(main())

@@ -143,9 +143,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokenizers", nargs="+", choices=list(TOKENIZERS), default=list(TOKENIZERS))
     parser.add_argument("--json", metavar="FILE", help="write counts and wrong cases as JSON, too")
     options = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)  # tiny models: threads would wait for each other
     chosen = range(options.cases) if options.case is None else [options.case]
     restricted = "".join(
         f" --{name} {' '.join(getattr(options, name))}"
@@ -176,4 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Here, not in main(), which tests call: these are settings of the whole process.
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # tiny models: threads would wait for each other
     raise SystemExit(main())

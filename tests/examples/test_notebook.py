@@ -32,7 +32,7 @@ def test_every_public_object_has_a_repr_of_one_line(minilm: Encoder, tmp_path: P
     loader.close()
     for thing, line in zip(objects, shown, strict=True):
         assert line.startswith(type(thing).__name__) and " at 0x" not in line and "\n" not in line and len(line) < 300
-    assert shown[0] == "Encoder(BertModel, output='tokens', layers=(6,), embedding_dim=384, packed, float32, cpu)"
+    assert shown[0] == "Encoder(BertModel, output='tokens', layers=(6,), embedding_dim=384, fused, float32, cpu)"
     assert shown[2] == "TextStream(1 shards, text='text', batch_size=2, shuffle=False, epoch=0, rank 0 of 1)"
     assert shown[3] == f"Embeddings(2 texts, tokens [{len(batch['text'].values)}, 384], float32, cpu)"
     assert shown[7] == "TokenCollate(text='a', pair='b', TextTokenizer(max_length=512, overflow='error'))"

@@ -34,10 +34,10 @@ def write_bert(folder: Path, size: str, *, tokenizer: str | None = None, texts: 
     Returns:
         The folder's path.
     """
-    torch.manual_seed(0)
-    BertModel(BertConfig(**SIZES[size])).save_pretrained(folder)
     source = tokenizer or demo_folder()
     made: Any = AutoTokenizer.from_pretrained(source) if source is not None else make_tokenizer(texts)
+    torch.manual_seed(0)
+    BertModel(BertConfig(**SIZES[size] | {"vocab_size": len(made)})).save_pretrained(folder)
     made.save_pretrained(folder)
     return str(folder)
 
