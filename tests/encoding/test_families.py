@@ -174,7 +174,7 @@ def test_half_precision_stays_close(family: tuple[str, nn.Module], minilm_folder
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("output", ["tokens", "words", "sentence"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("way", ["packed", "fused", "fused with our kernels"])
+@pytest.mark.parametrize("way", ["packed", "fused with our kernels"])
 def test_on_cuda_all_tensors_are_on_the_device_and_the_host_never_waits(
     name: str, minilm_folder: str, monkeypatch: pytest.MonkeyPatch, output: Any, dtype: Any, way: str
 ) -> None:
