@@ -96,8 +96,8 @@ class CachedEncoder:
         if identity is None:
             if self._store.count_off(len(batch)):
                 logger.warning(
-                    "the cache is off while parameters of the encoder require gradients; encoder.freeze() turns it on "
-                    "again"
+                    "the cache is off while parameters of the encoder require gradients, or a hook or patched forward "
+                    "is in its model; encoder.freeze(), or removing the hook, turns it on again"
                 )
             return self._encode(batch, max_forward_tokens)
         keys = text_keys(batch, identity.prefix, identity.fingerprint)
@@ -124,7 +124,8 @@ class CachedEncoder:
         identity = self._identity()
         if identity is None:
             raise ConfigError(
-                "the cache is off while parameters of the encoder require gradients: call encoder.freeze() first"
+                "the cache is off while parameters of the encoder require gradients, or a hook or patched forward is "
+                "in its model: call encoder.freeze(), or remove the hook, first"
             )
         keys = text_keys(batch, identity.prefix, identity.fingerprint)
         first, _ = distinct(keys)

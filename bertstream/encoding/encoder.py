@@ -22,6 +22,7 @@ from .calibrating import CalibratedForward
 from .fingerprint import hash_weights, weights_state
 from .forward_size import ForwardSize
 from .freezing import warn_of_half
+from .model_guard import alteration
 from .output_spec import OutputSpec
 from .own_model import own_copy, without_peft
 from .pooling import Combine, SentencePooling, WordPooling
@@ -409,10 +410,10 @@ class Encoder(CalibratedForward):
 
         Returns:
             16 bytes, the same in every process; None while a parameter requires a gradient, because optimizers change
-            weights without a trace.
+            weights without a trace, and while a hook or a patched forward is in the model: what it does is unknown.
         """
         state = weights_state(self.model)
-        if state is None:
+        if state is None or alteration(self.model) is not None:
             self._fingerprint = None
             return None
         known = self._fingerprint

@@ -9,6 +9,9 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+_HARMLESS = ("transformers.utils.output_capturing", "bertstream.encoding.layers")
+"""Where hooks come from that change nothing: transformers' for output_hidden_states=, and ours that read layers."""
+
 _GLOBAL_HOOKS: list[Any] = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
 
 
@@ -59,8 +62,7 @@ class ModelGuard:
             return "all modules"
         for path, module in self._modules.items():
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-                # transformers' own, for output_hidden_states=, stay in a model and do nothing outside such a call.
-                if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
+                if getattr(hook, "__module__", None) not in _HARMLESS:
                     return path
         return None
 
@@ -72,3 +74,14 @@ class ModelGuard:
     def requires_grad(self) -> bool:
         """Whether any parameter requires a gradient."""
         return any(parameter.requires_grad for parameter in self._parameters)
+
+
+def alteration(model: nn.Module) -> str | None:
+    """Code beside a model's modules that may change its vectors, in words: a hook, or a patched forward; else None."""
+    for path, module in model.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(getattr(hook, "__module__", None) not in _HARMLESS for hook in hooks):
+            return f"it has a hook on {path or type(model).__name__}"
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's only move weights
+            return f"{path or type(model).__name__} has a forward of its own"
+    return None

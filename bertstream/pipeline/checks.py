@@ -39,7 +39,8 @@ def check_cacheable(encoder: SupportsEncode, cached: CachedEncoder) -> None:
     if isinstance(encoder, SupportsTraining) and not encoder.trainable and cached.prefix() is None:
         raise ConfigError(
             "cache= is refused: parameters of the encoder require gradients, as those of your own model do by "
-            "default. Call encoder.freeze() first; encoder.unfreeze() may follow later"
+            "default, or a hook or patched forward is in its model. Call encoder.freeze(), or remove the hook, first; "
+            "encoder.unfreeze() may follow later"
         )
 
 

@@ -216,6 +216,19 @@ def test_a_hook_runs_and_is_named_once_in_the_log(encoder: Encoder, caplog: pyte
     assert "encoder.layer.1" in record.message and "hook" in record.message
 
 
+def test_vectors_under_a_hook_or_a_patched_forward_have_no_name_in_a_cache(encoder: Encoder) -> None:
+    named = encoder.fingerprint()
+    layer = encoder.model.get_submodule("encoder.layer.1")
+    handle = layer.register_forward_hook(lambda module, arguments, out: 0 * out)
+    assert named is not None and encoder.fingerprint() is None
+    handle.remove()
+    assert encoder.fingerprint() == named
+    layer.forward = lambda states, *given, **options: states  # type: ignore[assignment]
+    assert encoder.fingerprint() is None
+    del layer.forward
+    assert encoder.fingerprint() == named
+
+
 def test_a_pre_hook_and_a_patched_forward_run(encoder: Encoder) -> None:
     right = encoder(TEXTS).values
     dense = encoder.model.get_submodule("encoder.layer.0.intermediate.dense")
