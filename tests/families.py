@@ -22,6 +22,15 @@ SIZES = {
     "max_position_embeddings": 80,
     "pad_token_id": 0,
 }
+TINY = {
+    "vocab_size": 200,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 300,
+}
+"""Sizes for a test that makes its own vocabulary of ids."""
 OWN = {
     "DistilBert": {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64},
     "Electra": {"embedding_size": 16},

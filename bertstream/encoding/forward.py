@@ -1,4 +1,4 @@
-"""Token batches through a model in forwards of limited size, and token vectors into the rows that were asked for."""
+"""Token batches through a model, in forwards of limited size."""
 
 from __future__ import annotations
 

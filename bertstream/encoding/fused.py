@@ -276,15 +276,11 @@ class FusedForward:
             norm: of the sum; None for no norm.
         """
         pre_norm = self._modules.pre_norm
-        if norm is None:
-            total = normed = out.add_(x)
-        elif not self._kernels:
-            total = out.add_(x)
-            normed = norm(total)
-        elif pre_norm:
-            total, normed = kernels.add_norm(out, x, norm.weight, norm.bias, norm.eps, rms=norm.rms, keep_sum=True)
-        else:
-            total = normed = kernels.add_norm(out, x, norm.weight, norm.bias, norm.eps, rms=norm.rms)
+        if norm is not None and self._kernels:
+            total, normed = kernels.add_norm(out, x, norm.weight, norm.bias, norm.eps, rms=norm.rms, keep_sum=pre_norm)
+            return (normed if total is None else total), normed
+        total = out.add_(x)
+        normed = total if norm is None else norm(total)
         return (total if pre_norm else normed), normed
 
     def _feed_forward(self, x: Tensor, layer: Layer) -> Tensor:

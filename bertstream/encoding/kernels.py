@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Hashable
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -150,21 +150,6 @@ def _block(name: str, width: int) -> tuple[int, int, int]:
     return rows, columns, min(max(rows * columns // PER_WARP, 1), 16)
 
 
-@overload
-def add_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, *, rms: bool = ...
-) -> Tensor: ...
-@overload
-def add_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    rms: bool = ...,
-    keep_sum: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
 def add_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -174,7 +159,7 @@ def add_norm(
     *,
     rms: bool = False,
     keep_sum: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor]:
     """LayerNorm or RMSNorm of x + residual, in one pass.
 
     Args:
@@ -185,7 +170,8 @@ def add_norm(
         rms: divide by the root of the mean square, without subtracting the mean.
         keep_sum: return x + residual too, which a layer with its norm first adds to later.
     Returns:
-        [N, H] in the dtype of x, computed in float32 from the sum before it is rounded; or (sum, normed).
+        The sum, None unless it is kept, and its norm: [N, H] in the dtype of x. The norm is computed in float32 from
+        the sum before that is rounded.
     """
     tokens, hidden = x.shape
     out = torch.empty_like(x)
@@ -194,9 +180,7 @@ def add_norm(
     tensors = (x, residual, weight, bias, total, out)
     grid = (-(-tokens // rows), 1, 1)
     _launch("add_norm", grid, tensors, (tokens, eps), (hidden, columns, rows, rms), num_warps=warps)
-    if keep_sum:
-        return (x if total is None else total), out
-    return out
+    return (x if keep_sum and residual is None else total), out
 
 
 def fits(dtype: torch.dtype) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -42,8 +43,10 @@ class ModelGuard:
 
     def interference(self) -> str | None:
         """What would change a forward beside the modules themselves, in words; None if nothing does."""
-        if any(self._hooks) and (hooked := self._hooked()):
-            return f"it has a hook on {hooked}"
+        if any(self._hooks):
+            hooked = "all modules" if any(_GLOBAL_HOOKS) else _hooked(self._modules.items())
+            if hooked is not None:
+                return f"it has a hook on {hooked}"
         if list(map(type, self._modules.values())) != list(self.kinds.values()):
             return "a module is of another class than it was"
         if list(map(len, self._vars)) == self._sizes:
@@ -54,16 +57,6 @@ class ModelGuard:
             if vars(module).get("_compiled_call_impl") is not None:
                 return f"{path} is compiled"
         self._sizes = list(map(len, self._vars))
-        return None
-
-    def _hooked(self) -> str | None:
-        """The first module with a hook that may matter."""
-        if any(_GLOBAL_HOOKS):
-            return "all modules"
-        for path, module in self._modules.items():
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-                if getattr(hook, "__module__", None) not in _HARMLESS:
-                    return path
         return None
 
     def replaced(self) -> bool:
@@ -78,10 +71,19 @@ class ModelGuard:
 
 def alteration(model: nn.Module) -> str | None:
     """Code beside a model's modules that may change its vectors, in words: a hook, or a patched forward; else None."""
-    for path, module in model.named_modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if any(getattr(hook, "__module__", None) not in _HARMLESS for hook in hooks):
-            return f"it has a hook on {path or type(model).__name__}"
+    named = [(path or type(model).__name__, module) for path, module in model.named_modules()]
+    if (hooked := _hooked(named)) is not None:
+        return f"it has a hook on {hooked}"
+    for path, module in named:
         if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's only move weights
-            return f"{path or type(model).__name__} has a forward of its own"
+            return f"{path} has a forward of its own"
+    return None
+
+
+def _hooked(named: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """The path of the first module with a hook that may matter."""
+    for path, module in named:
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if getattr(hook, "__module__", None) not in _HARMLESS:
+                return path
     return None

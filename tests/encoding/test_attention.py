@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from families import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -23,15 +24,6 @@ from bertstream import EncoderError
 from bertstream.encoding import attention
 from bertstream.encoding.attention import PACKED, Packing, packed_attention
 from bertstream.tokens import cumulate
-
-TINY = {
-    "vocab_size": 200,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 300,
-}
 
 
 def tiny(model: type[nn.Module], config: type[Any], **options: Any) -> nn.Module:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import Tokenizer, make
+from families import TINY, Tokenizer, make
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -43,14 +43,6 @@ from bertstream.encoding.self_test import MOST_TOKENS, _odd_lengths, batch_of, p
 from bertstream.tokens import Int32Array
 
 MASK, UNKNOWN = 103, 100
-TINY = {
-    "vocab_size": 200,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 300,
-}
 OPTIONS: dict[str, dict[str, Any]] = {
     "BigBird": {"block_size": 4, "num_random_blocks": 1},
     "Data2VecText": {"pad_token_id": 1},
