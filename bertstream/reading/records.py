@@ -57,7 +57,7 @@ def read_records(
     Holds one record at a time. The file is closed when the generator ends, raises or is closed.
 
     Args:
-        piece: the whole shard, as in `Piece(path)`, or a part of it.
+        piece: the whole shard, as in `Piece(path)`, or a part of it; records of other shares are not parsed.
         options: what is read of each record.
         skip: how many records of the piece to skip, broken ones included; they are counted but not parsed.
         on_bad: called with the error of each broken record, which is then skipped; None raises the error.
@@ -86,7 +86,7 @@ def read_records(
                 raw = next(raw_records, None)
                 if raw is None:
                     break
-                if index >= wanted.start:
+                if index >= wanted.start and index % piece.shares == piece.share:
                     try:
                         text, fields = take_text_and_fields(raw.parse(raw.source), options)
                     except RecordError as broken:

@@ -36,12 +36,16 @@ class Piece:
         stop: index after the last record; None reads to the end of the shard.
         offset: byte at which record `start` begins. With 0 the shard is read from its beginning and the records before
             `start` are skipped; Parquet always has 0, and is read from the row group that holds `start`.
+        share, shares: of these records, only every `shares`-th is this piece's: those whose index in the shard leaves
+            the rest `share`.
     """
 
     path: str
     start: int = 0
     stop: int | None = None
     offset: int = 0
+    share: int = 0
+    shares: int = 1
 
 
 def expand_shards(

@@ -57,7 +57,7 @@ def own_entry(rank: int, number: int, words: int | ShardError | None) -> Entry:
 
 
 def some_stream(uneven: str, settings: dict[str, Any] | None = None, **others: Any) -> Any:
-    progress = SimpleNamespace(running=lambda: None)
+    progress = SimpleNamespace(running=lambda: None, from_the_top=False)
     return SimpleNamespace(uneven=uneven, epoch=0, settings=settings or {}, progress=progress, **others)
 
 
