@@ -9,6 +9,9 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+MAX_RECORD_BYTES = 256 << 20
+"""The longest line, and the largest members of a record, that are read: a file without newlines may be of any size."""
+
 BOM = b"\xef\xbb\xbf"
 _DECODER = json.JSONDecoder()
 _JSON_BLANKS = " \t\n\r"
@@ -42,6 +45,15 @@ class RecordError(Exception):
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
+
+
+def broken(error: RecordError) -> dict[str, Any]:
+    """The `parse` of a record that its reader has found broken.
+
+    Raises:
+        RecordError: always, the error given.
+    """
+    raise error
 
 
 def parse_utf8(data: bytes, name: str | None = None) -> str:

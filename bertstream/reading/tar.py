@@ -17,18 +17,24 @@ from functools import partial
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from .options import ReadOptions, check_required
-from .raw import RawRecord, RecordError, excerpt, parse_json, parse_utf8
+from .raw import MAX_RECORD_BYTES, RawRecord, RecordError, excerpt, parse_json, parse_utf8
 from .shards import Piece
 
 _BUFFER_BYTES = 1 << 20
 
 
-def read_tar(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[RawRecord]:
-    """The records of a piece. The parser reads the payloads, so those of skipped records are not read."""
+def read_tar(
+    stream: BinaryIO, piece: Piece, options: ReadOptions, max_bytes: int = MAX_RECORD_BYTES
+) -> Iterator[RawRecord]:
+    """The records of a piece. The parser reads the payloads, so those of skipped records are not read.
+
+    A broken header ends the archive: nothing says how many records follow, or whether bytes that look like a header are
+    one or part of a member.
+    """
     if piece.offset:
         stream.seek(piece.offset)
     tar = TarReader(stream, piece.offset)
-    parse = partial(_parse_members, tar, options)
+    parse = partial(_parse_members, tar, options, max_bytes)
     for key, members in itertools.groupby(tar.members(), lambda member: member.key):
         first = next(members)
         # Reading must not resume after a global header, which applies to all later members.
@@ -38,15 +44,25 @@ def read_tar(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[R
     tar.check_nothing_follows()
 
 
-def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMember]) -> dict[str, Any]:
+def _parse_members(
+    tar: TarReader, options: ReadOptions, max_bytes: int, members: Iterable[TarMember]
+) -> dict[str, Any]:
     wanted = None if options.fields is None else {*options.required, "json", "jsn"}
     fields: dict[str, Any] = {}
     unread: list[str] = []
     objects: list[dict[str, Any]] = []
+    size = 0
     for member in members:
         if wanted is not None and member.field not in wanted:
             unread.append(member.field)
             continue
+        if not member.info.isreg() or member.info.issparse():
+            message = f"member {member.info.name!r} is a link, sparse or special: store the file itself"
+            raise RecordError(message, member.field)
+        size += member.info.size
+        if size > max_bytes:
+            message = f"its members up to {member.info.name!r} are {size} bytes, above max_record_bytes={max_bytes}"
+            raise RecordError(message, member.field)
         value = _decode(member.field, tar.payload(member))
         if member.field in ("json", "jsn") and isinstance(value, dict):
             objects.append(value)
@@ -128,15 +144,13 @@ class TarReader:
 
         Raises:
             EOFError: the archive is cut off.
-            tarfile.ReadError: a header is invalid, or a member is no plain file.
+            tarfile.ReadError: a header is invalid.
         """
         while (info := self._next_header()) is not None:
             folder, slash, base = info.name.rpartition("/")
             stem, _, name = base.partition(".")
             if info.isdir() or not stem or not name or re.match(r"__[^/]*__(/|$)", info.name):
                 continue
-            if not info.isreg() or info.issparse():
-                raise tarfile.ReadError(f"member {info.name!r} is a link, sparse or special: store the file itself")
             yield TarMember(folder + slash + stem, name.lower(), info)
 
     def payload(self, member: TarMember) -> bytes:
