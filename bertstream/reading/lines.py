@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, BinaryIO
 
 from ..errors import ShardError
 from .options import ReadOptions
-from .raw import BOM, MAX_RECORD_BYTES, RawRecord, RecordError, broken, excerpt, parse_json, parse_utf8
+from .raw import BOM, RawRecord, RecordError, excerpt, parse_json, parse_utf8
 from .shards import Piece
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 _BLANK_LINES = (b"\n", b"\r\n", b"\r")
 
 
-def read_txt(
-    stream: BinaryIO, piece: Piece, options: ReadOptions, max_bytes: int = MAX_RECORD_BYTES
-) -> Iterator[RawRecord]:
+def read_txt(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[RawRecord]:
     """Every line of a piece, blank ones too.
 
     Raises:
@@ -28,21 +26,19 @@ def read_txt(
     if options.text != "text":
         message = f"{piece.path}: the only field of a .txt shard is 'text', not {options.text!r}: write text='text'"
         raise ShardError(message, path=piece.path, field=options.text)
-    for offset, line in _lines(stream, piece.offset, max_bytes):
-        yield _record(_parse_line, line, offset, max_bytes)
+    for offset, line in _lines(stream, piece.offset):
+        yield RawRecord(_parse_line, line, None, offset)
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
     return {"text": parse_utf8(line.removesuffix(b"\n").removesuffix(b"\r"), "text")}
 
 
-def read_jsonl(
-    stream: BinaryIO, piece: Piece, options: ReadOptions, max_bytes: int = MAX_RECORD_BYTES
-) -> Iterator[RawRecord]:
+def read_jsonl(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[RawRecord]:
     """Every line of a piece but blank ones."""
-    for offset, line in _lines(stream, piece.offset, max_bytes):
+    for offset, line in _lines(stream, piece.offset):
         if line not in _BLANK_LINES:
-            yield _record(_parse_object, line, offset, max_bytes)
+            yield RawRecord(_parse_object, line, None, offset)
 
 
 def _parse_object(line: bytes) -> dict[str, Any]:
@@ -114,26 +110,13 @@ def _parse_row(columns: list[str], row: list[str] | csv.Error) -> dict[str, Any]
     }
 
 
-def _record(parse: Callable[[Any], dict[str, Any]], line: bytes, offset: int, max_bytes: int) -> RawRecord:
-    if len(line) > max_bytes:
-        error = RecordError(f"the line is longer than max_record_bytes={max_bytes}: {excerpt(line)}")
-        return RawRecord(broken, error, None, offset)
-    return RawRecord(parse, line, None, offset)
-
-
-def _lines(stream: BinaryIO, offset: int, max_bytes: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """Each line from a byte offset on, with the offset at which it begins; a byte order mark is removed.
-
-    Of a line above `max_bytes`, the first `max_bytes + 1` are yielded.
-    """
+def _lines(stream: BinaryIO, offset: int) -> Iterator[tuple[int, bytes]]:
+    """Each line from a byte offset on, with the offset at which it begins; a byte order mark is removed."""
     if offset:
         stream.seek(offset)
-    most = -1 if max_bytes is None else max_bytes + 1
-    while line := stream.readline(most):
-        cut = len(line) == most and not line.endswith(b"\n")
-        yield offset, line if offset or cut else line.removeprefix(BOM)
+    elif first := stream.readline():
+        yield 0, first.removeprefix(BOM)
+        offset = len(first)
+    for line in stream:
+        yield offset, line
         offset += len(line)
-        while cut:
-            rest = stream.readline(most)
-            offset += len(rest)
-            cut = len(rest) == most and not rest.endswith(b"\n")

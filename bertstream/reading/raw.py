@@ -9,9 +9,6 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-MAX_RECORD_BYTES = 256 << 20
-"""The longest line, and the largest members of a record, that are read: a file without newlines may be of any size."""
-
 BOM = b"\xef\xbb\xbf"
 _DECODER = json.JSONDecoder()
 _JSON_BLANKS = " \t\n\r"

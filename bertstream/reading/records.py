@@ -91,12 +91,11 @@ def read_records(
                 if raw is None:
                     break
                 end = index + raw.records
-                if end > wanted.start and wanted.own(index, end):
+                if end > wanted.start and (piece.shares == 1 or _own(wanted, index, end)):
                     try:
                         text, fields = take_text_and_fields(raw.parse(raw.source), options)
                     except RecordError as broken:
-                        stop = end if piece.stop is None else min(end, piece.stop)
-                        error = _at_records(broken, wanted, max(index, wanted.start), stop)
+                        error = _at_records(broken, wanted.path, _own(wanted, index, end))
                         if on_bad is None or not error.skippable:
                             raise error from broken.__cause__
                         on_bad(error)
@@ -130,16 +129,23 @@ def _from_record(wanted: Piece, index: int, problem: str, *, skippable: bool = T
 
 
 def _left(wanted: Piece, index: int) -> int | None:
-    """How many records a piece holds from a record on; None if nobody has counted them."""
-    return None if wanted.stop is None else wanted.own(index, wanted.stop)
+    """How many of a piece's records there are from one on; None if nobody has counted them."""
+    return None if wanted.stop is None else len(_own(wanted, index, wanted.stop))
 
 
-def _at_records(broken: RecordError, wanted: Piece, start: int, stop: int) -> ShardError:
-    place = f"record {start}" if stop == start + 1 else f"records {start} to {stop - 1}"
+def _own(wanted: Piece, start: int, stop: int) -> range:
+    """Those of the records from `start` to `stop` that are the piece's."""
+    start = max(start, wanted.start)
+    start += (wanted.share - start) % wanted.shares
+    return range(start, stop if wanted.stop is None else min(stop, wanted.stop), wanted.shares)
+
+
+def _at_records(broken: RecordError, path: str, lost: range) -> ShardError:
+    place = f"record {lost[0]}" if len(lost) == 1 else f"records {lost[0]} to {lost[-1]}"
     if broken.field is not None:
         place += f", field {broken.field!r}"
     fault = outside_fault(broken)
     reason = str(broken) if fault is None else described(fault)
-    error = ShardError(f"{wanted.path}, {place}: {reason}", path=wanted.path, index=start, field=broken.field)
-    error.records, error.skippable = wanted.own(start, stop), fault is None
+    error = ShardError(f"{path}, {place}: {reason}", path=path, index=lost[0], field=broken.field)
+    error.records, error.skippable = len(lost), fault is None
     return error

@@ -17,15 +17,13 @@ from functools import partial
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from .options import ReadOptions, check_required
-from .raw import MAX_RECORD_BYTES, RawRecord, RecordError, excerpt, parse_json, parse_utf8
+from .raw import RawRecord, RecordError, excerpt, parse_json, parse_utf8
 from .shards import Piece
 
 _BUFFER_BYTES = 1 << 20
 
 
-def read_tar(
-    stream: BinaryIO, piece: Piece, options: ReadOptions, max_bytes: int = MAX_RECORD_BYTES
-) -> Iterator[RawRecord]:
+def read_tar(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[RawRecord]:
     """The records of a piece. The parser reads the payloads, so those of skipped records are not read.
 
     A broken header ends the archive: nothing says how many records follow, or whether bytes that look like a header are
@@ -34,7 +32,7 @@ def read_tar(
     if piece.offset:
         stream.seek(piece.offset)
     tar = TarReader(stream, piece.offset)
-    parse = partial(_parse_members, tar, options, max_bytes)
+    parse = partial(_parse_members, tar, options)
     for key, members in itertools.groupby(tar.members(), lambda member: member.key):
         first = next(members)
         # Reading must not resume after a global header, which applies to all later members.
@@ -44,24 +42,17 @@ def read_tar(
     tar.check_nothing_follows()
 
 
-def _parse_members(
-    tar: TarReader, options: ReadOptions, max_bytes: int, members: Iterable[TarMember]
-) -> dict[str, Any]:
+def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMember]) -> dict[str, Any]:
     wanted = None if options.fields is None else {*options.required, "json", "jsn"}
     fields: dict[str, Any] = {}
     unread: list[str] = []
     objects: list[dict[str, Any]] = []
-    size = 0
     for member in members:
         if wanted is not None and member.field not in wanted:
             unread.append(member.field)
             continue
         if not member.info.isreg() or member.info.issparse():
             message = f"member {member.info.name!r} is a link, sparse or special: store the file itself"
-            raise RecordError(message, member.field)
-        size += member.info.size
-        if size > max_bytes:
-            message = f"its members up to {member.info.name!r} are {size} bytes, above max_record_bytes={max_bytes}"
             raise RecordError(message, member.field)
         value = _decode(member.field, tar.payload(member))
         if member.field in ("json", "jsn") and isinstance(value, dict):
