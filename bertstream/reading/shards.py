@@ -23,7 +23,7 @@ _ENDING = re.compile(
     re.IGNORECASE,
 )
 _ENDINGS = ".tar, .jsonl, .ndjson, .csv, .tsv, .txt, each also with .gz or .zst, .tgz and .parquet"
-READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
+_READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
 """What reading a local shard may raise if the shard is missing or broken."""
 
 
@@ -136,9 +136,9 @@ def check_packages(path: str, kind: ShardKind) -> None:
 
 
 def read_errors(path: str, kind: ShardKind) -> tuple[type[Exception], ...]:
-    """The exceptions of reading a shard that mean missing or broken data, not a mistake in the program."""
+    """The exceptions of reading a shard that do not mean a mistake in the program; `outside_fault` says whose they are."""
     # fsspec's file systems, pyarrow and datasets may raise anything.
-    return (Exception,) if is_url(path) or kind.format in ("parquet", "rows") else READ_ERRORS
+    return (Exception,) if is_url(path) or kind.format in ("parquet", "rows") else _READ_ERRORS
 
 
 def _expand(pattern: str, access: Access) -> Iterator[str]:
