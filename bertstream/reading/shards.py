@@ -136,7 +136,7 @@ def check_packages(path: str, kind: ShardKind) -> None:
 
 
 def read_errors(path: str, kind: ShardKind) -> tuple[type[Exception], ...]:
-    """The exceptions of reading a shard that do not mean a mistake in the program; `outside_fault` says whose they are."""
+    """The exceptions of reading a shard that are no mistake in the program: faults of the data or of the machine."""
     # fsspec's file systems, pyarrow and datasets may raise anything.
     return (Exception,) if is_url(path) or kind.format in ("parquet", "rows") else _READ_ERRORS
 
