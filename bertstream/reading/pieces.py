@@ -64,7 +64,7 @@ def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[
             raise ShardError(f"{path}: cannot be read: {described(error)}", path=path) from error
     stops = [index for index, _ in cuts[1:]]
     return [
-        Piece(path, start, stop, offset, version if stops else None)
+        Piece(path, start, stop, offset, version=version if stops else None)
         for (start, offset), stop in zip(cuts, [*stops, None], strict=True)
     ]
 
@@ -135,9 +135,8 @@ def _group_cuts(file: ParquetReader, parts: int) -> Iterator[tuple[int, int]]:
 def _record_starts(stream: BinaryIO, kind: str, path: str) -> Iterator[npt.NDArray[np.int64]]:
     if kind == "tar":
         tar = TarReader(stream, 0)
-        with suppress(
-            EOFError, tarfile.TarError
-        ):  # a broken tar is cut up to where it breaks; reading the last piece reports it
+        # A broken tar is cut up to where it breaks; reading the last piece reports it.
+        with suppress(EOFError, tarfile.TarError):
             for _, members in itertools.groupby(tar.members(), lambda member: member.key):
                 if tar.pax_headers:  # global headers apply to all later members, in other pieces too
                     return

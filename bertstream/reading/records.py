@@ -58,7 +58,7 @@ def read_records(
     Holds one record at a time. The file is closed when the generator ends, raises or is closed.
 
     Args:
-        piece: the whole shard, as in `Piece(path)`, or a part of it.
+        piece: the whole shard, as in `Piece(path)`, or a part of it; records of other shares are not parsed.
         options: what is read of each record.
         skip: how many records of the piece to skip, broken ones included; they are counted but not parsed.
         on_bad: called with the error of each broken record, or of several at once such as a row group, which are then
@@ -91,7 +91,7 @@ def read_records(
                 if raw is None:
                     break
                 end = index + raw.records
-                if end > wanted.start:
+                if end > wanted.start and (piece.shares == 1 or _own(wanted, index, end)):
                     try:
                         text, fields = take_text_and_fields(raw.parse(raw.source), options)
                     except RecordError as broken:
@@ -135,7 +135,9 @@ def _left(wanted: Piece, index: int) -> int | None:
 
 def _own(wanted: Piece, start: int, stop: int) -> range:
     """Those of the records from `start` to `stop` that are the piece's."""
-    return range(max(start, wanted.start), stop if wanted.stop is None else min(stop, wanted.stop))
+    start = max(start, wanted.start)
+    start += (wanted.share - start) % wanted.shares
+    return range(start, stop if wanted.stop is None else min(stop, wanted.stop), wanted.shares)
 
 
 def _at_records(broken: RecordError, path: str, lost: range) -> ShardError:
