@@ -237,7 +237,9 @@ class EmbeddingLoader(OwnLoader):
         self._running: weakref.ref[Epoch] | None = None
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"epoch {self.epoch}, {self._parts.counts.batches} batches so far"
+        state = (
+            "closed" if self._closed else f"epoch {self.epoch}, {self._parts.counts.batches} batches since it was made"
+        )
         return f"EmbeddingLoader({type(self._source).__name__}, {state})"
 
     def __iter__(self) -> Iterator[Any]:
@@ -260,7 +262,10 @@ class EmbeddingLoader(OwnLoader):
     def __len__(self) -> int:
         """The number of batches in an epoch, if the wrapped loader knows it; TypeError otherwise."""
         if self._stream is not None:
-            raise TypeError("the number of a stream's batches is not known before its shards are read")
+            raise TypeError(
+                "the number of a stream's batches is not known before its shards are read; count_records() counts its "
+                "records, where that is fast"
+            )
         return len(self._source)  # type: ignore[arg-type]
 
     def count_records(self) -> int | None:
@@ -373,7 +378,7 @@ class EmbeddingLoader(OwnLoader):
 
     def bottleneck(self) -> str:
         """Say in one sentence what the training loop waits for, and what would help."""
-        return bottleneck(self.stats())
+        return bottleneck(self.stats(), getattr(self.encoder, "dtype", None))
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Write a trace of the stages, the last 20,000 spans, for chrome://tracing or ui.perfetto.dev.

@@ -19,6 +19,7 @@ from ..tokens import Text, TokenBatch
 from .attention import plain_mode
 from .autotune import fastest_dtype
 from .calibrating import CalibratedForward
+from .cutting import warn_of_cut
 from .fingerprint import hash_weights, weights_state
 from .forward_size import ForwardSize
 from .freezing import warn_of_half
@@ -41,7 +42,7 @@ from .self_test import probe_batching
 from .sentence_folder import SentenceFolder, remove_sentence_folder, write_sentence_folder
 from .sentence_head import HEAD, with_head
 from .tokenizer import Overflow, TextTokenizer, WordSplitter, check_cutting, renamed_splitter
-from .upper import UpperEncoder, upper_half
+from .upper import UpperEncoder, cannot_split, upper_half
 from .vocabulary import check_batch, check_vocabulary
 from .word_cache import LIMIT
 
@@ -100,6 +101,7 @@ class Encoder(CalibratedForward):
     """
 
     _folder = SentenceFolder()
+    _warned_of_cut = False
 
     def __init__(
         self,
@@ -300,13 +302,11 @@ class Encoder(CalibratedForward):
                 "does not see it; split at or below the lowest layer of layers="
             )
         self.freeze()
-        lower = Encoder(
-            self.model,
-            self._pretrained_tokenizer,
-            layers=at,
-            output_dtype=self.dtype,
-            packed=None if self.batching.packs else False,
-        )
+        packed = None if self.batching.packs else False
+        try:
+            lower = Encoder(self.model, self._pretrained_tokenizer, layers=at, output_dtype=self.dtype, packed=packed)
+        except EncoderError as error:
+            raise cannot_split(self.model, at) from error
         lower.tokenizer = self.tokenizer
         lower.spec = dataclasses.replace(lower.spec, every_window=True)
         lower._size = ForwardSize(self._size.given, limit=self._size.limit)  # its own layers are measured again
@@ -396,7 +396,7 @@ class Encoder(CalibratedForward):
             ConfigError: as for `encode`.
             EncoderError: as for `encode`.
         """
-        batch = texts if isinstance(texts, TokenBatch) else self.tokenizer.batch(texts)
+        batch = texts if isinstance(texts, TokenBatch) else self._tokenized(texts)
         check_batch(batch, self.tokenizer, cast(Any, self.model.config).vocab_size)
         check_segments(batch, self.model.config)
         self._check_marks(batch)
@@ -404,6 +404,14 @@ class Encoder(CalibratedForward):
         if not self._checked_finite:
             self._check_finite(found)
         return found
+
+    def _tokenized(self, texts: Sequence[Text]) -> TokenBatch:
+        batch = self.tokenizer.batch(texts)
+        if not self._warned_of_cut and batch.cut_tokens.any():
+            self._warned_of_cut = True
+            counts = int((batch.cut_tokens > 0).sum()), len(batch), int(batch.cut_words.sum())
+            warn_of_cut("in this call (said once; .tokens.cut_tokens counts)", *counts, int(batch.cut_tokens.sum()))
+        return batch
 
     def fingerprint(self) -> bytes | None:
         """Hash all that changes the vectors of given tokens: weights, config and settings.

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -24,6 +23,7 @@ from operator import attrgetter
 from typing import Any, TypeVar
 
 from ..embeddings import Layout
+from ..encoding.cutting import warn_of_cut
 from ..errors import LoaderClosedError, described
 from ..reading.dataset import TextStream
 from ..system.distributed import Peers
@@ -37,8 +37,6 @@ from .groups import GroupBudget, gather, group_tokens
 from .lockstep import in_lockstep
 from .source import Entry, EpochStatus, Progress, Source, read
 from .step_clock import StepClock
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -315,9 +313,8 @@ def _within(
 def _report_truncation(before: Counts, after: Counts) -> None:
     texts = after.cut_texts - before.cut_texts
     if texts:
-        logger.warning(
-            "truncation cut %d of %d texts in this epoch, by %d words and %d tokens in all: overflow='windows' keeps "
-            "them",
+        warn_of_cut(
+            "in this epoch",
             texts,
             after.texts - before.texts,
             after.cut_words - before.cut_words,

@@ -255,6 +255,24 @@ def test_text_that_is_too_long_raises_or_is_counted(minilm_folder: str, minilm: 
     assert cut.lengths.tolist() == [3, 16] and cut.tokens.cut_tokens.tolist() == [0, 1000 - 14]
 
 
+def test_a_call_that_truncates_says_so_once(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = Encoder(tiny_bert(), tokenizer, output="words", overflow="truncate", max_length=4)
+    encoder(["short"])
+    assert not caplog.records
+    for _ in range(2):
+        encoder([["one", "two", "three"], "short"])
+    (record,) = caplog.records
+    assert "truncation cut 1 of 2 texts in this call" in record.message and "by 1 words and 1 tokens" in record.message
+
+
+def test_a_call_of_ready_tokens_leaves_it_to_the_loader_to_say_so(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = Encoder(tiny_bert(), tokenizer, overflow="truncate", max_length=4)
+    encoder(encoder.tokenizer.batch(["one two three four"]))
+    assert not caplog.records
+
+
 def test_a_batch_that_is_too_long_never_reaches_the_model(tokenizer: Any, minilm: Encoder) -> None:
     short = Encoder(tiny_bert(max_position_embeddings=16), tokenizer)
     with pytest.raises(EncoderError, match="the model takes 16") as caught:

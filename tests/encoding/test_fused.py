@@ -235,6 +235,29 @@ def test_a_hook_runs_and_is_named_once_in_the_log(encoder: Encoder, caplog: pyte
     assert "encoder.layer.1" in record.message and "hook" in record.message
 
 
+def test_the_way_is_the_one_that_is_used_now(encoder: Encoder) -> None:
+    layer = encoder.model.get_submodule("encoder.layer.1")
+    handle = layer.register_forward_hook(lambda module, arguments, out: 0 * out)
+    assert (
+        encoder.batching.way == "packed"
+        and "not fused now: it has a hook on encoder.layer.1" in encoder.batching.reason
+    )
+    assert ", packed, " in repr(encoder)
+    handle.remove()
+    assert encoder.batching.way == "fused" and ", fused, " in repr(encoder)
+    layer.forward = lambda states, *given, **options: states  # type: ignore[assignment]
+    assert encoder.batching.way == "packed" and "a forward of its own" in encoder.batching.reason
+    del layer.forward
+    encoder.model.get_submodule("encoder.layer.0.output").dense = Doubled(64, 32)
+    assert encoder.batching.way == "packed" and "Doubled" in encoder.batching.reason
+
+
+def test_a_trained_encoder_says_that_its_own_modules_run(encoder: Encoder) -> None:
+    encoder.unfreeze().train()
+    assert encoder.batching.way == "packed" and "train mode" in encoder.batching.reason
+    assert encoder.freeze().batching.way == "fused"
+
+
 def test_vectors_under_a_hook_or_a_patched_forward_have_no_name_in_a_cache(encoder: Encoder) -> None:
     named = encoder.fingerprint()
     layer = encoder.model.get_submodule("encoder.layer.1")
