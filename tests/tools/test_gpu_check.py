@@ -75,6 +75,7 @@ def test_a_part_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert found["ended"] == "done" and {"machine", "texts", "bert_base", "minilm"} <= found["rows"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_parts")
 def test_a_device_that_is_missing_ends_the_check_and_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
