@@ -252,10 +252,15 @@ def test_a_part_is_written_after_a_time_however_small(
     assert_same(written(tmp_path), right(tiny(tokenizer), shards))
 
 
+@pytest.mark.parametrize("one_row_group", [False, True])
 def test_each_rank_writes_its_share(
-    tokenizer: Any, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Any, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_row_group: bool
 ) -> None:
     encoder, reading = tiny(tokenizer), StreamConfig(lanes=4)
+    if one_row_group:  # which the ranks share out by record
+        records = [json.loads(line) for shard in shards for line in Path(shard).read_text().splitlines()]
+        shards = [str(tmp_path.with_suffix(".parquet"))]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), shards[0])
     monkeypatch.setenv("WORLD_SIZE", "2")
     texts = []
     for rank in (0, 1, 0):
