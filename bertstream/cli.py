@@ -198,7 +198,8 @@ def _warm(options: argparse.Namespace) -> _Found:
 
 
 def _cache(options: argparse.Namespace) -> _Found:
-    if not Path(options.folder, "data.mdb").exists():
+    file = Path(options.folder, "data.mdb").expanduser()
+    if not file.exists():
         raise CacheError(f"{options.folder} is no cache: `bertstream warm` or EmbeddingCache(disk=) makes one")
     changes = options.verify or options.drop
     with EmbeddingCache(0, options.folder, read_only=not changes) as cache:
@@ -218,7 +219,7 @@ def _cache(options: argparse.Namespace) -> _Found:
         stats = cache.stats()
         found |= {
             "bytes": stats["disk_bytes"],
-            "file_bytes": Path(options.folder, "data.mdb").stat().st_size,
+            "file_bytes": file.stat().st_size,
             "texts": stats["disk_texts"],
             "fingerprints": cache.fingerprints(),
         }

@@ -17,8 +17,10 @@ from ..errors import BertstreamError, ConfigError, StateError, check_at_least
 from ..system.distributed import rank_and_world_size
 from ..system.process import collect_garbage_rarely, exit_with_parent
 from ..tokens import Cursor, SupportsTokenize, TokenBatch
+from .access import DEFAULT_ACCESS
 from .bad_records import BadRecords
 from .config import StreamConfig
+from .delimited import reads_unquoted
 from .files import shard_size
 from .lane_batches import LaneBatches, LaneEnd
 from .options import ReadOptions
@@ -33,6 +35,11 @@ _MOST_LANES = 32
 # About a bucket of records in a tar, where each takes at least 2 KiB; tokenizing as much text takes two seconds.
 _LANE_BYTES = 4 << 20
 _OPEN_SHARDS, _OPEN_IN_ALL = 4, 64
+# A state holds these only where they differ: those of older versions have none.
+_FORMAT_DEFAULTS = {
+    option: getattr(DEFAULT_ACCESS, option)
+    for option in ("delimiter", "quoting", "header", "encoding", "max_record_bytes")
+}
 _ROW_BYTES = 256  # of a dataset that does not say how large its rows are
 
 Shards: TypeAlias = Any  # paths and URLs, str or PathLike, one or several; or a dataset of rows
@@ -143,7 +150,12 @@ class TextStream(IterableDataset[TokenBatch]):
     def settings(self) -> dict[str, Any]:
         """All that the batches and their order depend on, except the epoch; a state of another stream differs in it."""
         # Names and sizes: a corpus that was moved to another folder is the same.
-        shards = [(re.split(r"[/\\]", piece.path)[-1], piece.start, piece.stop, size) for piece, size in self._pieces]
+        shards: list[Any] = [
+            (re.split(r"[/\\]", piece.path)[-1], piece.start, piece.stop, size) for piece, size in self._pieces
+        ]
+        # Only what older versions read otherwise, so that their states fit where nothing changed.
+        if self._options.rows is None:
+            shards += [number for number, path in enumerate(self.shards) if reads_unquoted(path, self._reading)]
         parts = {"tokenizer": getattr(self._batches.tokenizer, "identity", None), "shards": shards}
         digests = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in parts.items()}
         digests["shards"] = f"{len({piece.path for piece, _ in self._pieces})} by the digest {digests['shards']}"
@@ -157,6 +169,11 @@ class TextStream(IterableDataset[TokenBatch]):
             "max_tokens": self._batches.max_tokens,
             "text": list(self._options.texts),
             "passes_over_bad_records": self._reading.max_bad_records > 0,
+            **{
+                option: str(getattr(self._reading, option))
+                for option, default in _FORMAT_DEFAULTS.items()
+                if getattr(self._reading, option) != default
+            },
             **digests,
         }
 

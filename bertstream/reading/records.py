@@ -26,8 +26,9 @@ from typing import BinaryIO, TypeAlias
 from ..errors import ConfigError, ShardError, check_at_least, described
 from ..tokens import Record
 from .access import is_local
+from .delimited import DELIMITERS, read_csv
 from .files import open_bytes
-from .lines import DELIMITERS, read_csv, read_jsonl, read_txt
+from .lines import read_jsonl, read_txt
 from .options import ReadOptions, take_text_and_fields
 from .parquet import read_parquet
 from .raw import RawRecord, RecordError
