@@ -368,9 +368,14 @@ def test_a_fault_is_an_error_or_is_counted_and_nothing_else_is_lost(
     def ids(loader: EmbeddingLoader) -> list[int]:
         return [i for batch in loader for i in batch["id"].tolist()]
 
-    strict, tolerant = make(0), make(1)
+    strict = make(0)
+    gone = paths[{"first": 0, "middle": 1, "last": 2}[place]]
+    if fault == "a vanished file":  # the records before its last cut were counted when it was cut
+        assert strict._stream is not None
+        records = max(piece.start for piece, _ in strict._stream._pieces if piece.path == gone)
+    tolerant = make(records + broken)
     if fault == "a vanished file":
-        os.unlink(paths[{"first": 0, "middle": 1, "last": 2}[place]])
+        os.unlink(gone)
     with pytest.raises(ShardError) as caught:
         ids(strict)
     assert caught.value.path in paths

@@ -34,9 +34,9 @@ class Access:
         header: whether the first row of csv and tsv names the columns; or their names, if the files have no such row.
             The columns of False are called "0", "1" and so on.
         encoding: of txt, csv and tsv. jsonl, and text in tars, is UTF-8.
-        max_record_bytes: a line, a row of csv, or a member of a tar that is longer is a broken record. Without a limit
-            a quote that is never closed would take the rest of a file into memory. 64 MiB is a thousand times the text
-            that the longest encoders take, and more than most images and recordings.
+        max_record_bytes: the longest line, row of csv, or record of a tar (the members that are read); a longer one is
+            a broken record. Without a limit a quote that is never closed, or a file without newlines, would be read
+            into memory whole. 64 MiB is a thousand times the text that the longest encoders take.
     Raises:
         ConfigError: an argument has the wrong type or is out of range.
     """

@@ -15,7 +15,7 @@ from .files import open_bytes
 from .lines import read_lines
 from .options import ReadOptions
 from .quoting import QuotedRows, look_at_quotes, must_be_quoted
-from .raw import BOM, RawRecord, RecordError, check_size, excerpt, parse_text
+from .raw import BOM, RawRecord, RecordError, broken, check_size, excerpt, parse_text
 from .shards import READ_ERRORS, Piece, shard_kind
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,9 @@ class Table:
             return
         lines_before = partial(_count_lines, self._stream, offset) if offset else lambda: self._header_lines
         for row in self._quoted_rows(lines, lines_before, len(self.columns) if self.refuses_joined_rows else 0):
-            if row:
+            if isinstance(row, RecordError):
+                yield RawRecord(broken, row)
+            elif row:
                 yield RawRecord(self._parse_row, row)
 
     def seek_rows(self) -> None:
@@ -193,9 +195,7 @@ class Table:
                     raise RecordError(f'{message}; write StreamConfig(quoting="standard"), or "none"', name)
         return fields
 
-    def _parse_row(self, row: list[str] | RecordError) -> dict[str, Any]:
-        if isinstance(row, RecordError):
-            raise row
+    def _parse_row(self, row: list[str]) -> dict[str, Any]:
         if len(row) != len(self.columns):
             message = f"{len(row)} fields under a header of {len(self.columns)} columns: {excerpt(row)}"
             raise RecordError(f"{message}; {self.note}" if self.note else message)

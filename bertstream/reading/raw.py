@@ -44,6 +44,15 @@ class RecordError(Exception):
         self.field = field
 
 
+def broken(error: RecordError) -> dict[str, Any]:
+    """The `parse` of a record that its reader has found broken.
+
+    Raises:
+        RecordError: always, the error given.
+    """
+    raise error
+
+
 def parse_text(data: bytes, name: str | None = None, encoding: str = "utf-8") -> str:
     """Decode bytes of the field `name`.
 
@@ -66,7 +75,7 @@ def check_size(num_bytes: int, limit: int, what: str, name: str | None = None) -
         RecordError: with the limit.
     """
     if num_bytes > limit:
-        message = f"{what} has more than {limit} bytes: write StreamConfig(max_record_bytes=) if that is no fault"
+        message = f"more than {limit} bytes in {what}: write StreamConfig(max_record_bytes=) if that is no fault"
         raise RecordError(message, name)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -362,12 +363,27 @@ def test_measuring_stops_after_half_a_second(monkeypatch: pytest.MonkeyPatch) ->
 
     def run(tokens: int) -> None:
         nonlocal now
-        now += tokens * 1e-4
+        now += tokens * 2e-5
         rounds.append(tokens)
 
     monkeypatch.setattr(autotune.time, "perf_counter", lambda: now)
     assert autotune.fastest_forward_tokens((1024, 2048, 4096), run, torch.device("cpu"), 2048) == 2048
-    assert rounds == [1024, 2048, 4096] * 2
+    assert rounds == [1024, 2048, 4096] * 5
+
+
+def test_on_a_cpu_no_forward_is_tried_above_one_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, tried = 0.0, set()
+
+    def run(tokens: int) -> None:
+        nonlocal now
+        now += tokens * 3e-5
+        tried.add(tokens)
+
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: now)
+    cpu = torch.device("cpu")
+    assert autotune.fastest_forward_tokens((1024, 2048, 4096, 8192), run, cpu, 2048) == 2048
+    assert tried == {1024, 2048, 4096}
+    assert autotune.fastest_forward_tokens((4096, 8192), run, cpu, 8192) == 8192, "the default is always tried"
 
 
 @pytest.mark.parametrize(("seconds_a_token", "chosen"), [({1024: 2, 2048: 3, 4096: 4}, 1024), ({4096: 0.99}, 2048)])
@@ -773,3 +789,14 @@ def test_an_encoder_can_be_unpickled_in_a_new_process(tokenizer: Any, tmp_path: 
     program = f"import pickle; print(pickle.load(open({str(path)!r}, 'rb'))(['a bank']).values.sum().item())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(float(encoder(["a bank"]).values.sum()), abs=1e-3)
+
+
+def test_a_tilde_is_the_home_folder_where_a_model_is_saved_and_loaded(
+    minilm: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    minilm.save_pretrained("~/model")
+    assert os.listdir() == ["model"]
+    loaded = Encoder.from_pretrained("~/model", dtype="float32", device="cpu")
+    assert loaded.fingerprint() == minilm.fingerprint()

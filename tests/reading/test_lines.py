@@ -48,7 +48,7 @@ def test_a_line_beyond_max_record_bytes_is_one_broken_record(tmp_path: Path, end
     assert [getattr(item, "text", None) for item in everything([Piece(path)], options)] == ["a", None, "b", None]
     assert everything(split_shard(path, 3, options.access), options) == everything([Piece(path)], options)
     _, error = read_until_error(path, options)
-    assert "the line has more than 30 bytes: write StreamConfig(max_record_bytes=)" in str(error)
+    assert "more than 30 bytes in the line: write StreamConfig(max_record_bytes=)" in str(error)
 
 
 def test_a_txt_is_decoded_by_its_encoding(tmp_path: Path) -> None:
