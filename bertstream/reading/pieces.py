@@ -65,7 +65,7 @@ def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[
             raise ShardError(f"{path}: cannot be read: {described(error)}", path=path) from error
     stops = [index for index, _ in cuts[1:]]
     return [
-        Piece(path, start, stop, offset, version if stops else None)
+        Piece(path, start, stop, offset, version=version if stops else None)
         for (start, offset), stop in zip(cuts, [*stops, None], strict=True)
     ]
 

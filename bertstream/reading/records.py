@@ -4,7 +4,7 @@
     .tar .tgz              consecutive members that share a name up to its first    the members' common name
                            dot; a field is named by the rest of the member's name
     .jsonl .ndjson         a line: one JSON object; blank lines are no records      <file name>:<index>
-    .csv .tsv              a row under a header row; blank lines are no records     <file name>:<index>
+    .csv .tsv              a row; blank lines are no records                        <file name>:<index>
     .txt                   a line, blank ones too; its only field is "text"         <file name>:<index>
     .parquet               a row                                                    <file name>:<index>
 
@@ -59,7 +59,7 @@ def read_records(
     Holds one record at a time. The file is closed when the generator ends, raises or is closed.
 
     Args:
-        piece: the whole shard, as in `Piece(path)`, or a part of it.
+        piece: the whole shard, as in `Piece(path)`, or a part of it; records of other shares are not parsed.
         options: what is read of each record.
         skip: how many records of the piece to skip, broken ones included; they are counted but not parsed.
         on_bad: called with the error of each broken record, or of several at once such as a row group, which are then
@@ -92,12 +92,11 @@ def read_records(
                 if raw is None:
                     break
                 end = index + raw.records
-                if end > wanted.start:
+                if end > wanted.start and (piece.shares == 1 or _own(wanted, index, end)):
                     try:
                         text, fields = take_text_and_fields(raw.parse(raw.source), options)
                     except RecordError as broken:
-                        stop = end if piece.stop is None else min(end, piece.stop)
-                        error = _at_records(broken, piece.path, max(index, wanted.start), stop)
+                        error = _at_records(broken, wanted.path, _own(wanted, index, end))
                         if on_bad is None or not error.skippable:
                             raise error from broken.__cause__
                         on_bad(error)
@@ -131,16 +130,23 @@ def _from_record(wanted: Piece, index: int, problem: str, *, skippable: bool = T
 
 
 def _left(wanted: Piece, index: int) -> int | None:
-    """How many records a piece holds from a record on; None if nobody has counted them."""
-    return None if wanted.stop is None else max(0, wanted.stop - max(index, wanted.start))
+    """How many of a piece's records there are from one on; None if nobody has counted them."""
+    return None if wanted.stop is None else len(_own(wanted, index, wanted.stop))
 
 
-def _at_records(broken: RecordError, path: str, start: int, stop: int) -> ShardError:
-    place = f"record {start}" if stop == start + 1 else f"records {start} to {stop - 1}"
+def _own(wanted: Piece, start: int, stop: int) -> range:
+    """Those of the records from `start` to `stop` that are the piece's."""
+    start = max(start, wanted.start)
+    start += (wanted.share - start) % wanted.shares
+    return range(start, stop if wanted.stop is None else min(stop, wanted.stop), wanted.shares)
+
+
+def _at_records(broken: RecordError, path: str, lost: range) -> ShardError:
+    place = f"record {lost[0]}" if len(lost) == 1 else f"records {lost[0]} to {lost[-1]}"
     if broken.field is not None:
         place += f", field {broken.field!r}"
     fault = outside_fault(broken)
     reason = str(broken) if fault is None else described(fault)
-    error = ShardError(f"{path}, {place}: {reason}", path=path, index=start, field=broken.field)
-    error.records, error.skippable = stop - start, fault is None
+    error = ShardError(f"{path}, {place}: {reason}", path=path, index=lost[0], field=broken.field)
+    error.records, error.skippable = len(lost), fault is None
     return error

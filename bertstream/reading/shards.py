@@ -37,6 +37,8 @@ class Piece:
         stop: index after the last record; None reads to the end of the shard.
         offset: byte at which record `start` begins. With 0 the shard is read from its beginning and the records before
             `start` are skipped; Parquet always has 0, and is read from the row group that holds `start`.
+        share, shares: of these records, only every `shares`-th is this piece's: those whose index in the shard leaves
+            the rest `share`.
         version: of the local file that was cut; reading another one at these places would lose or join records.
     """
 
@@ -44,6 +46,8 @@ class Piece:
     start: int = 0
     stop: int | None = None
     offset: int = 0
+    share: int = 0
+    shares: int = 1
     version: Version | None = field(default=None, compare=False, repr=False)
 
 
