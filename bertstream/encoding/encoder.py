@@ -234,7 +234,7 @@ class Encoder(CalibratedForward):
         device = resolve_device(device)
         resolved = None if dtype == "auto" else torch_dtype(dtype)
         hub = HubOptions(revision, token, trust_remote_code, cache_dir, subfolder, local_files_only)
-        found = find_pretrained(str(name), hub)
+        found = find_pretrained(os.path.expanduser(name), hub)
         longest_text(found.tokenizer, found.config, max_length)
         num_layers: int = found.config.num_hidden_layers
         followed = found.followed(spec.resolved(num_layers), pooling, normalize, prompt, max_length)
@@ -343,6 +343,7 @@ class Encoder(CalibratedForward):
                 f"layers={self.layers}: the layers above were dropped and cannot be saved; save the model that this "
                 "encoder was made from"
             )
+        folder = os.path.expanduser(folder)
         save_model(folder, self.model, self._pretrained_tokenizer)
         remove_sentence_folder(folder)
         if self.output == "sentence" and self.layers == (self._num_layers,) and self.special_tokens:

@@ -100,7 +100,7 @@ def embed(
         reading=reading,
     )
     settings = {"format": format, "part_bytes": largest, "encoder": fingerprint.hex()}
-    folder_of = _Folder(Path(out), settings, ending_of(format), encoder=repr(encoder))
+    folder_of = _Folder(Path(out).expanduser(), settings, ending_of(format), encoder=repr(encoder))
     with closing(loader), folder_of.opened(loader.state_dict()) as folder:
         before = dict(folder.counts)
         try:

@@ -183,8 +183,8 @@ class StreamProgress:
         for part, kind in parts.items():
             if not state[part] or not isinstance(state[part], kind):
                 raise StateError(f"this is no state of a stream: its {part!r} is {shortened(state[part])}", key=part)
-        for name, value in settings.items():
-            saved = state["settings"].get(name)
+        for name in {**settings, **state["settings"]}:
+            value, saved = settings.get(name), state["settings"].get(name)
             if saved != value:
                 option = {"window": "bucket_size"}.get(name, name)  # as the user writes it
                 raise StateError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -806,3 +807,14 @@ def test_an_encoder_can_be_unpickled_in_a_new_process(tokenizer: Any, tmp_path: 
     program = f"import pickle; print(pickle.load(open({str(path)!r}, 'rb'))(['a bank']).values.sum().item())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(float(encoder(["a bank"]).values.sum()), abs=1e-3)
+
+
+def test_a_tilde_is_the_home_folder_where_a_model_is_saved_and_loaded(
+    minilm: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    minilm.save_pretrained("~/model")
+    assert os.listdir() == ["model"]
+    loaded = Encoder.from_pretrained("~/model", dtype="float32", device="cpu")
+    assert loaded.fingerprint() == minilm.fingerprint()
