@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -132,19 +133,26 @@ class StreamProgress:
         if self.epoch == epoch:
             self.set_epoch(epoch + 1)
 
-    def state_dict(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def place(self) -> tuple[int, Queues, dict[str, Any]]:
+        """Where the loop is now: epoch, cursors and counts, which `state_dict` turns into JSON."""
+        return self.epoch, self.running() or self.start(), deepcopy(self.bad.to_json())  # counts change in place
+
+    def state_dict(
+        self, settings: dict[str, Any], place: tuple[int, Queues, dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
         """The place after the batch received last, as plain JSON.
 
         Args:
             settings: what the order of batches depends on.
+            place: another one, of this iteration; None is the one now.
         """
-        queues = self.running() or self.start()
+        epoch, queues, bad = self.place() if place is None else place
         return {
             "version": STATE_VERSION,
             "settings": settings,
-            "epoch": self.epoch,
+            "epoch": epoch,
             "queues": [None if queue is None else [cursor_to_json(cursor) for cursor in queue] for queue in queues],
-            "bad": self.bad.to_json(),
+            "bad": bad,
         }
 
     def loading(self, state: Any, settings: dict[str, Any]) -> Callable[[], None]:
