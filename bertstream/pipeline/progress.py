@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from ..reading.state import STATE_VERSION, epoch_of
 from ..system.distributed import Peers, can_talk, rank_and_world_size
 from ..tokens import Cursor, ReadReport, TokenBatch
 from .fields import Field
+
+logger = logging.getLogger(__name__)
 
 _MOST_HELD = 8
 """How many batches something between the loader and the loop may hold for `state_dict(after=)`: Lightning holds one, a
@@ -205,6 +208,8 @@ class ProgressInStream(Progress):
         self._reader = reading_items(loader)
         self._stream = stream
         self._knows_all_ranks = False
+        self._settings: dict[str, Any] = {}  # of the iteration
+        self._say_if_workers_are_idle(getattr(loader, "num_workers", 0))
 
     @property
     def epoch(self) -> int:
@@ -271,6 +276,7 @@ class ProgressInStream(Progress):
         """What yields the stream's items, here or in workers."""
         self.resumes = False
         self._stream.progress.begin(self._stream.ranks if self._knows_all_ranks else [self._stream.rank])
+        self._settings = self._stream.settings
         return self._reader  # type: ignore[no-any-return]
 
     def _advance(self, entry: Entry) -> None:
@@ -286,10 +292,25 @@ class ProgressInStream(Progress):
         return self._stream.progress.place()
 
     def _state_at(self, place: Any) -> dict[str, Any]:
-        return self._stream.progress.state_dict(self._stream.settings, place)
+        return self._stream.progress.state_dict(self._settings, place)
 
     def _state_now(self) -> dict[str, Any]:
         return self._stream.progress.state_dict(self._stream.settings)
+
+    def _say_if_workers_are_idle(self, num_workers: int) -> None:
+        busy, ranks = self._stream.lanes_with_data(), self._stream.world_size
+        if num_workers > max(1, busy):
+            logger.warning(
+                "%d of the %d workers have nothing to read, because %s %d lanes with data: write num_workers=%d, or "
+                "reading=StreamConfig(lanes=%d), which changes the order (data that cannot be cut, such as gz, also "
+                "needs as many shards)",
+                num_workers - busy,
+                num_workers,
+                "there are" if ranks == 1 else f"rank {self._stream.rank} has",
+                busy,
+                busy,
+                num_workers * ranks,
+            )
 
 
 class ProgressInSource(Progress):
