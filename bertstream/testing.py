@@ -24,7 +24,7 @@ import torch
 
 from .embeddings import Embeddings
 from .errors import check_at_least
-from .loader import EmbeddingLoader
+from .pipeline.embedding_loader import EmbeddingLoader
 from .tokens import Int32Array, Text, TokenBatch, TokenizedText
 
 

@@ -53,8 +53,7 @@ from bertstream import (
     TokenCollate,
     testing,
 )
-from bertstream import loader as loading
-from bertstream.pipeline import step_clock
+from bertstream.pipeline import progress, step_clock
 from bertstream.tokens import Text, TokenizedText
 
 Pair = namedtuple("Pair", ["sentence", "label"])
@@ -542,8 +541,8 @@ def test_batches_that_ranks_agreed_on_are_encoded_before_more_are_read(
 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(loading, "can_talk", lambda: True)
-    monkeypatch.setattr(loading, "Peers", OtherRank)
+    monkeypatch.setattr(progress, "can_talk", lambda: True)
+    monkeypatch.setattr(progress, "Peers", OtherRank)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": "word " * i}) + "\n" for i in range(60)))
     loader = bertstream.stream(

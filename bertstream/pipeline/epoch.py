@@ -35,7 +35,8 @@ from .encode import BatchEncoder, Ready, encode, tokenize
 from .fields import Field, texts_of, with_vectors
 from .groups import GroupBudget, gather, group_tokens
 from .lockstep import in_lockstep
-from .source import Entry, EpochStatus, Progress, Source, read
+from .progress import Entry, Progress
+from .source import EpochStatus, Source, read
 from .step_clock import StepClock
 
 T = TypeVar("T")

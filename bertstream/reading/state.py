@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ STATE_VERSION = 1
 
 Queues = list[list[Cursor] | None]
 """For each rank its lanes' cursors, the next one first; None for a rank whose lanes are not known here."""
+
+Place = tuple[int, Queues, dict[str, Any], int]
+"""The epoch, the cursors, the counts of what was skipped, and the ranks of the layout."""
 
 
 class StreamProgress:
@@ -150,20 +154,25 @@ class StreamProgress:
         if self.epoch == epoch:
             self.set_epoch(epoch + 1)
 
-    def state_dict(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def place(self) -> Place:
+        """Where the loop is now, which `state_dict` turns into JSON."""
+        queues = self.running() or self.start()
+        return self.epoch, queues, deepcopy(self.bad.to_json()), self.layout.ranks  # the counts change in place
+
+    def state_dict(self, settings: dict[str, Any], place: Place | None = None) -> dict[str, Any]:
         """The place after the batch received last, as plain JSON.
 
         Args:
             settings: what the order of batches depends on.
+            place: another one, of this iteration; None is the one now.
         """
-        queues = self.running() or self.start()
-        ranks = self.layout.ranks
+        epoch, queues, bad, ranks = self.place() if place is None else place
         return {
             "version": STATE_VERSION,
             "settings": settings,
-            "epoch": self.epoch,
+            "epoch": epoch,
             "queues": [None if queue is None else [cursor_to_json(cursor) for cursor in queue] for queue in queues],
-            "bad": self.bad.to_json(),
+            "bad": bad,
             **({"layout_ranks": ranks} if ranks > 1 else {}),
         }
 
