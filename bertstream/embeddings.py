@@ -183,6 +183,8 @@ class Embeddings:
         """
         self._refuse_sentence("align")
         word_ids = self.word_ids
+        if word_ids is None and not any(map(len, tags)):
+            word_ids = np.full(len(self.values), -1, np.int32)  # lists without a word
         if word_ids is None:
             raise ConfigError("align needs texts that are lists of words; these were plain strings")
         if len(tags) != len(self):
@@ -212,23 +214,29 @@ class Embeddings:
         out[torch.from_numpy(texts[rows]), torch.from_numpy(steps)] = flat[torch.from_numpy(word_of_row[rows])]
         return to_device(out, self.values.device)
 
-    def pick(self, indices: Indices, tokens: TokenBatch) -> Embeddings:
-        """The rows of these texts, [b] indices, as the embeddings of `tokens`; a text may come several times.
+    def pick(self, indices: Indices | slice, tokens: TokenBatch) -> Embeddings:
+        """A copy of the rows of these texts, as the embeddings of `tokens`; a text may come several times.
 
         Args:
-            indices: on the host.
+            indices: [b], on the host; or a slice from one text to another, which costs less.
             tokens: the picked texts, which may say less than `self.tokens` does: `word_ids` follow theirs.
         """
         lengths = self.lengths.numpy()
         device = self.values.device
-        rows = rows_of(indices, cumulate(lengths))
-        found = picked(self, {"rows": to_device(rows, device), "host rows": rows})
+        bounds = cumulate(lengths)
+        if isinstance(indices, slice):
+            run = slice(int(bounds[indices.start]), int(bounds[indices.stop]))
+            found = picked(self, {"rows": run, "host rows": run})
+        else:
+            rows = rows_of(indices, bounds)
+            found = picked(self, {"rows": to_device(rows, device), "host rows": rows})
+        lengths = lengths[indices].copy()
         if tokens.word_ids is None and self.output != "words":
             found["word_ids"] = None
         return dataclasses.replace(
             self,
-            cu_seqlens=to_device(cumulate(lengths[indices]), device),
-            lengths=torch.from_numpy(lengths[indices]),
+            cu_seqlens=to_device(cumulate(lengths), device),
+            lengths=torch.from_numpy(lengths),
             tokens=tokens,
             **found,
         )

@@ -145,7 +145,7 @@ def stream(
         deterministic: as for `wrap`.
         reading: how shards are read, as in `StreamConfig(bucket_size=4096, lanes=16)`; None is `StreamConfig()`.
     Raises:
-        ConfigError: an argument is out of range, or there are more ranks than lanes.
+        ConfigError: an argument is out of range, or a rank would have no data.
         ShardError: a shard is missing or holds no record.
     """
     check_at_least("num_workers", num_workers, 0)
@@ -335,7 +335,7 @@ class EmbeddingLoader(OwnLoader):
         finished and `uneven="stop"`; they are counted for two seconds, so there may be more. `encoded_tokens` went to
         the encoder in `encode_calls`. Not in them are texts found in a cache, and `repeated_texts`, which were in the
         same call already (a cache counts its own). `padding_share` is the share of padding if each batch were padded to
-        its longest text.
+        its longest text. A stream has `workers`, and `lanes` of this rank: no more workers than lanes have work.
 
         Seconds: `read_s` waiting for the wrapped loader, or for the shards, which are tokenized as they are read;
         `tokenize_s` tokenizing a wrapped loader's texts; `lookup_s` in the cache; `encode_s` encoding (on CUDA:
@@ -349,6 +349,9 @@ class EmbeddingLoader(OwnLoader):
         seconds = self._stages.seconds
         stats = Stats(asdict(self._parts.counts) | asdict(self._batch_encoder.counts))
         bad = None if self._stream is None else self._stream.progress.bad
+        if self._stream is not None:
+            own = range(self._stream.rank, self._stream.num_lanes, self._stream.world_size)
+            stats["workers"], stats["lanes"] = getattr(self._source, "num_workers", 0), len(own)
         stats["bad_records"], stats["bad_shards"] = (0, 0) if bad is None else (bad.all_records, bad.all_shards)
         if self._cached is not None:
             stats["encode_calls"], stats["encoded_tokens"] = self._cached.encode_calls, self._cached.encoded_tokens

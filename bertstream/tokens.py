@@ -5,9 +5,8 @@ Shapes: B texts, T tokens of the longest text, N tokens in all, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
@@ -21,6 +20,7 @@ Text: TypeAlias = str | list[str] | tuple[str, str] | tuple[list[str], list[str]
 """One text: a string, a list of words, or a pair of either."""
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
+UInt64Array: TypeAlias = npt.NDArray[np.uint64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Indices: TypeAlias = npt.NDArray[np.int64]
 
@@ -181,6 +181,7 @@ class TokenBatch:
         fields: the records' other fields by name, one entry a text: an array [B] of numbers, or a list.
         cursor: the stream's cursor after this batch; None for a batch that no stream made.
         report: what reading the batch's bucket met, on the first batch of a bucket.
+        hashes: [B] uint64 of `hash_texts`, which find texts that may be equal; None if nobody has made them yet.
     """
 
     input_ids: Int32Array = field(metadata=axis("tokens"))
@@ -196,6 +197,7 @@ class TokenBatch:
     fields: dict[str, Any] = field(default_factory=dict)
     cursor: Cursor | None = None
     report: ReadReport | None = None
+    hashes: UInt64Array | None = field(default=None, metadata=axis("texts", np.uint64(0)))
 
     def __getattr__(self, name: str) -> NoReturn:
         """Explain why vectors are missing: a trained encoder's loader yields tokens, and the model embeds them."""
@@ -224,7 +226,7 @@ class TokenBatch:
     def concat(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
         """The texts of several batches, without fields and cursors; a missing array is filled in as in `from_texts`.
 
-        Except for special tokens: if one batch does not say which they are, the whole does not either.
+        Except for special tokens and hashes: if one batch does not have them, the whole does not either.
 
         Args:
             batches: at least one.
@@ -237,6 +239,8 @@ class TokenBatch:
         columns = concatenated(batches, sizes, lambda i: batches[i].lengths)
         if any(batch.special is None and batch.num_tokens for batch in batches):
             columns["special"] = None
+        if any(batch.hashes is None for batch in batches):
+            columns["hashes"] = None
         return cls(cu_seqlens=cumulate(np.concatenate([batch.lengths for batch in batches])), **columns)
 
     def pick(self, indices: npt.NDArray[np.integer[Any]]) -> TokenBatch:
@@ -248,6 +252,16 @@ class TokenBatch:
             counts = np.bincount(self._window_texts(), minlength=len(self))
             entries["windows"] = rows_of(indices, cumulate(counts))
         return TokenBatch(cu_seqlens=cumulate(self.lengths[indices]), **picked(self, entries))
+
+    def drop_idle(self, names: Collection[str]) -> None:
+        """Set these arrays to None where they say no more than None does: no text of the batch needs them.
+
+        A batch that was picked from many texts then has the arrays of one that was made of these texts alone.
+        """
+        for name, _, absent, get in _columns(TokenBatch):
+            array = get(self) if name in names else None
+            if array is not None and (len(array) == len(self) if absent is ONE_WINDOW else (array == absent).all()):
+                setattr(self, name, None)
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
@@ -331,7 +345,9 @@ def picked(owner: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         owner: a dataclass whose fields declare their `axis`.
-        entries: by axis, a mask or indices, on the device of its fields.
+        entries: by axis, a mask or indices, on the device of its fields; or a slice.
+    Returns:
+        By name, copies.
     """
     return {
         name: None if (array := get(owner)) is None else _take(array, entries[of])
@@ -341,6 +357,8 @@ def picked(owner: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _take(array: Any, entries: Any) -> Any:
+    if isinstance(entries, slice):
+        return array[entries].clone() if isinstance(array, Tensor) else array[entries].copy()
     return array.index_select(0, entries) if isinstance(array, Tensor) else array[entries]
 
 
@@ -395,43 +413,36 @@ def steps(lengths: npt.NDArray[Any], dtype: npt.DTypeLike = np.int64) -> npt.NDA
 
 
 class SupportsTokenize(Protocol):
-    """What a stream needs of a tokenizer: light, and safe to send to worker processes."""
+    """What a stream needs of a tokenizer: light, and safe to send to worker processes.
+
+    It may also have `batch(texts) -> TokenBatch`, which is then called instead: many texts as flat arrays cost less than
+    one object a text.
+    """
 
     def __call__(self, texts: Sequence[Text]) -> list[TokenizedText]: ...
 
 
-def distinct(texts: Sequence[Hashable]) -> tuple[Indices, Indices]:
-    """Index of the first text of each distinct kind, and for each text which of these it equals."""
-    slots: dict[Hashable, int] = {}
-    slot_of_text = np.fromiter((slots.setdefault(text, len(slots)) for text in texts), np.int64, len(texts))
-    return np.unique(slot_of_text, return_index=True)[1], slot_of_text
+def tokenize_batch(tokenizer: SupportsTokenize, texts: Sequence[Text]) -> TokenBatch:
+    """Texts as one batch, in their order, with their hashes: the one way from texts to a batch."""
+    batch = getattr(tokenizer, "batch", None)
+    tokens = TokenBatch.from_texts(tokenizer(texts)) if batch is None else batch(texts)
+    tokens.hashes = hash_texts(tokens)
+    return tokens
 
 
-def text_bytes(batch: TokenBatch) -> list[bytes]:
-    """All that enters the model for each text, as bytes: the same for the same text in any batch.
+_ID, _STEP, _MIX = (np.uint64(odd) for odd in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93))
 
-    That is its token ids, segment ids, words, special tokens and windows; a missing array counts as its default.
+
+def hash_texts(batch: TokenBatch) -> UInt64Array:
+    """[B] a hash of each text's token ids, the same in every batch and process.
+
+    Equal texts have equal hashes. Texts of equal hashes may differ, if only in their words or segments.
     """
-    starts = batch.cu_seqlens[:-1] + np.arange(len(batch))  # an extra row before each text
-    rows = np.zeros((batch.num_tokens + len(batch), 4), np.int32)
-    tokens = np.ones(len(rows), np.bool_)
-    tokens[starts] = False
-    flags = np.zeros(batch.num_tokens, np.int32)
-    if batch.special is not None:
-        flags += batch.special
-    if batch.owned is not None:
-        flags += 2 * ~batch.owned
-    if batch.window_lengths is not None:
-        windows = np.cumsum(batch.window_lengths) - batch.window_lengths
-        flags[windows[batch.window_lengths > 0]] += 4
-        # A text in one window is the same text in a batch without windows.
-        flags[batch.cu_seqlens[:-1][batch.lengths > 0]] &= ~4
-    rows[tokens, 0] = batch.input_ids
-    if batch.token_type_ids is not None:
-        rows[tokens, 1] = batch.token_type_ids
-    rows[tokens, 2] = -1 if batch.word_ids is None else batch.word_ids
-    rows[tokens, 3] = flags
-    rows[starts, 0] = batch.num_words
-    data = rows.tobytes()
-    bounds = (16 * np.append(starts, len(rows))).tolist()
-    return [data[start:end] for start, end in pairwise(bounds)]
+    tokens = batch.input_ids.astype(np.uint64)
+    tokens *= _ID
+    tokens += (steps(batch.lengths, np.uint64) + np.uint64(1)) * _STEP
+    tokens ^= tokens >> np.uint64(32)
+    tokens *= _MIX
+    sums = np.zeros(len(tokens) + 1, np.uint64)
+    np.cumsum(tokens, out=sums[1:])  # beyond 64 bits it begins again, and so does the difference
+    return np.asarray(np.diff(sums[batch.cu_seqlens]))

@@ -19,7 +19,7 @@ ROOMS = (
     ("errors",),
     ("system",),
     ("tokens",),
-    ("embeddings",),
+    ("embeddings", "repeats"),
     ("reading",),
     ("encoding",),
     ("caching",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 from bertstream import ConfigError, tokens
 from bertstream.embeddings import Embeddings
-from bertstream.tokens import Cursor, Record, TokenBatch, TokenizedText, cumulate
+from bertstream.testing import FakeTokenizer
+from bertstream.tokens import Cursor, Record, Text, TokenBatch, TokenizedText, cumulate, hash_texts, tokenize_batch
 
 LENGTHS = st.lists(st.integers(0, 9), max_size=8)
 
@@ -78,6 +80,46 @@ def test_picked_texts_equal_a_batch_of_these_texts(texts: list[TokenizedText], d
     assert found.lengths.tolist() == [len(texts[i].input_ids) for i in indices]
     ids = [id for i in indices for id in texts[i].input_ids.tolist()]
     assert found.input_ids.tolist() == ids and found.num_words.tolist() == [texts[i].num_words for i in indices]
+
+
+@given(st.lists(any_text(), min_size=1, max_size=5), st.data())
+def test_a_picked_batch_without_idle_arrays_is_the_batch_of_its_texts(
+    texts: list[TokenizedText], data: st.DataObject
+) -> None:
+    names = ("token_type_ids", "word_ids", "words_cut", "window_lengths", "owned")
+    indices = data.draw(st.lists(st.integers(0, len(texts) - 1), max_size=6))
+    found = TokenBatch.from_texts(texts).pick(np.array(indices, np.int64))
+    right = TokenBatch.from_texts([texts[i] for i in indices])
+    if right.special is None and found.special is not None:
+        right.special = np.zeros(right.num_tokens, np.bool_)
+    for batch in (found, right):
+        arrays = {name: getattr(batch, name) for name in names}
+        batch.drop_idle(names)
+        for name, array in arrays.items():
+            if getattr(batch, name) is None and array is not None and name != "window_lengths":
+                assert set(array.tolist()) <= {{"token_type_ids": 0, "word_ids": -1, "owned": True}.get(name, False)}
+    assert same(found, right)
+    found.drop_idle(())
+    assert same(found, right), "only what is named is dropped"
+
+
+def test_a_tokenizers_own_batch_is_asked_where_it_has_one() -> None:
+    class Own(FakeTokenizer):
+        def batch(self, texts: Sequence[Text]) -> TokenBatch:
+            return TokenBatch.from_texts([text_of(3)] * len(texts))
+
+    assert tokenize_batch(FakeTokenizer(), ["a", "b c"]).lengths.tolist() == [1, 2]
+    found = tokenize_batch(Own(), ["a", "b c"])
+    assert found.lengths.tolist() == [3, 3] and found.hashes is not None and found.hashes[0] == found.hashes[1]
+
+
+@given(st.lists(st.lists(any_text(), max_size=3), min_size=1, max_size=3), st.booleans())
+def test_joined_batches_keep_their_hashes_if_all_have_them(groups: list[list[TokenizedText]], some: bool) -> None:
+    batches = [TokenBatch.from_texts(group) for group in groups]
+    for batch in batches[some:]:
+        batch.hashes = hash_texts(batch)
+    whole = TokenBatch.concat(batches)
+    assert whole.hashes is None if some else np.array_equal(whole.hashes, hash_texts(whole))
 
 
 def test_every_array_declares_its_axis() -> None:

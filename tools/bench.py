@@ -10,6 +10,7 @@
     python tools/bench.py launch                            what a forward costs beside its arithmetic
     python tools/bench.py cache --data ../shared/data       epochs from the cache, and a tagger's over tensors in memory
     python tools/bench.py stream --data ../shared/data      reading, tokenizing and bucketing, against the tokenizer
+    python tools/bench.py host --data ../shared/data        the main thread's own time, without encoding
     python tools/bench.py mix --data ../shared/data         how well a shuffled stream mixes data sorted by class
 
 The contenders take turns, because a machine's speed drifts; figures are medians over the rounds, and ratios are taken

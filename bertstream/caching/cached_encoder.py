@@ -19,8 +19,9 @@ from torch import Tensor
 from ..embeddings import Embeddings, SupportsCache
 from ..encoding.attention import plain_mode
 from ..errors import ConfigError, EncoderError
+from ..repeats import distinct, text_bytes
 from ..system.cuda import to_device
-from ..tokens import SupportsTokenize, TokenBatch, cumulate, distinct, rows_of, text_bytes
+from ..tokens import SupportsTokenize, TokenBatch, cumulate, rows_of
 from .codec import Codec, Storage
 from .store import RowStore
 

@@ -29,7 +29,8 @@ from ..reading.options import ReadOptions
 from ..reading.records import read_records
 from ..reading.rows import is_rows, split_rows
 from ..reading.shards import Piece
-from ..tokens import TokenBatch, text_bytes
+from ..repeats import text_bytes
+from ..tokens import TokenBatch
 
 Numbers: TypeAlias = npt.NDArray[Any]
 

@@ -8,7 +8,8 @@ from itertools import pairwise
 import numpy as np
 
 from ..embeddings import Embeddings
-from ..tokens import TokenBatch, cumulate, distinct, text_bytes
+from ..repeats import distinct_texts
+from ..tokens import TokenBatch, cumulate
 
 
 def encode_together(
@@ -24,23 +25,11 @@ def encode_together(
         Each batch's embeddings, none sharing memory with another's, and the number of repeated texts.
     """
     whole = batches[0] if len(batches) == 1 else TokenBatch.concat(batches)
-    slots = np.arange(len(whole))
-    first = slots
-    if once:
-        first, slots = distinct(_rows_bytes(whole))
-    repeats = len(slots) - len(first)
-    if not repeats and len(batches) == 1:
+    first, slots = distinct_texts(whole) if once else (None, None)
+    if first is None and len(batches) == 1:
         return [encode(whole)], 0
-    found = encode(whole.pick(first) if repeats else whole)
+    found = encode(whole if first is None else whole.pick(first))
     bounds = pairwise(cumulate(np.array([len(batch) for batch in batches])).tolist())
-    parts = [found.pick(slots[start:end], batch) for (start, end), batch in zip(bounds, batches, strict=True)]
-    return parts, repeats
-
-
-def _rows_bytes(batch: TokenBatch) -> list[bytes]:
-    """`text_bytes` plus which words were cut: the model does not see that, but `Embeddings.word_ids` depends on it."""
-    texts = text_bytes(batch)
-    if batch.words_cut is None:
-        return texts
-    bounds = pairwise(cumulate(batch.num_words).tolist())
-    return [text + batch.words_cut[a:b].tobytes() for text, (a, b) in zip(texts, bounds, strict=True)]
+    chosen = (slice(start, end) if slots is None else slots[start:end] for start, end in bounds)
+    parts = [found.pick(texts, batch) for texts, batch in zip(chosen, batches, strict=True)]
+    return parts, 0 if first is None else len(whole) - len(first)

@@ -14,7 +14,7 @@ from torch.utils.data import get_worker_info
 from ..embeddings import SupportsEncode
 from ..errors import BertstreamError, ConfigError, EncoderError
 from ..reading.bucket import stack_column
-from ..tokens import TokenBatch
+from ..tokens import TokenBatch, tokenize_batch
 from .fields import Field, as_fields, as_tensors, check_pair, describe, get_field, put_fields
 
 
@@ -86,7 +86,7 @@ class TokenCollate:
 
     def _tokenize(self, texts: Sequence[Any], field: Field | None) -> TokenBatch:
         try:
-            return TokenBatch.from_texts(self._tokenizer(texts))
+            return tokenize_batch(self._tokenizer, texts)
         except EncoderError as error:
             if field is not None:
                 raise EncoderError(f"field {field!r}: {error}", records=error.records) from error

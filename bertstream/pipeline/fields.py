@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..embeddings import Embeddings, Layout
 from ..errors import BertstreamError, ConfigError, described
-from ..tokens import SupportsTokenize, TokenBatch
+from ..tokens import SupportsTokenize, TokenBatch, tokenize_batch
 
 Field: TypeAlias = str | int
 """A part of a record or batch: a key, a position, or an attribute."""
@@ -100,6 +100,8 @@ def put_fields(holder: Any, values: Mapping[Any, Any]) -> Any:
 def as_tensors(column: Any) -> Any:
     """A column of `bucket.stack_column`, its arrays of numbers as tensors that share their memory."""
     if isinstance(column, list):
+        if not any(issubclass(kind, np.ndarray) for kind in set(map(type, column))):
+            return column  # keys and names, mostly: no look at each costs the loop's thread less
         return [_as_tensor(value) for value in column]
     return _as_tensor(column)
 
@@ -137,7 +139,7 @@ def texts_of(
         if isinstance(texts, BertstreamError):  # from a `TokenCollate` within the user's own collate_fn
             raise texts
         if pair is not None:
-            out[field] = TokenBatch.from_texts(tokenizer(_paired(texts, get_field(batch, pair, "pair"), field, pair)))
+            out[field] = tokenize_batch(tokenizer, _paired(texts, get_field(batch, pair, "pair"), field, pair))
             continue
         out[field] = texts if isinstance(texts, TokenBatch) else _tokenized(texts, field, batch, tokenizer)
     return out
@@ -225,7 +227,7 @@ def _tokenized(texts: Any, field: Field | None, batch: Any, tokenizer: SupportsT
     if bare and any(isinstance(entry, (Tensor, np.ndarray)) for entry in texts):
         raise ConfigError(f"the batch is {describe(batch)}, one entry per field: say where the texts are, with text=0")
     _check_texts(texts, where)
-    return TokenBatch.from_texts(tokenizer(texts))
+    return tokenize_batch(tokenizer, texts)
 
 
 def _check_texts(texts: Any, where: str) -> None:

@@ -57,7 +57,7 @@ def bottleneck(stats: Mapping[str, float]) -> str:
     """Say in one sentence what a training loop waits for, and what would help.
 
     Args:
-        stats: of `EmbeddingLoader.stats`; the `*_s` seconds and the number of batches are used.
+        stats: of `EmbeddingLoader.stats`; the `*_s` seconds and the numbers of batches, workers and lanes are used.
     """
     wait, step = stats["wait_s"], stats["step_s"]
     if not stats["batches"]:
@@ -73,6 +73,8 @@ def bottleneck(stats: Mapping[str, float]) -> str:
         help_with = f"a cache, {help_with}"
     if slowest == "lookup" and 2 * stats.get("cache_disk_read_s", 0.0) > works["lookup"]:
         help_with = f"more memory= for the cache, a faster disk, {help_with}"
+    if slowest == "read" and stats.get("lanes"):
+        help_with = _more_readers(int(stats["workers"]), int(stats["lanes"]))
     if share < 0.5:
         return (
             f"The training step takes {1 - share:.0%} of the time. The rest is waiting for batches, and "
@@ -81,4 +83,18 @@ def bottleneck(stats: Mapping[str, float]) -> str:
     return (
         f"{name} is the bottleneck: the loop waits for batches {share:.0%} of its time, and this is {part:.0%} of the "
         f"work on them. What would help: {help_with}."
+    )
+
+
+def _more_readers(workers: int, lanes: int) -> str:
+    """What would help a stream whose workers are the bottleneck: a lane is read by one worker, so lanes limit them."""
+    seen = f"it has {workers} workers, {lanes} lanes"
+    shards = "larger or local shards, or shard_cache="
+    if workers < lanes:
+        return f"more workers (num_workers=; {seen}), {shards}"
+    idle = f" and {workers - lanes} of the workers have nothing to read" if workers > lanes else ""
+    least = max(workers, lanes + 1)
+    return (
+        f"more lanes ({seen}{idle}): reading=StreamConfig(lanes={least}) or more a rank, with as many shards where they "
+        f"cannot be cut; another number of lanes is another order of the records. Or {shards}"
     )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..tokens import Indices, Record, TokenBatch, TokenizedText
+from ..tokens import Indices, Record, TokenBatch
 
 # What torch's default collate makes of Python's numbers.
 _DTYPES: dict[type, type] = {bool: np.bool_, int: np.int64, float: np.float64}
@@ -50,17 +50,14 @@ def cut_bucket(
     return batches
 
 
-def make_batch(records: Sequence[Record], texts: Sequence[TokenizedText], *, keep_text_as: str | None) -> TokenBatch:
-    """One batch of records and their tokens, with the records' fields as columns.
+def add_fields(batch: TokenBatch, records: Sequence[Record], *, keep_text_as: str | None) -> None:
+    """Put the records' fields into their batch as columns, with `__key__`, `__shard__` and `__index__`.
 
     Args:
-        records: the batch's records.
-        texts: their tokens.
+        batch: changed in place.
+        records: one a text.
         keep_text_as: the field under which the raw texts stay in the batch; None drops them.
-    Returns:
-        The batch; its fields also hold `__key__`, `__shard__` and `__index__`.
     """
-    batch = TokenBatch.from_texts(texts)
     names = dict.fromkeys(name for record in records for name in record.fields)
     batch.fields = {name: stack_column([record.fields.get(name) for record in records]) for name in names}
     if keep_text_as is not None:
@@ -68,7 +65,6 @@ def make_batch(records: Sequence[Record], texts: Sequence[TokenizedText], *, kee
     batch.fields["__key__"] = [record.key for record in records]
     batch.fields["__shard__"] = [record.shard for record in records]
     batch.fields["__index__"] = np.array([record.index for record in records], np.int64)
-    return batch
 
 
 def stack_column(values: list[Any]) -> Any:

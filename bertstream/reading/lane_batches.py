@@ -9,8 +9,8 @@ from itertools import islice
 import numpy as np
 
 from ..errors import BertstreamError, EncoderError, ShardError
-from ..tokens import Cursor, Indices, ReadReport, Record, SupportsTokenize, TokenBatch, TokenizedText
-from .bucket import cut_bucket, make_batch
+from ..tokens import Cursor, Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch, tokenize_batch
+from .bucket import add_fields, cut_bucket
 from .config import StreamConfig
 from .lanes import LaneReader
 from .options import ReadOptions
@@ -18,6 +18,10 @@ from .shards import Piece
 
 # Texts per call of the tokenizer: enough to use its threads, few enough that the first batch comes soon.
 _TOKENIZE_CHUNK = 256
+
+# Arrays that a batch need not have because other texts of its bucket do.
+_OF_LONG_TEXTS = frozenset(("words_cut", "window_lengths", "owned"))
+_OF_SOME_KINDS = frozenset(("word_ids", "token_type_ids"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +86,15 @@ class LaneBatches:
                 if bucket.error is not None:
                     raise bucket.error
                 if not bucket.start.batch:  # otherwise its report was counted before the state was saved
-                    read += bucket.read + sum(not error.gives_up_shard for error in bucket.skipped)
+                    read += bucket.read + sum(error.records or 0 for error in bucket.skipped)
                     bad += bucket.skipped + bucket.refused
                 if not bucket.read:
                     yield LaneEnd(start.lane, ReadReport(read, tuple(bad)))
                     return
                 following = _Bucket(bucket.end, self.reading.bucket_size)
-                batches = self._cut(bucket)
-                for number, batch in enumerate(self._batches_of(bucket, batches), 1 + bucket.start.batch):
+                tokens = bucket.join()
+                batches = self._cut(tokens.lengths, bucket.start)
+                for number, batch in enumerate(self._batches_of(bucket, tokens, batches), 1 + bucket.start.batch):
                     batch.report = ReadReport(read, tuple(bad)) if read else None
                     read, bad = 0, []
                     yield batch
@@ -114,16 +119,14 @@ class LaneBatches:
                 bucket.read += len(chunk)
                 bucket.end = reader.cursor(bucket.start)
                 bucket.skipped += reader.take_bad()
-                records, texts, refused = self._tokenized(chunk)
+                records, tokens, refused = self._tokenized(chunk)
                 bucket.records += records
-                bucket.texts += texts
+                bucket.chunks += tokens
                 bucket.refused += refused
         except BertstreamError as error:
             bucket.error = error
 
-    def _cut(self, bucket: _Bucket) -> list[Indices]:
-        lengths = np.array([len(text.input_ids) for text in bucket.texts])
-        start = bucket.start
+    def _cut(self, lengths: Int32Array, start: Cursor) -> list[Indices]:
         shuffle = None
         if self.shuffle_seed is not None:
             # Without byte offsets: the order is the same whether or not a shard can be sought.
@@ -131,22 +134,25 @@ class LaneBatches:
             shuffle = np.random.default_rng((self.shuffle_seed, start.epoch, start.lane, start.next_piece, *opened))
         return cut_bucket(lengths, batch_size=self.batch_size, max_tokens=self.max_tokens, shuffle=shuffle)
 
-    def _batches_of(self, bucket: _Bucket, batches: list[Indices]) -> Iterator[TokenBatch]:
+    def _batches_of(self, bucket: _Bucket, tokens: TokenBatch, batches: list[Indices]) -> Iterator[TokenBatch]:
+        may_be_idle = _OF_LONG_TEXTS
+        if (tokens.word_ids is not None or tokens.token_type_ids is not None) and len(set(bucket.kinds())) > 1:
+            may_be_idle |= _OF_SOME_KINDS
         for number, chosen in enumerate(batches, 1):
             if number <= bucket.start.batch:
                 continue
-            indices = chosen.tolist()
-            records, texts = ([column[i] for i in indices] for column in (bucket.records, bucket.texts))
-            batch = make_batch(records, texts, keep_text_as=self.keep_text_as)
+            batch = tokens.pick(chosen)
+            batch.drop_idle(may_be_idle)
+            add_fields(batch, [bucket.records[i] for i in chosen.tolist()], keep_text_as=self.keep_text_as)
             batch.cursor = bucket.end if number == len(batches) else replace(bucket.start, batch=number)
             yield batch
 
-    def _tokenized(self, records: list[Record]) -> tuple[list[Record], list[TokenizedText], list[ShardError]]:
-        """The records with their tokens, and the errors of those that were skipped where that is allowed."""
+    def _tokenized(self, records: list[Record]) -> tuple[list[Record], list[TokenBatch], list[ShardError]]:
+        """The records with their tokens, as one chunk or none, and the errors of those that were skipped."""
         refused: list[ShardError] = []
         while records:
             try:
-                return records, self.tokenizer([record.text for record in records]), refused
+                return records, [tokenize_batch(self.tokenizer, [record.text for record in records])], refused
             except EncoderError as error:
                 if not error.records:
                     raise
@@ -180,7 +186,17 @@ class _Bucket:
         self.read = 0
         self.at_end = False
         self.records: list[Record] = []
-        self.texts: list[TokenizedText] = []
+        self.chunks: list[TokenBatch] = []
         self.skipped: list[ShardError] = []
         self.refused: list[ShardError] = []
         self.error: BertstreamError | None = None
+
+    def join(self) -> TokenBatch:
+        """The tokens of all its records."""
+        chunks, self.chunks = self.chunks, []
+        return TokenBatch.concat(chunks) if chunks else TokenBatch.from_texts([])
+
+    def kinds(self) -> Iterator[tuple[type, ...]]:
+        """Of each record, whether its text is a string, a list of words, or a pair of either."""
+        texts = (record.text for record in self.records)
+        return ((type(text), type(text[0])) if isinstance(text, tuple) else (type(text),) for text in texts)

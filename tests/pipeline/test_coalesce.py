@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn_texts import tokenized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertConfig, BertModel
@@ -17,8 +17,9 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from bertstream import Embeddings, Encoder, EncoderError, TokenBatch
 from bertstream.embeddings import Output
 from bertstream.pipeline.coalesce import encode_together
+from bertstream.repeats import text_bytes
 from bertstream.testing import FakeEncoder
-from bertstream.tokens import Text, TokenizedText, distinct, text_bytes
+from bertstream.tokens import Text
 
 
 class RevealingEncoder(FakeEncoder):
@@ -67,32 +68,6 @@ def assert_apart(parts: Sequence[Embeddings]) -> None:
         assert all(t is None or t.untyped_storage().nbytes() == t.nbytes for t in tensors), f"{name} keeps more alive"
 
 
-@st.composite
-def tokenized(draw: st.DrawFn, special: bool) -> TokenizedText:
-    """A text of few tokens with few ids, so texts repeat often; every optional part may be absent."""
-    length = draw(st.integers(0, 4))
-
-    def maybe(values: st.SearchStrategy[Any], dtype: Any) -> Any:
-        column = st.lists(values, min_size=length, max_size=length)
-        return draw(st.none() | column.map(lambda drawn: np.array(drawn, dtype)))
-
-    text = TokenizedText(np.array(draw(st.lists(st.integers(0, 1), min_size=length, max_size=length)), np.int32))
-    if special:
-        text.special = np.array(draw(st.lists(st.booleans(), min_size=length, max_size=length)), np.bool_)
-    text.token_type_ids = maybe(st.integers(0, 1), np.int32)
-    text.owned = maybe(st.booleans(), np.bool_)
-    text.cut_tokens = draw(st.integers(0, 2))
-    text.num_words = draw(st.integers(0, 2))
-    if text.num_words:
-        text.word_ids = maybe(st.integers(-1, text.num_words - 1), np.int32)
-        if draw(st.booleans()):
-            text.words_cut = np.array(draw(st.lists(st.booleans(), min_size=text.num_words, max_size=text.num_words)))
-    if length > 1 and draw(st.booleans()):
-        cut = draw(st.integers(1, length - 1))
-        text.window_lengths = np.array([cut, length - cut], np.int32)
-    return text
-
-
 # Special tokens are known for all texts or for none; see the last test.
 TOKEN_BATCHES = st.booleans().flatmap(
     lambda special: st.lists(
@@ -133,46 +108,6 @@ def test_pick_undoes_concat(batches: list[TokenBatch]) -> None:
         windows = batch.lengths if batch.window_lengths is None else batch.window_lengths
         assert found.window_lengths is None or found.window_lengths.tolist() == windows.tolist()
         assert not found.fields and found.cursor is None
-
-
-@given(st.lists(st.booleans().flatmap(tokenized), max_size=5))
-def test_a_texts_bytes_do_not_depend_on_its_batch(texts: list[TokenizedText]) -> None:
-    assert text_bytes(TokenBatch.from_texts(texts)) == [text_bytes(TokenBatch.from_texts([text]))[0] for text in texts]
-
-
-@pytest.mark.parametrize(
-    "difference",
-    [
-        {"input_ids": [1, 2, 4]},
-        {"input_ids": [1, 2]},
-        {"token_type_ids": [0, 0, 1]},
-        {"word_ids": [0, 0, 1]},
-        {"word_ids": [0, -1, 1]},
-        {"num_words": 3},
-        {"special": [True, False, False]},
-        {"owned": [True, False, True]},
-        {"window_lengths": [1, 2]},
-        {"window_lengths": [2, 1]},
-    ],
-    ids=str,
-)
-def test_texts_that_differ_in_anything_have_different_bytes(difference: dict[str, Any]) -> None:
-    plain = TokenizedText(np.array([1, 2, 3], np.int32), word_ids=np.array([0, 1, 1], np.int32), num_words=2)
-    other = dataclasses.replace(plain)
-    for name, value in difference.items():
-        setattr(other, name, value if isinstance(value, int) else np.array(value))
-    if len(other.input_ids) < 3:
-        other.word_ids = np.array([0, 1], np.int32)
-    other.input_ids = other.input_ids.astype(np.int32)
-    first, second, third = text_bytes(TokenBatch.from_texts([plain, other, plain]))
-    assert first == third != second
-
-
-@given(st.lists(st.integers(0, 5), max_size=12))
-def test_distinct_finds_the_first_index_of_each_item(items: list[int]) -> None:
-    first, slots = distinct(items)
-    assert [items[i] for i in first] == list(dict.fromkeys(items))
-    assert [items[first[slot]] for slot in slots] == items
 
 
 # --- real tokenizers --------------------------------------------------------------------------------------------------

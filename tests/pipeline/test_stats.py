@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import bertstream
 from bertstream.pipeline.stats import LOOP, WORK, Stats, bottleneck
-from bertstream.testing import FakeEncoder
+from bertstream.testing import FakeEncoder, write_shards
 
 BATCHES = [{"text": ["a b", "c"]} for _ in range(20)]
 
@@ -157,3 +157,33 @@ def test_a_loader_names_what_it_waits_for() -> None:
     for _ in training:
         time.sleep(0.1)
     assert training.bottleneck().startswith("The training step is the bottleneck")
+
+
+@pytest.mark.parametrize(
+    ("workers", "lanes", "advice"),
+    [
+        (
+            12,
+            4,
+            "more lanes (it has 12 workers, 4 lanes and 8 of the workers have nothing to read): "
+            "reading=StreamConfig(lanes=12)",
+        ),
+        (4, 4, "more lanes (it has 4 workers, 4 lanes): reading=StreamConfig(lanes=5)"),
+        (2, 4, "more workers (num_workers=; it has 2 workers, 4 lanes), larger"),
+        (0, 4, "more workers (num_workers=; it has 0 workers, 4 lanes), larger"),
+    ],
+)
+def test_where_reading_is_the_bottleneck_workers_and_lanes_are_counted(workers: int, lanes: int, advice: str) -> None:
+    stats = {"batches": 9.0, "wait_s": 9.0, "step_s": 1.0, "read_s": 8.0, "workers": workers, "lanes": lanes}
+    assert advice in bottleneck(stats)
+    assert "lanes" not in bottleneck(stats | {"encode_s": 99.0})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_streams_loader_counts_its_workers_and_lanes(tmp_path: Path, workers: int) -> None:
+    shards = write_shards(tmp_path, ["a b", "c"] * 4)
+    reading = bertstream.StreamConfig(lanes=3)
+    with bertstream.stream(shards, FakeEncoder(), num_workers=workers, reading=reading) as loader:
+        assert (loader.stats()["workers"], loader.stats()["lanes"]) == (workers, 3)
+    with bertstream.wrap(BATCHES, FakeEncoder(), text="text") as loader:
+        assert "lanes" not in loader.stats()

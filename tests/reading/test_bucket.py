@@ -13,8 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
-from bertstream.reading.bucket import cut_bucket, make_batch, stack_column
-from bertstream.tokens import Record, TokenizedText
+from bertstream.reading.bucket import add_fields, cut_bucket, stack_column
+from bertstream.tokens import Record, TokenBatch, TokenizedText
 
 WINDOWS = st.lists(st.integers(0, 30), max_size=60)
 SEEDS = st.none() | st.integers(0, 9)
@@ -93,12 +93,14 @@ def records(fields: list[dict[str, Any]]) -> list[Record]:
     return [Record(f"text {i}", field, f"k{i}", "a.tar", 10 * i) for i, field in enumerate(fields)]
 
 
-def texts(count: int) -> list[TokenizedText]:
-    return [TokenizedText(np.full(i + 1, i, np.int32)) for i in range(count)]
+def batch_of(fields: list[dict[str, Any]], keep_text_as: str | None = None) -> TokenBatch:
+    batch = TokenBatch.from_texts([TokenizedText(np.full(i + 1, i, np.int32)) for i in range(len(fields))])
+    add_fields(batch, records(fields), keep_text_as=keep_text_as)
+    return batch
 
 
 def test_a_batch_holds_the_records_fields_and_places_as_columns() -> None:
-    batch = make_batch(records([{"label": 1, "name": "a"}, {"label": 2, "name": "b"}]), texts(2), keep_text_as=None)
+    batch = batch_of([{"label": 1, "name": "a"}, {"label": 2, "name": "b"}])
     assert batch.input_ids.tolist() == [0, 1, 1]
     assert batch.cursor is None
     assert list(batch.fields) == ["label", "name", "__key__", "__shard__", "__index__"]
@@ -109,13 +111,13 @@ def test_a_batch_holds_the_records_fields_and_places_as_columns() -> None:
 
 
 def test_a_field_that_some_records_lack_is_none_there() -> None:
-    batch = make_batch(records([{}, {"label": 2}, {"score": 0.5}]), texts(3), keep_text_as=None)
+    batch = batch_of([{}, {"label": 2}, {"score": 0.5}])
     assert batch.fields["label"] == [None, 2, None]
     assert batch.fields["score"] == [None, None, 0.5]
 
 
 def test_the_text_can_stay_in_the_batch() -> None:
-    assert make_batch(records([{}, {}]), texts(2), keep_text_as="said").fields["said"] == ["text 0", "text 1"]
+    assert batch_of([{}, {}], "said").fields["said"] == ["text 0", "text 1"]
 
 
 # Columns.

@@ -39,7 +39,9 @@ def measure(model: str, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_verbs_are_the_files() -> None:
-    assert {"cache", "encode", "epoch", "mix", "outputs", "split", "stream", "train", "wrap"} <= set(bench.VERBS)
+    assert {"cache", "encode", "epoch", "host", "mix", "outputs", "split", "stream", "train", "wrap"} <= set(
+        bench.VERBS
+    )
     assert not {"common", "models", "__init__"} & set(bench.VERBS)
 
 
@@ -67,6 +69,12 @@ def test_wrap_reports_how_many_tokens_were_encoded_together(measure: Any) -> Non
     found = measure("wrap")
     assert found["together_times_one_by_one"].keys() == {"8", "32", "128"}
     assert found["tokens_encoded_together"]["8"] > found["tokens_a_batch"]["8"] > 0
+
+
+def test_host_measures_texts_of_about_the_length_that_was_asked_for(measure: Any) -> None:
+    found = measure("host", "--words", "20", "--tokens", "40000", "--num-workers", "1")
+    assert 20 <= found["tokens_a_text"] <= 40 and found["texts"] > 64
+    assert min(found["main_thread_s_a_million_tokens"].values()) > 0
 
 
 def test_training_packed_is_training_padded(measure: Any) -> None:
