@@ -18,7 +18,7 @@ from .pipeline.epoch import Epoch, Parts
 from .pipeline.fields import Field, as_fields, check_pair
 from .pipeline.plots import plot_step
 from .pipeline.source import OwnLoader, Progress, SourceLoop, StreamLoop, has_state, in_workers, text_stream
-from .pipeline.stats import LOOP, WORK, Stats, bottleneck
+from .pipeline.stats import LOOP, WORK, KnownWords, Stats, bottleneck
 from .reading.config import StreamConfig
 from .reading.dataset import Shards, TextStream
 from .system.distributed import Peers, can_talk, rank_and_world_size
@@ -207,6 +207,7 @@ class EmbeddingLoader(OwnLoader):
         self.encoder = encoder
         self._source = source
         self._stream = text_stream(source)
+        self._known_words = KnownWords(encoder.tokenizer if self._stream is None else self._stream.progress)
         if self._stream is not None and text is None:
             text = (self._stream.text,)
         if cache is not None and not isinstance(cache, EmbeddingCache):
@@ -335,7 +336,8 @@ class EmbeddingLoader(OwnLoader):
         finished and `uneven="stop"`; they are counted for two seconds, so there may be more. `encoded_tokens` went to
         the encoder in `encode_calls`. Not in them are texts found in a cache, and `repeated_texts`, which were in the
         same call already (a cache counts its own). `padding_share` is the share of padding if each batch were padded to
-        its longest text. A stream has `workers`, and `lanes` of this rank: no more workers than lanes have work.
+        its longest text. `known_words_share` of the words came from the word cache (those of `TokenCollate` are not
+        counted). A stream has `workers`, and `lanes` of this rank: no more workers than lanes have work.
 
         Seconds: `read_s` waiting for the wrapped loader, or for the shards, which are tokenized as they are read;
         `tokenize_s` tokenizing a wrapped loader's texts; `lookup_s` in the cache; `encode_s` encoding (on CUDA:
@@ -353,6 +355,7 @@ class EmbeddingLoader(OwnLoader):
             own = range(self._stream.rank, self._stream.num_lanes, self._stream.world_size)
             stats["workers"], stats["lanes"] = getattr(self._source, "num_workers", 0), len(own)
         stats["bad_records"], stats["bad_shards"] = (0, 0) if bad is None else (bad.all_records, bad.all_shards)
+        stats["known_words_share"] = self._known_words.share()
         if self._cached is not None:
             stats["encode_calls"], stats["encoded_tokens"] = self._cached.encode_calls, self._cached.encoded_tokens
         padded = stats.pop("padded_tokens")
