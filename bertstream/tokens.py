@@ -136,10 +136,12 @@ class ReadReport:
     Attributes:
         read: records that were read, broken ones included.
         bad: the broken records that were skipped, some of them many in one error, and the broken shards whose rest was.
+        words: how many words the tokenizer looked up in its word cache, and how many of them it found.
     """
 
     read: int
     bad: tuple[ShardError, ...] = ()
+    words: tuple[int, int] = (0, 0)
 
 
 _ONLY_EMBEDDINGS_HAVE = frozenset(
@@ -415,8 +417,8 @@ def steps(lengths: npt.NDArray[Any], dtype: npt.DTypeLike = np.int64) -> npt.NDA
 class SupportsTokenize(Protocol):
     """What a stream needs of a tokenizer: light, and safe to send to worker processes.
 
-    It may also have `batch(texts) -> TokenBatch`, which is then called instead: many texts as flat arrays cost less than
-    one object a text.
+    It may also have `batch(texts) -> TokenBatch`, which is then called instead: many texts as flat arrays cost less
+    than one object a text.
     """
 
     def __call__(self, texts: Sequence[Text]) -> list[TokenizedText]: ...

@@ -20,7 +20,7 @@ from .epoch import Epoch, Parts
 from .fields import Field
 from .plots import plot_step
 from .progress import OwnLoader, Progress, ProgressInSource, ProgressInStream, has_state, text_stream
-from .stats import LOOP, WORK, Stats, bottleneck
+from .stats import LOOP, WORK, KnownWords, Stats, bottleneck
 
 _REBUILT = (
     "this loader cannot be rebuilt from its dataset, as accelerate's skip_first_batches and a resuming Trainer try: "
@@ -62,6 +62,7 @@ class EmbeddingLoader(OwnLoader):
         self.encoder = encoder
         self._source = source
         self._stream = text_stream(source)
+        self._known_words = KnownWords(encoder.tokenizer if self._stream is None else self._stream.progress)
         if self._stream is not None and text is None:
             text = (self._stream.text,)
         if cache is not None and not isinstance(cache, EmbeddingCache):
@@ -245,7 +246,8 @@ class EmbeddingLoader(OwnLoader):
         finished and `uneven="stop"`; they are counted for two seconds, so there may be more. `encoded_tokens` went to
         the encoder in `encode_calls`. Not in them are texts found in a cache, and `repeated_texts`, which were in the
         same call already (a cache counts its own). `padding_share` is the share of padding if each batch were padded to
-        its longest text. A stream has `workers`, and `lanes` of this rank: no more workers than lanes have work.
+        its longest text. `known_words_share` of the words came from the word cache (those of `TokenCollate` are not
+        counted). A stream has `workers`, and `lanes` of this rank: no more workers than lanes have work.
 
         Seconds: `read_s` waiting for the wrapped loader, or for the shards, which are tokenized as they are read;
         `tokenize_s` tokenizing a wrapped loader's texts; `lookup_s` in the cache; `encode_s` encoding (on CUDA:
@@ -263,6 +265,7 @@ class EmbeddingLoader(OwnLoader):
             own = range(self._stream.rank, self._stream.num_lanes, self._stream.world_size)
             stats["workers"], stats["lanes"] = getattr(self._source, "num_workers", 0), len(own)
         stats["bad_records"], stats["bad_shards"] = (0, 0) if bad is None else (bad.all_records, bad.all_shards)
+        stats["known_words_share"] = self._known_words.share()
         if self._cached is not None:
             stats["encode_calls"], stats["encoded_tokens"] = self._cached.encode_calls, self._cached.encoded_tokens
         padded = stats.pop("padded_tokens")

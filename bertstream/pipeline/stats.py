@@ -13,6 +13,26 @@ WORK = ("read", "tokenize", "lookup", "encode", "hand_over")
 """The work on a batch. It is part of "wait", except where a worker runs ahead: then only "hand_over" is."""
 
 
+class KnownWords:
+    """The share of words that word caches knew, since this was made.
+
+    Args:
+        owner: a tokenizer or a stream's progress; without a `word_count` the share is 0.
+    """
+
+    def __init__(self, owner: object) -> None:
+        self._owner = owner
+        self._before = self._count()
+
+    def _count(self) -> tuple[int, int]:
+        return getattr(self._owner, "word_count", (0, 0))
+
+    def share(self) -> float:
+        """Words found by words looked up; 0 if there were none."""
+        asked, found = (now - before for now, before in zip(self._count(), self._before, strict=True))
+        return found / asked if asked else 0.0
+
+
 class Stats(dict[str, float]):
     """The result of `EmbeddingLoader.stats`: a dict of names and numbers, which `print` shows as a table."""
 

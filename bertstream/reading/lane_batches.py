@@ -81,6 +81,7 @@ class LaneBatches:
         self._fill(bucket, reader, size)
         read = 0  # since the last batch, like `bad`
         bad: list[ShardError] = []
+        words = np.zeros(2, np.int64)
         try:
             while True:
                 if bucket.error is not None:
@@ -88,14 +89,17 @@ class LaneBatches:
                 if not bucket.start.batch:  # otherwise its report was counted before the state was saved
                     read += bucket.read + sum(error.records or 0 for error in bucket.skipped)
                     bad += bucket.skipped + bucket.refused
+                words += bucket.words
                 if not bucket.read:
-                    yield LaneEnd(start.lane, ReadReport(read, tuple(bad)))
+                    yield LaneEnd(start.lane, ReadReport(read, tuple(bad), _pair(words)))
                     return
                 following = _Bucket(bucket.end, self.reading.bucket_size)
                 tokens = bucket.join()
                 batches = self._cut(tokens.lengths, bucket.start)
                 for number, batch in enumerate(self._batches_of(bucket, tokens, batches), 1 + bucket.start.batch):
-                    batch.report = ReadReport(read, tuple(bad)) if read else None
+                    batch.report = ReadReport(read, tuple(bad), _pair(words)) if read else None
+                    if read:
+                        words[:] = 0
                     read, bad = 0, []
                     yield batch
                     due = following.size * number // len(batches)
@@ -119,12 +123,18 @@ class LaneBatches:
                 bucket.read += len(chunk)
                 bucket.end = reader.cursor(bucket.start)
                 bucket.skipped += reader.take_bad()
+                counted = self._word_count
                 records, tokens, refused = self._tokenized(chunk)
+                bucket.words += self._word_count - counted
                 bucket.records += records
                 bucket.chunks += tokens
                 bucket.refused += refused
         except BertstreamError as error:
             bucket.error = error
+
+    @property
+    def _word_count(self) -> Indices:
+        return np.array(getattr(self.tokenizer, "word_count", (0, 0)))
 
     def _cut(self, lengths: Int32Array, start: Cursor) -> list[Indices]:
         shuffle = None
@@ -170,6 +180,10 @@ class LaneBatches:
         return [], [], refused
 
 
+def _pair(words: Indices) -> tuple[int, int]:
+    return int(words[0]), int(words[1])
+
+
 class _Bucket:
     """Records of a lane that are sorted and cut together, as far as they have been read.
 
@@ -187,6 +201,8 @@ class _Bucket:
         self.at_end = False
         self.records: list[Record] = []
         self.chunks: list[TokenBatch] = []
+        self.words = np.zeros(2, np.int64)
+        """Looked up and found in the word cache, as in `ReadReport`."""
         self.skipped: list[ShardError] = []
         self.refused: list[ShardError] = []
         self.error: BertstreamError | None = None

@@ -34,10 +34,13 @@ class StreamProgress:
         rank: this process's.
         world_size: how many ranks share the lanes.
         bad: the stream's count of broken records.
+    Attributes:
+        word_count: how many words were looked up in word caches, over all epochs of this process, and how many found.
     """
 
     def __init__(self, layout: Layout, rank: int, world_size: int, bad: BadRecords) -> None:
         self.bad = bad
+        self.word_count = (0, 0)
         self._layout = layout
         self._rank = rank
         self._world_size = world_size
@@ -111,6 +114,8 @@ class StreamProgress:
     def count(self, report: ReadReport | None) -> None:
         """Count what reading met; ShardError beyond the limit."""
         if report is not None:
+            asked, found = report.words
+            self.word_count = (self.word_count[0] + asked, self.word_count[1] + found)
             self.bad.add(report)
 
     def advance(self, cursors: Sequence[Cursor | None]) -> None:

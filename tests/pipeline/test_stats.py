@@ -203,3 +203,26 @@ def test_a_streams_loader_counts_its_workers_and_lanes(tmp_path: Path, workers: 
         assert (loader.stats()["workers"], loader.stats()["lanes"]) == (workers, 3)
     with bertstream.wrap(BATCHES, FakeEncoder(), text="text") as loader:
         assert "lanes" not in loader.stats()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_streams_loader_shows_the_share_of_words_that_its_workers_knew(
+    tmp_path: Path, minilm: bertstream.Encoder, workers: int
+) -> None:
+    shards = write_shards(tmp_path, ["the bank"] * 1200)
+    reading = bertstream.StreamConfig(lanes=2, bucket_size=600)
+    with bertstream.stream(shards, minilm, num_workers=workers, reading=reading) as loader:
+        assert loader.stats()["known_words_share"] == 0
+        for _ in loader:
+            pass
+        assert 0.5 < loader.stats()["known_words_share"] < 1 or workers == 0  # in this process others learnt them
+        assert loader.stats()["known_words_share"] <= 1
+
+
+def test_a_wrapped_loader_shows_the_share_of_known_words_since_it_was_made(minilm: bertstream.Encoder) -> None:
+    minilm(["the bank"])
+    with bertstream.wrap([["the bank"], ["the bank"]], minilm) as loader:
+        assert loader.stats()["known_words_share"] == 0
+        for _ in loader:
+            pass
+        assert loader.stats()["known_words_share"] == 1
