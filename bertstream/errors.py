@@ -30,10 +30,15 @@ class ShardError(BertstreamError):
         path: the shard's path, URL or command, or None.
         index: the record's index in the shard, counted from 0 and with broken records, or None.
         field: the field at fault, or None.
+        records: how many records are lost: one, those of a row group, or those of the rest of a piece; None if unknown.
         gives_up_shard: whether the rest of the shard is skipped too.
+        skippable: whether `max_bad_records` may skip it. A fault of the machine or network, and a shard that changes
+            while it is read, always raise.
     """
 
+    records: int | None = 1
     gives_up_shard = False
+    skippable = True
 
     def __init__(
         self, message: str, *, path: str | None = None, index: int | None = None, field: str | None = None

@@ -145,7 +145,7 @@ def stream(
         deterministic: as for `wrap`.
         reading: how shards are read, as in `StreamConfig(bucket_size=4096, lanes=16)`; None is `StreamConfig()`.
     Raises:
-        ConfigError: an argument is out of range, or there are more ranks than lanes.
+        ConfigError: an argument is out of range, or a rank would have no data.
         ShardError: a shard is missing or holds no record.
     """
     check_at_least("num_workers", num_workers, 0)

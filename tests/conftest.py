@@ -22,6 +22,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from fork_server import ENCODERS, RANKS
 from hypothesis import settings
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer
@@ -118,6 +119,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_servers_end() -> Iterator[None]:
+    """The processes from which tests fork programs end with the tests."""
+    yield
+    RANKS.close()
+    ENCODERS.close()
 
 
 @pytest.fixture

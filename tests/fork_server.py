@@ -1,7 +1,8 @@
-"""Python programs that start in milliseconds: forked from a process that has already imported torch and bertstream.
+"""Python programs that start in milliseconds: forked from a process that has imported torch and bertstream.
 
-A test of several ranks starts many short processes, and in each of them these imports take longer than the work. Forked
-processes share one seed of Python's string hashes, so a test whose law is that processes agree starts fresh ones.
+A test of several ranks or of a kill starts many short processes, and in each of them these imports take longer than the
+work. Forked processes share one seed of Python's string hashes, so a test whose law is that processes agree starts
+fresh ones.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
-# A forked child leaves the loop and then runs as any program does: tracebacks, exit status, atexit.
-SERVER = """
-import json, os, sys
-import torch.distributed
-import bertstream.testing
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
-program = None
+# A forked child leaves the loop and then runs as any program does: tracebacks, exit status, atexit.
+CODE = """
+import gc, json, os, sys
+from importlib import import_module
+for name in sys.argv[1:]:
+    import_module(name)
+gc.freeze()  # collecting, at the latest when a child ends, would copy the pages of all that was imported
+
 for line in sys.stdin:
     request = json.loads(line)
     if "wait" in request:
@@ -34,20 +38,21 @@ for line in sys.stdin:
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
         break
     print(answer, flush=True)
-if program is not None:
-    exec(program, {"__name__": "__main__"})
+else:
+    os._exit(0)
+exec(program, {"__name__": "__main__"})
 """
 
 
 class ForkServer:
-    """Starts programs; the process that it forks them from begins with the first one.
+    """Starts programs; the process that it forks them from begins with the first one, in the repository's folder.
 
     Args:
-        environment: variables of that process and of its programs.
+        modules: names of what that process imports.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = environment
+    def __init__(self, *modules: str) -> None:
+        self._modules = modules
         self._process: subprocess.Popen[str] | None = None
         self._folder = tempfile.TemporaryDirectory()
         self._started: list[Program] = []
@@ -55,10 +60,10 @@ class ForkServer:
     def start(self, program: str, *arguments: str) -> Program:
         """Run the source of a program, with `arguments` in its `sys.argv`."""
         if self._process is None:
-            command = [sys.executable, "-c", SERVER]
-            environment = os.environ | self._environment
+            command = [sys.executable, "-c", CODE, *self._modules]
+            environment = os.environ | ENVIRONMENT
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
             )
         out, errors = (Path(self._folder.name, f"{len(self._started)}-{name}") for name in ("out", "errors"))
         request = {"program": program, "arguments": arguments, "out": str(out), "errors": str(errors)}
@@ -91,3 +96,10 @@ class Program:
         """Wait for its end: what it printed on standard output and standard error, and its exit status."""
         status = self._server.ask({"wait": self.pid})
         return self._out.read_text(), self._errors.read_text(), status
+
+
+RANKS = ForkServer("torch.distributed", "bertstream.testing")
+"""For programs with a fake encoder. `conftest.py` ends both."""
+
+ENCODERS = ForkServer("torch.distributed", "bertstream.testing", "transformers.models.bert.modeling_bert")
+"""For programs with a real one. When they end, Triton writes to standard error that it found its objects frozen."""

@@ -134,10 +134,14 @@ class EmbeddingCache:
         return dict(Counter(key[:PREFIX_BYTES].hex() for key in self._store.keys_with_prefix()))
 
     def verify(self) -> int:
-        """Check every entry on disk against its checksum, and delete wrong ones unless the cache is read-only.
+        """Check every page and entry on disk, and delete entries with wrong checksums unless the cache is read-only.
+
+        A large folder's pages are checked here alone, those of a smaller one also when it is opened.
 
         Returns:
             How many entries were wrong.
+        Raises:
+            CacheError: the folder itself is damaged; delete it.
         """
         return self._store.verify()
 

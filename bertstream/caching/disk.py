@@ -26,6 +26,7 @@ from .folder import (
     FORMAT_KEY,
     ROWS,
     bytes_in_pages,
+    check_pages,
     checked_rows,
     delete_oldest,
     delete_text,
@@ -210,13 +211,16 @@ class DiskTier:
                     yield key[1:]
 
     def verify(self) -> int:
-        """Check every entry, and delete wrong ones unless the folder is read-only.
+        """Check every page and every entry, and delete wrong entries unless the folder is read-only.
 
         Returns:
             How many entries were wrong.
+        Raises:
+            CacheError: a page of LMDB is damaged.
         """
         wrong = []
         with self._reading(buffers=True) as transaction, transaction.cursor() as cursor:
+            check_pages(cast(lmdb.Environment, self._env), self.path)
             if cursor.set_range(ROWS):
                 entries = ((bytes(key[1:]), entry) for key, entry in cursor)
                 wrong = [key for key, entry in entries if checked_rows(key, entry) is None]

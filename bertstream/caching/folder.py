@@ -6,7 +6,7 @@ oldest text has the lowest one.
 
 from __future__ import annotations
 
-import logging
+import errno
 import os
 import struct
 import zlib
@@ -14,14 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
+from lmdb.verify import VerifyError, verify
 
 from ..errors import CacheError
-
-logger = logging.getLogger(__name__)
 
 FORMAT = b"bertstream embedding cache 1"
 LEAST_BYTES = 1 << 20
 """The smallest limit of a folder's file."""
+
+_MAX_READERS = 1024
+_LOCK_BYTES = 17 << 12
+"""Bytes of the lock file, in whole pages: 64 for each reader, and some more."""
+
+_CHECKED_ITEMS = 200_000
+"""Entries and tens of pages of the largest folder whose pages are checked when it is opened: one to three seconds."""
 
 # One table for everything: to open a second one, LMDB would wait for another process's write to finish.
 FORMAT_KEY, ORDER, ROWS = b"format", b"o", b"r"  # a key, and two prefixes of keys; sorted
@@ -42,7 +48,11 @@ def open_folder(path: str, *, limit_bytes: int, read_only: bool) -> lmdb.Environ
     env = None
     try:
         env = _open(path, limit_bytes, read_only)
-        _check_length(env, path, read_only)
+        _check_length(env, path)
+        stat = env.stat()
+        # A page costs a tenth of an entry: most hold rows, of which nothing is read.
+        if stat["entries"] + live_bytes(stat) // stat["psize"] // 10 <= _CHECKED_ITEMS:
+            check_pages(env, path)
         _check_format(env, path, read_only)
         if not read_only:
             env.reader_check()  # frees the reader slots of killed processes, which would keep old pages alive
@@ -56,16 +66,51 @@ def open_folder(path: str, *, limit_bytes: int, read_only: bool) -> lmdb.Environ
 
 
 def _open(path: str, limit_bytes: int, read_only: bool) -> lmdb.Environment:
-    options: dict[str, Any] = {"map_size": limit_bytes, "max_readers": 1024, "metasync": False}
+    options: dict[str, Any] = {"map_size": limit_bytes, "max_readers": _MAX_READERS, "metasync": False}
     if not read_only:
         os.makedirs(path, exist_ok=True)
-        return lmdb.open(path, **options)
+        _take_lock_file(path)
+        data = Path(path, "data.mdb")
+        is_new = not data.exists()
+        try:
+            return lmdb.open(path, **options)
+        except lmdb.Error as error:
+            if is_new and _has_no_room(error):
+                data.unlink(missing_ok=True)  # half of a header: it would pass for damaged once there is room
+            raise
     try:
+        _take_lock_file(path)
         return lmdb.open(path, readonly=True, create=False, **options)
-    except (lmdb.ReadonlyError, lmdb.LockError, PermissionError):
+    except (lmdb.ReadonlyError, lmdb.LockError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
         # Not even the lock file may be written. Without it another process could change pages while we read them, but
         # every entry is checked when it is read.
         return lmdb.open(path, readonly=True, create=False, lock=False, **options)
+
+
+def _take_lock_file(path: str) -> None:
+    """Make the lock file with all of its blocks, or fail with the error of the disk.
+
+    LMDB makes it without blocks and writes to it in memory: on a full disk that ends the process (SIGBUS).
+    """
+    with open(Path(path, "lock.mdb"), "ab") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.write(bytes(max(0, _LOCK_BYTES - size)))
+        file.flush()
+        if not size or not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # it may lack blocks: an earlier version made it, or a copy
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot
+                raise
+
+
+def _has_no_room(error: Exception) -> bool:
+    """Whether the disk or quota is full; LMDB says EIO where only a part of its pages fits."""
+    number = getattr(error, "errno", None) or getattr(error, "code", None)
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def _cannot_open(path: str, read_only: bool, error: Exception) -> CacheError:
@@ -75,6 +120,8 @@ def _cannot_open(path: str, read_only: bool, error: Exception) -> CacheError:
             "share one EmbeddingCache among all that use the folder, or close it first (a process that is forked while "
             "its parent writes to the folder cannot open it)"
         )
+    elif _has_no_room(error):
+        way_out = "make room on the disk, or name a folder on another"
     elif isinstance(error, (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PanicError)):
         way_out = "the folder is damaged or no cache: delete it, or name another"
     elif isinstance(error, (lmdb.ReadonlyError, lmdb.LockError, PermissionError)) and not read_only:
@@ -84,17 +131,42 @@ def _cannot_open(path: str, read_only: bool, error: Exception) -> CacheError:
     return CacheError(f"the cache {path} cannot be opened ({shown}): {way_out}", path=path)
 
 
-def _check_length(env: lmdb.Environment, path: str, read_only: bool) -> None:
-    """Extend a file that was cut off: reading missing pages would kill the process, and zeros are no entries."""
+def _check_length(env: lmdb.Environment, path: str) -> None:
+    """Refuse a file that was cut off: reading a page that is not there would end the process."""
     file = Path(path, "data.mdb")
     needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-    if file.stat().st_size >= needed:
-        return
-    message = f"{file} has {file.stat().st_size} bytes, but {needed} are in use: the file was cut off"
-    if read_only:
-        raise CacheError(f"{message}; copy it again", path=path)
-    logger.warning("%s; what is lost is computed again", message)
-    os.truncate(file, needed)
+    found = file.stat().st_size
+    if found < needed:
+        raise CacheError(
+            f"{file} has {found} bytes, but {needed} are in use: the file was cut off; copy it again, or delete the "
+            "folder",
+            path=path,
+        )
+
+
+def check_pages(env: lmdb.Environment, path: str) -> None:
+    """Check LMDB's own pages, without LMDB: it ends the process at some damages. Rows are not read.
+
+    Raises:
+        CacheError: a page is damaged.
+    """
+    problems: list[str] = []
+    for _ in range(3):
+        with env.begin() as snapshot:  # other processes keep its pages meanwhile
+            try:
+                problems = verify(path)  # type: ignore[no-untyped-call]
+            except VerifyError as error:
+                problems = [str(error)]
+            at = snapshot.id()
+        # Some versions of LMDB forget free pages, which is harmless.
+        problems = [problem for problem in problems if "a leak" not in problem]
+        if not problems or env.info()["last_txnid"] == at:
+            break  # else another process wrote meanwhile, and the file's length or header was read in between
+    if problems:
+        more = f" and {len(problems) - 1} more faults" if problems[1:] else ""
+        raise CacheError(
+            f"the cache {path} is damaged ({problems[0]}{more}): delete the folder, or copy it again", path=path
+        )
 
 
 def _check_format(env: lmdb.Environment, path: str, read_only: bool) -> None:
@@ -173,8 +245,10 @@ def checked_rows(key: bytes, entry: Any) -> bytes | None:
     if len(entry) < _HEADER.size:
         return None
     checksum, size, _ = _HEADER.unpack_from(entry)
+    if len(entry) - _HEADER.size != size:  # before the copy: a damaged size may reach beyond the file
+        return None
     rows = bytes(entry[_HEADER.size :])
-    return rows if len(rows) == size and zlib.crc32(rows, zlib.crc32(key)) == checksum else None
+    return rows if zlib.crc32(rows, zlib.crc32(key)) == checksum else None
 
 
 def live_bytes(stat: Any) -> int:

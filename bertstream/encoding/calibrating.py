@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from ..tokens import TokenBatch, cumulate
+from . import onednn
 from .attention import plain_mode
-from .autotune import TRIED_TOKENS, fastest_forward_tokens
+from .autotune import TRIED_TOKENS, fastest_forward_tokens, is_faster
 from .forward_size import FORWARD_TOKENS
 from .freezing import FreezableForward
 
@@ -19,13 +20,18 @@ logger = logging.getLogger(__name__)
 
 
 class CalibratedForward(FreezableForward):
-    """A `FreezableForward` that finds the size of its forwards by trying."""
+    """A `FreezableForward` that finds the size of its forwards, and on a CPU the layout of its weights, by trying."""
+
+    _products_chosen = False
 
     def calibrate(self) -> int:
         """Measure how many tokens of one forward are fastest on this device: once, and only if the user gave no number.
 
         On a CPU the feed-forward products of one layer are timed, on CUDA whole forwards, for about a second plus the
-        slowest of them. A loader calls it at its start, unless it is deterministic or the encoder is trained.
+        slowest of them. On a CPU it also measures whether copies of the weights in oneDNN's own layout are faster, and
+        uses them if so, which takes half a second, and memory for the weights of all layers.
+
+        A loader calls it at its start, unless it is deterministic or the encoder is trained.
 
         Returns:
             `max_forward_tokens`, as it is from now on.
@@ -37,7 +43,21 @@ class CalibratedForward(FreezableForward):
                 found = fastest_forward_tokens(tried, run, self.device, FORWARD_TOKENS[self.device.type])
             self._size.measured[self.device] = found
             logger.info("forwards of %d tokens are fastest on %s", found, self.device)
+        if self.device.type == "cpu" and not self.trainable and not self._products_chosen:
+            self._choose_products()
         return self.max_forward_tokens
+
+    def _choose_products(self) -> None:
+        self._products_chosen = True
+        with self._weights():
+            fused = self._fused
+            if fused is None or not max(self.layers) or not onednn.available(self.dtype) or not fused.ready(self.model):
+                return
+            rows = self._most_tokens(None)
+            blocked, plain = (fused.products_of_a_layer(rows, blocked=blocked) for blocked in (True, False))
+            if is_faster(blocked, plain):
+                fused.use_blocked_weights(rows)
+                logger.info("products of blocked weights are faster on this CPU")
 
     def _feed_forward(self) -> Callable[[int], object]:
         size = self._hidden_size

@@ -43,6 +43,7 @@ from .sentence_head import HEAD, with_head
 from .tokenizer import Overflow, TextTokenizer, WordSplitter, check_cutting, renamed_splitter
 from .upper import UpperEncoder, upper_half
 from .vocabulary import check_batch, check_vocabulary
+from .word_cache import LIMIT
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ class Encoder(CalibratedForward):
             does not pack.
         max_forward_tokens: tokens of one forward; None is 2,048 on the CPU and 16,384 on CUDA, until `calibrate` finds
             a better number.
+        word_cache: bytes in each process that tokenizes for the ids of words, which most texts repeat: 64 MiB hold some
+            250,000 words, and are little beside a worker's 300 MB. False or 0 keeps none. Tokens are the same.
         split: deprecated alias of `word_splitter`, removed in the next version.
     Attributes:
         tokenizer: the `TextTokenizer`, light enough for worker processes.
@@ -119,6 +122,7 @@ class Encoder(CalibratedForward):
         prompt: str | None = None,
         packed: bool | None = None,
         max_forward_tokens: int | None = None,
+        word_cache: int = LIMIT,
         split: WordSplitter | None = None,
     ) -> None:
         word_splitter = renamed_splitter(word_splitter, split)
@@ -131,7 +135,7 @@ class Encoder(CalibratedForward):
             normalize=normalize,
             output_dtype=output_dtype,
         )
-        check_cutting(output, word_splitter, overflow, stride, max_length, prompt)
+        check_cutting(output, word_splitter, overflow, stride, max_length, prompt, word_cache)
         size = ForwardSize(max_forward_tokens)
         model = without_peft(model)
         config: Any = getattr(model, "config", None)
@@ -157,6 +161,7 @@ class Encoder(CalibratedForward):
             stride=stride,
             word_splitter=(word_splitter or str.split) if output == "words" else None,
             segments="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
+            word_cache=word_cache,
         )
         self._pretrained_tokenizer = tokenizer
         self._checked_finite = self.dtype != torch.float16
@@ -184,6 +189,7 @@ class Encoder(CalibratedForward):
         prompt: str | None = None,
         packed: bool | None = None,
         max_forward_tokens: int | None = None,
+        word_cache: int = LIMIT,
         split: WordSplitter | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -221,7 +227,7 @@ class Encoder(CalibratedForward):
             normalize=bool(normalize),
             output_dtype=output_dtype,
         )
-        check_cutting(output, word_splitter, overflow, stride, max_length, prompt)
+        check_cutting(output, word_splitter, overflow, stride, max_length, prompt, word_cache)
         ForwardSize(max_forward_tokens)
         device = resolve_device(device)
         resolved = None if dtype == "auto" else torch_dtype(dtype)
@@ -253,6 +259,7 @@ class Encoder(CalibratedForward):
             prompt=followed.prompt,
             packed=packed,
             max_forward_tokens=max_forward_tokens,
+            word_cache=word_cache,
         )
         encoder._folder = followed.folder
         followed.finish(encoder.tokenizer, max_length)

@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tokens import Int32Array
-from . import kernels
+from . import kernels, onednn
 from .attention import Packing, attend
 from .fingerprint import states_of
 from .layer_modules import EncoderModules, LayerModules, UndescribedError, describe
 from .model_guard import ModelGuard
+from .weights import Layer, Norm, Product, block, is_rms_norm, join, read_norm
 
 logger = logging.getLogger(__name__)
-
-Product = tuple[Tensor, Tensor | None]
-"""Weight [out, in] and bias [out] of `F.linear`."""
 
 _KERNEL_NAMES = {
     "gelu": "gelu",
@@ -49,53 +46,15 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """LayerNorm, or RMSNorm, which has no mean and no bias."""
-
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-    rms: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Normalize [N, H] along H."""
-        if not self.rms:
-            return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """The weights of one layer, in the order in which they are used.
-
-    Attributes:
-        qkv: one product, or three where the weights may change unnoticed and so are not joined.
-        attention_norm: None for no norm.
-        up: one product; or two of a gated feed-forward that are not joined.
-        window: see `LayerModules`; `rotary` too.
-    """
-
-    qkv: tuple[Product, ...]
-    attention_out: Product
-    attention_norm: Norm | None
-    up: tuple[Product, ...]
-    down: Product
-    feed_forward_norm: Norm
-    window: int | None
-    rotary: str | None
-
-
 class FusedForward:
     """A model's forward over packed texts.
 
-    It reads the weights of the model and keeps joined copies of some, which it renews when a weight was written in
-    place, moved, replaced or trained. Weights that require a gradient are not joined: optimizers may change them
-    without a trace.
+    It reads the weights of the model and keeps copies of some, joined or blocked (see `onednn`), which it renews when a
+    weight was written in place, moved, replaced or trained. Weights that require a gradient are not copied: optimizers
+    may change them without a trace.
 
     Attributes:
-        joined_bytes: of the joined copies, beside the model's own weights; 0 before the first forward.
+        copied_bytes: of the copies, beside the model's own weights; 0 before the first forward.
     Args:
         model: an encoder in eval mode; layers above the highest of `layers` may have been dropped.
         layers: whose hidden states are wanted, counted from 0, the embedding layer.
@@ -109,6 +68,7 @@ class FusedForward:
         self.layers = tuple(layers)
         self._num_layers = num_layers
         self._warned = False
+        self._block_rows: int | None = None
         self._copies: list[Tensor] = []
         self._describe()
         self._kinds = self._guard.kinds
@@ -125,15 +85,24 @@ class FusedForward:
         weights = [weight for module in _used(self._modules) for weight in _plain_weights(module)]
         if len({(weight.dtype, weight.device) for weight in weights}) > 1:
             raise UndescribedError("its weights are of several dtypes or on several devices")
-        # Those that are joined, and one that tells that the model moved.
-        joined = [products for layer in self._modules.layers for products in (layer.qkv, layer.up) if len(products) > 1]
-        sources = {id(w): w for products in joined for module in products for w in module.parameters()}
-        self._watched = list(sources.values()) or weights[:1]
+        self._watch()
         self._state: object = None
         self._refusal = None
 
+    def _watch(self) -> None:
+        """Choose the weights whose changes matter: those that are copied, or one that tells that the model moved."""
+        layers = self._modules.layers
+        copied = [layer.qkv for layer in layers] + [layer.up for layer in layers]
+        if self._block_rows is None:
+            copied = [sources for sources in copied if len(sources) > 1]
+        else:
+            copied += [(layer.attention_out, layer.down) for layer in layers]
+            copied += [(self._modules.projection,)] if self._modules.projection is not None else []
+        sources = {id(weight): weight for modules in copied for module in modules for weight in module.parameters()}
+        self._watched = list(sources.values()) or list(_used(self._modules)[0].parameters())[:1]
+
     def ready(self, model: nn.Module) -> bool:
-        """Whether the model can run fused as it is now; if so, the joined weights are up to date.
+        """Whether the model can run fused as it is now; if so, the copied weights are up to date.
 
         Cheap enough for every batch. If not, the model has to run itself; the first time, the log says why.
         """
@@ -162,6 +131,39 @@ class FusedForward:
             if self._guard.kinds != self._kinds:
                 self._refusal = "it has other modules than at the self-test"
 
+    def use_blocked_weights(self, rows: int | None) -> None:
+        """On a CPU, multiply by copies of the weights that oneDNN laid out for products of so many rows.
+
+        None is the model's own weights again. It takes effect with the next forward.
+        """
+        self._block_rows = rows
+        self._watch()
+        self._state = None
+
+    def products_of_a_layer(self, rows: int, *, blocked: bool) -> Callable[[], None]:
+        """A function to time: the products of the first layer, with its activation, over `rows` tokens."""
+        layer: Any = self._modules.layers[0]
+
+        def products(*sources: Any) -> tuple[Product, ...]:
+            made = join(sources)
+            return tuple(block(product, rows) for product in made) if blocked else made
+
+        steps: list[Any] = [
+            partial(_apply, products(*layer.qkv)),
+            products(layer.attention_out)[0],
+            partial(self._activate, products(*layer.up)),
+            products(layer.down)[0],
+        ]
+        widths = [source.weight.shape[1] for source in (layer.qkv[0], layer.attention_out, layer.up[0], layer.down)]
+        inputs = [torch.zeros(rows, width, dtype=layer.down.weight.dtype, device="cpu") for width in widths]
+
+        def run() -> None:
+            with torch.inference_mode():
+                for step, x in zip(steps, inputs, strict=True):
+                    step(x)
+
+        return run
+
     @property
     def requires_grad(self) -> bool:
         """Whether any parameter of the model requires a gradient."""
@@ -173,38 +175,41 @@ class FusedForward:
             if tensor.is_cuda:
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
         known: dict[tuple[int, ...], tuple[Product, ...]] = {}
+        weight = cast(Tensor, modules.tables[0][0].weight)
+        rows = self._block_rows if weight.device.type == "cpu" and onednn.available(weight.dtype) else None
 
-        def products(sources: tuple[Any, ...]) -> tuple[Product, ...]:
+        def products(*sources: Any) -> tuple[Product, ...]:
             key = tuple(id(source.weight) for source in sources)  # layers may share their weights
             if key not in known:
-                known[key] = _joined(sources)
+                made = join(sources)
+                known[key] = made if rows is None else tuple(block(product, rows) for product in made)
             return known[key]
 
         self._loop = [
             Layer(
-                qkv=products(layer.qkv),
-                attention_out=_product(layer.attention_out),
-                attention_norm=_norm(layer.attention_norm),
-                up=products(layer.up),
-                down=_product(layer.down),
-                feed_forward_norm=_norm_of(layer.feed_forward_norm),
+                qkv=products(*layer.qkv),
+                attention_out=products(layer.attention_out)[0],
+                attention_norm=read_norm(layer.attention_norm),
+                up=products(*layer.up),
+                down=products(layer.down)[0],
+                feed_forward_norm=read_norm(layer.feed_forward_norm),
                 window=layer.window,
                 rotary=layer.rotary,
             )
             for layer in modules.layers
         ]
-        pairs = [pair for key, pairs in known.items() if len(key) > len(pairs) for pair in pairs]
-        joined = [tensor for pair in pairs for tensor in pair if tensor is not None]
-        self.joined_bytes = sum(tensor.nbytes for tensor in joined)
+        own = {id(weight) for weight in self.model.parameters()}
+        used = [tensor for made in known.values() for product in made for tensor in (product.weight, product.bias)]
+        copied = [tensor for tensor in used if tensor is not None and id(tensor) not in own]
+        self.copied_bytes = sum(tensor.nbytes for tensor in copied)
         tables: tuple[tuple[Any, str], ...] = modules.tables
         self._tables: list[tuple[Tensor, str]] = [(table.weight, ids) for table, ids in tables]
-        self._embedding_norm = _norm(modules.embedding_norm)
-        self._projection = None if modules.projection is None else _product(modules.projection)
-        norms = [*(layer.attention_norm for layer in self._loop), _norm(modules.final_norm)]
+        self._embedding_norm = read_norm(modules.embedding_norm)
+        self._projection = products(modules.projection)[0] if modules.projection is not None else None
+        norms = [*(layer.attention_norm for layer in self._loop), read_norm(modules.final_norm)]
         self._following = norms[1:]
         self._rotary = self._rotary_tables() if self._loop else {}
-        weight = self._tables[0][0]
-        self._copies = [*joined, *(tensor for pair in self._rotary.values() for tensor in pair)]
+        self._copies = [*copied, *(tensor for pair in self._rotary.values() for tensor in pair)]
         self._kernels = kernels.fits(weight.dtype) and kernels.available(weight.device)
         fits = self._kernels and kernels.attention_fits(modules.head_size, weight.dtype)
         self._tile_rows = kernels.tile_rows(modules.head_size, weight.dtype) if fits else None
@@ -249,9 +254,9 @@ class FusedForward:
         for index, (layer, following) in enumerate(zip(self._loop, self._following, strict=True), 1):
             qkv = _apply(layer.qkv, normed)
             attended = self._attend(qkv, packing, tiles, layer.window, rotary.get(layer.rotary or ""))
-            out = F.linear(attended, *layer.attention_out)
+            out = layer.attention_out(attended)
             x, normed = self._add(out, x, layer.feed_forward_norm if pre_norm else layer.attention_norm)
-            out = self._feed_forward(normed, layer)
+            out = layer.down(self._activate(layer.up, normed))
             x, normed = self._add(out, x, following if pre_norm else layer.feed_forward_norm)
             if index in self.layers:
                 kept[index] = normed if index == self._num_layers else x
@@ -265,7 +270,7 @@ class FusedForward:
         for rows in found[1:]:
             x = x.add_(rows)
         x = x if self._embedding_norm is None else self._embedding_norm(x)
-        return x if self._projection is None else F.linear(x, *self._projection)
+        return x if self._projection is None else self._projection(x)
 
     def _add(self, out: Tensor, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
         """What the next residual is added to, and what the next product takes; in a post-norm layer the same.
@@ -283,10 +288,11 @@ class FusedForward:
         normed = total if norm is None else norm(total)
         return (total if pre_norm else normed), normed
 
-    def _feed_forward(self, x: Tensor, layer: Layer) -> Tensor:
-        return F.linear(self._activate(_apply(layer.up, x)), *layer.down)
-
-    def _activate(self, up: Tensor) -> Tensor:
+    def _activate(self, products: tuple[Product, ...], x: Tensor) -> Tensor:
+        first = products[0]
+        if first.blocked and not self._modules.gated and self._activation in onednn.ACTIVATIONS:
+            return onednn.linear(x, first.weight, first.bias, self._activation)
+        up = _apply(products, x)
         function = _FUNCTIONS[self._activation]
         if not self._modules.gated:
             return function(up)
@@ -325,7 +331,7 @@ class FusedForward:
         return attend(qkv, heads, kv_heads, size, packing, window)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("model", "layers", "_num_layers", "_warned", "_kinds")  # the rest is read from the model
+        kept = ("model", "layers", "_num_layers", "_warned", "_kinds", "_block_rows")  # the rest is read from the model
         return {name: getattr(self, name) for name in kept} | {"_copies": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -348,7 +354,7 @@ def _used_in(layer: LayerModules) -> list[nn.Module | None]:
 def _plain_weights(module: nn.Module) -> list[nn.Parameter]:
     """A module's weights, if it is of a kind that needs nothing else: not quantized, no adapter, no parametrization."""
     kind = type(module)
-    if kind not in (nn.Linear, nn.Embedding, nn.LayerNorm) and not _is_rms_norm(module):
+    if kind not in (nn.Linear, nn.Embedding, nn.LayerNorm) and not is_rms_norm(module):
         raise UndescribedError(f"it has a {kind.__module__}.{kind.__name__}")
     if getattr(module, "max_norm", None) is not None:
         raise UndescribedError("its embedding table has a max_norm")
@@ -359,42 +365,9 @@ def _plain_weights(module: nn.Module) -> list[nn.Parameter]:
     return weights
 
 
-def _is_rms_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
-
-
-def _norm(module: Any) -> Norm | None:
-    return None if module is None else _norm_of(module)
-
-
-def _norm_of(module: Any) -> Norm:
-    if _is_rms_norm(module):
-        return Norm(module.weight, None, module.variance_epsilon, rms=True)
-    return Norm(module.weight, module.bias, module.eps, rms=False)
-
-
-def _product(module: Any) -> Product:
-    return module.weight, module.bias
-
-
-def _joined(sources: tuple[Any, ...]) -> tuple[Product, ...]:
-    """One product in the place of several of the same input; several where one may be trained."""
-    products = tuple(_product(source) for source in sources)
-    biased = [bias for _, bias in products if bias is not None]
-    if len(products) == 1 or len(biased) not in (0, len(products)) or _trained(products):
-        return products
-    with torch.no_grad():
-        return ((torch.cat([weight for weight, _ in products]), torch.cat(biased) if biased else None),)
-
-
-def _trained(products: tuple[Product, ...]) -> bool:
-    return any(tensor is not None and tensor.requires_grad for pair in products for tensor in pair)
-
-
 def _apply(products: tuple[Product, ...], x: Tensor) -> Tensor:
-    if len(products) == 1:
-        return F.linear(x, *products[0])
-    return torch.cat([F.linear(x, *product) for product in products], -1)
+    made = [product(x) for product in products]
+    return made[0] if len(made) == 1 else torch.cat(made, -1)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

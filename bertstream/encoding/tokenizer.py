@@ -9,18 +9,21 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from itertools import chain, pairwise
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import get_worker_info
 
 from ..errors import ConfigError, EncoderError, check_at_least, check_choice, shortened
-from ..tokens import Int32Array, Text, TokenBatch, TokenizedText
+from ..tokens import Int32Array, Text, TokenBatch, TokenizedText, cumulate
 from .cutting import kept, owners
+from .frame import Frame, Framed
 from .texts import check_texts
+from .word_cache import LIMIT, WholeTexts, WordCache, WordCount
+from .word_cuts import Cut, NoCutError, find_cut
 from .words import AddedTokens, find_blanks
 
 logger = logging.getLogger(__name__)
@@ -38,8 +41,9 @@ def check_cutting(
     stride: int,
     max_length: int | None,
     prompt: str | None = None,
+    word_cache: int = LIMIT,
 ) -> None:
-    """Check, before a tokenizer is there, the arguments of `Encoder` that say how texts are cut.
+    """Check, before a tokenizer is there, the arguments of `Encoder` that are for tokenizing.
 
     Raises:
         ConfigError: one is out of range, or has no effect beside the others.
@@ -58,6 +62,8 @@ def check_cutting(
         raise ConfigError(f"stride={stride} has no effect with overflow={overflow!r}: only windows overlap")
     if max_length is not None:
         check_at_least("max_length", max_length, 1)
+    if word_cache is not False:
+        check_at_least("word_cache", word_cache, 0)
 
 
 def renamed_splitter(word_splitter: WordSplitter | None, split: WordSplitter | None) -> WordSplitter | None:
@@ -85,6 +91,8 @@ class TextTokenizer:
         prompt: is put before each text, before the first one of a pair; of no word.
         prompt_counts: whether sentences are pooled over the prompt's tokens too.
         limit: whose limit `max_length` is, for messages; None is the model's.
+        word_cache: bytes in each process for the ids of words that come again; False or 0 keeps none. Tokens are the
+            same. A tokenizer for which no cut of texts is known to be exact gets every text whole; the log says so.
         split: deprecated alias of `word_splitter`, removed in the next version.
     Raises:
         ConfigError: the tokenizer has no Rust backend, or an argument is out of range.
@@ -102,6 +110,7 @@ class TextTokenizer:
         prompt: str = "",
         prompt_counts: bool = True,
         limit: str | None = None,
+        word_cache: int = LIMIT,
         split: WordSplitter | None = None,
     ) -> None:
         word_splitter = renamed_splitter(word_splitter, split)
@@ -111,7 +120,7 @@ class TextTokenizer:
                 f"{type(tokenizer).__name__} is not backed by the tokenizers library: pass a fast tokenizer "
                 "(AutoTokenizer gives one for every BERT family)"
             )
-        check_cutting("words", word_splitter, overflow, stride, max_length)
+        check_cutting("words", word_splitter, overflow, stride, max_length, word_cache=word_cache)
         least = max(1, backend.num_special_tokens_to_add(is_pair=True))
         if max_length < least:
             raise ConfigError(f"max_length={max_length}: a pair's special tokens alone take {least}")
@@ -135,8 +144,9 @@ class TextTokenizer:
         self._added: AddedTokens | None = None
         self._warned = False
         self._json: str = backend.to_str()
-        self._built: tuple[int, Any] | None = None
-        self._framed: tuple[tuple[int, int] | None] | None = None
+        self._built: _Built | None = None
+        self._word_cache = int(word_cache)
+        self._cut = _cut_of(backend, self._json) if word_cache else None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_built": None, "_added": None}
@@ -171,68 +181,60 @@ class TextTokenizer:
             EncoderError: a text is of another type, or too long where overflow is "error"; `.records` names it.
             ConfigError: `texts` is no list of texts.
         """
+        out: dict[int, TokenizedText] = {}
+        for indices, batch in self._tokenized(texts):
+            out |= dict(zip(indices, _one_by_one(batch), strict=True))
+        return [out[i] for i in range(len(texts))]
+
+    def batch(self, texts: Sequence[Text]) -> TokenBatch:
+        """Tokenize texts into one batch, in their order: like `__call__`, without an object for each text."""
+        groups = list(self._tokenized(texts))
+        if not groups:
+            return TokenBatch.from_texts([])
+        if len(groups) == 1:
+            return groups[0][1]
+        order = np.argsort(np.concatenate([indices for indices, _ in groups]))
+        return TokenBatch.concat([batch for _, batch in groups]).pick(order)
+
+    @property
+    def word_count(self) -> WordCount:
+        """How many words were looked up in this process so far, and how many of them were found."""
+        return WordCount() if self._built is None or self._built.process != os.getpid() else self._built.ids.count
+
+    def _tokenized(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], TokenBatch]]:
+        """The texts of each kind, those that fit and those that are cut, with their indices."""
         if not isinstance(texts, (list, tuple)):
             check_texts(texts)
-        backend = self._backend()
         parts = [_parts(text, i) for i, text in enumerate(texts)]
         if self.word_splitter is not None:
             parts = [[self._words(part, i) for part in text] for i, text in enumerate(parts)]
         if self.prompt:
             parts = [[self._prompted(text[0]), *text[1:]] for text in parts]
-        if all(len(text) == 1 and isinstance(text[0], str) for text in parts):
-            plain = self._plain(backend.encode_batch_fast([text[0] for text in parts]))
-            if plain is not None:
-                return self._without_prompt(plain)
-        out: list[TokenizedText | None] = [None] * len(texts)
-        for in_words in (False, True):
-            indices = [i for i, text in enumerate(parts) if isinstance(text[0], list) is in_words]
-            inputs = [
-                tuple(self._marked(part) for part in parts[i]) if len(parts[i]) == 2 else self._marked(parts[i][0])
-                for i in indices
-            ]
-            # The fast method keeps no offsets and no words, and takes a seventh less time.
-            encode = backend.encode_batch if in_words else backend.encode_batch_fast
-            for i, encoding in zip(indices, encode(inputs, is_pretokenized=in_words) if indices else (), strict=True):
-                out[i] = self._text(encoding, parts[i], i)
-        return self._without_prompt(out)  # type: ignore[arg-type]  # both kinds together fill all of it
+        kinds: dict[tuple[int, bool], list[int]] = {}
+        for i, text in enumerate(parts):
+            kinds.setdefault((len(text), isinstance(text[0], list)), []).append(i)
+        built = self._build()
+        built = self._build()
+        for (count, in_words), indices in kinds.items():
+            framed = built.framed([self._marked(part) for i in indices for part in parts[i]], count, in_words)
+            tokens = framed.tokens
+            if count == 1 or not self.segments:
+                tokens.token_type_ids = None
+            if tokens.word_ids is not None and self.prompt:
+                words = np.int32(len(self.prompt.split()))
+                tokens.word_ids = np.maximum(tokens.word_ids - words, np.int32(-1))
+                tokens.num_words -= words
+            fits = tokens.lengths <= self.max_length
+            if fits.all():
+                yield indices, self._without_prompt(tokens)
+                continue
+            short, long = np.flatnonzero(fits), np.flatnonzero(~fits).tolist()
+            yield [indices[i] for i in short], self._without_prompt(tokens.pick(short))
+            cut = [self._cut_text(framed.pick(i), parts[indices[i]], indices[i]) for i in long]
+            yield [indices[i] for i in long], self._without_prompt(TokenBatch.from_texts(cut))
 
-    def _plain(self, encodings: Sequence[Any]) -> list[TokenizedText] | None:
-        """The common case, single strings that are short enough: one array for all, in a fifth of the time.
-
-        Returns:
-            None if one of them is too long, or special tokens are not only at the ends.
-        """
-        ids = [encoding.ids for encoding in encodings]
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        frame = self._frame()
-        if frame is None or lengths.max(initial=0) > self.max_length:
-            return None
-        flat = np.fromiter(chain.from_iterable(ids), np.int32, lengths.sum())
-        ends = np.cumsum(lengths)
-        special = np.zeros(len(flat), np.bool_)
-        for offset in range(frame[0]):
-            special[ends - lengths + offset] = True
-        for offset in range(frame[1]):
-            special[ends - 1 - offset] = True
-        bounds = [0, *ends.tolist()]
-        return [TokenizedText(flat[start:end], special[start:end]) for start, end in pairwise(bounds)]
-
-    def _frame(self) -> tuple[int, int] | None:
-        """How many special tokens come before and after a single text; None if there are others inside it."""
-        if self._framed is None:
-            mask = self._backend().encode("a").special_tokens_mask
-            text = [i for i, special in enumerate(mask) if not special]
-            count = self._backend().num_special_tokens_to_add(is_pair=False)
-            whole = bool(text) and len(mask) - count == text[-1] - text[0] + 1
-            self._framed = ((text[0], len(mask) - 1 - text[-1]) if whole else None,)
-        return self._framed[0]
-
-    def batch(self, texts: Sequence[Text]) -> TokenBatch:
-        """Tokenize texts into one batch, in their order."""
-        return TokenBatch.from_texts(self(texts))
-
-    def _backend(self) -> Any:
-        if self._built is None or self._built[0] != os.getpid():
+    def _build(self) -> _Built:
+        if self._built is None or self._built.process != os.getpid():
             from tokenizers import Tokenizer
 
             if get_worker_info() is not None or os.getpid() != _IMPORTED_IN:
@@ -243,22 +245,22 @@ class TextTokenizer:
             backend.no_padding()
             backend.no_truncation()
             backend.encode_special_tokens = self._splits_special
-            self._built = (os.getpid(), backend)
-        return self._built[1]
+            ids = WholeTexts(backend) if self._cut is None else WordCache(backend, self._cut, self._word_cache)
+            self._built = _Built(os.getpid(), backend, Frame.find(backend), ids)
+        return self._built
 
     def _prompted(self, part: str | list[str]) -> str | list[str]:
         return self.prompt + part if isinstance(part, str) else self.prompt.split() + part
 
-    def _without_prompt(self, texts: list[TokenizedText]) -> list[TokenizedText]:
+    def _without_prompt(self, tokens: TokenBatch) -> TokenBatch:
         """Mark the prompt's tokens, and the special ones before it, as not used where the prompt does not count."""
         if self.prompt and not self.prompt_counts:
-            prompt = self._backend().encode(self.prompt).ids  # as sentence-transformers counts them
+            prompt = self._build().backend.encode(self.prompt).ids  # as sentence-transformers counts them
             count = len(prompt) - (prompt[-1:] != [] and prompt[-1] in self._special_ids)
-            for text in texts:
-                if text.owned is None:
-                    text.owned = np.ones(len(text.input_ids), np.bool_)
-                text.owned[np.flatnonzero(text.owned)[:count]] = False
-        return texts
+            owned = np.ones(tokens.num_tokens, np.bool_) if tokens.owned is None else tokens.owned
+            used = cumulate(owned)
+            tokens.owned = owned & (used[1:] - np.repeat(used[tokens.cu_seqlens[:-1]], tokens.lengths) > count)
+        return tokens
 
     def _words(self, part: str | list[str], index: int) -> list[str]:
         if isinstance(part, list):
@@ -281,31 +283,14 @@ class TextTokenizer:
             )
         if not self._blanks.others:
             return part
-        backend = self._backend()
+        backend = self._build().backend
         if self._added is None or self._added.backend is not backend:
             self._added = AddedTokens(backend)
         return self._blanks.put(part, self._added.begin)
 
-    def _text(self, encoding: Any, parts: list[Any], index: int) -> TokenizedText:
-        in_words = isinstance(parts[0], list)
-        out = TokenizedText(
-            np.array(encoding.ids, np.int32),
-            special=np.array(encoding.special_tokens_mask, bool),
-            token_type_ids=np.array(encoding.type_ids, np.int32) if len(parts) == 2 and self.segments else None,
-            word_ids=_or_minus_one(encoding.word_ids) if in_words else None,
-            num_words=sum(map(len, parts)) if in_words else 0,
-        )
-        sequence_ids = None
-        if out.word_ids is not None and len(parts) == 2:
-            sequence_ids = _or_minus_one(encoding.sequence_ids)
-            out.word_ids[sequence_ids == 1] += len(parts[0])
-        if out.word_ids is not None and self.prompt:
-            words = len(self.prompt.split())
-            out.word_ids = np.maximum(out.word_ids - np.int32(words), np.int32(-1))
-            out.num_words -= words
-        length = len(out.input_ids)
-        if length <= self.max_length:
-            return out
+    def _cut_text(self, framed: Framed, parts: list[Any], index: int) -> TokenizedText:
+        """A text that is too long, cut as `overflow` says."""
+        length = len(framed.sequence_ids)
         if self.overflow == "error":
             raise EncoderError(
                 f"text {index} has {length} tokens, {self.limit}: "
@@ -314,16 +299,16 @@ class TextTokenizer:
                 "with several windows",
                 records=(index,),
             )
-        sequence_ids = _or_minus_one(encoding.sequence_ids)
+        [out] = _one_by_one(framed.tokens)
         if self.overflow == "truncate":
-            left = kept(sequence_ids, self.max_length, self._keeps_end)
+            left = kept(framed.sequence_ids, self.max_length, self._keeps_end)
             short = out.pick(left)
             short.cut_tokens = length - self.max_length
             if out.word_ids is not None:
                 numbers = np.arange(out.num_words)
                 short.words_cut = np.isin(numbers, out.word_ids) & ~np.isin(numbers, out.word_ids[left])
             return short
-        return self._windowed(out, sequence_ids, index)
+        return self._windowed(out, framed.sequence_ids, index)
 
     def _windowed(self, text: TokenizedText, sequence_ids: Int32Array, index: int) -> TokenizedText:
         """The text as windows: each repeats the special tokens and a pair's first text."""
@@ -352,6 +337,69 @@ class TextTokenizer:
         first, last = windows == 0, windows == len(starts) - 1
         out.owned = side_by_side(first.repeat(len(before), 1), owner[inside] == windows, last.repeat(len(after), 1))
         return out
+
+
+class _Built(NamedTuple):
+    """What each process makes for itself.
+
+    Attributes:
+        process: its id.
+        backend: the tokenizer, without truncation and padding.
+        frame: its special tokens around texts; None if the library puts them there itself.
+        ids: gives ids without them.
+    """
+
+    process: int
+    backend: Any
+    frame: Frame | None
+    ids: WordCache | WholeTexts
+
+    def framed(self, parts: Sequence[Any], texts: int, in_words: bool) -> Framed:
+        """Strings, or lists of words, or pairs of either, with their special tokens.
+
+        Args:
+            parts: of B texts; of 2 B for pairs, each pair's one after the other.
+            texts: 1, or 2 for pairs.
+            in_words: whether they are lists.
+        """
+        if self.frame is not None:
+            if in_words:
+                return self.frame.lists(self.ids.lists(parts), texts)
+            return self.frame.texts(self.ids.texts(parts), texts)
+        inputs = [tuple(parts[i : i + texts]) for i in range(0, len(parts), texts)]
+        encodings = self.backend.encode_batch([one if texts == 2 else one[0] for one in inputs], in_words)
+        return Framed.of(encodings, [[len(part) for part in one] if in_words else [] for one in inputs])
+
+
+def _cut_of(backend: Any, content: str) -> Cut | None:
+    """The cut of a tokenizer; None, and a line in the log, if it has none."""
+    if backend.truncation is not None or backend.padding is not None:
+        backend = type(backend).from_str(content)
+        backend.no_truncation()
+        backend.no_padding()
+    try:
+        return find_cut(backend, content)
+    except NoCutError as reason:
+        logger.info("no word cache, the tokenizer gets every text whole: %s", reason)
+        return None
+
+
+def _one_by_one(batch: TokenBatch) -> Iterator[TokenizedText]:
+    """The texts of a batch, as views of it where none was cut."""
+    cut = batch.window_lengths is not None or batch.words_cut is not None
+    for i, (start, end) in enumerate(pairwise(batch.cu_seqlens.tolist())):
+        one, own = (batch.pick(np.array([i])), slice(None)) if cut else (batch, slice(start, end))
+        yield TokenizedText(
+            input_ids=one.input_ids[own],
+            special=None if one.special is None else one.special[own],
+            token_type_ids=None if one.token_type_ids is None else one.token_type_ids[own],
+            word_ids=None if one.word_ids is None else one.word_ids[own],
+            num_words=int(batch.num_words[i]),
+            cut_tokens=int(batch.cut_tokens[i]),
+            words_cut=one.words_cut,
+            window_lengths=one.window_lengths,
+            owned=None if one.owned is None else one.owned[own],
+        )
 
 
 def _parts(text: Any, index: int) -> list[Any]:
@@ -383,7 +431,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _or_minus_one(ids: list[int | None]) -> Int32Array:
-    return np.array([-1 if i is None else i for i in ids], np.int32)

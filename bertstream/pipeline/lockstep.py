@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ShardError
 from ..reading.dataset import TextStream
 from ..reading.state import cursor_from_json, cursor_to_json
 from ..system.distributed import Peers
@@ -42,6 +42,7 @@ def in_lockstep(
         count_left: called with the texts of each batch that nobody receives because another rank has finished.
     Raises:
         ConfigError: the ranks' settings, shards or states differ.
+        ShardError: a rank has no record in the whole epoch.
     """
     pad, epoch = stream.uneven == "pad", stream.epoch
     last: TokenBatch | None = None
@@ -67,6 +68,8 @@ def in_lockstep(
         offers: list[list[Any]] | None = exchange(offer)
         if offers is None:
             return
+        if not agreed_on and stream.progress.from_the_top and any(offers):
+            _refuse_ranks_without_data(offers)
         if not (any(offers) if pad else all(offers)):
             status.ranks_have_ended = True
             budget.put_back(group)
@@ -75,7 +78,7 @@ def in_lockstep(
         count = min(len(offered) for offered in offers if offered)
         has_finished = not batches
         if has_finished:
-            if last is None:  # it resumed after its last batch, or has no lane
+            if last is None:  # it resumed after its last batch
                 last = stream.any_batch()
                 assert last is not None  # another rank has one
             group = batches = [Entry(last) for _ in range(count)]
@@ -134,6 +137,15 @@ def _refuse_differences(own: Mapping[str, Any], everybody: Sequence[Mapping[str,
                     f"rank {rank} streams with {name}={theirs[name]!r}, this rank with {name}={own[name]!r}: give them "
                     "the same shards, settings and state, and they share the records among themselves"
                 )
+
+
+def _refuse_ranks_without_data(offers: Sequence[Sequence[Any]]) -> None:
+    without = [rank for rank, offered in enumerate(offers) if not offered]
+    if without:
+        raise ShardError(
+            f"of {len(offers)} ranks, {without} have no record in this epoch: there are fewer records than ranks, or "
+            "the only shards of these ranks are broken or empty. Use fewer ranks, or more data"
+        )
 
 
 def _marked(batch: TokenBatch, *, repeated: bool) -> TokenBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from ..reading.state import STATE_VERSION, epoch_of
 from ..tokens import Cursor, ReadReport, TokenBatch
 from .clocks import StageClocks
 from .fields import Field
+
+logger = logging.getLogger(__name__)
 
 _WORKER_BATCHES = 16
 """Token batches that each worker process of a stream may have ready. Workers take turns, so one that is late for a
@@ -169,6 +172,7 @@ class StreamLoop:
     def __init__(self, loader: Any, stream: TextStream) -> None:
         self._reader = reading_items(loader)
         self._stream = stream
+        self._say_if_workers_are_idle(getattr(loader, "num_workers", 0))
         self.knows_all_ranks = False
         """Whether entries carry the cursors of all ranks, so that every rank's state names all lanes."""
 
@@ -176,6 +180,21 @@ class StreamLoop:
     def epoch(self) -> int:
         """The stream's."""
         return self._stream.epoch
+
+    def _say_if_workers_are_idle(self, num_workers: int) -> None:
+        busy, ranks = self._stream.lanes_with_data(), self._stream.world_size
+        if num_workers > max(1, busy):
+            logger.warning(
+                "%d of the %d workers have nothing to read, because %s %d lanes with data: write num_workers=%d, or "
+                "reading=StreamConfig(lanes=%d), which changes the order (data that cannot be cut, such as gz, also "
+                "needs as many shards)",
+                num_workers - busy,
+                num_workers,
+                "there are" if ranks == 1 else f"rank {self._stream.rank} has",
+                busy,
+                busy,
+                num_workers * ranks,
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the next iteration's epoch."""

@@ -21,8 +21,9 @@ class BadRecords:
     Attributes:
         limit: how many may be skipped; below 1 a fraction of the records read, judged after 1,000 records.
         read: records read in this epoch, broken ones included.
-        records: broken records skipped in this epoch.
-        given_up: shards given up in this epoch: the rest of each, or of some of its pieces, was skipped.
+        records: broken records skipped in this epoch, and records known to be lost with shards that were given up.
+        given_up: shards given up in this epoch: the rest of each, or of some of its pieces, was skipped. What a shard
+            holds beyond its last cut is not known, nor is anything of one that was not cut.
         first: messages of the first ten.
         all_records: as `records`, over all epochs of this process.
         all_shards: as the number of `given_up`, over all epochs of this process.
@@ -49,13 +50,15 @@ class BadRecords:
         """
         self.read += report.read
         for error in report.bad:
-            if not error.gives_up_shard:
-                self.records += 1
-                self.all_records += 1
-            elif error.path not in self.given_up:
+            self.records += error.records or 0
+            self.all_records += error.records or 0
+            if error.gives_up_shard and error.path not in self.given_up:
                 self.given_up.append(str(error.path))
                 self.all_shards += 1
-            logger.warning("%s %s", "gave up a shard:" if error.gives_up_shard else "skipped a record:", error)
+            lost = "unknown" if error.records is None else error.records
+            logger.warning(
+                "%s (records lost: %s): %s", "gave up a shard" if error.gives_up_shard else "skipped", lost, error
+            )
             if len(self.first) < _MOST_NAMED:
                 self.first.append(str(error))
         bad = self.records + len(self.given_up)

@@ -19,8 +19,8 @@ class StreamConfig(Access):
     Attributes:
         bucket_size: records of each lane that are sorted by length and cut into batches together. A larger bucket makes
             lengths within a batch more alike, mixes better, and takes more memory.
-        lanes: how many independent lanes share the shards; None is one for every 4 MiB of data, 32 at most. The order
-            of batches depends on it, not on the number of workers. There can be no more ranks than lanes.
+        lanes: how many independent lanes share the shards; None is one for every 4 MiB of data, 32 at most, and at
+            least one for each rank. The order of batches depends on it, not on the number of workers.
         open_shards: how many shards, or pieces of them, each lane reads in turn, one record from each. More mixes
             sorted data better and opens more files. None is 64 over all lanes of a shuffled stream, at least 4 a lane;
             1 for a stream that is not shuffled.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import BertstreamError, ConfigError, StateError, check_at_least
@@ -19,21 +18,15 @@ from ..system.process import collect_garbage_rarely, exit_with_parent
 from ..tokens import Cursor, SupportsTokenize, TokenBatch
 from .bad_records import BadRecords
 from .config import StreamConfig
-from .files import shard_size
 from .lane_batches import LaneBatches, LaneEnd
+from .layout import Layout, lay_out
 from .options import ReadOptions
-from .pieces import count_records, split_shard
-from .rows import is_rows, split_rows
+from .pieces import count_records
+from .rows import is_rows
 from .shards import Piece, expand_shards
-from .state import StreamProgress
+from .state import StreamProgress, layout_ranks_of
 
 logger = logging.getLogger(__name__)
-
-_MOST_LANES = 32
-# About a bucket of records in a tar, where each takes at least 2 KiB; tokenizing as much text takes two seconds.
-_LANE_BYTES = 4 << 20
-_OPEN_SHARDS, _OPEN_IN_ALL = 4, 64
-_ROW_BYTES = 256  # of a dataset that does not say how large its rows are
 
 Shards: TypeAlias = Any  # paths and URLs, str or PathLike, one or several; or a dataset of rows
 StreamItem: TypeAlias = TokenBatch | LaneEnd | BertstreamError
@@ -53,8 +46,8 @@ class TextStream(IterableDataset[TokenBatch]):
 
     Use it through `bertstream.stream`, or in a `DataLoader(text_stream, batch_size=None)` of your own.
 
-    The rank's share of the shards is dealt to lanes. Each lane fills a bucket of records, sorts it by length, cuts it
-    into batches and shuffles them; the lanes take turns, one batch each. What comes out depends on the shards, the
+    The shards are dealt to lanes, and the lanes to ranks. Each lane fills a bucket of records, sorts it by length, cuts
+    it into batches and shuffles them; the lanes take turns, one batch each. What comes out depends on the shards, the
     seed, the epoch and the number of ranks, never on the number of workers.
 
     Args:
@@ -71,7 +64,7 @@ class TextStream(IterableDataset[TokenBatch]):
         keep_text_as: the field under which the raw text stays in the batch; None drops it.
         reading: how shards are read.
     Raises:
-        ConfigError: an argument is out of range, or there are more ranks than lanes.
+        ConfigError: an argument is out of range, or a rank would have no data.
         ShardError: a shard is missing or holds no record.
     """
 
@@ -109,14 +102,14 @@ class TextStream(IterableDataset[TokenBatch]):
             logger.warning(
                 "%d shards are named more than once and are read as many times: %s", len(repeated), repeated[0]
             )
-        self._pieces, self.num_lanes, self.open_shards = self._share_out()
         self.rank, self.world_size = rank_and_world_size()
-        if self.world_size > self.num_lanes:
-            raise ConfigError(
-                f"{self.world_size} ranks cannot share {self.num_lanes} lane{'s' * (self.num_lanes > 1)}: write "
-                f"reading=StreamConfig(lanes={self.world_size}) or more, and give as many shards where they are "
-                "compressed or remote"
-            )
+        self._layout = layout = self._laid_out_for(self.world_size)
+        self.num_lanes, self.open_shards = layout.lanes, layout.open_shards
+        if refusal := layout.refusal(self.world_size, is_rows=rows is not None):
+            # With "leave" no rank waits for another or repeats its batches.
+            if self.uneven != "leave" or self.world_size > layout.lanes:
+                raise ConfigError(refusal)
+            logger.warning("some ranks have no data: %s", refusal)
         self._batches = LaneBatches(
             tokenizer=encoder.tokenizer,
             options=self._options,
@@ -128,7 +121,7 @@ class TextStream(IterableDataset[TokenBatch]):
             open_shards=self.open_shards,
             keep_text_as=keep_text_as,
         )
-        self.progress = StreamProgress(self.num_lanes, self.rank, self.world_size, BadRecords(reading.max_bad_records))
+        self.progress = StreamProgress(layout, self.rank, self.world_size, BadRecords(reading.max_bad_records))
         self._loaded_in_worker = False
 
     def __repr__(self) -> str:
@@ -139,26 +132,30 @@ class TextStream(IterableDataset[TokenBatch]):
             f"epoch={self.epoch}, rank {self.rank} of {self.world_size})"
         )
 
-    @cached_property
+    @property
     def settings(self) -> dict[str, Any]:
         """All that the batches and their order depend on, except the epoch; a state of another stream differs in it."""
-        # Names and sizes: a corpus that was moved to another folder is the same.
-        shards = [(re.split(r"[/\\]", piece.path)[-1], piece.start, piece.stop, size) for piece, size in self._pieces]
-        parts = {"tokenizer": getattr(self._batches.tokenizer, "identity", None), "shards": shards}
-        digests = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in parts.items()}
-        digests["shards"] = f"{len({piece.path for piece, _ in self._pieces})} by the digest {digests['shards']}"
+        return self._settings_in(self.progress.layout)
+
+    def _settings_in(self, layout: Layout) -> dict[str, Any]:
         return {
             "shuffle": self._shuffle,  # causes first: the first difference is the one that is reported
             "seed": self._seed,
-            "lanes": self.num_lanes,
-            "open_shards": self.open_shards,
+            "lanes": layout.lanes,
+            "open_shards": layout.open_shards,
             "window": self._reading.bucket_size,  # the name in states since version 0.1
             "batch_size": self._batches.batch_size,
             "max_tokens": self._batches.max_tokens,
             "text": list(self._options.texts),
             "passes_over_bad_records": self._reading.max_bad_records > 0,
-            **digests,
+            "tokenizer": self._tokenizer_digest,
+            "shards": layout.digest,
         }
+
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        identity = getattr(self._batches.tokenizer, "identity", None)
+        return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
 
     @property
     def ranks(self) -> range:
@@ -206,10 +203,14 @@ class TextStream(IterableDataset[TokenBatch]):
                 "StatefulDataLoader loads a state with the number of workers that it had",
                 key="worker",
             )
-        load = self.progress.loading(state, self.settings)
+        ranks = layout_ranks_of(state)
+        layout = self._layout if ranks == self._layout.ranks else self._laid_out_for(ranks)
+        load = self.progress.loading(state, self._settings_in(layout), layout)
 
         def load_here() -> None:
             load()
+            if layout is not self._layout:
+                self._say_if_without_data()
             self._loaded_in_worker = worker is not None
 
         return load_here
@@ -233,17 +234,18 @@ class TextStream(IterableDataset[TokenBatch]):
 
     def any_batch(self) -> TokenBatch | None:
         """Some batch of the epoch: what a rank without one of its own yields beside the others'."""
-        for lane, pieces in enumerate(self._deal(self.epoch)):
-            for item in self._batches.read(pieces, Cursor(self.epoch, lane)):
+        layout = self.progress.layout
+        for lane, pieces in enumerate(self._dealt(layout, self.epoch)):
+            for item in self._lane_batches(layout).read(pieces, Cursor(self.epoch, lane)):
                 if isinstance(item, TokenBatch):
                     return item
         return None
 
     def __iter__(self) -> Iterator[TokenBatch]:
         self.progress.begin([self.rank])
-        start = self._start_here()
+        layout, start = self.progress.next_layout, self._start_here()
         self.progress.keep(cursor for cursor in start if cursor is not None)
-        return self._received(self._read(start, self.epoch))
+        return self._received(self._read(layout, start, self.epoch))
 
     def items(self) -> Iterator[StreamItem]:
         """Batches, and a `LaneEnd` for each turn of a lane without one; in a worker, errors as items too.
@@ -251,7 +253,8 @@ class TextStream(IterableDataset[TokenBatch]):
         For a reader that receives the items of all workers: it drops the `LaneEnd`s, raises the errors, and advances
         `progress`, which stays as it is here.
         """
-        return self._as_items(self._read(self._start_here(), self.epoch))
+        layout, start = self.progress.next_layout, self._start_here()
+        return self._as_items(self._read(layout, start, self.epoch))
 
     def _received(self, items: Iterator[TokenBatch | LaneEnd]) -> Iterator[TokenBatch]:
         """For a loop over the stream itself: batches alone, and progress in this process."""
@@ -294,10 +297,10 @@ class TextStream(IterableDataset[TokenBatch]):
         self._loaded_in_worker = False
         return start
 
-    def _read(self, start: Start, epoch: int) -> Generator[TokenBatch | LaneEnd, None, None]:
+    def _read(self, layout: Layout, start: Start, epoch: int) -> Generator[TokenBatch | LaneEnd, None, None]:
         """The lanes' batches in turn."""
-        pieces = self._deal(epoch)
-        lanes = [None if cursor is None else self._batches.read(pieces[cursor.lane], cursor) for cursor in start]
+        pieces, batches = self._dealt(layout, epoch), self._lane_batches(layout)
+        lanes = [None if cursor is None else batches.read(pieces[cursor.lane], cursor) for cursor in start]
         while any(lane is not None for lane in lanes):
             for i, lane in enumerate(lanes):
                 item = LaneEnd() if lane is None else next(lane)
@@ -305,50 +308,30 @@ class TextStream(IterableDataset[TokenBatch]):
                     lanes[i] = None
                 yield item
 
-    def _share_out(self) -> tuple[list[tuple[Piece, int]], int, int]:
-        """The shards as pieces with their sizes in bytes, the number of lanes, and how many pieces each has open."""
-        most = self._reading.lanes or _MOST_LANES
-        open_shards = self._reading.open_shards or (_OPEN_SHARDS if self._shuffle else 1)
-        if (rows := self._options.rows) is not None:
-            some = len(rows) * _ROW_BYTES // _LANE_BYTES if hasattr(rows, "__len__") else rows.num_shards
-            lanes = self._reading.lanes or min(most, max(1, some))
-            if self._shuffle and self._reading.open_shards is None:
-                open_shards = max(open_shards, _OPEN_IN_ALL // lanes)
-            return split_rows(rows, lanes * open_shards), lanes, open_shards
-        if len(self.shards) >= most * open_shards:
-            # Enough for each lane. Asking a server for thousands of sizes would take longer than it helps.
-            return [(Piece(path), 1 if "://" in path else self._size(path)) for path in self.shards], most, open_shards
-        sizes = [self._size(path) for path in self.shards]
-        total = sum(sizes)
-        lanes = self._reading.lanes or min(most, max(1, total // _LANE_BYTES))
-        if self._shuffle and self._reading.open_shards is None:
-            open_shards = max(open_shards, _OPEN_IN_ALL // lanes)
-        wanted = lanes * open_shards
-        pieces: list[tuple[Piece, int]] = []
-        for path, size in zip(self.shards, sizes, strict=True):
-            parts = max(1, round(wanted * size / total)) if len(self.shards) < wanted and size else 1
-            split = split_shard(path, parts, self._reading)
-            if len(split) < parts:
-                logger.info("%s is read in %d pieces where %d are its share: not cut further", path, len(split), parts)
-            pieces += [(piece, size // len(split)) for piece in split]
-        return pieces, lanes, open_shards
+    def _laid_out_for(self, ranks: int) -> Layout:
+        return lay_out(self.shards, self._options.rows, self._reading, shuffle=self._shuffle, ranks=ranks)
 
-    def _size(self, path: str) -> int:
-        return shard_size(path, self._reading)
+    def _say_if_without_data(self) -> None:
+        """After a state of another layout was loaded: it may leave this rank nothing to read in its epoch."""
+        queue, pieces = self.progress.start()[self.rank], self._dealt(self.progress.layout, self.epoch)
+        if not any(pieces[cursor.lane] for cursor in queue or ()):
+            logger.warning(
+                "rank %d of %d has no data in the rest of epoch %d: the state's epoch was laid out for fewer ranks; "
+                "from the next epoch on it has its own",
+                self.rank,
+                self.world_size,
+                self.epoch,
+            )
 
-    def _deal(self, epoch: int) -> list[list[Piece]]:
-        """The epoch's pieces by lane, each dealt to the lane with the fewest bytes so far."""
-        order = range(len(self._pieces))
-        if self._shuffle:
-            order = np.random.default_rng((self._seed, epoch)).permutation(len(self._pieces)).tolist()
-        lanes: list[list[Piece]] = [[] for _ in range(self.num_lanes)]
-        loads = [0] * self.num_lanes
-        for i in order:
-            piece, size = self._pieces[i]
-            lane = loads.index(min(loads))
-            lanes[lane].append(piece)
-            loads[lane] += max(1, size)
-        return lanes
+    def lanes_with_data(self) -> int:
+        """This rank's lanes that have something to read in an epoch; no more workers than that are busy."""
+        return sum(map(bool, self._dealt(self._layout, 0)[self.rank :: self.world_size]))
+
+    def _dealt(self, layout: Layout, epoch: int) -> list[list[Piece]]:
+        return layout.deal(self._seed if self._shuffle else None, epoch)
+
+    def _lane_batches(self, layout: Layout) -> LaneBatches:
+        return replace(self._batches, num_lanes=layout.lanes, open_shards=layout.open_shards)
 
 
 class StreamItems(IterableDataset[StreamItem]):

@@ -1,7 +1,8 @@
 """The bytes of a shard, decompressed: of a file, a URL or a command.
 
-Three failures stay apart: bytes of a URL that cannot be read, after retries, are a `RemoteReadError`; a compressed file
-that is cut off is an EOFError; a damaged one is another OSError.
+Failures stay apart: bytes of a URL that cannot be read, after retries, are a `RemoteReadError`; a local file that
+changes while it is read is an `OutsideError`; a compressed file that is cut off is an EOFError; a damaged one is
+another OSError.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fsspec.core import url_to_fs
 
 from ..errors import ShardError, described
 from .access import BUFFER_BYTES, DEFAULT_ACCESS, Access, check_installed, check_pipe, is_local, is_pipe
+from .faults import Version, unchanged
 from .remote import RemoteFile, copy_path, local_copy, with_retries
 from .stall_watch import Watch
 
@@ -69,19 +71,21 @@ def local_path(path: str, access: Access) -> str | None:
 
 
 @contextmanager
-def open_bytes(path: str, access: Access, compression: str = "") -> Iterator[BinaryIO]:
+def open_bytes(path: str, access: Access, compression: str = "", version: Version | None = None) -> Iterator[BinaryIO]:
     """Open a shard's bytes, decompressed and buffered; leaving the context closes everything.
 
     Args:
         path: a path, URL or `pipe:` command.
         access: how it is opened.
         compression: "gz", "zst", or "" for none.
+        version: of a local shard, the version it must have; None for the present one.
     Yields:
         A binary stream. It is seekable unless it is a pipe or compressed; from a server without Range, seeking reads
         the bytes in between.
     Raises:
         ConfigError: a pipe is not allowed, or zstandard is not installed.
         RemoteReadError: bytes of a URL cannot be read; also raised while reading.
+        OutsideError: a local shard has changed by the time the context is left, except by closing a generator.
         OSError, EOFError or, for URLs, any other error: missing, unreadable, cut off or damaged; also while reading.
     """
     with ExitStack() as stack:
@@ -90,6 +94,8 @@ def open_bytes(path: str, access: Access, compression: str = "") -> Iterator[Bin
             check_pipe(path, access)
             source = _CommandOutput(path, access)
         elif (file := local_path(path, access)) is not None:
+            if is_local(path):  # a copy of a remote shard may be deleted and downloaded again
+                stack.enter_context(unchanged(path, version))
             source = open(file, "rb", buffering=0)  # noqa: SIM115 - the stack closes it
         else:
             source = RemoteFile(path, access)

@@ -86,7 +86,7 @@ class LaneBatches:
                 if bucket.error is not None:
                     raise bucket.error
                 if not bucket.start.batch:  # otherwise its report was counted before the state was saved
-                    read += bucket.read + sum(not error.gives_up_shard for error in bucket.skipped)
+                    read += bucket.read + sum(error.records or 0 for error in bucket.skipped)
                     bad += bucket.skipped + bucket.refused
                 if not bucket.read:
                     yield LaneEnd(start.lane, ReadReport(read, tuple(bad)))

@@ -26,7 +26,8 @@ class LaneReader:
         options: how they are read.
         start: the cursor; its epoch, lane and batch are ignored.
         open_shards: how many pieces are open at a time.
-        tolerant: whether to skip and report broken records, and give up a broken shard; otherwise they raise.
+        tolerant: whether to skip and report broken records, and give up a broken shard; otherwise they raise. Faults of
+            the machine always do.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class LaneReader:
                 opened.reader = read_records(piece, self._options, skip=skip, on_bad=on_bad)
             return next(opened.reader, None)
         except ShardError as error:
-            if not self._tolerant:
+            if not self._tolerant or not error.skippable:
                 raise
             error.gives_up_shard = True
             self._bad.append(error)

@@ -8,8 +8,9 @@ from itertools import accumulate
 from typing import Any, BinaryIO
 
 from ..errors import ShardError, described
+from .faults import outside_fault
 from .options import ReadOptions
-from .raw import RawRecord, RecordError, excerpt
+from .raw import RawRecord, RecordError, broken, excerpt
 from .shards import Piece
 
 # Rows converted to Python values at a time: enough to cost little per row, few enough to hold few long texts.
@@ -18,6 +19,8 @@ _BATCH_ROWS = 256
 
 def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[RawRecord]:
     """The rows from the row group of the piece's first row on; only the wanted columns are read.
+
+    Where a row group breaks, its other rows come as one broken item, and reading continues with the next group.
 
     Raises:
         ShardError: a required column is missing, or a wanted name is that of several columns.
@@ -35,8 +38,20 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
     group = bisect_right(file.first_rows, piece.start, hi=len(file.sizes)) - 1 if file.sizes else 0
     if group:
         yield RawRecord(dict, (), records=file.first_rows[group])
-    for row in file.rows(group, wanted):
-        yield RawRecord(_parse_row, row)
+    for number in range(group, len(file.sizes)):
+        left = file.first_rows[number + 1] - file.first_rows[number]
+        try:
+            for row in file.rows(number, wanted):
+                yield RawRecord(_parse_row, row)
+                left -= 1
+            if left:
+                raise EOFError(f"it ends {left} rows before its footer says")
+        except Exception as error:  # pyarrow may raise anything
+            if not left or outside_fault(error):
+                raise
+            refusal = RecordError(f"row group {number} cannot be read: {described(error)}")
+            refusal.__cause__ = error
+            yield RawRecord(broken, refusal, records=left)
 
 
 def _parse_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -78,21 +93,20 @@ class ParquetReader:
         self.first_rows: list[int] = list(accumulate(rows, initial=0))
         self.sizes: list[int] = [metadata.row_group(group).total_byte_size for group in self._groups]
 
-    def rows(self, first: int, columns: list[str] | None) -> Iterator[dict[str, Any]]:
-        """The rows from one row group on, each a mapping from column to value.
+    def rows(self, number: int, columns: list[str] | None) -> Iterator[dict[str, Any]]:
+        """The rows of one row group, each a mapping from column to value.
 
         Where Python has no type for a value of a batch, that column's values are pyarrow scalars.
 
         Args:
-            first: number of the row group, counted as in `first_rows`.
+            number: of the row group, counted as in `first_rows`.
             columns: the columns to read; None for all.
         """
-        for group in self._groups[first:]:
-            batches = self._file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False)
-            for batch in batches:
-                names = batch.schema.names
-                values = [_values(column) for column in batch.columns]
-                yield from (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
+        group = [self._groups[number]]
+        for batch in self._file.iter_batches(_BATCH_ROWS, row_groups=group, columns=columns, use_threads=False):
+            names = batch.schema.names
+            values = [_values(column) for column in batch.columns]
+            yield from (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
 
 
 def _values(column: Any) -> list[Any]:

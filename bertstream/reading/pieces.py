@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..errors import ConfigError, ShardError, check_at_least, described
 from .access import BUFFER_BYTES, DEFAULT_ACCESS, Access, is_local, is_pipe
+from .faults import file_version
 from .files import local_path, open_bytes
 from .lines import DELIMITERS, csv_rows, read_csv
 from .options import ReadOptions
@@ -45,6 +46,7 @@ def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[
     check_at_least("parts", parts, 1)
     kind = shard_kind(path)
     cuts = [(0, 0)]  # (index, offset) of each piece's first record
+    version = file_version(path) if is_local(path) else None
     if parts > 1 and not kind.compression and not is_pipe(path):
         check_packages(path, kind)
         try:
@@ -60,7 +62,10 @@ def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[
         except read_errors(path, kind) as error:
             raise ShardError(f"{path}: cannot be read: {described(error)}", path=path) from error
     stops = [index for index, _ in cuts[1:]]
-    return [Piece(path, start, stop, offset) for (start, offset), stop in zip(cuts, [*stops, None], strict=True)]
+    return [
+        Piece(path, start, stop, offset, version=version if stops else None)
+        for (start, offset), stop in zip(cuts, [*stops, None], strict=True)
+    ]
 
 
 def count_records(path: str, options: ReadOptions) -> int | None:

@@ -44,6 +44,15 @@ class RecordError(Exception):
         self.field = field
 
 
+def broken(error: RecordError) -> dict[str, Any]:
+    """The `parse` of a record that its reader has found broken.
+
+    Raises:
+        RecordError: always, the error given.
+    """
+    raise error
+
+
 def parse_utf8(data: bytes, name: str | None = None) -> str:
     """Decode bytes of the field `name`.
 

@@ -26,6 +26,7 @@ from typing import BinaryIO, TypeAlias
 from ..errors import ConfigError, ShardError, check_at_least, described
 from ..tokens import Record
 from .access import is_local
+from .faults import outside_fault
 from .files import open_bytes
 from .lines import DELIMITERS, read_csv, read_jsonl, read_txt
 from .options import ReadOptions, take_text_and_fields
@@ -57,16 +58,18 @@ def read_records(
     Holds one record at a time. The file is closed when the generator ends, raises or is closed.
 
     Args:
-        piece: the whole shard, as in `Piece(path)`, or a part of it.
+        piece: the whole shard, as in `Piece(path)`, or a part of it; records of other shares are not parsed.
         options: what is read of each record.
         skip: how many records of the piece to skip, broken ones included; they are counted but not parsed.
-        on_bad: called with the error of each broken record, which is then skipped; None raises the error.
+        on_bad: called with the error of each broken record, or of several at once such as a row group, which are then
+            skipped; None raises the error.
     Yields:
         Records whose `index` is their index in the shard.
     Raises:
         ConfigError: the ending is unknown, a `pipe:` is not allowed, a package is missing, or `skip` is negative.
         ShardError: the shard is missing, unreadable, cut off or has no records; or, without `on_bad`, a record is
-            broken.
+            broken. Its `records` says how many of the piece are lost from there on, if that is known. It is not
+            `skippable` if the machine or network failed, or the shard changed while it was read.
     """
     check_at_least("skip", skip, 0)
     kind = shard_kind(piece.path) if options.rows is None else ShardKind("rows", "", piece.path)
@@ -80,37 +83,69 @@ def read_records(
             if options.rows is not None:
                 raw_records = read_rows(options.rows, wanted)
             else:
-                stream = stack.enter_context(open_bytes(piece.path, options.access, kind.compression))
+                opened = open_bytes(piece.path, options.access, kind.compression, piece.version)
+                stream = stack.enter_context(opened)
                 raw_records = _READERS[kind.format](stream, wanted, options)
             while piece.stop is None or index < piece.stop:  # checked before reading: a record after it may be broken
                 raw = next(raw_records, None)
                 if raw is None:
                     break
-                if index >= wanted.start:
+                end = index + raw.records
+                if end > wanted.start and (piece.shares == 1 or _own(wanted, index, end)):
                     try:
                         text, fields = take_text_and_fields(raw.parse(raw.source), options)
                     except RecordError as broken:
-                        error = _at_record(broken, piece.path, index)
-                        if on_bad is None:
+                        error = _at_records(broken, wanted.path, _own(wanted, index, end))
+                        if on_bad is None or not error.skippable:
                             raise error from broken.__cause__
                         on_bad(error)
                     else:
                         offset = raw.offset if seekable else 0
                         yield Record(text, fields, raw.key or f"{kind.stem}:{index}", piece.path, index, offset)
-                index += raw.records
-    except (ShardError, ConfigError):
+                index = end
+    except ConfigError:
         raise
-    except read_errors(piece.path, kind) as failure:
-        message = f"{piece.path}: cannot be read from record {index} on: {described(failure)}"
-        raise ShardError(message, path=piece.path, index=index) from failure
+    except ShardError as error:
+        if error.index is None:  # the whole shard's, such as a missing column
+            error.records = _left(wanted, index)
+        raise
+    except Exception as failure:
+        fault = outside_fault(failure)
+        if fault is None and not isinstance(failure, read_errors(piece.path, kind)):
+            raise
+        problem = f"cannot be read from record {index} on: {described(fault or failure)}"
+        raise _from_record(wanted, index, problem, skippable=fault is None) from failure
     if piece.stop is not None and index < piece.stop:
-        message = f"{piece.path}: it ends after {index} records, but had {piece.stop} when it was split"
-        raise ShardError(message, path=piece.path, index=index)
+        raise _from_record(wanted, index, f"it ends after {index} records, but had {piece.stop} when it was split")
     if piece.stop is None and index == first:
-        message = f"{piece.path}: it holds no record{f' from {first} on' if first else ''}"
-        raise ShardError(message, path=piece.path, index=index)
+        raise _from_record(wanted, index, f"it holds no record{f' from {first} on' if first else ''}")
 
 
-def _at_record(broken: RecordError, path: str, index: int) -> ShardError:
-    place = f", field {broken.field!r}" if broken.field is not None else ""
-    return ShardError(f"{path}, record {index}{place}: {broken}", path=path, index=index, field=broken.field)
+def _from_record(wanted: Piece, index: int, problem: str, *, skippable: bool = True) -> ShardError:
+    """The error of a piece that cannot be read from a record on."""
+    error = ShardError(f"{wanted.path}: {problem}", path=wanted.path, index=index)
+    error.records, error.skippable = _left(wanted, index), skippable
+    return error
+
+
+def _left(wanted: Piece, index: int) -> int | None:
+    """How many of a piece's records there are from one on; None if nobody has counted them."""
+    return None if wanted.stop is None else len(_own(wanted, index, wanted.stop))
+
+
+def _own(wanted: Piece, start: int, stop: int) -> range:
+    """Those of the records from `start` to `stop` that are the piece's."""
+    start = max(start, wanted.start)
+    start += (wanted.share - start) % wanted.shares
+    return range(start, stop if wanted.stop is None else min(stop, wanted.stop), wanted.shares)
+
+
+def _at_records(broken: RecordError, path: str, lost: range) -> ShardError:
+    place = f"record {lost[0]}" if len(lost) == 1 else f"records {lost[0]} to {lost[-1]}"
+    if broken.field is not None:
+        place += f", field {broken.field!r}"
+    fault = outside_fault(broken)
+    reason = str(broken) if fault is None else described(fault)
+    error = ShardError(f"{path}, {place}: {reason}", path=path, index=lost[0], field=broken.field)
+    error.records, error.skippable = len(lost), fault is None
+    return error

@@ -19,6 +19,7 @@ from fsspec.core import url_to_fs
 
 from ..errors import ShardError, described
 from .access import BUFFER_BYTES, Access
+from .faults import OutsideError
 from .stall_watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ _TRIES = 6
 _FIRST_WAIT_S = 0.5  # doubled after each try: 15.5 s in all, enough for a server to restart
 
 
-class RemoteReadError(OSError):
+class RemoteReadError(OutsideError):
     """The bytes of a URL cannot be read, after several tries, or changed while they were read."""
 
 

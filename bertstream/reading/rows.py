@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Set
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader
 
-from ..errors import ConfigError, shortened, table_columns
-from .raw import RawRecord
+from ..errors import ConfigError, described, shortened, table_columns
+from .faults import outside_fault
+from .raw import RawRecord, RecordError, excerpt
 from .shards import Piece
 
 _BATCH_ROWS = 256
@@ -78,17 +80,54 @@ def split_rows(rows: Any, parts: int) -> list[tuple[Piece, int]]:
 
 
 def read_rows(rows: Any, piece: Piece) -> Iterator[RawRecord]:
-    """The rows of a piece that `split_rows` made."""
+    """The rows of a piece that `split_rows` made.
+
+    A row that raises is a broken record, if the dataset has positions. An `IterableDataset` that raises ends there:
+    nothing can continue it.
+    """
     if hasattr(rows, "__len__"):
         if piece.start:
             yield RawRecord(dict, (), records=piece.start)
-        run = range(piece.start, len(rows) if piece.stop is None else piece.stop)
-        # Hugging Face's own iterator reads many rows at a time.
-        source: Iterable[Any] = rows.select(run) if hasattr(rows, "select") else (rows[i] for i in run)
+        read_row = partial(_row_at, rows)
+        position, stop = piece.start, len(rows) if piece.stop is None else piece.stop
+        while position < stop:
+            if hasattr(rows, "select"):
+                # Hugging Face's own iterator reads many rows at a time.
+                for row in _rows_until_error(rows.select(range(position, stop))):
+                    yield RawRecord(_copied, row)
+                    position += 1
+            if position < stop:  # alone, the row gives its fault or, where another of the same read is at fault, itself
+                yield RawRecord(read_row, position)
+                position += 1
     else:
         number, count = (int(word) for word in piece.path.split()[-3::2])  # "<name> shard <number> of <count>"
         # By batches: its iterator of single rows would split them among DataLoader workers once more.
-        batches = rows.shard(num_shards=count, index=number).iter(_BATCH_ROWS)
-        source = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
-    for row in source:
-        yield RawRecord(dict, row)  # a copy: the row may be the user's own object
+        for batch in rows.shard(num_shards=count, index=number).iter(_BATCH_ROWS):
+            for row in zip(*batch.values(), strict=True):
+                yield RawRecord(dict, zip(batch, row, strict=True))
+
+
+def _rows_until_error(rows: Iterable[Any]) -> Iterator[Any]:
+    try:
+        yield from rows
+    except Exception as error:  # a dataset may raise anything
+        if outside_fault(error):
+            raise
+
+
+def _row_at(rows: Any, position: int) -> dict[str, Any]:
+    try:
+        row = rows[position]
+    except Exception as error:  # a dataset may raise anything
+        raise RecordError(f"the dataset raised {described(error)}") from error
+    return _copied(row)
+
+
+def _copied(row: Any) -> dict[str, Any]:
+    """A copy, because the row may be the user's own object."""
+    if not isinstance(row, Mapping):
+        raise RecordError(f"a row is a mapping from field to value, not {excerpt(row)}")
+    try:
+        return dict(row)
+    except Exception as error:  # of values that are decoded here
+        raise RecordError(f"the row raised {described(error)}") from error

@@ -8,13 +8,14 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from braceexpand import braceexpand
 
 from ..errors import ConfigError, ShardError
 from .access import DEFAULT_ACCESS, Access, check_installed, check_pipe, is_local, is_pipe, is_url
+from .faults import Version
 from .remote import list_url
 
 _ENDING = re.compile(
@@ -36,12 +37,18 @@ class Piece:
         stop: index after the last record; None reads to the end of the shard.
         offset: byte at which record `start` begins. With 0 the shard is read from its beginning and the records before
             `start` are skipped; Parquet always has 0, and is read from the row group that holds `start`.
+        share, shares: of these records, only every `shares`-th is this piece's: those whose index in the shard leaves
+            the rest `share`.
+        version: of the local file that was cut; reading another one at these places would lose or join records.
     """
 
     path: str
     start: int = 0
     stop: int | None = None
     offset: int = 0
+    share: int = 0
+    shares: int = 1
+    version: Version | None = field(default=None, compare=False, repr=False)
 
 
 def expand_shards(

@@ -11,6 +11,7 @@ from ..errors import StateError, check_at_least, described, shortened
 from ..tokens import Cursor, OpenPiece, ReadReport
 from .bad_records import BadRecords
 from .lanes import LaneQueue
+from .layout import Layout
 
 STATE_VERSION = 1
 
@@ -25,21 +26,24 @@ class StreamProgress:
     ahead of its loop. Reading, here or in workers, just asks where to start.
 
     Args:
-        num_lanes: of the stream.
+        layout: of the stream; that of a loaded state may differ, and is used to the end of its epoch.
         rank: this process's.
         world_size: how many ranks share the lanes.
         bad: the stream's count of broken records.
     """
 
-    def __init__(self, num_lanes: int, rank: int, world_size: int, bad: BadRecords) -> None:
+    def __init__(self, layout: Layout, rank: int, world_size: int, bad: BadRecords) -> None:
         self.bad = bad
-        self._num_lanes = num_lanes
+        self._layout = layout
         self._rank = rank
         self._world_size = world_size
         # Shared memory, because a plain attribute does not reach workers that are kept between epochs.
         self._epoch = torch.zeros(1, dtype=torch.int64, device="cpu").share_memory_()
-        self._loaded: tuple[int, Queues] | None = None
+        self._loaded: tuple[int, Queues, Layout] | None = None
         self._running: list[LaneQueue | None] | None = None
+        self._running_layout = layout
+        self.from_the_top = True
+        """Whether the iteration that is running began at the start of its epoch, not from a state."""
 
     @property
     def epoch(self) -> int:
@@ -53,14 +57,27 @@ class StreamProgress:
             self._loaded = self._running = None
         self._epoch.fill_(epoch)
 
+    @property
+    def layout(self) -> Layout:
+        """That of the iteration that is running; where none is, of the next one."""
+        return self.next_layout if self._running is None else self._running_layout
+
+    @property
+    def next_layout(self) -> Layout:
+        """That of the next iteration."""
+        return self._layout if (loaded := self._loaded_here()) is None else loaded[2]
+
     def start(self) -> Queues:
         """Where the next iteration starts, for each rank."""
-        if self._loaded is not None and self._loaded[0] == self.epoch:
-            return self._loaded[1]
+        if (loaded := self._loaded_here()) is not None:
+            return loaded[1]
         return [
-            [Cursor(self.epoch, lane) for lane in range(self._num_lanes)[rank :: self._world_size]]
+            [Cursor(self.epoch, lane) for lane in range(self._layout.lanes)[rank :: self._world_size]]
             for rank in range(self._world_size)
         ]
+
+    def _loaded_here(self) -> tuple[int, Queues, Layout] | None:
+        return self._loaded if self._loaded is not None and self._loaded[0] == self.epoch else None
 
     def take_start(self) -> Queues:
         """`start`, once: later iterations begin their epoch from the top again."""
@@ -76,6 +93,7 @@ class StreamProgress:
         if self._loaded is None:
             self.bad.reset()
         known = {*ranks}
+        self._running_layout, self.from_the_top = self.next_layout, self._loaded_here() is None
         self._running = [
             LaneQueue(queue) if queue is not None and rank in known else None for rank, queue in enumerate(self.start())
         ]
@@ -139,17 +157,23 @@ class StreamProgress:
             settings: what the order of batches depends on.
         """
         queues = self.running() or self.start()
+        ranks = self.layout.ranks
         return {
             "version": STATE_VERSION,
             "settings": settings,
             "epoch": self.epoch,
             "queues": [None if queue is None else [cursor_to_json(cursor) for cursor in queue] for queue in queues],
             "bad": self.bad.to_json(),
+            **({"layout_ranks": ranks} if ranks > 1 else {}),
         }
 
-    def loading(self, state: Any, settings: dict[str, Any]) -> Callable[[], None]:
+    def loading(self, state: Any, settings: dict[str, Any], layout: Layout | None = None) -> Callable[[], None]:
         """Check a state, and return what makes the next iteration continue from it.
 
+        Args:
+            state: whatever was loaded.
+            settings: of this stream in that layout.
+            layout: the one for as many ranks as `layout_ranks_of` says; None is the stream's own.
         Raises:
             StateError: the state is none, of another version or of a stream with other settings, or it lacks the lanes
                 of other ranks.
@@ -178,11 +202,25 @@ class StreamProgress:
         start = _deal(queues, self._rank, self._world_size)
 
         def load() -> None:
-            self._loaded, self._running = (epoch, start), None
+            self._loaded, self._running = (epoch, start, layout or self._layout), None
             self.bad.load(state["bad"])
             self._epoch.fill_(epoch)
 
         return load
+
+
+def layout_ranks_of(state: Any) -> int:
+    """For how many ranks a state's epoch was laid out: 1 where the layout does not depend on it, or before it did.
+
+    Raises:
+        StateError: the entry is no such number.
+    """
+    ranks = state.get("layout_ranks", 1) if isinstance(state, dict) else 1
+    if type(ranks) is not int or ranks < 1:
+        raise StateError(
+            f"the state has layout_ranks={shortened(ranks)}, where a number from 1 belongs", key="layout_ranks"
+        )
+    return ranks
 
 
 def epoch_of(state: Any, owner: str, parts: Sequence[str]) -> int:

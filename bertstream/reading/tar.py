@@ -24,7 +24,11 @@ _BUFFER_BYTES = 1 << 20
 
 
 def read_tar(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[RawRecord]:
-    """The records of a piece. The parser reads the payloads, so those of skipped records are not read."""
+    """The records of a piece. The parser reads the payloads, so those of skipped records are not read.
+
+    A broken header ends the archive: nothing says how many records follow, or whether bytes that look like a header are
+    one or part of a member.
+    """
     if piece.offset:
         stream.seek(piece.offset)
     tar = TarReader(stream, piece.offset)
@@ -47,6 +51,9 @@ def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMe
         if wanted is not None and member.field not in wanted:
             unread.append(member.field)
             continue
+        if not member.info.isreg() or member.info.issparse():
+            message = f"member {member.info.name!r} is a link, sparse or special: store the file itself"
+            raise RecordError(message, member.field)
         value = _decode(member.field, tar.payload(member))
         if member.field in ("json", "jsn") and isinstance(value, dict):
             objects.append(value)
@@ -128,15 +135,13 @@ class TarReader:
 
         Raises:
             EOFError: the archive is cut off.
-            tarfile.ReadError: a header is invalid, or a member is no plain file.
+            tarfile.ReadError: a header is invalid.
         """
         while (info := self._next_header()) is not None:
             folder, slash, base = info.name.rpartition("/")
             stem, _, name = base.partition(".")
             if info.isdir() or not stem or not name or re.match(r"__[^/]*__(/|$)", info.name):
                 continue
-            if not info.isreg() or info.issparse():
-                raise tarfile.ReadError(f"member {info.name!r} is a link, sparse or special: store the file itself")
             yield TarMember(folder + slash + stem, name.lower(), info)
 
     def payload(self, member: TarMember) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import random
 import resource
 import signal
 import sys
@@ -11,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lmdb
@@ -375,18 +377,110 @@ def test_verify_finds_damaged_entries(tmp_path: Path) -> None:
         assert tier.verify() == 1 and tier.verify() == 0 and tier.sizes()["disk_texts"] == 9
 
 
-def test_a_truncated_file_loses_only_its_missing_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, read_only: bool) -> None:
     with opened(tmp_path) as tier:
         for start in range(0, 1000, 100):
             write(tier, *range(start, start + 100))
             tier.flush()
     size = (tmp_path / "data.mdb").stat().st_size
     os.truncate(tmp_path / "data.mdb", size // 2)
-    with pytest.raises(CacheError, match="cut off"):
-        DiskTier(tmp_path, limit_bytes=16 * MIB, read_only=True)
+    with pytest.raises(CacheError, match=f"has {size // 2} bytes, but {size} are in use: the file was cut off"):
+        DiskTier(tmp_path, limit_bytes=16 * MIB, read_only=read_only)
+    assert (tmp_path / "data.mdb").stat().st_size == size // 2
+
+
+def noise(page: bytearray, draw: random.Random) -> None:
+    page[:] = draw.randbytes(len(page))
+
+
+def zeros(page: bytearray, draw: random.Random) -> None:
+    page[:] = bytes(len(page))
+
+
+def flipped(page: bytearray, draw: random.Random) -> None:
+    for _ in range(4):
+        page[draw.randrange(64)] ^= 1 << draw.randrange(8)
+
+
+@pytest.mark.parametrize("damage_page", [noise, zeros, flipped])
+def test_a_damaged_page_is_refused_or_does_no_harm(
+    tmp_path: Path, damage_page: Callable[[bytearray, random.Random], None]
+) -> None:
+    texts = [text * 7919 % 100_003 for text in range(600)]  # so that pages come in no order
+    with opened(tmp_path / "whole") as tier:
+        for start in range(0, 600, 100):
+            write(tier, *texts[start : start + 100], size=1500)
+            tier.flush()
+    whole = (tmp_path / "whole" / "data.mdb").read_bytes()
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    draw = random.Random(0)
+    refused = 0
+
+    def work() -> None:
+        signal.alarm(20)
+        logging.disable()
+        try:
+            tier = DiskTier(damaged, limit_bytes=16 * MIB, read_only=False)
+        except CacheError:
+            os._exit(3)
+        tier.read([key(text) for text in texts], [1500] * len(texts))
+        tier.verify()
+        write(tier, *range(300), size=1500)
+        tier.flush()
+        assert tier.failures == tier.dropped_writes == 0
+        tier.close()
+
+    for page in (0, 1, *(draw.randrange(len(whole) >> 12) for _ in range(10))):
+        data = bytearray(whole)
+        view = data[page << 12 : (page + 1) << 12]
+        damage_page(view, draw)
+        data[page << 12 : (page + 1) << 12] = view
+        (damaged / "data.mdb").write_bytes(data)
+        (damaged / "lock.mdb").unlink(missing_ok=True)
+        status = os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1])
+        assert status in (0, 3), page
+        refused += status == 3
+    assert refused > 6
+
+
+def test_pages_of_a_large_folder_are_checked_by_verify_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(tmp_path) as tier:
-        assert len(held(tier, range(1000))) < 1000
-        assert "cut off" in caplog.text and tier.wrong + tier.failures > 0
+        write(tier, *range(20), size=1500)
+    data = bytearray((tmp_path / "data.mdb").read_bytes())
+    place = data.index(bytes(rows(7, 1500)))
+    data[place - place % 4096 + 12] ^= 0x40  # where the page's free room begins
+    (tmp_path / "data.mdb").write_bytes(data)
+    with pytest.raises(CacheError, match="is damaged .*delete the folder"):
+        DiskTier(tmp_path, limit_bytes=16 * MIB, read_only=True)
+    monkeypatch.setattr("bertstream.caching.folder._CHECKED_ITEMS", 0)
+    with opened(tmp_path, read_only=True) as tier, pytest.raises(CacheError, match="is damaged .*delete the folder"):
+        tier.verify()
+
+
+def test_a_folder_that_another_process_writes_to_is_not_taken_for_damaged(tmp_path: Path) -> None:
+    with opened(tmp_path, limit=2 * MIB):
+        pass
+    release = os.pipe()
+
+    def work() -> None:
+        os.set_blocking(release[0], False)
+        with opened(tmp_path, limit=2 * MIB) as tier:
+            for text in range(10**6):
+                write(tier, text, size=1500)
+                if text % 10 == 0:
+                    tier.flush()
+                with suppress(BlockingIOError):
+                    os.read(release[0], 1)
+                    return
+
+    child = forked(work)
+    for _ in range(50):
+        with opened(tmp_path, limit=2 * MIB, read_only=True):
+            pass
+    os.write(release[1], b".")
+    assert ended_well(child)
 
 
 def test_anything_but_a_cache_folder_is_refused(tmp_path: Path) -> None:
@@ -475,6 +569,80 @@ def test_a_full_disk_drops_and_counts_while_reading_still_works(tmp_path: Path) 
             assert tier.verify() == 0
 
     assert ended_well(forked(work))
+
+
+def on_a_disk_of_its_own(room: int, work: Callable[[Path], None]) -> None:
+    """Do this work in a child, in a folder of a small disk that nobody else sees."""
+
+    def apart() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        new_mounts, recursive_private = 0x20000, 0x44000
+        folder = tempfile.mkdtemp()
+        if (
+            libc.unshare(new_mounts)
+            or libc.mount(None, b"/", None, recursive_private, None)
+            or libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, f"size={room}".encode())
+        ):
+            os._exit(77)
+        logging.disable()
+        work(Path(folder))
+
+    status = os.waitstatus_to_exitcode(os.waitpid(forked(apart), 0)[1])
+    if status == 77:
+        pytest.skip("needs the right to mount")
+    assert status == 0
+
+
+def fill(disk_folder: Path) -> None:
+    with suppress(OSError), open(disk_folder / "fill", "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+@pytest.mark.parametrize("blocks_left", [0, 1, 3, 17, 18, 19])
+def test_a_folder_on_a_full_disk_is_refused(blocks_left: int) -> None:
+    def work(disk_folder: Path) -> None:
+        fill(disk_folder)
+        os.truncate(disk_folder / "fill", (disk_folder / "fill").stat().st_size - 4096 * blocks_left)
+        for _ in range(2):  # the second finds what the first left
+            with pytest.raises(CacheError, match="make room on the disk"):
+                DiskTier(disk_folder / "cache", limit_bytes=16 * MIB, read_only=False)
+        (disk_folder / "fill").unlink()
+        with opened(disk_folder / "cache") as tier:
+            write(tier, 1)
+            tier.flush()
+            assert held(tier, range(3)) == [1]
+
+    on_a_disk_of_its_own(256 << 10, work)
+
+
+def test_a_lock_file_without_blocks_is_refused_on_a_full_disk() -> None:
+    def work(disk_folder: Path) -> None:
+        with opened(disk_folder / "cache") as tier:
+            write(tier, 1)
+        os.truncate(disk_folder / "cache" / "lock.mdb", 0)
+        os.truncate(disk_folder / "cache" / "lock.mdb", 65_792)  # as earlier versions made it
+        fill(disk_folder)
+        with pytest.raises(CacheError, match="make room on the disk"):
+            DiskTier(disk_folder / "cache", limit_bytes=16 * MIB, read_only=False)
+        with opened(disk_folder / "cache", read_only=True) as tier:
+            assert held(tier, range(3)) == [1]
+
+    on_a_disk_of_its_own(256 << 10, work)
+
+
+def test_a_disk_that_fills_up_drops_and_counts() -> None:
+    def work(disk_folder: Path) -> None:
+        with opened(disk_folder / "cache") as tier:
+            for start in range(0, 1000, 50):
+                write(tier, *range(start, start + 50))
+                tier.flush()
+            here = held(tier, range(1000))
+            assert 100 < len(here) == 1000 - tier.dropped_writes
+        with opened(disk_folder / "cache") as tier:  # which is full
+            assert held(tier, range(1000)) == here and tier.verify() == 0
+
+    on_a_disk_of_its_own(1 << 20, work)
 
 
 def test_failed_reads_are_counted_and_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -362,12 +362,27 @@ def test_measuring_stops_after_half_a_second(monkeypatch: pytest.MonkeyPatch) ->
 
     def run(tokens: int) -> None:
         nonlocal now
-        now += tokens * 1e-4
+        now += tokens * 2e-5
         rounds.append(tokens)
 
     monkeypatch.setattr(autotune.time, "perf_counter", lambda: now)
     assert autotune.fastest_forward_tokens((1024, 2048, 4096), run, torch.device("cpu"), 2048) == 2048
-    assert rounds == [1024, 2048, 4096] * 2
+    assert rounds == [1024, 2048, 4096] * 5
+
+
+def test_on_a_cpu_no_forward_is_tried_above_one_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, tried = 0.0, set()
+
+    def run(tokens: int) -> None:
+        nonlocal now
+        now += tokens * 3e-5
+        tried.add(tokens)
+
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: now)
+    cpu = torch.device("cpu")
+    assert autotune.fastest_forward_tokens((1024, 2048, 4096, 8192), run, cpu, 2048) == 2048
+    assert tried == {1024, 2048, 4096}
+    assert autotune.fastest_forward_tokens((4096, 8192), run, cpu, 8192) == 8192, "the default is always tried"
 
 
 @pytest.mark.parametrize(("seconds_a_token", "chosen"), [({1024: 2, 2048: 3, 4096: 4}, 1024), ({4096: 0.99}, 2048)])

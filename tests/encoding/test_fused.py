@@ -17,6 +17,7 @@ from families import PAIRS, WORDS, Tokenizer, make
 from torch import Tensor, nn
 
 from bertstream import Encoder
+from bertstream.encoding import onednn
 from bertstream.tokens import Text
 
 FUSED = ("Bert", "Roberta", "XLMRoberta", "Camembert", "DistilBert", "Electra", "Albert", "Ernie", "ModernBert")
@@ -30,10 +31,17 @@ def bert() -> nn.Module:
     return make("Bert").requires_grad_(False)
 
 
-@pytest.fixture
-def encoder(bert: nn.Module, minilm_folder: str) -> Encoder:
+@pytest.fixture(params=["plain", "blocked"])
+def encoder(bert: nn.Module, minilm_folder: str, request: pytest.FixtureRequest) -> Encoder:
     own = copy.deepcopy(bert)
-    return Encoder(own, Tokenizer(minilm_folder, own))
+    encoder = Encoder(own, Tokenizer(minilm_folder, own))
+    return with_blocked_weights(encoder) if request.param == "blocked" else encoder
+
+
+def with_blocked_weights(encoder: Encoder) -> Encoder:
+    assert encoder._fused is not None
+    encoder._fused.use_blocked_weights(64)
+    return encoder
 
 
 def alone(model: nn.Module, encoder: Encoder, texts: list[Text], layer: int) -> Tensor:
@@ -62,7 +70,18 @@ def test_every_layer_of_every_fused_family_equals_the_model_itself(name: str, mi
     for layer in range(4):
         encoder = Encoder(model, Tokenizer(minilm_folder, model), layers=layer)
         assert encoder.batching.way == "fused", encoder.batching
-        assert error(encoder(TEXTS).values, alone(model, encoder, TEXTS, layer)) < 1e-5
+        right = alone(model, encoder, TEXTS, layer)
+        assert error(encoder(TEXTS).values, right) < 1e-5
+        assert error(with_blocked_weights(encoder)(TEXTS).values, right) < 1e-5
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_blocked_weights_of_bfloat16_are_no_less_exact(name: str, minilm_folder: str) -> None:
+    model = make(name).requires_grad_(False)
+    right = alone(model, encoder := Encoder(model, Tokenizer(minilm_folder, model)), TEXTS, 3)
+    encoder.to(torch.bfloat16)
+    plain = error(encoder(TEXTS).values, right)
+    assert error(with_blocked_weights(encoder)(TEXTS).values, right) < 1.2 * plain
 
 
 def test_the_task_of_ernie_counts(minilm_folder: str) -> None:
@@ -189,7 +208,7 @@ def test_weights_that_another_module_trains_are_never_joined(bert: nn.Module, mi
     model = copy.deepcopy(bert).requires_grad_(True)
     encoder = Encoder(model, Tokenizer(minilm_folder, model))
     before = encoder(TEXTS).values
-    assert encoder.batching.way == "fused" and encoder._fused is not None and encoder._fused.joined_bytes == 0
+    assert encoder.batching.way == "fused" and encoder._fused is not None and encoder._fused.copied_bytes == 0
     for parameter in model.parameters():
         parameter.data.mul_(1.1)  # leaves no trace
     after = encoder(TEXTS).values
@@ -346,4 +365,47 @@ def test_layers_that_share_weights_share_the_joined_ones(minilm_folder: str) -> 
     encoder = Encoder(albert, Tokenizer(minilm_folder, albert), layers=(1, 3))
     encoder(TEXTS)
     one_layer = 3 * 32 * 32 + 3 * 32
-    assert encoder._fused is not None and encoder._fused.joined_bytes == 4 * one_layer
+    assert encoder._fused is not None and encoder._fused.copied_bytes == 4 * one_layer
+
+
+def test_blocked_weights_are_counted_and_given_up_again(bert: nn.Module, minilm_folder: str) -> None:
+    encoder = Encoder(bert, Tokenizer(minilm_folder, bert))
+    right, fused = encoder(TEXTS).values, encoder._fused
+    assert fused is not None
+    joined = fused.copied_bytes
+    with_blocked_weights(encoder)(TEXTS)
+    products = [w for name, w in bert.named_parameters() if "encoder.layer" in name and w.dim() == 2]
+    biases = [w for name, w in bert.named_parameters() if "attention.self" in name and w.dim() == 1]
+    assert fused.copied_bytes == sum(weight.nbytes for weight in (*products, *biases)) > joined
+    fused.use_blocked_weights(None)
+    assert torch.equal(encoder(TEXTS).values, right) and fused.copied_bytes == joined
+
+
+def test_without_the_operators_weights_stay_as_they_are(
+    bert: nn.Module, minilm_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "available", lambda dtype: False)
+    encoder = Encoder(bert, Tokenizer(minilm_folder, bert))
+    right = encoder(TEXTS).values
+    assert torch.equal(with_blocked_weights(encoder)(TEXTS).values, right)
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_calibrate_takes_the_faster_layout_once(
+    bert: nn.Module, minilm_folder: str, is_faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = []
+
+    def measured(run: Any, than: Any) -> bool:
+        timed.append([work() for work in (run, than)])
+        return is_faster
+
+    monkeypatch.setattr("bertstream.encoding.calibrating.is_faster", measured)
+    encoder = Encoder(bert, Tokenizer(minilm_folder, bert), max_forward_tokens=128)
+    right, fused = encoder(TEXTS).values, encoder._fused
+    assert fused is not None
+    plain = fused.copied_bytes
+    for _ in range(2):
+        assert encoder.calibrate() == 128
+        assert error(encoder(TEXTS).values, right) < 1e-5 and (fused.copied_bytes > plain) == is_faster
+    assert len(timed) == 1

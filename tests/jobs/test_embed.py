@@ -19,8 +19,8 @@ import pyarrow.parquet
 import pytest
 import torch
 import webdataset
+from fork_server import ENCODERS
 from safetensors import safe_open
-from soak import processes_of
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 import bertstream
@@ -191,32 +191,54 @@ def test_parts_that_a_killed_run_wrote_after_its_last_progress_are_written_again
         assert not list(folder.glob("*.unfinished"))
 
 
+# The command line, in a group of processes of its own.
+COMMAND = """
+import os, sys
+os.setsid()
+from bertstream import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def alive(group: int) -> bool:
+    """Whether a process of the group still runs."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.mark.slow
 def test_a_killed_run_continues_and_ends_as_an_undisturbed_one(
     minilm: Encoder, sentences: list[str], tmp_path: Path
 ) -> None:
-    texts = [text for text in sentences if len(text) < 100][:400]
+    texts = [text for text in sentences if len(text) < 100][:200]
     shards = write_shards(tmp_path / "shards", texts, shards=3)
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
-    bertstream.embed(shards, minilm, undisturbed, part_bytes=500_000, progress=False)
-    command = [sys.executable, "-m", "bertstream", "embed", *shards, "--out", str(out), "--part-size", "500000"]
+    bertstream.embed(shards, minilm, undisturbed, part_bytes=250_000, progress=False)
+    command = ["embed", *shards, "--out", str(out), "--part-size", "250000"]
     command += ["--model", "all-MiniLM-L6-v2", "--dtype", "float32", "--num-workers", "1", "--json"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     rng = random.Random(0)
+    groups = []
     for _ in range(KILLS):
         parts = len(list(out.glob("part-*.parquet")))
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True)
-        while process.poll() is None and len(list(out.glob("part-*.parquet"))) == parts:
+        program = ENCODERS.start(COMMAND, *command)
+        groups.append(program.pid)
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("part-*.parquet"))) == parts and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.1))
-        process.kill()
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
-    done = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True, timeout=100).stdout)
-    assert done["texts"] == 400 and done["texts_before"] > 0
+        os.kill(program.pid, signal.SIGKILL)
+        _, errors, status = program.finish()
+        assert status == -signal.SIGKILL, errors
+    printed, errors, status = ENCODERS.start(COMMAND, *command).finish()
+    assert status == 0, errors
+    done = json.loads(printed)
+    assert done["texts"] == 200 and done["texts_before"] > 0
     assert_same(written(out), written(undisturbed))
     deadline = time.monotonic() + 15  # orphaned workers look for their parent about every second
-    while (left := processes_of(tmp_path)) and time.monotonic() < deadline:
+    while (left := [group for group in groups if alive(group)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
 
@@ -230,10 +252,15 @@ def test_a_part_is_written_after_a_time_however_small(
     assert_same(written(tmp_path), right(tiny(tokenizer), shards))
 
 
+@pytest.mark.parametrize("one_row_group", [False, True])
 def test_each_rank_writes_its_share(
-    tokenizer: Any, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Any, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_row_group: bool
 ) -> None:
     encoder, reading = tiny(tokenizer), StreamConfig(lanes=4)
+    if one_row_group:  # which the ranks share out by record
+        records = [json.loads(line) for shard in shards for line in Path(shard).read_text().splitlines()]
+        shards = [str(tmp_path.with_suffix(".parquet"))]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), shards[0])
     monkeypatch.setenv("WORLD_SIZE", "2")
     texts = []
     for rank in (0, 1, 0):

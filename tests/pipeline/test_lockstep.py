@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,8 +57,10 @@ def own_entry(rank: int, number: int, words: int | ShardError | None) -> Entry:
     return entry
 
 
-def some_stream(uneven: str, settings: dict[str, Any] | None = None, **others: Any) -> Any:
-    progress = SimpleNamespace(running=lambda: None)
+def some_stream(
+    uneven: str, settings: dict[str, Any] | None = None, *, from_the_top: bool = False, **others: Any
+) -> Any:
+    progress = SimpleNamespace(running=lambda: None, from_the_top=from_the_top)
     return SimpleNamespace(uneven=uneven, epoch=0, settings=settings or {}, progress=progress, **others)
 
 
@@ -142,6 +145,22 @@ def test_records_that_no_rank_receives_may_be_broken(caplog: pytest.LogCaptureFi
     assert "is broken, and left_texts too low" in caplog.text
     with pytest.raises(ShardError):
         in_step([([1, 1, error, 1], 1), ([1] * 9, 1)], "stop")
+
+
+@pytest.mark.parametrize("uneven", ["pad", "stop"])
+def test_a_rank_without_a_record_is_named_unless_it_resumed(uneven: str) -> None:
+    """Of two ranks, the other one has nothing to offer."""
+
+    def groups(*, from_the_top: bool) -> list[list[Entry]]:
+        peers: Any = SimpleNamespace(exchange=lambda about, *_: [about, [] if isinstance(about, list) else about])
+        budget = GroupBudget[Entry](lambda entry: entry.weight, limit=1, by_the_clock=False)
+        own = gather(iter([own_entry(0, 0, 1)]), budget)
+        stream = some_stream(uneven, from_the_top=from_the_top)
+        return [*islice(in_lockstep(own, budget, stream, peers, EpochStatus(), lambda texts: None), 1)]
+
+    with pytest.raises(ShardError, match=r"of 2 ranks, \[1\] have no record in this epoch"):
+        groups(from_the_top=True)
+    assert len(groups(from_the_top=False)) == (uneven == "pad")
 
 
 def test_texts_that_no_rank_receives_are_counted_for_a_limited_time(

@@ -137,7 +137,7 @@ def test_the_seed_and_the_epoch_choose_the_order_and_nothing_else_does(shards: l
 
 def test_a_lane_goes_on_from_the_cursor_of_any_batch(shards: list[str], minilm: Encoder) -> None:
     stream = TextStream(shards, minilm, batch_size=8, shuffle=True, reading=StreamConfig(lanes=3, bucket_size=30))
-    for lane, pieces in enumerate(stream._deal(0)):
+    for lane, pieces in enumerate(stream._dealt(stream._layout, 0)):
         *whole, end = stream._batches.read(pieces, Cursor(0, lane))
         assert isinstance(end, LaneEnd) and end.lane == lane
         for done in range(len(whole) + 1):
@@ -150,7 +150,7 @@ def test_first_buckets_differ_in_size_so_that_lanes_do_not_refill_together(tmp_p
     path = write_jsonl(tmp_path / "a.jsonl", some_texts(800))
     stream = TextStream(path, minilm, batch_size=1, reading=StreamConfig(lanes=4, bucket_size=40))
     first_buckets = []
-    for lane, pieces in enumerate(stream._deal(0)):
+    for lane, pieces in enumerate(stream._dealt(stream._layout, 0)):
         cursors = [batch.cursor for batch in batches_of(stream._batches.read(pieces, Cursor(0, lane)))]
         first_buckets.append(next(i for i, cursor in enumerate(cursors, 1) if cursor and cursor.batch == 0))
     assert first_buckets == [10, 20, 30, 40]
@@ -175,12 +175,12 @@ def test_a_window_as_small_as_a_batch_keeps_the_file_order(tmp_path: Path, minil
 def test_one_large_file_is_read_by_several_lanes(
     tmp_path: Path, minilm: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bertstream.reading.dataset._LANE_BYTES", 256 * 1024)
+    monkeypatch.setattr("bertstream.reading.layout._LANE_BYTES", 256 * 1024)
     path = write_jsonl(tmp_path / "a.jsonl", some_texts(12_000))
     stream = TextStream(path, minilm, max_tokens=4096)
     size = Path(path).stat().st_size
     assert stream.num_lanes == size // (256 * 1024) > 1
-    lanes = enumerate(stream._deal(0))
+    lanes = enumerate(stream._dealt(stream._layout, 0))
     counts = [sum(map(len, batches_of(stream._batches.read(pieces, Cursor(0, lane))))) for lane, pieces in lanes]
     assert sum(counts) == 12_000 and max(counts) < 1.2 * min(counts)
 
@@ -188,7 +188,7 @@ def test_one_large_file_is_read_by_several_lanes(
 def test_lanes_share_shards_evenly_by_size(tmp_path: Path, minilm: Encoder) -> None:
     paths = [write_jsonl(tmp_path / f"{i}.jsonl", some_texts(count, i)) for i, count in enumerate([300] + [20] * 30)]
     stream = TextStream(paths, minilm, shuffle=True, reading=StreamConfig(lanes=4))
-    lanes = [{piece.path for piece in lane} for lane in stream._deal(2)]
+    lanes = [{piece.path for piece in lane} for lane in stream._dealt(stream._layout, 2)]
     sizes = sorted(sum(Path(path).stat().st_size for path in lane) for lane in lanes)
     assert len(set().union(*lanes)) == 31
     # The one large shard is a third of all; the other lanes share the rest.

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import bertstream
 from bertstream import Encoder, StateError, StreamConfig
 from bertstream.reading.bad_records import BadRecords
+from bertstream.reading.layout import Layout
 from bertstream.reading.state import StreamProgress, cursor_from_json, cursor_to_json
 from bertstream.testing import FakeEncoder
 from bertstream.tokens import Cursor, OpenPiece, ReadReport
@@ -23,8 +24,8 @@ SAVED = json.loads((ROOT / "tests" / "states" / "version-0.1.0.json").read_text(
 """Written by version 0.1.0 (commit f85df61) after the fifth batch: state, and the keys of all that followed."""
 
 
-def progress(num_lanes: int = 4, rank: int = 0, world_size: int = 1) -> StreamProgress:
-    return StreamProgress(num_lanes, rank, world_size, BadRecords(0))
+def progress(lanes: int = 4, rank: int = 0, world_size: int = 1) -> StreamProgress:
+    return StreamProgress(Layout([], lanes, 1), rank, world_size, BadRecords(0))
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -117,7 +118,7 @@ def test_ranks_that_are_not_known_are_missing_in_the_state() -> None:
 
 
 def test_what_is_skipped_is_counted_by_epoch_and_over_all() -> None:
-    tried = StreamProgress(1, 0, 1, BadRecords(5))
+    tried = StreamProgress(Layout([], 1, 1), 0, 1, BadRecords(5))
     for _ in range(2):
         tried.begin([0])
         tried.count(ReadReport(9, (bertstream.ShardError("bad", path="a"),)))

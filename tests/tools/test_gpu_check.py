@@ -11,6 +11,7 @@ import gpu_check
 import pytest
 from benchmarks.common import read_corpus
 from benchmarks.models import make_tokenizer, write_bert
+from fork_server import ENCODERS, ROOT
 from gpu import prepare, sentence_transformers, tests
 from gpu.part import Settings
 from gpu_check import Part, Target
@@ -23,8 +24,39 @@ def settings(**other: Any) -> Settings:
     return Settings(**given | other)
 
 
+# `gpu.part` as a program that is forked; its settings come as an argument instead of on stdin. The part `tests` starts
+# pytest, which would warn that modules are imported already whose assertions it wants to rewrite.
+FORKED = f"""
+import io, os, sys
+os.environ["PYTEST_ADDOPTS"] = "--assert=plain"
+sys.path.insert(0, "{ROOT}/tools")
+sys.stdin = io.StringIO(sys.argv.pop())
+from gpu import part
+part.main()
+"""
+
+
+@pytest.fixture
+def forked_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are forks of a process that has imported transformers: each would take seconds for that."""
+
+    class Forked:
+        def __init__(self, name: str, log: Path) -> None:
+            self.name = name
+
+        def run(self, settings: dict[str, Any], limit_s: float, show: gpu_check.Show) -> dict[str, Any]:
+            out, errors, status = ENCODERS.start(FORKED, self.name, json.dumps(settings)).finish()
+            rows = {row.pop("row"): row for row in map(json.loads, out.splitlines())}
+            return {"ended": errors if status else "done", "took_s": 0.0, "rows": rows}
+
+        def kill(self) -> None:
+            pass
+
+    monkeypatch.setattr(gpu_check, "Part", Forked)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # seven processes that each import transformers
+@pytest.mark.usefixtures("forked_parts")
 def test_the_whole_check_runs_on_a_cpu_with_tiny_models_and_finds_every_figure(tmp_path: Path) -> None:
     assert gpu_check.main(["--device", "cpu", "--tiny", "--results", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "cpu.json").read_text())
@@ -37,6 +69,13 @@ def test_the_whole_check_runs_on_a_cpu_with_tiny_models_and_finds_every_figure(t
 
 
 @pytest.mark.slow
+def test_a_part_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    assert gpu_check.main(["--device", "cpu", "--tiny", "--parts", "prepare", "--results", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "cpu.json").read_text())["parts"]["prepare"]
+    assert found["ended"] == "done" and {"machine", "texts", "bert_base", "minilm"} <= found["rows"].keys()
+
+
+@pytest.mark.usefixtures("forked_parts")
 def test_a_device_that_is_missing_ends_the_check_and_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,163 @@
+"""How the data is laid out: cut into pieces, shared out record by record where ranks need it, dealt to lanes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .config import StreamConfig
+from .files import shard_size
+from .pieces import split_shard
+from .rows import split_rows
+from .shards import Piece
+
+logger = logging.getLogger(__name__)
+
+_MOST_LANES = 32
+# About a bucket of records in a tar, where each takes at least 2 KiB; tokenizing as much text takes two seconds.
+_LANE_BYTES = 4 << 20
+_OPEN_SHARDS, _OPEN_IN_ALL = 4, 64
+_ROW_BYTES = 256  # of a dataset that does not say how large its rows are
+_SHARED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The pieces of the data and how many lanes they are dealt to; a function of shards, settings and ranks.
+
+    Attributes:
+        pieces: each with its size in bytes as stored; in rows, of a dataset.
+        lanes: how many there are.
+        open_shards: how many pieces a lane reads in turn.
+        ranks: the number of ranks that it was made for, where it depends on that; else 1.
+    """
+
+    pieces: Sequence[tuple[Piece, int]]
+    lanes: int
+    open_shards: int
+    ranks: int = 1
+
+    @cached_property
+    def digest(self) -> str:
+        """The number of shards and a digest of the pieces; the same after the corpus was moved to another folder."""
+        pieces = [
+            (re.split(r"[/\\]", piece.path)[-1], piece.start, piece.stop, size)
+            + ((piece.share, piece.shares) if piece.shares > 1 else ())  # as before there were shares
+            for piece, size in self.pieces
+        ]
+        digest = hashlib.sha256(repr(pieces).encode()).hexdigest()[:16]
+        return f"{len({piece.path for piece, _ in self.pieces})} by the digest {digest}"
+
+    def deal(self, seed: int | None, epoch: int) -> list[list[Piece]]:
+        """The pieces by lane, each dealt to the lane with the fewest bytes so far.
+
+        Shares of a piece are dealt to the lanes of the rank of that number, so no rank reads a piece twice.
+
+        Args:
+            seed: of the shuffle; None does not shuffle.
+            epoch: which one.
+        """
+        order = range(len(self.pieces))
+        if seed is not None:
+            order = np.random.default_rng((seed, epoch)).permutation(len(self.pieces)).tolist()
+        dealt: list[list[Piece]] = [[] for _ in range(self.lanes)]
+        loads = [0] * self.lanes
+        for i in order:
+            piece, size = self.pieces[i]
+            lane = min(range(piece.share, self.lanes, piece.shares), key=loads.__getitem__)
+            dealt[lane].append(piece)
+            loads[lane] += max(1, size)
+        return dealt
+
+    def refusal(self, ranks: int, *, is_rows: bool) -> str | None:
+        """Why these ranks cannot each have data of their own, with the way out; None if they can."""
+        if ranks > self.lanes:
+            return (
+                f"{ranks} ranks cannot share {self.lanes} lane{'s' * (self.lanes > 1)}: write "
+                f"reading=StreamConfig(lanes={ranks}) or more, or leave lanes out"
+            )
+        count = len(self.pieces)
+        if ranks <= count:
+            return None
+        name = self.pieces[0][0].path
+        if is_rows:
+            what, way = (
+                ("row", "give it more rows")
+                if self.pieces[0][0].stop is not None
+                else ("shard", f"give it as many, as in to_iterable_dataset(num_shards={ranks})")
+            )
+            return f"{ranks} ranks cannot share {count} {what}{'s' * (count > 1)} of {name}: {way}, or use fewer ranks"
+        sizes = [size for _, size in self.pieces]
+        total = f"{sum(sizes) / 2**20:,.1f} MiB" if all(sizes) else "an unknown number of bytes"
+        return (
+            f"{ranks} ranks cannot share {count} piece{'s' * (count > 1)} of data, {total} in all: {name} "
+            f"{'and the others ' * (count > 1)}cannot be cut further, and only up to {_SHARED_BYTES >> 20} MiB are "
+            "shared out record by record, because each rank reads all of them. Write the data to at least "
+            f"{ranks} shards (tools/make_shards.py), uncompressed, or as Parquet with a smaller row_group_size; "
+            "StreamConfig(shard_cache=) makes remote shards local; or use fewer ranks"
+        )
+
+
+def lay_out(shards: Sequence[str], rows: Any, reading: StreamConfig, *, shuffle: bool, ranks: int) -> Layout:
+    """Cut the data into pieces for lanes, at least one lane for each rank.
+
+    Where there are fewer pieces than ranks and the data is small, every piece is shared out record by record. Otherwise
+    some ranks have nothing: see `Layout.refusal`.
+
+    Args:
+        shards: paths, URLs and `pipe:` commands.
+        rows: the dataset in place of shards, or None.
+        reading: lanes and open shards, and how shards are opened.
+        shuffle: whether more pieces are open at a time.
+        ranks: how many share the data.
+    Raises:
+        ShardError: a shard is missing or cannot be read.
+    """
+    layout = _cut(shards, rows, reading, shuffle=shuffle, ranks=ranks)
+    sizes = [size for _, size in layout.pieces]
+    small = rows is None and all(sizes) and sum(sizes) <= _SHARED_BYTES
+    if not small or not len(layout.pieces) < ranks <= layout.lanes:
+        return layout
+    logger.info("%d pieces are shared out record by record among %d ranks", len(layout.pieces), ranks)
+    shared = [
+        (replace(piece, share=number, shares=ranks), max(1, size // ranks))
+        for piece, size in layout.pieces
+        for number in range(ranks)
+    ]
+    return replace(layout, pieces=shared, ranks=ranks)
+
+
+def _cut(shards: Sequence[str], rows: Any, reading: StreamConfig, *, shuffle: bool, ranks: int) -> Layout:
+    most = reading.lanes or max(_MOST_LANES, ranks)
+    open_shards = reading.open_shards or (_OPEN_SHARDS if shuffle else 1)
+    pieces: list[tuple[Piece, int]] = []
+    if rows is None and len(shards) >= most * open_shards:
+        # Enough for each lane. Asking a server for thousands of sizes would take longer than it helps.
+        pieces = [(Piece(path), 1 if "://" in path else shard_size(path, reading)) for path in shards]
+        return Layout(pieces, most, open_shards, ranks=ranks if reading.lanes is None and most > _MOST_LANES else 1)
+    sizes = [] if rows is not None else [shard_size(path, reading) for path in shards]
+    if rows is None:
+        by_size = sum(sizes) // _LANE_BYTES
+    else:
+        by_size = len(rows) * _ROW_BYTES // _LANE_BYTES if hasattr(rows, "__len__") else rows.num_shards
+    by_size = reading.lanes or min(_MOST_LANES, max(1, by_size))
+    lanes = reading.lanes or max(by_size, ranks)
+    if shuffle and reading.open_shards is None:
+        open_shards = max(open_shards, _OPEN_IN_ALL // lanes)
+    wanted, total = lanes * open_shards, sum(sizes)
+    if rows is not None:
+        return Layout(split_rows(rows, wanted), lanes, open_shards, ranks=ranks if lanes > by_size else 1)
+    for path, size in zip(shards, sizes, strict=True):
+        parts = max(1, round(wanted * size / total)) if len(shards) < wanted and size else 1
+        split = split_shard(path, parts, reading)
+        if len(split) < parts:
+            logger.info("%s is read in %d pieces where %d are its share: not cut further", path, len(split), parts)
+        pieces += [(piece, size // len(split)) for piece in split]
+    return Layout(pieces, lanes, open_shards, ranks=ranks if lanes > by_size else 1)
