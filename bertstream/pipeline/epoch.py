@@ -22,6 +22,8 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, TypeVar
 
+import numpy as np
+
 from ..embeddings import Layout
 from ..encoding.cutting import warn_of_cut
 from ..errors import LoaderClosedError, described
@@ -73,9 +75,10 @@ class Counts:
             self.texts += len(tokens)
             self.tokens += tokens.num_tokens
             self.padded_tokens += len(tokens) * int(tokens.lengths.max(initial=0))
-            self.cut_texts += int((tokens.cut_tokens > 0).sum())
-            self.cut_words += int(tokens.cut_words.sum())
-            self.cut_tokens += int(tokens.cut_tokens.sum())
+            if tokens.cut_tokens.any():
+                self.cut_texts += np.count_nonzero(tokens.cut_tokens)
+                self.cut_words += int(tokens.cut_words.sum())
+                self.cut_tokens += int(tokens.cut_tokens.sum())
 
     def left(self, texts: int) -> None:
         """Add texts that nobody receives."""
