@@ -135,7 +135,7 @@ class ReadReport:
 
     Attributes:
         read: records that were read, broken ones included.
-        bad: the broken records that were skipped, and the broken shards whose rest was.
+        bad: the broken records that were skipped, some of them many in one error, and the broken shards whose rest was.
         words: how many words the tokenizer looked up in its word cache, and how many of them it found.
     """
 

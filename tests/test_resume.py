@@ -384,7 +384,7 @@ def test_a_fault_is_an_error_or_is_counted_and_nothing_else_is_lost(
     gone = paths[{"first": 0, "middle": 1, "last": 2}[place]]
     if fault == "a vanished file":  # the records before its last cut were counted when it was cut
         assert strict._stream is not None
-        records = max(piece.start for piece, _ in strict._stream._pieces if piece.path == gone)
+        records = max(piece.start for piece, _ in strict._stream._layout.pieces if piece.path == gone)
     tolerant = make(records + broken)
     if fault == "a vanished file":
         os.unlink(gone)

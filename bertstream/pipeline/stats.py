@@ -115,6 +115,6 @@ def _more_readers(workers: int, lanes: int) -> str:
     idle = f" and {workers - lanes} of the workers have nothing to read" if workers > lanes else ""
     least = max(workers, lanes + 1)
     return (
-        f"more lanes ({seen}{idle}): reading=StreamConfig(lanes={least}) or more a rank, with as many shards where they "
-        f"cannot be cut; another number of lanes is another order of the records. Or {shards}"
+        f"more lanes ({seen}{idle}): reading=StreamConfig(lanes={least}) or more a rank, with as many shards where "
+        f"they cannot be cut; another number of lanes is another order of the records. Or {shards}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import BinaryIO
@@ -19,7 +20,7 @@ from .lines import DELIMITERS, csv_rows, read_csv
 from .options import ReadOptions
 from .parquet import ParquetReader
 from .raw import BOM
-from .shards import READ_ERRORS, Piece, check_packages, read_errors, shard_kind
+from .shards import Piece, check_packages, read_errors, shard_kind
 from .tar import TarReader
 
 _BLOCK_BYTES = 1 << 20
@@ -92,7 +93,7 @@ def count_records(path: str, options: ReadOptions) -> int | None:
                 return sum(1 for _ in read_csv(stream, Piece(path), options, delimiter=delimiter))
             if kind.format == "tar":
                 count = 0
-                with suppress(*READ_ERRORS):  # reading the shard reports it
+                with suppress(EOFError, tarfile.TarError):  # reading the shard reports it
                     for _ in itertools.groupby(TarReader(stream, 0).members(), lambda member: member.key):
                         count += 1
                 return count
@@ -134,7 +135,8 @@ def _group_cuts(file: ParquetReader, parts: int) -> Iterator[tuple[int, int]]:
 def _record_starts(stream: BinaryIO, kind: str, path: str) -> Iterator[npt.NDArray[np.int64]]:
     if kind == "tar":
         tar = TarReader(stream, 0)
-        with suppress(*READ_ERRORS):  # a broken tar is cut up to where it breaks; reading the last piece reports it
+        # A broken tar is cut up to where it breaks; reading the last piece reports it.
+        with suppress(EOFError, tarfile.TarError):
             for _, members in itertools.groupby(tar.members(), lambda member: member.key):
                 if tar.pax_headers:  # global headers apply to all later members, in other pieces too
                     return

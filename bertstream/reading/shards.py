@@ -23,7 +23,7 @@ _ENDING = re.compile(
     re.IGNORECASE,
 )
 _ENDINGS = ".tar, .jsonl, .ndjson, .csv, .tsv, .txt, each also with .gz or .zst, .tgz and .parquet"
-READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
+_READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
 """What reading a local shard may raise if the shard is missing or broken."""
 
 
@@ -140,9 +140,9 @@ def check_packages(path: str, kind: ShardKind) -> None:
 
 
 def read_errors(path: str, kind: ShardKind) -> tuple[type[Exception], ...]:
-    """The exceptions of reading a shard that mean missing or broken data, not a mistake in the program."""
+    """The exceptions of reading a shard that are no mistake in the program: faults of the data or of the machine."""
     # fsspec's file systems, pyarrow and datasets may raise anything.
-    return (Exception,) if is_url(path) or kind.format in ("parquet", "rows") else READ_ERRORS
+    return (Exception,) if is_url(path) or kind.format in ("parquet", "rows") else _READ_ERRORS
 
 
 def _expand(pattern: str, access: Access) -> Iterator[str]:

@@ -252,15 +252,10 @@ def test_a_part_is_written_after_a_time_however_small(
     assert_same(written(tmp_path), right(tiny(tokenizer), shards))
 
 
-@pytest.mark.parametrize("one_row_group", [False, True])
 def test_each_rank_writes_its_share(
-    tokenizer: Any, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_row_group: bool
+    tokenizer: Any, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder, reading = tiny(tokenizer), StreamConfig(lanes=4)
-    if one_row_group:  # which the ranks share out by record
-        records = [json.loads(line) for shard in shards for line in Path(shard).read_text().splitlines()]
-        shards = [str(tmp_path.with_suffix(".parquet"))]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), shards[0])
     monkeypatch.setenv("WORLD_SIZE", "2")
     texts = []
     for rank in (0, 1, 0):
@@ -273,6 +268,17 @@ def test_each_rank_writes_its_share(
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="holds other files"):
         bertstream.embed(shards, encoder, tmp_path, reading=reading, progress=False)
+
+
+def test_ranks_write_one_row_group_by_record(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"word {i}" for i in range(21)]}), path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        done = bertstream.embed(path, tiny(tokenizer), tmp_path / "out", progress=False)
+        assert done["texts"] == (11, 10)[rank]
+    assert sorted(written(tmp_path / "out")) == [(str(path), i) for i in range(21)]
 
 
 def test_broken_and_cut_texts_are_counted(tokenizer: Any, tmp_path: Path) -> None:

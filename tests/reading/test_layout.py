@@ -274,6 +274,26 @@ def test_a_broken_record_of_a_shared_file_is_counted_by_one_rank(
     assert counts == [0, 1, 1]
 
 
+def test_a_broken_row_group_of_shared_files_is_counted_once_over_all_ranks(
+    tmp_path: Path, as_rank: AsRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"{i} {'word ' * 50}" for i in range(COUNT)], "id": list(range(COUNT))})
+    pyarrow.parquet.write_table(table, path, row_group_size=25, use_dictionary=False, compression="zstd")
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    at = column.data_page_offset
+    data[at + 40 : at + column.total_compressed_size] = bytes(column.total_compressed_size - 40)
+    path.write_bytes(data)
+    found, bad = [], 0
+    for rank in range(3):
+        as_rank(rank, 3)
+        one = stream(path, max_bad_records=COUNT)
+        found += ids(one)
+        bad += one.progress.bad.records
+    assert sorted(found) == list(range(25)) and bad == 25
+
+
 def test_a_shared_file_that_breaks_is_an_error_on_every_rank(tmp_path: Path, as_rank: AsRank) -> None:
     path = write(tmp_path / "a.jsonl.gz", gzip.compress(json_lines())[:-20])
     for rank in range(2):
