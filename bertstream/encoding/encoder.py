@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import os
@@ -42,7 +41,7 @@ from .self_test import probe_batching
 from .sentence_folder import SentenceFolder, remove_sentence_folder, write_sentence_folder
 from .sentence_head import HEAD, with_head
 from .tokenizer import Overflow, TextTokenizer, WordSplitter, check_cutting, renamed_splitter
-from .upper import UpperEncoder, cannot_split, upper_half
+from .upper import UpperEncoder, cannot_split, keep_apart, upper_half
 from .vocabulary import check_batch, check_vocabulary
 from .word_cache import LIMIT
 
@@ -311,17 +310,7 @@ class Encoder(CalibratedForward):
         lower.spec = dataclasses.replace(lower.spec, every_window=True)
         lower._size = ForwardSize(self._size.given, limit=self._size.limit)  # its own layers are measured again
         upper = upper_half(at, self, lower)
-        uppers = {id(parameter) for parameter in upper.parameters()}
-        lowers = {id(parameter): parameter for parameter in lower.parameters()}
-        if not uppers.isdisjoint(lowers):
-            logger.warning(
-                "both halves of %s use %d of its parameters: the lower half keeps their present values, the upper half "
-                "trains them, and the trained upper half fits this lower half only",
-                type(self.model).__name__,
-                len(uppers & lowers.keys()),
-            )
-            alone: Any = {key: parameter for key, parameter in lowers.items() if key not in uppers}
-            lower.model = copy.deepcopy(lower.model, alone)
+        keep_apart(lower, upper)
         upper.requires_grad_(True)
         warn_of_half(upper.parameters())
         return lower, upper

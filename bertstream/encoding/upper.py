@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import logging
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,8 @@ from .layers import begin_at, begun_with, unroll
 from .own_model import own_copy
 from .rows import RowForward
 from .self_test import batch_of, probe_texts, worst_error
+
+logger = logging.getLogger(__name__)
 
 
 class UpperEncoder(RowForward):
@@ -116,3 +120,19 @@ def upper_half(at: int, whole: BatchedForward, lower: BatchedForward) -> UpperEn
             f"{worst:.1e}); train it whole, with unfreeze()"
         )
     return upper
+
+
+def keep_apart(lower: BatchedForward, upper: BatchedForward) -> None:
+    """Give the lower half a copy of the parameters that both halves use, for training changes the upper half's."""
+    uppers = {id(parameter) for parameter in upper.parameters()}
+    lowers = {id(parameter): parameter for parameter in lower.parameters()}
+    if uppers.isdisjoint(lowers):
+        return
+    logger.warning(
+        "both halves of %s use %d of its parameters: the lower half keeps their present values, the upper half "
+        "trains them, and the trained upper half fits this lower half only",
+        type(lower.model).__name__,
+        len(uppers & lowers.keys()),
+    )
+    alone: Any = {key: parameter for key, parameter in lowers.items() if key not in uppers}
+    lower.model = copy.deepcopy(lower.model, alone)
