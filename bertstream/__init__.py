@@ -7,9 +7,10 @@ from .encoding.pooling import ScalarMix
 from .errors import BertstreamError, CacheError, ConfigError, EncoderError, LoaderClosedError, ShardError, StateError
 from .jobs.embed import embed
 from .jobs.warm import warm
-from .loader import EmbeddingLoader, stream, wrap
+from .loader import stream, wrap
 from .module import BertEmbedding, UnfreezeSchedule
 from .pipeline.collate import TokenCollate
+from .pipeline.embedding_loader import EmbeddingLoader
 from .reading.config import StreamConfig
 from .reading.dataset import TextStream
 from .tokens import TokenBatch

@@ -29,6 +29,7 @@ from .jobs.inspection import Inspection, inspect_shards
 from .jobs.warm import warm
 from .jobs.writers import PartFormat
 from .pipeline.plots import check_plot, plot_lengths
+from .reading.access import Quoting
 from .reading.config import StreamConfig
 
 logger = logging.getLogger(__name__)
@@ -198,7 +199,8 @@ def _warm(options: argparse.Namespace) -> _Found:
 
 
 def _cache(options: argparse.Namespace) -> _Found:
-    if not Path(options.folder, "data.mdb").exists():
+    file = Path(options.folder, "data.mdb").expanduser()
+    if not file.exists():
         raise CacheError(f"{options.folder} is no cache: `bertstream warm` or EmbeddingCache(disk=) makes one")
     changes = options.verify or options.drop
     with EmbeddingCache(0, options.folder, read_only=not changes) as cache:
@@ -218,7 +220,7 @@ def _cache(options: argparse.Namespace) -> _Found:
         stats = cache.stats()
         found |= {
             "bytes": stats["disk_bytes"],
-            "file_bytes": Path(options.folder, "data.mdb").stat().st_size,
+            "file_bytes": file.stat().st_size,
             "texts": stats["disk_texts"],
             "fingerprints": cache.fingerprints(),
         }
@@ -271,7 +273,8 @@ def _encoder(options: argparse.Namespace) -> Encoder:
 
 
 def _reading(options: argparse.Namespace) -> StreamConfig:
-    return StreamConfig(max_bad_records=options.max_bad_records, shard_cache=options.shard_cache)
+    names = ("max_bad_records", "shard_cache", "delimiter", "quoting", "header", "encoding", "max_record_bytes")
+    return StreamConfig(**{name: getattr(options, name) for name in names if hasattr(options, name)})
 
 
 def _size(count: float) -> str:
@@ -371,6 +374,12 @@ def _add_shards(verb: argparse.ArgumentParser) -> None:
         "--max-bad-records", type=float, default=0, metavar="N", help="broken records to skip (default: 0)"
     )
     verb.add_argument("--shard-cache", metavar="FOLDER", help="keep copies of remote shards here")
+    rows = verb.add_argument_group("rows of csv and tsv, as in StreamConfig", argument_default=argparse.SUPPRESS)
+    rows.add_argument("--delimiter", type=lambda mark: mark.replace(r"\t", "\t"), help=r"such as ';' or '\t'")
+    rows.add_argument("--quoting", choices=get_args(Quoting), help="whether quotes enclose fields (default: auto)")
+    rows.add_argument("--header", type=lambda names: bool(names) and names.split(","), help="id,text for no header row")
+    rows.add_argument("--encoding", help="also of txt (default: utf-8)")
+    rows.add_argument("--max-record-bytes", type=int, metavar="N", help="of all formats (default: 64 MiB)")
     verb.add_argument(
         "--progress",
         action=argparse.BooleanOptionalAction,

@@ -19,9 +19,10 @@ def distinct_texts(batch: TokenBatch) -> tuple[Indices, Indices] | tuple[None, N
         None and None if no text comes twice.
     """
     hashes = hash_texts(batch) if batch.hashes is None else batch.hashes
-    _, kinds, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    if len(counts) == len(hashes):
+    ordered = np.sort(hashes)
+    if not (ordered[1:] == ordered[:-1]).any():
         return None, None
+    _, kinds, counts = np.unique(hashes, return_inverse=True, return_counts=True)
     met = np.flatnonzero(counts[kinds] > 1)
     first, slots = distinct(_whole_bytes(batch.pick(met)))
     if len(first) == len(met):

@@ -24,7 +24,7 @@ import torch
 
 from .embeddings import Embeddings
 from .errors import check_at_least
-from .loader import EmbeddingLoader
+from .pipeline.embedding_loader import EmbeddingLoader
 from .tokens import Int32Array, Text, TokenBatch, TokenizedText
 
 
@@ -95,10 +95,11 @@ def write_shards(folder: str | os.PathLike[str], texts: Sequence[Any], *, shards
     Returns:
         The paths. A record is {"text": ..., "id": ...}.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, indices in enumerate(np.array_split(np.arange(len(texts)), shards)):
-        path = Path(folder) / f"{number:06d}.jsonl"
+        path = folder / f"{number:06d}.jsonl"
         lines = [json.dumps({"text": texts[i], "id": int(i)}) for i in indices]
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         paths.append(str(path))

@@ -229,3 +229,22 @@ def test_a_reader_that_closes_the_pipe_is_no_error(minilm: Encoder, tmp_path: Pa
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_csv_is_read_as_the_arguments_say_from_the_home_folder(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.csv").write_bytes('1\t"café\n2\tno"\n'.encode("cp1252"))
+    options = ("--delimiter", r"\t", "--quoting", "none", "--header", "id,text", "--encoding", "cp1252")
+    status, out, err = call(
+        "embed", "~/a.csv", *options, *MODEL, "--output", "sentence", "--out", "~/vectors", "--json", "--no-progress"
+    )
+    assert (status, json.loads(out)["texts"]) == (0, 2), err
+    assert (tmp_path / "vectors" / "part-000000.parquet").exists()
+    status, out, err = call(
+        "warm", "~/a.csv", *options, *MODEL, "--cache", "~/cache", "--limit", "64MiB", "--no-progress"
+    )
+    assert status == 0 and call("cache", "~/cache")[0] == 0, err
+    assert not (tmp_path / "~").exists()
+    assert call("inspect", "~/a.csv", "--delimiter", "||", *MODEL)[0] == 2

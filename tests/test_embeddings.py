@@ -443,3 +443,20 @@ def test_embeddings_can_be_sent_to_another_process() -> None:
 def test_the_representation_is_one_line() -> None:
     embeddings = tokens_of([2, 1], torch.zeros(3, H, dtype=torch.bfloat16))
     assert repr(embeddings) == "Embeddings(2 texts, tokens [3, 3], bfloat16, cpu)"
+
+
+@given(st.lists(texts_of_words(), min_size=1, max_size=6), st.data())
+def test_a_run_of_texts_is_picked_as_by_its_indices(texts: list[TokenizedText], data: st.DataObject) -> None:
+    start, end = sorted(data.draw(st.tuples(st.integers(0, len(texts)), st.integers(0, len(texts)))))
+    whole = embeddings_of(texts)
+    tokens = TokenBatch.from_texts(texts[start:end])
+    found, right = whole.pick(slice(start, end), tokens), whole.pick(np.arange(start, end), tokens)
+    assert torch.equal(found.values, right.values) and found.tokens is tokens
+    assert torch.equal(found.cu_seqlens, right.cu_seqlens) and torch.equal(found.lengths, right.lengths)
+    assert np.array_equal(found.word_ids, right.word_ids)  # type: ignore[arg-type]
+    found.values.fill_(7.5)
+    assert not (whole.values == 7.5).any(), "a copy"
+
+
+def test_lists_without_a_word_align_to_no_tag() -> None:
+    assert tokens_of([2]).align([[]]).tolist() == [[-100, -100]]

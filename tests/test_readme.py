@@ -32,7 +32,7 @@ def test_every_block_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert names["x"] is not None and names["y"] is not None
     assert names["cache"].stats()["misses"] == 0  # of the last cache, which the command line filled
     assert names["cache"].stats()["disk_hits"] > 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "examples", "state.json", "vectors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "examples", "training.pt", "vectors"]
 
 
 def test_every_file_that_the_readme_links_to_exists() -> None:

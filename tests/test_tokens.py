@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 from bertstream import ConfigError, tokens
 from bertstream.embeddings import Embeddings
 from bertstream.testing import FakeTokenizer
-from bertstream.tokens import Cursor, Record, Text, TokenBatch, TokenizedText, cumulate, hash_texts, tokenize_batch
+from bertstream.tokens import (
+    Cursor,
+    OpenPiece,
+    Record,
+    Text,
+    TokenBatch,
+    TokenizedText,
+    cumulate,
+    hash_texts,
+    tokenize_batch,
+)
 
 LENGTHS = st.lists(st.integers(0, 9), max_size=8)
 
@@ -190,8 +200,11 @@ def test_a_token_batch_holds_each_texts_ids_one_after_the_other(shapes: list[tup
 def test_records_cursors_and_batches_can_be_sent_to_another_process() -> None:
     record = Record("a text", {"label": 1}, "key", "a.tar", 3)
     assert pickle.loads(pickle.dumps(record)) == record
-    cursor = Cursor(1, 2, 3, 4, 5)
+    cursor = Cursor(1, 2, 3, (), 5)
     assert pickle.loads(pickle.dumps(cursor)) == cursor
+    opened = Cursor(1, 2, 3, (OpenPiece(0, 7, 512), OpenPiece(4)), 5)
+    again = pickle.loads(pickle.dumps(opened))
+    assert again == opened and all(type(piece) is OpenPiece for piece in again.open)
     batch = TokenBatch.from_texts([text_of(2), text_of(0)])
     batch.fields, batch.cursor = {"label": np.array([1, 2])}, cursor
     back = pickle.loads(pickle.dumps(batch))

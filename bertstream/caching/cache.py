@@ -67,7 +67,7 @@ class EmbeddingCache:
         self.dtype: Storage = dtype
         self.memory_bytes = as_bytes("memory", memory)
         self.disk_bytes = as_bytes("disk_limit", disk_limit)
-        self.disk = None if disk is None else os.fspath(disk)
+        self.disk = None if disk is None else os.path.expanduser(disk)
         self.read_only = read_only
         if disk is None and not self.memory_bytes:
             raise ConfigError("memory=0 without disk=: such a cache holds nothing; leave cache= out")

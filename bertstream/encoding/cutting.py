@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..tokens import BoolArray, Int32Array
+
+logger = logging.getLogger(__name__)
 
 
 def owners(words: npt.NDArray[Any], starts: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
@@ -52,3 +55,15 @@ def kept(sequence_ids: Int32Array, max_length: int, keeps_end: bool) -> BoolArra
     for part, count in zip((first, second), counts, strict=True):
         chosen[part[max(0, len(part) - count) :] if keeps_end else part[:count]] = True
     return chosen
+
+
+def warn_of_cut(where: str, cut_texts: int, texts: int, words: int, tokens: int) -> None:
+    """Log how many of these texts truncation cut, and by how much in all; `where` is "in this epoch", for example."""
+    logger.warning(
+        "truncation cut %d of %d texts %s, by %d words and %d tokens in all: overflow='windows' keeps them",
+        cut_texts,
+        texts,
+        where,
+        words,
+        tokens,
+    )

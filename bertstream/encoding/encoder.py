@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import os
@@ -19,6 +18,7 @@ from ..tokens import Text, TokenBatch
 from .attention import plain_mode
 from .autotune import fastest_dtype
 from .calibrating import CalibratedForward
+from .cutting import warn_of_cut
 from .fingerprint import hash_weights, weights_state
 from .forward_size import ForwardSize
 from .freezing import warn_of_half
@@ -41,7 +41,7 @@ from .self_test import probe_batching
 from .sentence_folder import SentenceFolder, remove_sentence_folder, write_sentence_folder
 from .sentence_head import HEAD, with_head
 from .tokenizer import Overflow, TextTokenizer, WordSplitter, check_cutting, renamed_splitter
-from .upper import UpperEncoder, upper_half
+from .upper import UpperEncoder, cannot_split, keep_apart, upper_half
 from .vocabulary import check_batch, check_vocabulary
 from .word_cache import LIMIT
 
@@ -100,6 +100,7 @@ class Encoder(CalibratedForward):
     """
 
     _folder = SentenceFolder()
+    _warned_of_cut = False
 
     def __init__(
         self,
@@ -232,7 +233,7 @@ class Encoder(CalibratedForward):
         device = resolve_device(device)
         resolved = None if dtype == "auto" else torch_dtype(dtype)
         hub = HubOptions(revision, token, trust_remote_code, cache_dir, subfolder, local_files_only)
-        found = find_pretrained(str(name), hub)
+        found = find_pretrained(os.path.expanduser(name), hub)
         longest_text(found.tokenizer, found.config, max_length)
         num_layers: int = found.config.num_hidden_layers
         followed = found.followed(spec.resolved(num_layers), pooling, normalize, prompt, max_length)
@@ -300,28 +301,16 @@ class Encoder(CalibratedForward):
                 "does not see it; split at or below the lowest layer of layers="
             )
         self.freeze()
-        lower = Encoder(
-            self.model,
-            self._pretrained_tokenizer,
-            layers=at,
-            output_dtype=self.dtype,
-            packed=None if self.batching.packs else False,
-        )
+        packed = None if self.batching.packs else False
+        try:
+            lower = Encoder(self.model, self._pretrained_tokenizer, layers=at, output_dtype=self.dtype, packed=packed)
+        except EncoderError as error:
+            raise cannot_split(self.model, at) from error
         lower.tokenizer = self.tokenizer
         lower.spec = dataclasses.replace(lower.spec, every_window=True)
         lower._size = ForwardSize(self._size.given, limit=self._size.limit)  # its own layers are measured again
         upper = upper_half(at, self, lower)
-        uppers = {id(parameter) for parameter in upper.parameters()}
-        lowers = {id(parameter): parameter for parameter in lower.parameters()}
-        if not uppers.isdisjoint(lowers):
-            logger.warning(
-                "both halves of %s use %d of its parameters: the lower half keeps their present values, the upper half "
-                "trains them, and the trained upper half fits this lower half only",
-                type(self.model).__name__,
-                len(uppers & lowers.keys()),
-            )
-            alone: Any = {key: parameter for key, parameter in lowers.items() if key not in uppers}
-            lower.model = copy.deepcopy(lower.model, alone)
+        keep_apart(lower, upper)
         upper.requires_grad_(True)
         warn_of_half(upper.parameters())
         return lower, upper
@@ -343,6 +332,7 @@ class Encoder(CalibratedForward):
                 f"layers={self.layers}: the layers above were dropped and cannot be saved; save the model that this "
                 "encoder was made from"
             )
+        folder = os.path.expanduser(folder)
         save_model(folder, self.model, self._pretrained_tokenizer)
         remove_sentence_folder(folder)
         if self.output == "sentence" and self.layers == (self._num_layers,) and self.special_tokens:
@@ -396,7 +386,7 @@ class Encoder(CalibratedForward):
             ConfigError: as for `encode`.
             EncoderError: as for `encode`.
         """
-        batch = texts if isinstance(texts, TokenBatch) else self.tokenizer.batch(texts)
+        batch = texts if isinstance(texts, TokenBatch) else self._tokenized(texts)
         check_batch(batch, self.tokenizer, cast(Any, self.model.config).vocab_size)
         check_segments(batch, self.model.config)
         self._check_marks(batch)
@@ -404,6 +394,14 @@ class Encoder(CalibratedForward):
         if not self._checked_finite:
             self._check_finite(found)
         return found
+
+    def _tokenized(self, texts: Sequence[Text]) -> TokenBatch:
+        batch = self.tokenizer.batch(texts)
+        if not self._warned_of_cut and batch.cut_tokens.any():
+            self._warned_of_cut = True
+            counts = int((batch.cut_tokens > 0).sum()), len(batch), int(batch.cut_words.sum())
+            warn_of_cut("in this call (said once; .tokens.cut_tokens counts)", *counts, int(batch.cut_tokens.sum()))
+        return batch
 
     def fingerprint(self) -> bytes | None:
         """Hash all that changes the vectors of given tokens: weights, config and settings.

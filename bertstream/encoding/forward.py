@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections import deque
@@ -23,7 +24,7 @@ from .fingerprint import note_training
 from .forward_size import ForwardSize
 from .fused import FusedForward
 from .layers import kept_inputs, parameters_by_layer
-from .model_state import unchanged
+from .model_state import remove_capture, unchanged
 from .output_spec import OutputSpec
 from .pooling import Combine
 
@@ -49,7 +50,7 @@ class BatchedForward(nn.Module):
         super().__init__()
         self.model = model
         self.spec = spec
-        self.batching = batching
+        self._batching = batching
         self._fused = FusedForward(model, spec.layers, num_layers) if batching.way == "fused" else None
         self._num_layers = num_layers
         self._size = size
@@ -75,6 +76,23 @@ class BatchedForward(nn.Module):
                     yield
             finally:
                 self._device_now = None
+
+    @property
+    def batching(self) -> BatchingSupport:
+        """How texts share a forward now, and why: as the self-test found, or packed while the model runs itself."""
+        found = self._batching
+        if self._fused is None:
+            return found
+        training = self.training or self.model.training
+        reason = "it is in train mode" if training else self._fused.refusal(self.model)
+        if reason is None:
+            return found
+        return dataclasses.replace(found, way="packed", reason=f"not fused now: {reason}; when loaded, {found.reason}")
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the copies of weights that the fused forward keeps; 0 before the first forward."""
+        return 0 if self._fused is None else self._fused.copied_bytes
 
     @property
     def output(self) -> Output:
@@ -138,7 +156,7 @@ class BatchedForward(nn.Module):
 
     def _most_tokens(self, asked: int | None) -> int:
         most = self._size.most(self.device, asked)
-        return min(most, self.batching.most_tokens or most)
+        return min(most, self._batching.most_tokens or most)
 
     @property
     def default_forward_tokens(self) -> int:
@@ -187,7 +205,7 @@ class BatchedForward(nn.Module):
                 if len(texts) == 1:
                     raise
             if made is None:  # out of the except block, the error no longer holds the forward's tensors
-                self._lower_size(len(rows) if self.batching.packs else len(texts) * int(lengths[texts].max()))
+                self._lower_size(len(rows) if self._batching.packs else len(texts) * int(lengths[texts].max()))
                 waiting.extendleft(np.array_split(texts, 2)[::-1])
                 continue
             parts, index = made
@@ -214,9 +232,9 @@ class BatchedForward(nn.Module):
         ends = cumulate(ordered)
         start = 0
         while start < len(order):
-            if self.batching.packs:
+            if self._batching.packs:
                 end = int(np.searchsorted(ends, int(ends[start]) + most, "right")) - 1
-            elif self.batching.way == "padded":
+            elif self._batching.way == "padded":
                 end = start + most // int(ordered[start])
             else:
                 equal = len(order) - int(np.searchsorted(ordered[::-1], ordered[start], "left"))
@@ -226,7 +244,7 @@ class BatchedForward(nn.Module):
             start = end
 
     def _chosen_forward(self, given: Tensor | None = None) -> Forward:
-        if not self.batching.packs:
+        if not self._batching.packs:
             return self._padded_forward
         eval_mode = not (self.training or self.model.training)
         fused = given is None and self._fused is not None and eval_mode and self._is_plain()
@@ -247,7 +265,7 @@ class BatchedForward(nn.Module):
         tiles = self._fused.tiles(lengths)
         types = None if batch.token_type_ids is None else batch.token_type_ids[rows]
         ids = batch.input_ids[rows]
-        positions = packed_positions(ids, lengths, self.batching)
+        positions = packed_positions(ids, lengths, self._batching)
         parts: list[npt.NDArray[Any] | None] = [rows, ids, positions, cumulate(lengths), types, tiles]
         sizes = [0 if part is None else part.size for part in parts]
         flat = [part.ravel() for part in parts if part is not None]
@@ -264,7 +282,7 @@ class BatchedForward(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """The hidden states of `layers`, each [n, H], of these texts, and the rows [n] that they are of."""
         ids = batch.input_ids[rows]
-        inputs = {"input_ids": ids, "position_ids": packed_positions(ids, lengths, self.batching)}
+        inputs = {"input_ids": ids, "position_ids": packed_positions(ids, lengths, self._batching)}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids[rows]
         tensors = {name: self._to_device(ids.astype(np.int64))[None] for name, ids in inputs.items()}
@@ -286,7 +304,7 @@ class BatchedForward(nn.Module):
             return self._to_device(out.reshape(len(lengths), longest))
 
         inputs = {
-            "input_ids": pad(batch.input_ids[rows], self.batching.fill_id),
+            "input_ids": pad(batch.input_ids[rows], self._batching.fill_id),
             "attention_mask": pad(np.ones(len(rows), np.int64), 0),
         }
         if batch.token_type_ids is not None:
@@ -300,9 +318,9 @@ class BatchedForward(nn.Module):
     def _run(self, given: Tensor | None, **inputs: Any) -> list[Tensor]:
         """The layers of `layers` from one forward, each [texts, T, H]; an upper half starts from `given`."""
         inner = [layer for layer in self.layers if layer < self._num_layers]
-        own = self.batching.reads_own and bool(inner)
+        own = self._batching.reads_own and bool(inner)
         with (
-            unchanged(self.model) if self.batching.changes_itself else nullcontext(),
+            unchanged(self.model) if self._batching.changes_itself else nullcontext(),
             kept_inputs(self.model, [] if own else inner) as kept,
         ):
             try:
@@ -321,6 +339,9 @@ class BatchedForward(nn.Module):
         return to_device(array, self.device)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._batching.reads_own:
+            with self._lock:  # not in the middle of a forward
+                remove_capture(self.model)
         return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_weights_in_turn")} | {
             "_device_now": None
         }

@@ -46,6 +46,9 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+_OTHER_MODULES = "it has other modules than at the self-test"
+
+
 class FusedForward:
     """A model's forward over packed texts.
 
@@ -62,6 +65,8 @@ class FusedForward:
     Raises:
         UndescribedError: the model is none that this forward knows.
     """
+
+    copied_bytes = 0
 
     def __init__(self, model: nn.Module, layers: Sequence[int], num_layers: int) -> None:
         self.model = model
@@ -109,7 +114,7 @@ class FusedForward:
         if model is not self.model or self._guard.replaced():
             self.model = model
             self._describe_again()
-        if reason := self._refusal or self._guard.interference():
+        if reason := self.refusal(model):
             if not self._warned:
                 logger.warning("%s runs through its own modules: %s", type(model).__name__, reason)
             self._warned = True
@@ -121,6 +126,16 @@ class FusedForward:
             self._held = [weight.detach() for weight in self._watched]  # else other weights could get their address
         return True
 
+    def refusal(self, model: nn.Module) -> str | None:
+        """Why the model has to run itself as it is now, in words; None if it can run fused. Changes nothing here."""
+        if model is self.model and not self._guard.replaced():
+            return self._refusal or self._guard.interference()
+        try:
+            looked_at = FusedForward(model, self.layers, self._num_layers)
+        except UndescribedError as error:
+            return str(error)
+        return None if looked_at._kinds == self._kinds else _OTHER_MODULES
+
     def _describe_again(self) -> None:
         """After a change; only weights may be others, because the self-test saw no other modules."""
         try:
@@ -129,7 +144,7 @@ class FusedForward:
             self._refusal = str(error)
         else:
             if self._guard.kinds != self._kinds:
-                self._refusal = "it has other modules than at the self-test"
+                self._refusal = _OTHER_MODULES
 
     def use_blocked_weights(self, rows: int | None) -> None:
         """On a CPU, multiply by copies of the weights that oneDNN laid out for products of so many rows.
@@ -313,7 +328,7 @@ class FusedForward:
         heads, kv_heads, size = self._modules.heads, self._modules.kv_heads, self._modules.head_size
         if rotary is not None and self._kernels:
             cos, sin = rotary
-            kernels.rotate(qkv, cos, sin, heads=heads, kv_heads=kv_heads, head_dim=size, rotary_dim=size)
+            kernels.rotate(qkv, cos, sin, heads=heads, kv_heads=kv_heads, head_size=size, rotary_dim=size)
         elif rotary is not None:
             turned = qkv.view(len(qkv), heads + 2 * kv_heads, size)[:, : heads + kv_heads]
             turned.copy_(_rotated(turned, *rotary))
@@ -324,7 +339,7 @@ class FusedForward:
                 tiles,
                 heads=heads,
                 kv_heads=kv_heads,
-                head_dim=size,
+                head_size=size,
                 scale=size**-0.5,
                 window=window,
             )

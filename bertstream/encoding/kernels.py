@@ -188,14 +188,14 @@ def fits(dtype: torch.dtype) -> bool:
     return dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
-def attention_fits(head_dim: int, dtype: torch.dtype) -> bool:
+def attention_fits(head_size: int, dtype: torch.dtype) -> bool:
     """Whether `packed_attention` takes heads of this size and dtype."""
-    return head_dim % 8 == 0 and 16 <= head_dim <= 128 and fits(dtype)
+    return head_size % 8 == 0 and 16 <= head_size <= 128 and fits(dtype)
 
 
-def tile_rows(head_dim: int, dtype: torch.dtype) -> int:
+def tile_rows(head_size: int, dtype: torch.dtype) -> int:
     """Rows of a tile of `packed_attention`, for `attention_tiles`."""
-    return ATTENTION_TILES[dtype.itemsize, _padded(head_dim)].rows
+    return ATTENTION_TILES[dtype.itemsize, _padded(head_size)].rows
 
 
 def attention_tiles(lengths: Int32Array, rows: int) -> Int32Array:
@@ -222,29 +222,29 @@ def packed_attention(
     *,
     heads: int,
     kv_heads: int,
-    head_dim: int,
+    head_size: int,
     scale: float,
     window: int | None = None,
 ) -> Tensor:
     """Attention of each token over its own text, or over the part of it that a window shows.
 
     Args:
-        qkv: [N, (heads + 2 * kv_heads) * head_dim], contiguous: a token's query heads, key heads and value heads.
+        qkv: [N, (heads + 2 * kv_heads) * head_size], contiguous: a token's query heads, key heads and value heads.
             Sizes and dtypes: `attention_fits`.
         cu_seqlens: [B + 1] int32 on the device.
         tiles: [tiles, 2] int32 on the device, of `attention_tiles` with `tile_rows` of this head size and dtype.
         heads: query heads; a multiple of `kv_heads`, and neighbours share a key and value head.
         kv_heads: key heads, and value heads.
-        head_dim: size of a head.
+        head_size: size of a head.
         scale: factor of the scores.
         window: a token sees the tokens fewer than this many positions away; None for all.
     Returns:
-        [N, heads * head_dim] in the dtype of qkv; sums in float32.
+        [N, heads * head_size] in the dtype of qkv; sums in float32.
     """
-    out = qkv.new_empty(qkv.shape[0], heads * head_dim)
-    padded = _padded(head_dim)
+    out = qkv.new_empty(qkv.shape[0], heads * head_size)
+    padded = _padded(head_size)
     rows, columns, warps, stages = ATTENTION_TILES[qkv.element_size(), padded]
-    constants = (heads, kv_heads, head_dim, padded, window or 0, rows, columns)
+    constants = (heads, kv_heads, head_size, padded, window or 0, rows, columns)
     grid = (tiles.shape[0] * heads, 1, 1)
     tensors = (qkv, cu_seqlens, tiles, out)
     _launch("attend", grid, tensors, (scale,), constants, num_warps=warps, num_stages=stages)
@@ -273,19 +273,21 @@ def gated(x: Tensor, activation: str, up_first: bool) -> Tensor:
     return out
 
 
-def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, kv_heads: int, head_dim: int, rotary_dim: int) -> None:
+def rotate(
+    qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, kv_heads: int, head_size: int, rotary_dim: int
+) -> None:
     """Apply rotary positions to the query and key heads of qkv, in place, as transformers' `rotate_half` does.
 
     Args:
-        qkv: [N, (heads + 2 * kv_heads) * head_dim], contiguous; as `packed_attention` takes it.
+        qkv: [N, (heads + 2 * kv_heads) * head_size], contiguous; as `packed_attention` takes it.
         cos, sin: [N, rotary_dim] of each token's position, contiguous, of any float dtype; computed with in float32.
-        heads, kv_heads, head_dim: as in `packed_attention`.
+        heads, kv_heads, head_size: as in `packed_attention`.
         rotary_dim: the first so many values of a head are rotated; even.
     """
     half = rotary_dim // 2
     turned = heads + kv_heads
     pairs = qkv.shape[0] * turned
     rows, columns, warps = _block("rotate", half)
-    width = (turned + kv_heads) * head_dim
-    constants = (turned, width, head_dim, half, columns, rows)
+    width = (turned + kv_heads) * head_size
+    constants = (turned, width, head_size, half, columns, rows)
     _launch("rotate", (-(-pairs // rows), 1, 1), (qkv, cos, sin), (pairs,), constants, num_warps=warps)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-CAPTURING = "_output_capturing_hooks_installed"
+_CAPTURING = "_output_capturing_hooks_installed"
 """The mark that transformers leaves in a model together with hooks, which change nothing; they stay, so it stays."""
 
 _PLAIN = (bool, int, float, str, tuple, Tensor, type(None))
@@ -77,8 +77,20 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         state.put_back()
 
 
+def remove_capture(model: nn.Module) -> None:
+    """Remove the hooks that transformers leaves after `output_hidden_states=True`: they cannot be pickled.
+
+    It adds them again where they are needed.
+    """
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                del module._forward_hooks[key]
+        module.__dict__.pop(_CAPTURING, None)
+
+
 def _plain(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN) and name != CAPTURING}
+    return {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN) and name != _CAPTURING}
 
 
 def _clones(module: nn.Module) -> dict[str, Tensor | None]:

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..system.cuda import resolve_device
 from .attention import PACKED
-from .model_state import CAPTURING
+from .model_state import remove_capture
 from .pretrained import DType, convert, torch_dtype
 
 
@@ -44,7 +44,7 @@ def own_copy(model: nn.Module, device: torch.device | str = "auto", dtype: DType
     dtype = parameter.dtype if dtype == "auto" else torch_dtype(dtype)
     shared = (device, dtype) == (parameter.device, parameter.dtype)
     own: Any = copy.deepcopy(model, {id(p): p for p in model.parameters()} if shared else {}).eval()
-    _without_capture(own)
+    remove_capture(own)
     if own.config._attn_implementation == PACKED:  # the model of another encoder
         try:
             own.set_attn_implementation("sdpa")
@@ -53,15 +53,3 @@ def own_copy(model: nn.Module, device: torch.device | str = "auto", dtype: DType
     if not shared:
         convert(own.requires_grad_(False), device, dtype)
     return cast(nn.Module, own)
-
-
-def _without_capture(model: nn.Module) -> None:
-    """Remove the hooks that transformers leaves after `output_hidden_states=True`: they cannot be pickled.
-
-    It adds them again where they are needed.
-    """
-    for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
-                del module._forward_hooks[key]
-        module.__dict__.pop(CAPTURING, None)

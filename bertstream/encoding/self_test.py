@@ -2,8 +2,9 @@
 
 Each way is tried with the code that runs later (`BatchedForward`), on texts that hold what has broken packing or
 padding in some model: the ids of the mask, of padding and of the unknown token inside a text, a short text beside a far
-longer one, lengths around a window of the attention, and more tokens in one row than the model has positions. What is
-right is said by the model as it came, one text at a time, without padding, and by its own `hidden_states`.
+longer one, segment ids, lengths around a window of the attention, and more tokens in one row than the model has
+positions. What is right is said by the model as it came, one text at a time, without padding, and by its own
+`hidden_states`.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from .output_spec import OutputSpec
 from .own_model import own_copy
 from .pretrained import most_positions
 
-Run: TypeAlias = Callable[[Sequence[Int32Array]], list[list[Tensor]]]
-"""From texts to the vectors [T, H] of each layer and, within it, of each text."""
+Run: TypeAlias = Callable[[Sequence[Int32Array], Sequence[Int32Array] | None], list[list[Tensor]]]
+"""From texts and their segment ids to the vectors [T, H] of each layer and, within it, of each text."""
 
 MOST_TOKENS = 2048
 """Tokens of all the texts of one way, at most."""
@@ -51,6 +52,7 @@ class Probe:
         special_ids: ids that a text may hold and that a model may treat specially, beside those that the config names.
     Attributes:
         texts: the ids of each text.
+        segments: the segment ids of the first texts, as of pairs; empty where the model has none.
         right: the vectors [T, H] of each layer and, within it, of each text, float32.
         tolerance: relative L2 error that a text may have: 1e-5 in float32; where products are rounded, 8 times the
             difference between the model's own attention functions.
@@ -68,8 +70,10 @@ class Probe:
         self._positions = most_positions(cast(Any, model.config)) or 0
         self.skipped_id = _skipped_id(model)
         self.texts = probe_texts(model, special_ids)
+        self.segments = _probe_segments(model, self.texts)
         with plain_mode(next(model.parameters()).device):
             self.right = self._alone(model)
+            self._right_of_pairs = self._alone(model, self.segments) if self.segments else []
             self.tolerance = _EXACT if _is_exact(model) else max(1e-4, 8 * self._noise(model))
 
     def errors(self, run: Run) -> list[float]:
@@ -79,8 +83,12 @@ class Probe:
             run: gives the vectors of texts that share a forward, or several.
         """
         copies = self._copies()
-        found = run(self.texts * copies)
-        return [worst_error(layer, right * copies) for layer, right in zip(found, self.right, strict=True)]
+        found = run(self.texts * copies, None)
+        errors = [worst_error(layer, right * copies) for layer, right in zip(found, self.right, strict=True)]
+        if self.segments:
+            found = run(self.texts[: len(self.segments)], self.segments)
+            errors = list(map(max, errors, map(worst_error, found, self._right_of_pairs)))
+        return errors
 
     def worst_error(self, run: Run) -> float:
         """The worst of `errors`."""
@@ -97,25 +105,27 @@ class Probe:
         wanted = self._positions // tokens + 1 if self._positions <= _FEW_POSITIONS else 1
         return max(1, min(wanted, MOST_TOKENS // tokens))
 
-    def _alone(self, model: nn.Module) -> list[list[Tensor]]:
-        """One text at a time, each by the model as it was found."""
+    def _alone(self, model: nn.Module, segments: Sequence[Int32Array] | None = None) -> list[list[Tensor]]:
+        """One text at a time, each by the model as it was found; with segment ids the first texts only."""
         state = ModelState(model)
         by_text = []
-        for text in self.texts:
-            by_text.append([layer.float() for layer in self._states(model, text)])
+        for number, text in enumerate(self.texts if segments is None else self.texts[: len(segments)]):
+            types = None if segments is None else segments[number]
+            by_text.append([layer.float() for layer in self._states(model, text, types)])
             if state.differs():
                 self.changes_itself = True
                 state.put_back()
         return [list(layer) for layer in zip(*by_text, strict=True)]
 
-    def _states(self, model: nn.Module, text: Int32Array) -> list[Tensor]:
+    def _states(self, model: nn.Module, text: Int32Array, segments: Int32Array | None) -> list[Tensor]:
         name, parameter = type(model).__name__, next(model.parameters())
         ids = torch.from_numpy(text.astype(np.int64))[None].to(parameter.device)
         inner = any(layer < self.num_layers for layer in self.layers)
+        more: dict[str, Any] = {"output_hidden_states": True} if inner else {}
+        if segments is not None:
+            more["token_type_ids"] = torch.from_numpy(segments.astype(np.int64))[None].to(parameter.device)
         try:
-            out: Any = model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), **({"output_hidden_states": True} if inner else {})
-            )
+            out: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
             last = out.last_hidden_state
         except AttributeError as error:
             raise EncoderError(
@@ -311,8 +321,9 @@ def _run_of(model: nn.Module, support: BatchingSupport, probe: Probe) -> Run:
     forward = BatchedForward(model, OutputSpec(layers=probe.layers), support, probe.num_layers, ForwardSize(1 << 20))
     forward.eval()  # as frozen encoders are: in train mode nothing runs fused
 
-    def run(texts: Sequence[Int32Array]) -> list[list[Tensor]]:
+    def run(texts: Sequence[Int32Array], segments: Sequence[Int32Array] | None) -> list[list[Tensor]]:
         batch = batch_of(texts)
+        batch.token_type_ids = None if segments is None else np.concatenate(segments)
         return [list(layer.split(batch.lengths.tolist())) for layer in forward._token_vectors(batch, None, None)]
 
     return run
@@ -354,6 +365,15 @@ def probe_texts(model: nn.Module, special_ids: Sequence[int | None] = ()) -> lis
             if len(text) > 2:
                 text[1 + (2 * number + 3 * place) % (len(text) - 2)] = special
     return texts
+
+
+def _probe_segments(model: nn.Module, texts: Sequence[Int32Array]) -> list[Int32Array]:
+    """Segment ids of the first texts, the last of which is of one segment; none where the model takes no others."""
+    takes_them = "token_type_ids" in inspect.signature(model.forward).parameters
+    if not takes_them or (getattr(cast(Any, model.config), "type_vocab_size", None) or 0) < 2:
+        return []
+    firsts = [len(text) // 2 for text in texts[:3]] + [len(texts[3])]
+    return [(np.arange(len(text)) >= first).astype(np.int32) for text, first in zip(texts, firsts, strict=False)]
 
 
 def _odd_lengths(config: Any) -> Iterator[int]:

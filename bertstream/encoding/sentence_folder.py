@@ -17,7 +17,7 @@ from typing import Any, cast
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import ConfigError, EncoderError
+from ..errors import ConfigError, EncoderError, shortened
 from .pooling import SentencePooling
 from .sentence_head import Dense, HeadModule, unknown_dense
 
@@ -134,17 +134,19 @@ def read_sentence_folder(read: Callable[[str], Any]) -> SentenceFolder | None:
     Returns:
         None if it is no sentence-transformers folder.
     Raises:
-        EncoderError: its default prompt is none of its prompts.
+        EncoderError: a file does not hold what its name says, or the default prompt is none of the prompts.
     """
     listed = read("modules.json")
     if listed is None:
         return None
+    if not (isinstance(listed, list) and all(isinstance(m, dict) and isinstance(m.get("type"), str) for m in listed)):
+        raise EncoderError(f'modules.json holds {shortened(listed)}: it must be a list of modules, each with a "type"')
     modules = [(_kind(module["type"]), module.get("path", "")) for module in listed]
     transformer = modules[0][1] if modules and modules[0][0] == "Transformer" else ""
     unknown = [] if modules and modules[0][0] == "Transformer" else ["its first module is no Transformer"]
     pooled: Mapping[str, Any] = {}
     if modules[1:] and modules[1][0] == "Pooling":
-        pooled = read(f"{modules[1][1]}/config.json") or {}
+        pooled = _settings(read, f"{modules[1][1]}/config.json")
     else:
         unknown.append("its second module is no Pooling")
     pooling, not_known = _pooling(pooled)
@@ -152,7 +154,7 @@ def read_sentence_folder(read: Callable[[str], Any]) -> SentenceFolder | None:
     head = []
     for kind, path in modules[2:]:
         if kind == "Dense":
-            config = read(f"{path}/config.json") or {}
+            config = _settings(read, f"{path}/config.json")
             head.append(HeadModule(path, config))
             unknown += [f"{path}/config.json: {setting}" for setting in unknown_dense(config)]
         elif kind == "Normalize":
@@ -163,9 +165,19 @@ def read_sentence_folder(read: Callable[[str], Any]) -> SentenceFolder | None:
     while head and head[-1].config is None:
         head.pop()
     names = [f"{transformer}/{name}".removeprefix("/") for name in _TRANSFORMER_CONFIGS]
-    settings: Mapping[str, Any] = next((found for name in names if (found := read(name))), {})
-    about = read("config_sentence_transformers.json") or {}
-    prompts = {name: text or "" for name, text in (about.get("prompts") or {}).items()}
+    settings: Mapping[str, Any] = next((found for name in names if (found := _settings(read, name))), {})
+    longest = settings.get("max_seq_length")
+    if not (longest is None or (type(longest) is int and longest > 0)):
+        raise EncoderError(
+            f"the folder's max_seq_length is {shortened(longest)}: it must be a number of tokens, or null"
+        )
+    about = _settings(read, "config_sentence_transformers.json")
+    named = about.get("prompts") or {}
+    if not (isinstance(named, dict) and all(isinstance(text, str | None) for text in named.values())):
+        raise EncoderError(
+            f"config_sentence_transformers.json: prompts={shortened(named)}, which must be texts by their names"
+        )
+    prompts = {name: text or "" for name, text in named.items()}
     chosen = about.get("default_prompt_name")
     if chosen is not None and chosen not in {"query", "document", *prompts}:
         raise EncoderError(
@@ -178,13 +190,23 @@ def read_sentence_folder(read: Callable[[str], Any]) -> SentenceFolder | None:
         head=tuple(head),
         normalize=normalize,
         include_prompt=pooled.get("include_prompt", True),
-        max_length=settings.get("max_seq_length"),
+        max_length=longest,
         lowercase=bool(settings.get("do_lower_case")),
         prompts=prompts,
         default_prompt=prompts.get(chosen, "") if chosen is not None else "",
         unknown_modules=tuple(unknown),
         unknown_settings=tuple(_unknown_settings(settings)),
     )
+
+
+def _settings(read: Callable[[str], Any], file: str) -> Mapping[str, Any]:
+    """The object in a JSON file; empty where there is no such file."""
+    found = read(file)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise EncoderError(f"{file} holds {shortened(found)}: it must be a JSON object")
+    return found
 
 
 def _kind(module: str) -> str:

@@ -23,7 +23,9 @@ def check_texts(texts: Any) -> None:
         way_out = "pass the list of texts under one of its keys"
         if "input_ids" in texts:
             parts = ("input_ids", "attention_mask", *(["token_type_ids"] if "token_type_ids" in texts else []))
-            way_out = f"padded ids go in as TokenBatch.from_padded({', '.join(parts)})"
+            way_out = (
+                f"tokenize with padding=True, return_tensors='pt', and pass TokenBatch.from_padded({', '.join(parts)})"
+            )
         raise ConfigError(f"texts is a {kind} with the keys {shortened(list(texts))}: {way_out}")
     columns = table_columns(texts)
     if columns is not None:

@@ -138,7 +138,9 @@ class TextTokenizer:
         self.prompt = prompt
         self.prompt_counts = prompt_counts
         self.limit = limit or f"the model takes {max_length}"
-        self._keeps_end = overflow == "truncate" and getattr(tokenizer, "truncation_side", "right") == "left"
+        side = getattr(tokenizer, "truncation_side", "right")
+        check_choice("tokenizer.truncation_side", side, Literal["right", "left"])
+        self._keeps_end = overflow == "truncate" and side == "left"
         self._splits_special = bool(getattr(tokenizer, "split_special_tokens", backend.encode_special_tokens))
         self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()) if prompt else ())
         self._blanks = find_blanks(backend)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import logging
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,8 @@ from .layers import begin_at, begun_with, unroll
 from .own_model import own_copy
 from .rows import RowForward
 from .self_test import batch_of, probe_texts, worst_error
+
+logger = logging.getLogger(__name__)
 
 
 class UpperEncoder(RowForward):
@@ -39,7 +43,7 @@ class UpperEncoder(RowForward):
         begin_at(model, at, keep_pooler="pooler" in whole.pooling)
         if whole.batching.packs:
             cast(Any, model).set_attn_implementation(PACKED)
-        batching = dataclasses.replace(whole.batching, way="packed") if whole.batching.packs else whole.batching
+        batching = dataclasses.replace(whole._batching, way="packed") if whole.batching.packs else whole._batching
         super().__init__(model, whole.spec, batching, whole._num_layers, whole._size.copied())
         self.at = at
         self.eval()
@@ -81,6 +85,14 @@ class UpperEncoder(RowForward):
         return [given if layer == self.at else states for layer, states in zip(self.layers, found, strict=True)]
 
 
+def cannot_split(model: nn.Module, at: int) -> ConfigError:
+    """The error to raise from what went wrong, which speaks of other arguments than `at`."""
+    return ConfigError(
+        f"split(at={at}): {type(model).__name__} cannot be split, because its layers do not run one by one from "
+        f"layer {at} on; train it whole, with unfreeze()"
+    )
+
+
 def upper_half(at: int, whole: BatchedForward, lower: BatchedForward) -> UpperEncoder:
     """Make the upper half of an encoder, and compare both halves with the whole.
 
@@ -99,10 +111,7 @@ def upper_half(at: int, whole: BatchedForward, lower: BatchedForward) -> UpperEn
             (given,) = lower._token_vectors(batch, None, None)
             found = upper._token_vectors(batch, given.to(upper.dtype), None)
     except Exception as error:  # whatever a model does that has no plain list of layers
-        raise ConfigError(
-            f"split(at={at}): {type(whole.model).__name__} cannot be split ({type(error).__name__}: {error}); train "
-            "it whole, with unfreeze()"
-        ) from error
+        raise cannot_split(whole.model, at) from error
     lengths = batch.lengths.tolist()
     worst = max(worst_error(a.split(lengths), b.split(lengths)) for a, b in zip(found, right, strict=True))
     if not worst <= (1e-5 if whole.dtype == torch.float32 else 1e-2):
@@ -111,3 +120,19 @@ def upper_half(at: int, whole: BatchedForward, lower: BatchedForward) -> UpperEn
             f"{worst:.1e}); train it whole, with unfreeze()"
         )
     return upper
+
+
+def keep_apart(lower: BatchedForward, upper: BatchedForward) -> None:
+    """Give the lower half a copy of the parameters that both halves use, for training changes the upper half's."""
+    uppers = {id(parameter) for parameter in upper.parameters()}
+    lowers = {id(parameter): parameter for parameter in lower.parameters()}
+    if uppers.isdisjoint(lowers):
+        return
+    logger.warning(
+        "both halves of %s use %d of its parameters: the lower half keeps their present values, the upper half "
+        "trains them, and the trained upper half fits this lower half only",
+        type(lower.model).__name__,
+        len(uppers & lowers.keys()),
+    )
+    alone: Any = {key: parameter for key, parameter in lowers.items() if key not in uppers}
+    lower.model = copy.deepcopy(lower.model, alone)

@@ -93,6 +93,8 @@ def _model(name: str, dtype: DType, device: torch.device) -> dict[str, Any]:
         encoder = Encoder.from_pretrained(name, dtype=dtype, device=device)
     except BertstreamError as error:
         return {"error": " ".join(str(error).split())}
+    forward_tokens = encoder.calibrate()
+    encoder(["a text"])  # copies weights, where it runs fused
     return {
         "architecture": type(encoder.model).__name__,
         "parameters": sum(parameter.numel() for parameter in encoder.model.parameters()),
@@ -102,7 +104,9 @@ def _model(name: str, dtype: DType, device: torch.device) -> dict[str, Any]:
         "dtype": _name(encoder.dtype),
         "max_length": encoder.tokenizer.max_length,
         "embedding_dim": encoder.embedding_dim,
-        "forward_tokens": encoder.calibrate(),
+        "forward_tokens": forward_tokens,
+        "weight_bytes": sum(parameter.nbytes for parameter in encoder.model.parameters()),
+        "copied_weight_bytes": encoder.copied_bytes,
     }
 
 

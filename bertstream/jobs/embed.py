@@ -25,7 +25,8 @@ from tqdm import tqdm
 from ..caching.cache import EmbeddingCache, as_bytes
 from ..embeddings import Embeddings, SupportsCache
 from ..errors import ConfigError, StateError, check_at_least
-from ..loader import EmbeddingLoader, stream
+from ..loader import stream
+from ..pipeline.embedding_loader import EmbeddingLoader
 from ..reading.config import StreamConfig
 from ..reading.dataset import Shards
 from ..system.distributed import rank_and_world_size
@@ -100,7 +101,7 @@ def embed(
         reading=reading,
     )
     settings = {"format": format, "part_bytes": largest, "encoder": fingerprint.hex()}
-    folder_of = _Folder(Path(out), settings, ending_of(format), encoder=repr(encoder))
+    folder_of = _Folder(Path(out).expanduser(), settings, ending_of(format), encoder=repr(encoder))
     with closing(loader), folder_of.opened(loader.state_dict()) as folder:
         before = dict(folder.counts)
         try:

@@ -71,4 +71,4 @@ class StageClocks:
             }
             for stage, thread, started, seconds, items in list(self._spans)
         ]
-        Path(path).write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+        Path(path).expanduser().write_text(json.dumps({"traceEvents": events}), encoding="utf-8")

@@ -22,7 +22,8 @@ from .clocks import StageClocks
 from .coalesce import encode_together
 from .fields import Field
 from .groups import GroupBudget
-from .source import Entry, EpochStatus
+from .progress import Entry
+from .source import EpochStatus
 
 logger = logging.getLogger(__name__)
 

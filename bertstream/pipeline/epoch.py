@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -23,7 +22,10 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, TypeVar
 
+import numpy as np
+
 from ..embeddings import Layout
+from ..encoding.cutting import warn_of_cut
 from ..errors import LoaderClosedError, described
 from ..reading.dataset import TextStream
 from ..system.distributed import Peers
@@ -35,10 +37,9 @@ from .encode import BatchEncoder, Ready, encode, tokenize
 from .fields import Field, texts_of, with_vectors
 from .groups import GroupBudget, gather, group_tokens
 from .lockstep import in_lockstep
-from .source import Entry, EpochStatus, Progress, Source, read
+from .progress import Entry, Progress
+from .source import EpochStatus, Source, read
 from .step_clock import StepClock
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -74,9 +75,10 @@ class Counts:
             self.texts += len(tokens)
             self.tokens += tokens.num_tokens
             self.padded_tokens += len(tokens) * int(tokens.lengths.max(initial=0))
-            self.cut_texts += int((tokens.cut_tokens > 0).sum())
-            self.cut_words += int(tokens.cut_words.sum())
-            self.cut_tokens += int(tokens.cut_tokens.sum())
+            if tokens.cut_tokens.any():
+                self.cut_texts += np.count_nonzero(tokens.cut_tokens)
+                self.cut_words += int(tokens.cut_words.sum())
+                self.cut_tokens += int(tokens.cut_tokens.sum())
 
     def left(self, texts: int) -> None:
         """Add texts that nobody receives."""
@@ -315,9 +317,8 @@ def _within(
 def _report_truncation(before: Counts, after: Counts) -> None:
     texts = after.cut_texts - before.cut_texts
     if texts:
-        logger.warning(
-            "truncation cut %d of %d texts in this epoch, by %d words and %d tokens in all: overflow='windows' keeps "
-            "them",
+        warn_of_cut(
+            "in this epoch",
             texts,
             after.texts - before.texts,
             after.cut_words - before.cut_words,

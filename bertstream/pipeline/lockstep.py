@@ -15,7 +15,8 @@ from ..reading.state import cursor_from_json, cursor_to_json
 from ..system.distributed import Peers
 from ..tokens import TokenBatch
 from .groups import GroupBudget
-from .source import Entry, EpochStatus
+from .progress import Entry
+from .source import EpochStatus
 
 logger = logging.getLogger(__name__)
 

@@ -77,7 +77,7 @@ def plot_lengths(
     for axes in (left, right):
         _plain(axes)
     right.spines["bottom"].set_visible(False)
-    figure.savefig(path, dpi=150, transparent=True)
+    figure.savefig(os.path.expanduser(path), dpi=150, transparent=True)
 
 
 def plot_step(path: str | os.PathLike[str], *, loop: Mapping[str, float], work: Mapping[str, float]) -> None:
@@ -109,7 +109,7 @@ def plot_step(path: str | os.PathLike[str], *, loop: Mapping[str, float], work: 
         axes.set_title(title, loc="left", color=TEXT)
         _plain(axes)
     both[-1].set(xlabel="milliseconds per batch", xlim=(0, max(sum(loop.values()), sum(work.values())) or 1.0))
-    figure.savefig(path, dpi=150, transparent=True)
+    figure.savefig(os.path.expanduser(path), dpi=150, transparent=True)
 
 
 def _plain(axes: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 LOOP = ("step", "wait")
 """The stages of the training loop."""
 
@@ -68,16 +70,17 @@ _ADVICE = {
     "read": ("Reading", "more workers (num_workers=), larger or local shards, or shard_cache="),
     "tokenize": ("Tokenizing", "worker processes (num_workers= of stream, or TokenCollate with wrap)"),
     "lookup": ("The cache's look-up", "larger batches"),
-    "encode": ("Encoding", "a lower layer, dtype='bfloat16' where the device is fast at it, another device"),
+    "encode": ("Encoding", "a lower layer, another device"),
     "hand_over": ("Laying out the batch", "layout=None, which yields the packed rows"),
 }
 
 
-def bottleneck(stats: Mapping[str, float]) -> str:
+def bottleneck(stats: Mapping[str, float], dtype: torch.dtype | None = None) -> str:
     """Say in one sentence what a training loop waits for, and what would help.
 
     Args:
         stats: of `EmbeddingLoader.stats`; the `*_s` seconds and the numbers of batches, workers and lanes are used.
+        dtype: the encoder's, if it has one.
     """
     wait, step = stats["wait_s"], stats["step_s"]
     if not stats["batches"]:
@@ -89,6 +92,8 @@ def bottleneck(stats: Mapping[str, float]) -> str:
     slowest = max(works, key=lambda stage: works[stage])
     part = works[slowest] / (sum(works.values()) or 1.0)
     name, help_with = _ADVICE[slowest]
+    if slowest == "encode" and dtype in (None, torch.float32):
+        help_with = f"dtype='bfloat16' where the device is fast at it, {help_with}"
     if slowest == "encode" and "cache_misses" not in stats:
         help_with = f"a cache, {help_with}"
     if slowest == "lookup" and 2 * stats.get("cache_disk_read_s", 0.0) > works["lookup"]:

@@ -41,6 +41,16 @@ class StreamConfig(Access):
             it. Where there are fewer remote shards than lanes, they are downloaded at the start, to be cut into pieces.
         stall_warning_s: seconds after which a read of a URL or pipe that is still waiting is named in the log; None is
             never.
+        delimiter: between the fields of csv and tsv; None is "," for csv and a tab for tsv.
+        quoting: whether quotes enclose fields of csv and tsv. "standard": as in RFC 4180, with inner quotes doubled.
+            "none": a quote is a character like others, and a line is a row. "auto": "standard" for csv; for tsv what
+            the header and first rows of each shard show, which the log says.
+        header: whether the first row of csv and tsv names the columns; or their names, if the files have no such row.
+            The columns of False are called "0", "1" and so on.
+        encoding: of txt, csv and tsv, such as "cp1252". jsonl, and text in tars, is UTF-8.
+        max_record_bytes: the longest line, row of csv, or record of a tar (the members that are read); a longer one is
+            a broken record. Without a limit a quote that is never closed, or a file without newlines, would be read
+            into memory whole. 64 MiB is a thousand times the text that the longest encoders take.
         window: the old name of `bucket_size`; deprecated, gone in the next version.
     Raises:
         ConfigError: a value of a wrong type or out of range.

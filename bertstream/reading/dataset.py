@@ -16,8 +16,10 @@ from ..errors import BertstreamError, ConfigError, StateError, check_at_least
 from ..system.distributed import rank_and_world_size
 from ..system.process import collect_garbage_rarely, exit_with_parent
 from ..tokens import Cursor, SupportsTokenize, TokenBatch
+from .access import DEFAULT_ACCESS
 from .bad_records import BadRecords
 from .config import StreamConfig
+from .delimited import reads_unquoted
 from .lane_batches import LaneBatches, LaneEnd
 from .layout import Layout, lay_out
 from .options import ReadOptions
@@ -27,6 +29,9 @@ from .shards import Piece, expand_shards
 from .state import StreamProgress, layout_ranks_of
 
 logger = logging.getLogger(__name__)
+
+# A state holds these only where they differ: those of older versions have none.
+_FORMAT_OPTIONS = ("delimiter", "quoting", "header", "encoding", "max_record_bytes")
 
 Shards: TypeAlias = Any  # paths and URLs, str or PathLike, one or several; or a dataset of rows
 StreamItem: TypeAlias = TokenBatch | LaneEnd | BertstreamError
@@ -148,9 +153,23 @@ class TextStream(IterableDataset[TokenBatch]):
             "max_tokens": self._batches.max_tokens,
             "text": list(self._options.texts),
             "passes_over_bad_records": self._reading.max_bad_records > 0,
+            **self._format_settings,
             "tokenizer": self._tokenizer_digest,
             "shards": layout.digest,
         }
+
+    @cached_property
+    def _format_settings(self) -> dict[str, str]:
+        """How rows are read, where that is not as in version 0.1.0, whose states have no such entries."""
+        changed = {
+            option: str(value)
+            for option in _FORMAT_OPTIONS
+            if (value := getattr(self._reading, option)) != getattr(DEFAULT_ACCESS, option)
+        }
+        local = self.shards if self._options.rows is None else ()
+        if unquoted := sum(reads_unquoted(path, self._reading) for path in local):
+            changed["shards_found_without_quoting"] = str(unquoted)
+        return changed
 
     @cached_property
     def _tokenizer_digest(self) -> str:

@@ -11,6 +11,9 @@ from ..tokens import Text
 from .access import DEFAULT_ACCESS, Access
 from .raw import RecordError, excerpt
 
+RESERVED = ("__key__", "__shard__", "__index__", "__repeated__")
+"""Fields that a batch has of its own."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadOptions:
@@ -25,7 +28,7 @@ class ReadOptions:
         rows: a dataset to read instead of shards, see `split_rows`; None for shards.
         required: the fields that every record must have: the texts, and the names in `fields`.
     Raises:
-        ConfigError: an argument has the wrong type, or `fields` names a text.
+        ConfigError: an argument has the wrong type, `fields` names a text, or a name is one of `RESERVED`.
     """
 
     text: str = "text"
@@ -48,6 +51,9 @@ class ReadOptions:
         names = list(self.fields or ())
         if not all(isinstance(name, str) for name in names):
             raise ConfigError(f"fields takes names of fields; got {names!r}")
+        for name in (*self.texts, *names):
+            if name in RESERVED:
+                raise ConfigError(f"{name!r} is a field that each batch has of its own: rename it in the data")
         for text in self.texts:
             if text in names:
                 raise ConfigError(f"fields lists the other fields: leave out {text!r}, which is the text")
@@ -68,7 +74,8 @@ def take_text_and_fields(values: dict[str, Any], options: ReadOptions) -> tuple[
         values: the record's fields; the texts are removed from it.
         options: what to take.
     Raises:
-        RecordError: a required field is missing, a text is no text, or a function of `fields` raised.
+        RecordError: a required field is missing, a text is no text, a field that is kept has the name of one that each
+            batch has of its own, or a function of `fields` raised.
     """
     check_required(options, values)
     text: Text = _checked_text(values.pop(options.text), options.text)
@@ -78,6 +85,9 @@ def take_text_and_fields(values: dict[str, Any], options: ReadOptions) -> tuple[
             raise RecordError("the two texts of a pair must both be strings, or both lists of words", options.pair)
         text = cast(Text, (text, second))
     if options.fields is None:
+        for name in RESERVED:
+            if name in values:
+                raise RecordError("each batch has a field of this name: rename it, or name others with fields=", name)
         return text, values
     if not isinstance(options.fields, Mapping):
         return text, {name: values[name] for name in options.fields}

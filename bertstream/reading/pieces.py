@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from ..errors import ConfigError, ShardError, check_at_least, described
 from .access import BUFFER_BYTES, DEFAULT_ACCESS, Access, is_local, is_pipe
+from .delimited import DELIMITERS, Table, read_csv
 from .faults import file_version
 from .files import local_path, open_bytes
-from .lines import DELIMITERS, csv_rows, read_csv
+from .lines import BLANKS
 from .options import ReadOptions
 from .parquet import ParquetReader
 from .raw import BOM
@@ -31,8 +32,9 @@ def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[
 
     Parquet is cut between row groups, local or remote. Other formats are cut if they are uncompressed and local;
     `access.shard_cache` makes a remote one local. Finding the cuts reads the file up to the last one, of a tar only the
-    headers. A csv is cut only before its first quote that RFC 4180 forbids: beyond it, only a full parse finds the
-    rows. A shard that cannot be cut is one piece.
+    headers. A csv in which quotes enclose fields is cut only before its first quote that RFC 4180 forbids: beyond it,
+    only a full parse finds the rows; and not at all in encodings such as GBK, whose characters may hold the byte of a
+    quote. A shard that cannot be cut is one piece.
 
     Args:
         path: a path, URL or `pipe:` command.
@@ -57,7 +59,7 @@ def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[
             elif (file := local_path(path, access)) is not None:
                 with open(file, "rb", buffering=BUFFER_BYTES) as stream:
                     size = os.fstat(stream.fileno()).st_size
-                    cuts.extend(_cuts(_record_starts(stream, kind.format, path), size, parts))
+                    cuts.extend(_cuts(_record_starts(stream, kind.format, path, access), size, parts))
         except (ShardError, ConfigError):
             raise
         except read_errors(path, kind) as error:
@@ -97,7 +99,7 @@ def count_records(path: str, options: ReadOptions) -> int | None:
                     for _ in itertools.groupby(TarReader(stream, 0).members(), lambda member: member.key):
                         count += 1
                 return count
-            return sum(len(starts) for starts in _record_starts(stream, kind.format, path))
+            return sum(len(starts) for starts in _record_starts(stream, kind.format, path, options.access))
     except (ShardError, ConfigError):
         raise
     except read_errors(path, kind) as error:
@@ -132,7 +134,7 @@ def _group_cuts(file: ParquetReader, parts: int) -> Iterator[tuple[int, int]]:
             yield file.first_rows[group + 1], 0
 
 
-def _record_starts(stream: BinaryIO, kind: str, path: str) -> Iterator[npt.NDArray[np.int64]]:
+def _record_starts(stream: BinaryIO, kind: str, path: str, access: Access) -> Iterator[npt.NDArray[np.int64]]:
     if kind == "tar":
         tar = TarReader(stream, 0)
         # A broken tar is cut up to where it breaks; reading the last piece reports it.
@@ -142,34 +144,76 @@ def _record_starts(stream: BinaryIO, kind: str, path: str) -> Iterator[npt.NDArr
                     return
                 yield np.array([next(members).info.offset])
         return
-    delimiter = DELIMITERS.get(kind)
-    if delimiter:
-        csv_rows(stream, path, delimiter)
+    quoted: Table | None = None
+    if (delimiter := DELIMITERS.get(kind)) is not None:
+        table = Table(stream, path, access, delimiter)
+        table.seek_rows()
+        if table.quoted:
+            if not table.one_byte_characters:
+                return
+            quoted = table
     elif stream.read(len(BOM)) != BOM:
         stream.seek(0)
-    yield from _line_starts(stream, delimiter, count_blank=kind == "txt")
+    blanks = {"txt": None, "csv": b"\r", "tsv": b"\r"}.get(kind, BLANKS)
+    yield from _line_starts(stream, quoted, blanks, access.max_record_bytes)
 
 
-def _line_starts(stream: BinaryIO, delimiter: str | None, *, count_blank: bool) -> Iterator[npt.NDArray[np.int64]]:
-    """Starts of lines; with a delimiter, starts of rows, which end at newlines after an even number of quotes."""
+def _line_starts(
+    stream: BinaryIO, quoted: Table | None, blanks: bytes | None, limit: int
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Starts of lines.
+
+    Args:
+        stream: at the first line.
+        quoted: if quotes enclose fields, the table whose rows begin here: they end at newlines after an even number of
+            quotes. No start is found beyond a row that only a full parse understands.
+        blanks: what a line that is no record consists of; None counts empty lines too.
+        limit: the most bytes of a row.
+    """
     position = start = stream.tell()
-    quoted = 0  # 1 if the block begins inside quotes
+    inside = 0  # 1 if the block begins inside quotes
     while block := stream.read(_BLOCK_BYTES):
         block += stream.readline()
         data = np.frombuffer(block if block.endswith(b"\n") else block + b"\n", np.uint8)
         ends = np.flatnonzero(data == ord("\n"))
-        if delimiter:
+        if quoted is not None:
             quotes = np.flatnonzero(data == ord('"'))
-            if not _obeys_rfc_4180(data, quotes[quoted::2], quotes[1 - quoted :: 2], delimiter):
+            if not _obeys_rfc_4180(data, quotes[inside::2], quotes[1 - inside :: 2], quoted.delimiter):
                 return
-            ends = ends[(np.searchsorted(quotes, ends) + quoted) % 2 == 0]
-            quoted = (quoted + len(quotes)) % 2
+            within = (np.searchsorted(quotes, ends) + inside) % 2 == 1
+            if quoted.refuses_joined_rows and _may_join_rows(data, ends, within, quoted):
+                return
+            ends = ends[~within]
+            inside = (inside + len(quotes)) % 2
         starts = np.concatenate([[start], position + ends + 1])
         start = int(starts[-1])  # of a record in the next block
-        lengths = np.diff(starts) - 1
-        blank = (lengths == 0) | ((lengths == 1) & (data[ends - 1] == ord("\r")))
-        yield starts[:-1][~blank | count_blank]
+        lengths = np.diff(starts)
+        if quoted is not None and len(lengths) and lengths.max() > limit:  # a broken row, and its lines are rows
+            return
+        if blanks is None:
+            yield starts[:-1]
+        else:
+            yield starts[:-1][_hold_more(block, starts - position, blanks)]
         position += len(data)
+
+
+def _hold_more(block: bytes, bounds: npt.NDArray[np.int64], blanks: bytes) -> npt.NDArray[np.bool_]:
+    """Which of the lines, or rows, between bounds in a block hold more than blanks; the first may begin before it."""
+    lengths = np.diff(bounds)
+    firsts = np.frombuffer(block, np.uint8)[np.maximum(bounds[:-1], 0)]
+    held = lengths > 1
+    for i in np.flatnonzero(held & (bounds[:-1] >= 0) & np.isin(firsts, np.frombuffer(blanks, np.uint8))):
+        held[i] = bool(block[bounds[i] : bounds[i + 1]].strip(blanks + b"\n"))
+    return held
+
+
+def _may_join_rows(
+    data: npt.NDArray[np.uint8], ends: npt.NDArray[np.intp], within: npt.NDArray[np.bool_], table: Table
+) -> bool:
+    """Whether a quote may have joined whole rows, which `QuotedRows` refuses: it finds a row's two first lines full."""
+    delimiters = np.flatnonzero(data == ord(table.delimiter))
+    full = np.diff(np.searchsorted(delimiters, ends), prepend=0) == len(table.columns) - 1
+    return len(table.columns) > 1 and bool((full[:-1] & full[1:] & within[:-1]).any() or (full[-1] and within[-1]))
 
 
 def _obeys_rfc_4180(

@@ -53,17 +53,30 @@ def broken(error: RecordError) -> dict[str, Any]:
     raise error
 
 
-def parse_utf8(data: bytes, name: str | None = None) -> str:
+def parse_text(data: bytes, name: str | None = None, encoding: str = "utf-8") -> str:
     """Decode bytes of the field `name`.
 
     Raises:
-        RecordError: the bytes are not UTF-8.
+        RecordError: the bytes are not of this encoding.
     """
     try:
-        return data.decode("utf-8")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
         near = data[max(error.start - 20, 0) : error.start + 20]
-        raise RecordError(f"not UTF-8: byte 0x{data[error.start]:02x} in {excerpt(near)}", name) from error
+        hint = "; other encodings of txt, csv and tsv: StreamConfig(encoding=)" if encoding == "utf-8" else ""
+        message = f"not {encoding.upper()}: byte 0x{data[error.start]:02x} in {excerpt(near)}{hint}"
+        raise RecordError(message, name) from error
+
+
+def check_size(num_bytes: int, limit: int, what: str, name: str | None = None) -> None:
+    """Refuse a record, or its field `name`, that is larger than `max_record_bytes`.
+
+    Raises:
+        RecordError: with the limit.
+    """
+    if num_bytes > limit:
+        message = f"more than {limit} bytes in {what}: write StreamConfig(max_record_bytes=) if that is no fault"
+        raise RecordError(message, name)
 
 
 def parse_json(data: bytes, name: str | None = None) -> Any:
@@ -72,7 +85,7 @@ def parse_json(data: bytes, name: str | None = None) -> Any:
     Raises:
         RecordError: the bytes are not UTF-8 or not JSON.
     """
-    text = parse_utf8(data, name).strip(_JSON_BLANKS)
+    text = parse_text(data, name).strip(_JSON_BLANKS)
     try:
         value, end = _DECODER.raw_decode(text)  # `decode` finds blanks by regular expressions: a microsecond more
         return value if end == len(text) else _DECODER.decode(text)

@@ -4,7 +4,7 @@
     .tar .tgz              consecutive members that share a name up to its first    the members' common name
                            dot; a field is named by the rest of the member's name
     .jsonl .ndjson         a line: one JSON object; blank lines are no records      <file name>:<index>
-    .csv .tsv              a row under a header row; blank lines are no records     <file name>:<index>
+    .csv .tsv              a row; blank lines are no records                        <file name>:<index>
     .txt                   a line, blank ones too; its only field is "text"         <file name>:<index>
     .parquet               a row                                                    <file name>:<index>
 
@@ -26,9 +26,10 @@ from typing import BinaryIO, TypeAlias
 from ..errors import ConfigError, ShardError, check_at_least, described
 from ..tokens import Record
 from .access import is_local
+from .delimited import DELIMITERS, read_csv
 from .faults import outside_fault
 from .files import open_bytes
-from .lines import DELIMITERS, read_csv, read_jsonl, read_txt
+from .lines import read_jsonl, read_txt
 from .options import ReadOptions, take_text_and_fields
 from .parquet import read_parquet
 from .raw import RawRecord, RecordError

@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -39,21 +39,26 @@ class RemoteReadError(OutsideError):
 
 
 def list_url(url: str, access: Access) -> list[str]:
-    """The URLs that a URL with `*` matches.
+    """The URLs that a URL with `*` matches; of a chain such as zip://*.jsonl::s3://bucket/*.zip, in each of its links.
 
     Raises:
-        ShardError: the server cannot list them.
+        ShardError: the server cannot list them, or an archive cannot be read.
     """
-    chain, separator, _ = url.rpartition("::")
-
-    def matches() -> list[str]:
-        filesystem, pattern = url_to_fs(url, **access.storage_options)
-        return [chain + separator + filesystem.unstrip_protocol(name) for name in filesystem.glob(pattern)]
-
     try:
-        return with_retries(url, matches)
+        return with_retries(url, lambda: _matches(url, access.storage_options))
     except Exception as error:  # fsspec's file systems may raise anything
         raise ShardError(f"{url}: cannot be listed: {described(error)}", path=url) from error
+
+
+def _matches(url: str, options: Mapping[str, Any]) -> list[str]:
+    first, chained, rest = url.partition("::")
+    if chained and ("*" in rest or "://" not in first):
+        own = first.partition("://")[0]
+        tails = _matches(rest, {name: value for name, value in options.items() if name != own})
+        chains = [f"{first}::{tail}" for tail in tails]
+        return [name for chain in chains for name in _matches(chain, options)] if "*" in first else chains
+    filesystem, pattern = url_to_fs(url, **options)
+    return [filesystem.unstrip_protocol(name) + chained + rest for name in filesystem.glob(pattern)]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -125,6 +130,7 @@ class RemoteFile(io.RawIOBase):
         self._options = access.storage_options
         self._watch = Watch(path, access.stall_warning_s)
         self._file: Any = None
+        self._filesystem: Any = None
         self._position = 0
         self._block_bytes = _REMOTE_BLOCK_BYTES
         self._has_range = True
@@ -193,7 +199,7 @@ class RemoteFile(io.RawIOBase):
         if self._file is not None:
             with suppress(Exception):  # a broken connection may fail to close
                 self._file.close()
-            self._file = None
+            self._file = self._filesystem = None
 
     def _open(self) -> None:
         with self._watch:
@@ -207,6 +213,7 @@ class RemoteFile(io.RawIOBase):
                 was, now = (f"{size} bytes, ETag {tag}" for size, tag in (self._version, version))
                 raise RemoteReadError(f"it changed while it was read: {was} at first, {now} now")
             self._version = version
+            self._filesystem = filesystem  # an archive's closes its files when it is collected
             # A block size of 0 tells fsspec to stream the file from its beginning in one request.
             self._file = filesystem.open(name, "rb", block_size=self._block_bytes if self._has_range else 0)
 

@@ -23,7 +23,7 @@ _ENDING = re.compile(
     re.IGNORECASE,
 )
 _ENDINGS = ".tar, .jsonl, .ndjson, .csv, .tsv, .txt, each also with .gz or .zst, .tgz and .parquet"
-_READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
+READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
 """What reading a local shard may raise if the shard is missing or broken."""
 
 
@@ -56,9 +56,10 @@ def expand_shards(
 ) -> list[str]:
     """List the shards of a pattern, or of a sequence of patterns.
 
-    Braces expand as in a shell, in paths, URLs and `pipe:` commands. `*`, `**`, `?` and `[...]` in a local path and `*`
-    in a URL match files, in sorted order. A pattern that is itself the name of a local file means that file. A shard
-    named twice is read twice.
+    Braces expand as in a shell, in paths, URLs and `pipe:` commands; a `~` at the start of a path is the home folder.
+    `*`, `**`, `?` and `[...]` in a local path and `*` in a URL match files, in sorted order; in a chain of fsspec, such
+    as zip://*.jsonl::s3://bucket/*.zip, in each of its links. A pattern that is itself the name of a local file means
+    that file. A shard named twice is read twice.
 
     Args:
         shards: such as "train-{000..146}.tar", "data/*.jsonl", "s3://bucket/a.csv.gz", or a sequence of them.
@@ -114,7 +115,9 @@ def shard_kind(path: str) -> ShardKind:
     if is_pipe(path):
         name = path.split()[-1].strip("'\"()")
     elif is_url(path):  # a chain of fsspec, such as zip://a.txt::s3://b/c.zip, names the file in its first link
-        name = re.split("[?#]", next(link for link in path.split("::") if "://" in link))[0]
+        name = next(link for link in path.split("::") if "://" in link)
+        if name.startswith(("http://", "https://")):  # elsewhere ? and # are part of a name
+            name = re.split("[?#]", name)[0]
     base = re.split(r"[/\\]", name)[-1]
     match = _ENDING.search(base)
     if match is None:
@@ -142,10 +145,12 @@ def check_packages(path: str, kind: ShardKind) -> None:
 def read_errors(path: str, kind: ShardKind) -> tuple[type[Exception], ...]:
     """The exceptions of reading a shard that are no mistake in the program: faults of the data or of the machine."""
     # fsspec's file systems, pyarrow and datasets may raise anything.
-    return (Exception,) if is_url(path) or kind.format in ("parquet", "rows") else _READ_ERRORS
+    return (Exception,) if is_url(path) or kind.format in ("parquet", "rows") else READ_ERRORS
 
 
 def _expand(pattern: str, access: Access) -> Iterator[str]:
+    if is_local(pattern):
+        pattern = os.path.expanduser(pattern)
     if is_local(pattern) and os.path.exists(pattern):
         if os.path.isdir(pattern):
             raise ConfigError(f"{pattern!r} is a folder: name its shards, as in {os.path.join(pattern, '*.tar')!r}")

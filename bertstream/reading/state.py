@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ STATE_VERSION = 1
 
 Queues = list[list[Cursor] | None]
 """For each rank its lanes' cursors, the next one first; None for a rank whose lanes are not known here."""
+
+Place = tuple[int, Queues, dict[str, Any], int]
+"""The epoch, the cursors, the counts of what was skipped, and the ranks of the layout."""
 
 
 class StreamProgress:
@@ -155,20 +159,25 @@ class StreamProgress:
         if self.epoch == epoch:
             self.set_epoch(epoch + 1)
 
-    def state_dict(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def place(self) -> Place:
+        """Where the loop is now, which `state_dict` turns into JSON."""
+        queues = self.running() or self.start()
+        return self.epoch, queues, deepcopy(self.bad.to_json()), self.layout.ranks  # the counts change in place
+
+    def state_dict(self, settings: dict[str, Any], place: Place | None = None) -> dict[str, Any]:
         """The place after the batch received last, as plain JSON.
 
         Args:
             settings: what the order of batches depends on.
+            place: another one, of this iteration; None is the one now.
         """
-        queues = self.running() or self.start()
-        ranks = self.layout.ranks
+        epoch, queues, bad, ranks = self.place() if place is None else place
         return {
             "version": STATE_VERSION,
             "settings": settings,
-            "epoch": self.epoch,
+            "epoch": epoch,
             "queues": [None if queue is None else [cursor_to_json(cursor) for cursor in queue] for queue in queues],
-            "bad": self.bad.to_json(),
+            "bad": bad,
             **({"layout_ranks": ranks} if ranks > 1 else {}),
         }
 
@@ -188,8 +197,8 @@ class StreamProgress:
         for part, kind in parts.items():
             if not state[part] or not isinstance(state[part], kind):
                 raise StateError(f"this is no state of a stream: its {part!r} is {shortened(state[part])}", key=part)
-        for name, value in settings.items():
-            saved = state["settings"].get(name)
+        for name in {**settings, **state["settings"]}:
+            value, saved = settings.get(name), state["settings"].get(name)
             if saved != value:
                 option = {"window": "bucket_size"}.get(name, name)  # as the user writes it
                 raise StateError(

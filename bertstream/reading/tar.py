@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from .options import ReadOptions, check_required
-from .raw import RawRecord, RecordError, excerpt, parse_json, parse_utf8
+from .raw import BOM, RawRecord, RecordError, check_size, excerpt, parse_json, parse_text
 from .shards import Piece
 
 _BUFFER_BYTES = 1 << 20
@@ -47,6 +47,7 @@ def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMe
     fields: dict[str, Any] = {}
     unread: list[str] = []
     objects: list[dict[str, Any]] = []
+    size = 0
     for member in members:
         if wanted is not None and member.field not in wanted:
             unread.append(member.field)
@@ -54,6 +55,8 @@ def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMe
         if not member.info.isreg() or member.info.issparse():
             message = f"member {member.info.name!r} is a link, sparse or special: store the file itself"
             raise RecordError(message, member.field)
+        size += member.info.size
+        check_size(size, options.access.max_record_bytes, f"its members up to {member.info.name!r}", member.field)
         value = _decode(member.field, tar.payload(member))
         if member.field in ("json", "jsn") and isinstance(value, dict):
             objects.append(value)
@@ -70,16 +73,17 @@ def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMe
         check_required(options, fields, unread)
     for name in options.texts:
         if isinstance(fields.get(name), bytes):
-            fields[name] = parse_utf8(fields[name], name)
+            fields[name] = parse_text(fields[name].removeprefix(BOM), name)
     return fields
 
 
 def _decode(name: str, payload: bytes) -> Any:
     ending = name.rpartition(".")[2]
+    text = payload.removeprefix(BOM)
     if ending in ("txt", "text", "transcript"):
-        return parse_utf8(payload, name)
+        return parse_text(text, name)
     if ending in ("json", "jsn"):
-        return parse_json(payload, name)
+        return parse_json(text, name)
     number: type[int] | type[float]
     if ending in ("cls", "cls2", "class", "count", "index", "inx", "id"):
         number = int
@@ -88,7 +92,7 @@ def _decode(name: str, payload: bytes) -> Any:
     else:
         return payload
     try:
-        return number(payload)
+        return number(text)
     except ValueError as error:
         message = f"a member of this name is read as {number.__name__}, but holds {excerpt(payload)}"
         raise RecordError(message, name) from error

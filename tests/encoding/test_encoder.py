@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -253,6 +254,24 @@ def test_text_that_is_too_long_raises_or_is_counted(minilm_folder: str, minilm: 
     assert caught.value.records == (1,)
     cut = Encoder.from_pretrained(minilm_folder, dtype="float32", overflow="truncate", max_length=16)(["short", long])
     assert cut.lengths.tolist() == [3, 16] and cut.tokens.cut_tokens.tolist() == [0, 1000 - 14]
+
+
+def test_a_call_that_truncates_says_so_once(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = Encoder(tiny_bert(), tokenizer, output="words", overflow="truncate", max_length=4)
+    encoder(["short"])
+    assert not caplog.records
+    for _ in range(2):
+        encoder([["one", "two", "three"], "short"])
+    (record,) = caplog.records
+    assert "truncation cut 1 of 2 texts in this call" in record.message and "by 1 words and 1 tokens" in record.message
+
+
+def test_a_call_of_ready_tokens_leaves_it_to_the_loader_to_say_so(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = Encoder(tiny_bert(), tokenizer, overflow="truncate", max_length=4)
+    encoder(encoder.tokenizer.batch(["one two three four"]))
+    assert not caplog.records
 
 
 def test_a_batch_that_is_too_long_never_reaches_the_model(tokenizer: Any, minilm: Encoder) -> None:
@@ -788,3 +807,14 @@ def test_an_encoder_can_be_unpickled_in_a_new_process(tokenizer: Any, tmp_path: 
     program = f"import pickle; print(pickle.load(open({str(path)!r}, 'rb'))(['a bank']).values.sum().item())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(float(encoder(["a bank"]).values.sum()), abs=1e-3)
+
+
+def test_a_tilde_is_the_home_folder_where_a_model_is_saved_and_loaded(
+    minilm: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    minilm.save_pretrained("~/model")
+    assert os.listdir() == ["model"]
+    loaded = Encoder.from_pretrained("~/model", dtype="float32", device="cpu")
+    assert loaded.fingerprint() == minilm.fingerprint()

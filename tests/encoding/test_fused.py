@@ -93,10 +93,12 @@ def test_the_task_of_ernie_counts(minilm_folder: str) -> None:
 
 @pytest.mark.parametrize("name", ["Bert", "ModernBert", "GroupedEuroBert"])
 def test_heads_that_fit_the_kernels_are_right_with_and_without_them(name: str, minilm_folder: str) -> None:
-    sizes = {"hidden_size": 64, "head_dim": 16} if "Euro" in name else {"hidden_size": 64}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2}  # heads of 16, and few: the interpreter is slow
+    if "Euro" in name:
+        sizes |= {"num_key_value_heads": 1, "head_dim": 16}
     model = make(name, **sizes).requires_grad_(False)
-    encoder = Encoder(model, Tokenizer(minilm_folder, model), layers=(0, 2, 3), combine="stack")
-    texts: list[Text] = ["a bank", "The bank of the river", "one"]  # few: the interpreter is slow
+    encoder = Encoder(model, Tokenizer(minilm_folder, model), layers=(0, 1, 2), combine="stack")
+    texts: list[Text] = ["a bank", "The bank of the river", "one"]
     found = encoder(texts).values
     assert encoder.batching.way == "fused" and encoder._fused is not None
     assert encoder._fused._kernels == (os.environ.get("TRITON_INTERPRET") == "1")
@@ -233,6 +235,29 @@ def test_a_hook_runs_and_is_named_once_in_the_log(encoder: Encoder, caplog: pyte
     assert torch.equal(encoder(TEXTS).values, right)
     (record,) = caplog.records
     assert "encoder.layer.1" in record.message and "hook" in record.message
+
+
+def test_the_way_is_the_one_that_is_used_now(encoder: Encoder) -> None:
+    layer = encoder.model.get_submodule("encoder.layer.1")
+    handle = layer.register_forward_hook(lambda module, arguments, out: 0 * out)
+    assert (
+        encoder.batching.way == "packed"
+        and "not fused now: it has a hook on encoder.layer.1" in encoder.batching.reason
+    )
+    assert ", packed, " in repr(encoder)
+    handle.remove()
+    assert encoder.batching.way == "fused" and ", fused, " in repr(encoder)
+    layer.forward = lambda states, *given, **options: states  # type: ignore[assignment]
+    assert encoder.batching.way == "packed" and "a forward of its own" in encoder.batching.reason
+    del layer.forward
+    encoder.model.get_submodule("encoder.layer.0.output").dense = Doubled(64, 32)
+    assert encoder.batching.way == "packed" and "Doubled" in encoder.batching.reason
+
+
+def test_a_trained_encoder_says_that_its_own_modules_run(encoder: Encoder) -> None:
+    encoder.unfreeze().train()
+    assert encoder.batching.way == "packed" and "train mode" in encoder.batching.reason
+    assert encoder.freeze().batching.way == "fused"
 
 
 def test_vectors_under_a_hook_or_a_patched_forward_have_no_name_in_a_cache(encoder: Encoder) -> None:

@@ -118,7 +118,7 @@ def attention(lengths: list[int], qkv: Tensor, heads: int, groups: int, size: in
     tiles = kernels.attention_tiles(ends, kernels.tile_rows(size, qkv.dtype))
     cu_seqlens, tiles_there = (torch.from_numpy(x).to(DEVICE) for x in (cumulate(ends), tiles))
     return kernels.packed_attention(
-        qkv, cu_seqlens, tiles_there, heads=heads, kv_heads=groups, head_dim=size, scale=size**-0.5, window=window
+        qkv, cu_seqlens, tiles_there, heads=heads, kv_heads=groups, head_size=size, scale=size**-0.5, window=window
     )
 
 
@@ -254,7 +254,7 @@ def test_rotary_positions_turn_queries_and_keys_and_leave_values(size: int, turn
     qkv = normal(tokens, (heads + 2 * groups) * size, dtype=dtype)
     cos, sin = normal(tokens, turned, seed=1).cos(), normal(tokens, turned, seed=2).sin()
     before = qkv.clone().unflatten(1, (-1, size))
-    kernels.rotate(qkv, cos, sin, heads=heads, kv_heads=groups, head_dim=size, rotary_dim=turned)
+    kernels.rotate(qkv, cos, sin, heads=heads, kv_heads=groups, head_size=size, rotary_dim=turned)
     after = qkv.unflatten(1, (-1, size))
     assert_near(after[:, : heads + groups], rotated(before[:, : heads + groups], cos, sin))
     assert torch.equal(after[:, heads + groups :], before[:, heads + groups :])
@@ -301,9 +301,9 @@ def one_launch_of_each() -> None:
     kernels.add_norm(x, None, weight, None, 1e-12, rms=True)
     for there, window in ((qkv, 64), (qkv[:, :48], None), (qkv[:, :48].float(), None)):
         kernels.packed_attention(
-            there, ints[0], ints, heads=1, kv_heads=1, head_dim=there.shape[1] // 3, scale=0.125, window=window
+            there, ints[0], ints, heads=1, kv_heads=1, head_size=there.shape[1] // 3, scale=0.125, window=window
         )
-    kernels.rotate(qkv, angles, angles, heads=1, kv_heads=1, head_dim=96, rotary_dim=96)
+    kernels.rotate(qkv, angles, angles, heads=1, kv_heads=1, head_size=96, rotary_dim=96)
     for activation in kernels.ACTIVATIONS:
         kernels.gated(x, activation, up_first=True)
 
@@ -353,7 +353,7 @@ def test_another_number_of_tokens_compiles_nothing() -> None:
         x, weight = normal(tokens, 72), normal(72)
         kernels.add_norm(x, x, weight, weight, 1e-6)
         kernels.gated(x, "silu", up_first=True)
-        kernels.rotate(x, normal(tokens, 24), normal(tokens, 24), heads=1, kv_heads=1, head_dim=24, rotary_dim=24)
+        kernels.rotate(x, normal(tokens, 24), normal(tokens, 24), heads=1, kv_heads=1, head_size=24, rotary_dim=24)
         attention([tokens], x, 1, 1, 24)
         counts.append(compiled())
     assert counts == counts[:1] * 5
@@ -367,7 +367,9 @@ def test_offsets_above_two_to_the_31_are_right() -> None:
     right = attended([300], qkv[-300:].clone(), 12, 12, 64)
     cu_seqlens = torch.from_numpy(cumulate(np.array(lengths))).to(DEVICE)
     tiles = torch.tensor([[1, first] for first in range(0, 300, kernels.tile_rows(64, qkv.dtype))], dtype=torch.int32)
-    found = kernels.packed_attention(qkv, cu_seqlens, tiles.to(DEVICE), heads=12, kv_heads=12, head_dim=64, scale=0.125)
+    found = kernels.packed_attention(
+        qkv, cu_seqlens, tiles.to(DEVICE), heads=12, kv_heads=12, head_size=64, scale=0.125
+    )
     assert_near(found[-300:], right)
 
 

@@ -9,7 +9,7 @@ import pytest
 import transformers
 from sentence_folders import make_folder, make_model, make_tokenizer
 
-from bertstream import Encoder, EncoderError
+from bertstream import ConfigError, Encoder, EncoderError
 from bertstream.encoding import pretrained
 
 
@@ -66,3 +66,33 @@ def test_a_revision_of_a_packaged_model_is_the_hubs(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pretrained, "_packaged_folder", lambda packaged: pytest.fail("the package has no revisions"))
     with pytest.raises(EncoderError, match="the hub did not give it"):
         Encoder.from_pretrained("all-MiniLM-L6-v2", revision="main", local_files_only=True)
+
+
+@pytest.mark.parametrize("name", ["{}/missing", "./missing", "../missing", "one/two/three", "~/missing"])
+def test_a_folder_that_does_not_exist_is_called_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(EncoderError, match="no model .*: there is no such folder$"):
+        Encoder.from_pretrained(name.format(tmp_path))
+
+
+def test_a_file_in_the_place_of_a_folder_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(EncoderError, match="it is a file, pass its folder"):
+        Encoder.from_pretrained(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("content", ["[1]", "7", "{", '"a"', "null"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_damaged_file_that_transformers_reads_is_our_error(file: str, content: str, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)  # type: ignore[operator]
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(EncoderError, match="holds no model that transformers can load|without its tokenizer"):
+        Encoder.from_pretrained(tmp_path, dtype="float32", device="cpu")
+
+
+def test_a_side_of_truncation_that_is_none_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.truncation_side = "middle"
+    with pytest.raises(ConfigError, match="truncation_side='middle': write one of 'right', 'left'"):
+        Encoder(make_model(), tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -121,6 +122,34 @@ def test_every_layer_is_the_models_own_whatever_is_beside_a_text(
     texts = random_texts([5, 17, 60, 5, 16, 33, 4, 9, 75, 8], (MASK, 0, UNKNOWN, 1))
     assert worst_error(encoder, model, texts) <= 1e-5, encoder.batching
     assert worst_error(encoder, model, texts[::-1] * 3) <= 1e-5, encoder.batching
+
+
+class MixesSegments(BertModel):
+    """Counts the second segment over the whole row."""
+
+    def forward(self, position_ids: Any = None, token_type_ids: Tensor | None = None, **options: Any) -> Any:
+        if token_type_ids is not None:
+            token_type_ids = (token_type_ids.cumsum(-1) > 3).long()
+        return super().forward(position_ids=position_ids, token_type_ids=token_type_ids, **options)
+
+
+def test_a_model_that_mixes_the_segments_of_its_row_is_not_packed() -> None:
+    assert probed(tiny(BertModel, BertConfig)).packs
+    found = probed(tiny(MixesSegments, BertConfig))
+    assert found.way == "padded" and "packed differs" in found.reason
+    assert probed(tiny(MixesSegments, BertConfig, type_vocab_size=1)).packs  # it has none
+
+
+@pytest.mark.parametrize("name", ["BigBird", "XLM"])
+def test_an_encoder_of_the_models_own_states_is_picklable(name: str, minilm_folder: str) -> None:
+    model = family(name)
+    encoder = Encoder(model, Tokenizer(minilm_folder, model), layers=1)
+    assert encoder.batching.reads_own
+    texts = random_texts([5, 9])
+    right = encoder(batch_of(texts)).values  # transformers leaves hooks
+    for twin in (pickle.loads(pickle.dumps(encoder)), copy.deepcopy(encoder), encoder):
+        assert torch.equal(twin(batch_of(texts)).values, right)
+    torch.save(encoder, io.BytesIO())
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -292,7 +321,9 @@ def test_the_probed_texts_hold_what_breaks_packing() -> None:
 @pytest.mark.parametrize("name", ["Longformer", "CLIPText", "MarkupLM", "XLM", "SqueezeBert", "RoFormer"])
 def test_a_model_that_cannot_be_split_is_refused_in_words(name: str, minilm_folder: str) -> None:
     model = family(name)
-    with pytest.raises(ConfigError, match=rf"split\(at=1\): {name}Model cannot be split .*unfreeze\(\)"):
+    with pytest.raises(
+        ConfigError, match=rf"split\(at=1\): {name}Model cannot be split, because .* from layer 1 on; .*unfreeze\(\)$"
+    ):
         Encoder(model, Tokenizer(minilm_folder, model)).split(1)
 
 

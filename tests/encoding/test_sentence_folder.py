@@ -371,6 +371,36 @@ def test_settings_that_are_not_known_are_refused(settings: Any, said: str, tmp_p
     assert load(folder, output="tokens").embedding_dim == 8
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("modules.json", {"a": 1}),
+        ("modules.json", ["Transformer"]),
+        ("modules.json", [{"path": ""}]),
+        ("1_Pooling/config.json", [1]),
+        ("sentence_bert_config.json", "text"),
+        ("config_sentence_transformers.json", [1]),
+        ("config_sentence_transformers.json", {"prompts": ["query"]}),
+        ("config_sentence_transformers.json", {"prompts": {"query": 7}}),
+        ("sentence_bert_config.json", {"max_seq_length": "long"}),
+        ("sentence_bert_config.json", {"max_seq_length": 0}),
+    ],
+)
+def test_a_file_that_holds_something_else_is_named(file: str, content: Any, tmp_path: Path) -> None:
+    folder = Path(make_folder(tmp_path))
+    (folder / file).write_text(json.dumps(content))
+    name = "max_seq_length" if isinstance(content, dict) and "max_seq_length" in content else file
+    with pytest.raises(EncoderError, match=rf"{name}.* must be "):
+        load(folder)
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
+    folder = Path(make_folder(tmp_path))
+    (folder / "modules.json").write_text("[{")
+    with pytest.raises(EncoderError, match="modules.json is not JSON"):
+        load(folder)
+
+
 def test_settings_that_change_no_vector_are_not_refused(tmp_path: Path) -> None:
     settings = {
         "transformer_task": "feature-extraction",

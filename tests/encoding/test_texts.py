@@ -36,10 +36,13 @@ COLUMNS = {"text": ["a bank"], "label": [1]}
                 (datasets.Dataset.from_dict(COLUMNS), "Dataset"),
             )
         ],
-        (BatchEncoding({"input_ids": [[1]], "attention_mask": [[1]]}), r"from_padded\(input_ids, attention_mask\)$"),
+        (
+            BatchEncoding({"input_ids": [[1]], "attention_mask": [[1]]}),
+            r"padding=True.*from_padded\(input_ids, attention_mask\)$",
+        ),
         (
             BatchEncoding({"input_ids": [[1]], "token_type_ids": [[0]], "attention_mask": [[1]]}),
-            r"from_padded\(input_ids, attention_mask, token_type_ids\)$",
+            r"padding=True, return_tensors='pt'.*from_padded\(input_ids, attention_mask, token_type_ids\)$",
         ),
         (frozenset(["a bank"]), "texts is a frozenset: pass a list of texts"),
         (COLUMNS.keys(), "texts is a dict_keys: pass a list of texts"),

@@ -23,6 +23,8 @@ def test_versions_devices_and_models_are_plain_json(minilm: Encoder) -> None:
     assert model["runs"] == minilm.batching.way == "fused"
     assert model["because"].startswith("packed equals one by one")  # the figure after it depends on the threads
     assert (model["max_length"], model["embedding_dim"], model["dtype"]) == (512, 384, "float32")
+    assert model["weight_bytes"] == sum(weight.nbytes for weight in minilm.model.parameters())
+    assert 0 < model["copied_weight_bytes"] < model["weight_bytes"]
     assert "no model 'no-such-model'" in found["models"]["no-such-model"]["error"]
 
 

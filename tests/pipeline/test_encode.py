@@ -19,7 +19,8 @@ from bertstream.pipeline.clocks import StageClocks
 from bertstream.pipeline.encode import BatchEncoder, Ready, encode, tokenize
 from bertstream.pipeline.fields import texts_of
 from bertstream.pipeline.groups import GroupBudget, gather
-from bertstream.pipeline.source import Entry, EpochStatus
+from bertstream.pipeline.progress import Entry
+from bertstream.pipeline.source import EpochStatus
 from bertstream.reading.lane_batches import LaneEnd
 from bertstream.system.cuda import SideStream
 from bertstream.testing import FakeEncoder

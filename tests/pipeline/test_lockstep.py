@@ -20,7 +20,8 @@ from bertstream import TokenBatch
 from bertstream.errors import ConfigError, ShardError
 from bertstream.pipeline.groups import GroupBudget, gather
 from bertstream.pipeline.lockstep import in_lockstep
-from bertstream.pipeline.source import Entry, EpochStatus
+from bertstream.pipeline.progress import Entry
+from bertstream.pipeline.source import EpochStatus
 from bertstream.reading.lane_batches import LaneEnd
 from bertstream.testing import FakeEncoder
 from bertstream.tokens import Cursor

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 import bertstream
 from bertstream import ConfigError, ShardError, StateError, TextStream, TokenBatch
 from bertstream.pipeline.clocks import StageClocks
-from bertstream.pipeline.source import Source, SourceLoop, read, read_in_workers, reading_items, text_stream
+from bertstream.pipeline.progress import ProgressInSource, reading_items, text_stream
+from bertstream.pipeline.source import Source, read, read_in_workers
 from bertstream.testing import FakeEncoder, write_shards
 
 
@@ -42,7 +43,7 @@ class Numbers:
 
 
 def opened(source: Any) -> Source:
-    found = Source(SourceLoop(source), StageClocks())
+    found = Source(ProgressInSource(source), StageClocks())
     found.open()
     return found
 
@@ -59,7 +60,7 @@ def test_a_source_gives_what_it_reads_with_the_state_after_it(count: int) -> Non
 
 def test_waiting_for_a_source_is_timed() -> None:
     clocks = StageClocks()
-    source = Source(SourceLoop([0, 1, 2]), clocks)
+    source = Source(ProgressInSource([0, 1, 2]), clocks)
     source.open()
     assert list(source) == [0, 1, 2] and source.state is None
     assert 0 < clocks.seconds["read"] < 1 and clocks.items["read"] >= 3
@@ -97,7 +98,7 @@ def test_closing_a_source_ends_workers_unless_they_are_persistent(persistent: bo
 
 
 def test_what_can_be_read_only_once_is_refused_the_second_time() -> None:
-    loop = SourceLoop(iter([["a"]]))
+    loop = ProgressInSource(iter([["a"]]))
     for _ in range(2):
         source = Source(loop, StageClocks())
         if loop.epoch:
@@ -116,9 +117,9 @@ def test_entries_carry_the_state_of_their_source() -> None:
 
 def test_a_source_without_a_state_says_so() -> None:
     with pytest.raises(StateError, match="a list cannot say where it is"):
-        SourceLoop([1]).state_dict()
+        ProgressInSource([1]).state_dict()
     with pytest.raises(StateError, match="a list cannot say where it is"):
-        SourceLoop([1]).loading({"version": 1, "epoch": 0, "source": 3})
+        ProgressInSource([1]).loading({"version": 1, "epoch": 0, "source": 3})
 
 
 def test_a_loader_over_a_stream_is_read_by_items_and_stays_as_it_was(tmp_path: Any) -> None:
@@ -152,7 +153,7 @@ def test_reading_in_workers_counts_what_is_skipped_once(tmp_path: Any, num_worke
 
 def test_an_epoch_that_is_chosen_drops_the_state_of_the_one_that_was_left() -> None:
     numbers = Numbers(5)
-    loop = SourceLoop(numbers)
+    loop = ProgressInSource(numbers)
     source = Source(loop, StageClocks())
     source.open()
     for entry in read(source, None):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -95,6 +96,21 @@ def test_tensorboard_takes_every_number_unchanged(tmp_path: Path, minilm: bertst
 def sentence(**seconds: float) -> str:
     names = ("wait", "step", "read", "tokenize", "lookup", "encode", "hand_over")
     return bottleneck({"batches": 5} | {f"{name}_s": seconds.get(name, 0.0) for name in names})
+
+
+def test_half_precision_is_not_advised_to_an_encoder_that_runs_in_it() -> None:
+    stats = dict.fromkeys((f"{name}_s" for name in (*LOOP, *WORK)), 0.0) | {
+        "batches": 5,
+        "wait_s": 9.0,
+        "encode_s": 9.0,
+    }
+    assert all("dtype='bfloat16'" in bottleneck(stats, dtype) for dtype in (None, torch.float32))
+    assert all("dtype=" not in bottleneck(stats, dtype) for dtype in (torch.bfloat16, torch.float16))
+    loader = bertstream.wrap(BATCHES, FakeEncoder(), text="text")
+    loader.encoder.dtype = torch.bfloat16  # type: ignore[attr-defined]
+    for _ in loader:
+        pass
+    assert "dtype=" not in loader.bottleneck()
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,9 @@ def test_options_pickle_and_hide_passwords() -> None:
         ({"fields": [1]}, "names of fields"),
         ({"fields": {"label": "int"}}, "names to functions"),
         ({"text": "a", "fields": ["a"]}, "leave out 'a'"),
+        ({"fields": ["__key__"]}, "'__key__' is a field that each batch has of its own"),
+        ({"text": "__index__"}, "'__index__' is a field"),
+        ({"pair": "__shard__"}, "'__shard__' is a field"),
     ],
 )
 def test_bad_options_are_refused_by_the_constructor(arguments: dict[str, Any], message: str) -> None:
@@ -60,3 +63,13 @@ def test_an_error_in_a_users_function_is_kept_as_the_cause(tmp_path: Path) -> No
     path = write(tmp_path / "a.jsonl", '{"text": "a", "n": {}}')
     _, error = read_until_error(path, ReadOptions(fields={"n": lambda value: value["key"]}))
     assert isinstance(error.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("name", ["__key__", "__index__", "__shard__", "__repeated__"])
+def test_a_field_that_would_be_replaced_by_the_batchs_own_is_refused_unless_it_is_left_out(
+    tmp_path: Path, name: str
+) -> None:
+    path = write(tmp_path / "a.jsonl", f'{{"text": "a", "{name}": 17, "n": 1}}')
+    _, error = read_until_error(path)
+    assert error.field == name and "rename it, or name others with fields=" in str(error)
+    assert read(path, ReadOptions(fields=["n"]))[0].fields == {"n": 1}

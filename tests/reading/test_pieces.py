@@ -6,6 +6,7 @@ import csv
 import gzip
 import itertools
 import json
+import re
 import tarfile
 from pathlib import Path
 from unittest import mock
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from shard_files import COMPRESS, LINES, TAR, everything, read, read_until_error, tar_bytes, texts, texts_tar, write
 
 from bertstream.errors import ConfigError, ShardError
+from bertstream.reading.access import Access
+from bertstream.reading.options import ReadOptions
 from bertstream.reading.pieces import count_records, split_shard
 from bertstream.reading.records import read_records
 from bertstream.reading.shards import Piece
@@ -50,15 +53,28 @@ def contents(draw: st.DrawFn) -> tuple[str, bytes]:
     return ending, mark + (header + "".join(body)).encode()
 
 
-@given(contents(), st.integers(1, 9), st.sampled_from([1, 7, 30, 1 << 20]))
+accesses = st.builds(
+    Access,
+    quoting=st.sampled_from(["auto", "standard", "none"]),
+    header=st.sampled_from([True, ["text", "b"]]),
+    max_record_bytes=st.sampled_from([20, 1 << 20]),
+)
+
+
+@given(contents(), accesses, st.integers(1, 9), st.sampled_from([1, 7, 30, 1 << 20]))
 def test_the_pieces_of_a_shard_hold_all_its_records(
-    tmp_path_factory: pytest.TempPathFactory, content: tuple[str, bytes], parts: int, block_bytes: int
+    tmp_path_factory: pytest.TempPathFactory, content: tuple[str, bytes], access: Access, parts: int, block_bytes: int
 ) -> None:
     ending, data = content
     path = write(tmp_path_factory.getbasetemp() / f"pieces.{ending}", data)
-    options = TAR if ending == "tar" else LINES
-    with mock.patch("bertstream.reading.pieces._BLOCK_BYTES", block_bytes):
-        pieces = split_shard(path, parts)
+    options = ReadOptions(text="txt" if ending == "tar" else "text", access=access)
+    try:
+        with mock.patch("bertstream.reading.pieces._BLOCK_BYTES", block_bytes):
+            pieces = split_shard(path, parts, access)
+    except ShardError as error:
+        with pytest.raises(ShardError, match=re.escape(str(error))):
+            read(path, options)
+        return
     assert 1 <= len(pieces) <= parts
     assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
     assert pieces[-1].stop is None

@@ -92,7 +92,6 @@ def test_a_negative_skip_is_refused(tmp_path: Path) -> None:
     ("name", "data", "options", "field", "message"),
     [
         ("a.jsonl", b'{"text": "a"}\nnope', LINES, None, "not JSON.*nope"),
-        ("a.jsonl", b'{"text": "a"}\n  \n', LINES, None, "not JSON"),
         ("a.jsonl", b'{"text": "a"}\n["text"]', LINES, None, r"not an object: \['text'\]"),
         ("a.jsonl", b'{"text": "a"}\n{"b": 1}', LINES, "text", r"no such field; it has \['b'\]"),
         ("a.jsonl", b'{"text": "a"}\n{"text": null}', LINES, "text", "not None"),

@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ import fsspec
 import pytest
 import zstandard
 from servers import CuttingProxy, Server
-from shard_files import TAR, read, read_until_error, texts, texts_tar, write
+from shard_files import TAR, read, read_until_error, tar_bytes, texts, texts_tar, write
 from torch.utils.data import DataLoader
 
 from bertstream import Encoder, StreamConfig, TextStream, TokenBatch
@@ -29,6 +30,7 @@ from bertstream.reading.pieces import split_shard
 from bertstream.reading.records import read_records
 from bertstream.reading.remote import RemoteReadError
 from bertstream.reading.shards import Piece, expand_shards
+from bertstream.testing import FakeEncoder
 
 MIB = 1 << 20
 
@@ -78,6 +80,43 @@ def test_urls_are_read_through_fsspec(tmp_path: Path, memory: Any) -> None:
     assert cached == ["simplecache::memory:///shards/a.txt"]
     options = ReadOptions(access=Access(storage_options={"simplecache": {"cache_storage": str(tmp_path / "cache")}}))
     assert texts(read(cached[0], options)) == ["a", "b"] and (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["a#1.txt", "why?.txt", "100%.txt", "a b.txt", "a%20b.txt", "é.txt"])
+def test_a_name_is_taken_as_it_is_but_for_http(tmp_path: Path, memory: Any, name: str) -> None:
+    memory.pipe(f"/{name}", b"a\n")
+    write(tmp_path / name, "a\n")
+    shards = [f"memory://{name}", f"file://{tmp_path}/{name}", "memory://*.txt"]
+    for path in expand_shards(shards):
+        assert texts(read(path)) == ["a"]
+        assert texts(read(path, ReadOptions(access=Access(shard_cache=tmp_path / "copies")))) == ["a"]
+
+
+def test_archives_in_a_chain_are_read_and_listed(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for archive in ("a", "b"):
+        with zipfile.ZipFile(tmp_path / f"{archive}.zip", "w") as zipped:
+            for name in ("x", "y"):
+                zipped.writestr(f"d/{name}.txt", f"{archive}{name}\n" * 20_000)
+    write(tmp_path / "t.tar", tar_bytes([("x.txt", b"tx\n"), ("y.txt.gz", gzip.compress(b"ty\n"))]))
+    memory.pipe("/m.zip", (tmp_path / "a.zip").read_bytes())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cases = {
+        f"zip://d/x.txt::file://{tmp_path}/a.zip": ["ax"],
+        "zip://d/*.txt::~/b.zip": ["bx", "by"],
+        f"zip://d/*.txt::file://{tmp_path}/*.zip": ["ax", "bx", "ay", "by"],
+        f"zip://d/y.txt::simplecache::file://{tmp_path}/*.zip": ["ay", "by"],
+        f"tar://*.txt*::file://{tmp_path}/t.tar": ["tx", "ty"],
+        "zip://**/x.txt::memory://*.zip": ["ax"],
+    }
+    for shards, expected in cases.items():
+        paths = expand_shards(shards)
+        assert [read(path)[-1].text for path in paths] == expected
+        assert shard_size(paths[0]) > 0
+    whole = f"zip://d/x.txt::file://{tmp_path}/a.zip"
+    stream = TextStream(whole, FakeEncoder(), batch_size=1000)
+    assert sum(len(batch) for batch in DataLoader(stream, batch_size=None, num_workers=2)) == 20_000
+    with pytest.raises(ShardError, match="cannot be listed"):
+        expand_shards(f"zip://*.txt::file://{tmp_path}/none.zip")
 
 
 def test_errors_of_a_file_system_become_shard_errors(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:

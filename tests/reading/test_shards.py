@@ -29,6 +29,17 @@ def test_braces_globs_and_lists_can_be_mixed(tmp_path: Path) -> None:
     assert expand_shards(f"{tmp_path}/**/d.csv") == [expected[2]]
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.txt", "b.txt", "~.txt"):
+        write(tmp_path / name, "x")
+    expected = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    for shards in ("~/{a,b}.txt", "~/[a-z].txt", ["~/a.txt", Path("~/b.txt")]):
+        assert expand_shards(shards) == expected
+    monkeypatch.chdir(tmp_path)
+    assert expand_shards("./~.txt") == ["./~.txt"]
+
+
 def test_a_pattern_that_is_the_name_of_a_file_means_that_file(tmp_path: Path) -> None:
     for name in ("a[1].txt", "{a,b}.txt"):
         path = write(tmp_path / name, "x")
@@ -78,6 +89,7 @@ def test_the_ending_is_found_in_urls_with_queries_and_in_chains() -> None:
     expand_shards(["https://host/a.jsonl?token=x.y", "zip://d/a.csv::s3://bucket/b.zip", "filecache::gs://b/a.tar.gz"])
     with pytest.raises(ConfigError, match="ending"):
         expand_shards("https://host/a?name=a.jsonl")
+    expand_shards(["s3://bucket/why?.jsonl", "s3://bucket/a#1.jsonl", "gs://b/50%.txt", "file:///a b.csv"])
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_reading_takes_a_loaded_start_once_and_does_not_move_the_loop() -> None:
     assert [entry[0] for entry in state["queues"][0]] == [1, 2, 3, 0]
 
     again = progress()
-    again.loading(state | {"settings": {"a": 1}}, {})()
+    again.loading(state | {"settings": {"a": 1}}, {"a": 1})()
     again.begin([0])
     assert again.state_dict({})["queues"] == state["queues"]
     assert again.take_start() == again.running()

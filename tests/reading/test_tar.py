@@ -21,10 +21,12 @@ from shard_files import TAR, everything, read, read_until_error, tar_bytes, text
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from bertstream.errors import ShardError
+from bertstream.reading.access import Access
 from bertstream.reading.options import ReadOptions
 from bertstream.reading.pieces import split_shard
 from bertstream.reading.records import read_records
 from bertstream.reading.shards import Piece
+from bertstream.tokens import Record
 
 
 def test_a_tar_of_webdataset_reads_as_webdataset_reads_it(tmp_path: Path) -> None:
@@ -210,3 +212,29 @@ def test_memory_stays_flat_over_many_members(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[0] - before < 50_000
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "payload", "value"),
+    [
+        ("txt", b"one", "one"),
+        ("json", b'["one"]', ["one"]),
+        ("cls", b"7", 7),
+        ("score", b"0.5", 0.5),
+        ("text", b"x", "x"),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_a_member(tmp_path: Path, name: str, payload: bytes, value: object) -> None:
+    members = [("0.sentence", b"\xef\xbb\xbfone"), (f"0.{name}", b"\xef\xbb\xbf" + payload), ("0.bin", b"\xef\xbb\xbf")]
+    (record,) = read(write(tmp_path / "a.tar", tar_bytes(members)), ReadOptions(text="sentence"))
+    assert (record.text, record.fields) == ("one", {name: value, "bin": b"\xef\xbb\xbf"})
+
+
+def test_a_record_beyond_max_record_bytes_is_broken_and_its_neighbours_are_read(tmp_path: Path) -> None:
+    members = [(f"{i}.{name}", b"x" * (600 if i == 1 else 5)) for i in range(3) for name in ("txt", "bin")]
+    path = write(tmp_path / "a.tar", tar_bytes(members))
+    options = ReadOptions(text="txt", access=Access(max_record_bytes=1000))
+    found = everything([Piece(path)], options)
+    assert [item.index if isinstance(item, Record) else item for item in found] == [0, (1, "bin"), 2]
+    assert "more than 1000 bytes in its members up to '1.bin'" in str(read_until_error(path, options)[1])
+    assert len(read(path, ReadOptions(text="txt", fields=[], access=Access(max_record_bytes=1000)))) == 3

@@ -135,11 +135,14 @@ def test_collecting_rarely_leaves_out_existing_objects_and_never_lowers_the_thre
     assert int(done.stdout) == after
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_without_gcc_openmp_and_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_openmp", list)
     monkeypatch.setattr(process, "_malloc_trim", lambda: None)
+    right = compute()
     release_openmp_threads()
     trim_heap()
+    assert torch.get_num_threads() == 2 and compute() == right
 
 
 def resident_bytes() -> int:

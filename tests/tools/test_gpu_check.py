@@ -56,6 +56,7 @@ def forked_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # seven programs one after the other
 @pytest.mark.usefixtures("forked_parts")
 def test_the_whole_check_runs_on_a_cpu_with_tiny_models_and_finds_every_figure(tmp_path: Path) -> None:
     assert gpu_check.main(["--device", "cpu", "--tiny", "--results", str(tmp_path)]) == 0
@@ -75,6 +76,7 @@ def test_a_part_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert found["ended"] == "done" and {"machine", "texts", "bert_base", "minilm"} <= found["rows"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_parts")
 def test_a_device_that_is_missing_ends_the_check_and_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,86 @@
+"""Hugging Face's Trainer: a callback with which `resume_from_checkpoint` continues exactly after the last batch.
+
+    class StreamingTrainer(Trainer):
+        def get_train_dataloader(self):
+            return loader
+
+    trainer = StreamingTrainer(model, arguments, callbacks=[LoaderState()], train_dataset=loader.dataset)
+    trainer.train(resume_from_checkpoint=True)
+
+By itself a Trainer resumes with another DataLoader, made of the loader's dataset, and skips batches of it. The loader
+refuses that: the batches would have no vectors.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length
+
+from ..errors import ConfigError, StateError
+from ..pipeline.embedding_loader import EmbeddingLoader
+
+logger = logging.getLogger(__name__)
+
+
+class LoaderState(TrainerCallback, ExportableState):
+    """Keeps the training loader's state in a checkpoint's `trainer_state.json`, and sets `ignore_data_skip`.
+
+    The loader is what the Trainer's `get_train_dataloader` returns. On several ranks the checkpoint holds rank 0's
+    state; that of a `stream` names all ranks' lanes.
+    """
+
+    def __init__(self) -> None:
+        self._loader: EmbeddingLoader | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Have the Trainer skip no batches: the loader continues where it was."""
+        args.ignore_data_skip = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Load the loader's state, if the Trainer resumes.
+
+        Raises:
+            ConfigError: the loader is none of ours, or the callback came too late.
+            StateError: the loader has no state, or the checkpoint has none of it.
+        """
+        loader = kwargs.get("train_dataloader")
+        if not isinstance(loader, EmbeddingLoader):
+            raise ConfigError(
+                f"LoaderState found a {type(loader).__name__} as the Trainer's loader: have get_train_dataloader "
+                "return one of bertstream.wrap or stream"
+            )
+        self._loader = loader
+        loader.check_can_resume()
+        if not state.global_step:
+            return
+        if not args.ignore_data_skip:
+            raise ConfigError("give LoaderState() to the Trainer's callbacks=, or set ignore_data_skip=True with it")
+        callbacks: Any = state.stateful_callbacks  # here as `state` returned them
+        found = callbacks.get("LoaderState", {}).get("attributes", {}).get("saved")
+        if found is None:
+            raise StateError(
+                f"the checkpoint of step {state.global_step} has no state of the loader: LoaderState() has to be among "
+                "the Trainer's callbacks when it saves",
+                key="LoaderState",
+            )
+        # Without a length, a Trainer takes all of its steps for one epoch, and counts epochs from 0 again.
+        sized = has_length(loader)
+        loader.load_state_dict(found, trainer_epoch=found["epoch"] if sized else 0)
+        if sized and len(loader) % args.gradient_accumulation_steps:
+            logger.warning(
+                "%d batches an epoch are no multiple of gradient_accumulation_steps=%d: the Trainer makes no step of "
+                "the last %d batches of an epoch that it resumes",
+                len(loader),
+                args.gradient_accumulation_steps,
+                len(loader) % args.gradient_accumulation_steps,
+            )
+
+    def state(self) -> dict[str, Any]:
+        """The loader's state now, as `trainer_state.json` holds it."""
+        return {"args": {}, "attributes": {"saved": None if self._loader is None else self._loader.state_dict()}}

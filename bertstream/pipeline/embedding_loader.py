@@ -1,0 +1,358 @@
+"""The iterable that a training loop holds: its epochs, its state, its figures, its end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, get_args
+
+from ..caching.cache import EmbeddingCache
+from ..embeddings import Layout, SupportsEncode, SupportsTraining
+from ..errors import ConfigError, LoaderClosedError, StateError, check_at_least, check_choice
+from ..reading.state import STATE_VERSION
+from .checks import check_cacheable, check_encoder
+from .clocks import Stage, StageClocks
+from .encode import BatchEncoder
+from .epoch import Epoch, Parts
+from .fields import Field
+from .plots import plot_step
+from .progress import OwnLoader, Progress, ProgressInSource, ProgressInStream, has_state, text_stream
+from .stats import LOOP, WORK, KnownWords, Stats, bottleneck
+
+_REBUILT = (
+    "this loader cannot be rebuilt from its dataset, as accelerate's skip_first_batches and a resuming Trainer try: "
+    "the batches would have no vectors. Add bertstream.integrations.transformers.LoaderState() to its callbacks; "
+    "with Accelerate call accelerator.register_for_checkpointing(loader), and in your own loop load_state_dict"
+)
+_IN_LIGHTNING = (
+    "Lightning asked the loader itself for this state, which cannot know that Lightning holds a batch ahead: "
+    "add bertstream.integrations.lightning.LoaderState(loader) to the Trainer's callbacks, also when it saves"
+)
+
+
+class EmbeddingLoader(OwnLoader):
+    """Yields batches with embeddings, encoded ahead of the training loop where that pays; made by `wrap` and `stream`.
+
+    Iterate it once per epoch. One iteration runs at a time: a new one ends the previous one, whose loop then gets a
+    `LoaderClosedError`. Leaving a loop early stops the worker and its processes; so do `close()` and the end of a
+    `with` block. Workers of a wrapped DataLoader with `persistent_workers` belong to it and keep running.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any],
+        encoder: SupportsEncode,
+        *,
+        text: tuple[Field, ...] | None,
+        into: tuple[Field, ...] | None,
+        layout: Layout | None,
+        pair: Field | None = None,
+        prefetch: int | None = None,
+        cache: EmbeddingCache | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        check_encoder(encoder)
+        if layout is not None:
+            check_choice("layout", layout, Layout)
+        if prefetch is not None:
+            check_at_least("prefetch", prefetch, 0)
+        self.encoder = encoder
+        self._source = source
+        self._stream = text_stream(source)
+        self._known_words = KnownWords(encoder.tokenizer if self._stream is None else self._stream.progress)
+        if self._stream is not None and text is None:
+            text = (self._stream.text,)
+        if cache is not None and not isinstance(cache, EmbeddingCache):
+            raise ConfigError(f"cache={cache!r} is a {type(cache).__name__}: pass a bertstream.EmbeddingCache")
+        self._cache = cache
+        self._cached = None if cache is None else cache.of(encoder)
+        if self._cached is not None:
+            check_cacheable(encoder, self._cached)
+        self._stages = StageClocks()
+        self._batch_encoder = BatchEncoder(encoder, self._cached, self._stages, deterministic=deterministic)
+        self._progress: Progress = (
+            ProgressInSource(source) if self._stream is None else ProgressInStream(source, self._stream)
+        )
+        self._parts = Parts(
+            progress=self._progress,
+            stream=self._stream,
+            encoder=self._batch_encoder,
+            tokenizer=encoder.tokenizer,
+            text=text,
+            pair=pair,
+            into=into,
+            layout=layout,
+            prefetch=prefetch,
+            deterministic=deterministic,
+            clocks=self._stages,
+        )
+        self._join_ranks()
+        self._closed = False
+        self._running: weakref.ref[Epoch] | None = None
+        self._resumed_by_trainer = False
+        self._epochs_before = 0  # that a trainer does not count
+
+    def __repr__(self) -> str:
+        state = (
+            "closed" if self._closed else f"epoch {self.epoch}, {self._parts.counts.batches} batches since it was made"
+        )
+        return f"EmbeddingLoader({type(self._source).__name__}, {state})"
+
+    def __iter__(self) -> Iterator[Any]:
+        """Start an epoch.
+
+        Raises:
+            LoaderClosedError: the loader was closed.
+            ConfigError: the wrapped iterable can be read only once, and was; or the stream belongs to another rank.
+        """
+        if self._closed:
+            raise LoaderClosedError("this EmbeddingLoader was closed: make a new one with wrap or stream")
+        self._stop("another iteration of this loader began: for two loops, make two loaders")
+        self._join_ranks()
+        if isinstance(self.encoder, SupportsTraining) and not self._parts.deterministic:
+            self.encoder.calibrate()
+        self._progress.await_iteration()
+        return self._not_empty(self._new_epoch()) if self._resumed_by_trainer else self._new_epoch()
+
+    def _new_epoch(self) -> Generator[Any, None, None]:
+        epoch = Epoch(self._parts)
+        self._running = weakref.ref(epoch)
+        return epoch.batches()
+
+    def _not_empty(self, rest: Generator[Any, None, None]) -> Generator[Any, None, None]:
+        """The rest of an epoch, or the next epoch if nothing is left: trainers make little of an epoch without batches.
+
+        Lightning makes an iterator to see that it can, which it drops: until one is used, a loaded state waits.
+        """
+        self._resumed_by_trainer = False
+        received = self._parts.counts.batches
+        yield from rest
+        if self._parts.counts.batches == received:
+            self._epochs_before += 1
+            yield from self._new_epoch()
+
+    def __len__(self) -> int:
+        """The number of batches in an epoch, if the wrapped loader knows it; TypeError otherwise."""
+        if self._stream is not None:
+            raise TypeError(
+                "the number of a stream's batches is not known before its shards are read; count_records() counts its "
+                "records, where that is fast"
+            )
+        return len(self._source)  # type: ignore[arg-type]
+
+    def count_records(self) -> int | None:
+        """Records in a stream's epoch, with broken ones, if counting is much faster than reading; else None.
+
+        See `TextStream.count_records`. None for a wrapped DataLoader too.
+        """
+        return None if self._stream is None else self._stream.count_records()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next iteration, counted from 0; each full iteration advances it by one.
+
+        A `TextStream` follows it. A wrapped DataLoader's samplers do not: call `set_epoch`, as without bertstream.
+        """
+        return self._progress.epoch
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether `state_dict` works: for a stream, and if what is wrapped has a `state_dict` itself."""
+        return self._stream is not None or has_state(self._source)
+
+    def check_can_resume(self) -> None:
+        """StateError, with the way out, unless `can_resume`."""
+        self._progress.check_can_resume()
+
+    @property
+    def dataset(self) -> Any:
+        """The wrapped loader's dataset."""
+        return self._of_source("dataset")
+
+    @property
+    def sampler(self) -> Any:
+        """The wrapped loader's sampler."""
+        return self._of_source("sampler")
+
+    @property
+    def batch_sampler(self) -> Any:
+        """The wrapped loader's batch sampler."""
+        return self._of_source("batch_sampler")
+
+    @property
+    def collate_fn(self) -> Any:
+        """ConfigError: who asks for it is about to build another DataLoader, whose batches would have no vectors."""
+        raise ConfigError(_REBUILT)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the next iteration's epoch, and pass it to every part of the wrapped loader that has `set_epoch`.
+
+        During iteration it applies to the next epoch. A loaded state is kept only if its epoch matches.
+        """
+        check_at_least("epoch", epoch, 0)
+        self._progress.set_epoch(epoch + self._epochs_before)
+
+    def state_dict(self, after: int | None = None) -> dict[str, Any]:
+        """The state after the last batch that the loop received, whatever was read ahead: small, plain JSON.
+
+        For a `stream` it holds the lanes' cursors, and loads with any number of workers and ranks and any prefetch. For
+        a wrapped DataLoader it holds the DataLoader's own state (torchdata's `StatefulDataLoader` has one).
+
+        Args:
+            after: how many batches of this iteration the loop has, if something between it and the loader holds up to
+                eight more: the state is that after as many. After a resume it counts from the resume.
+        Raises:
+            StateError: what is wrapped has no `state_dict`.
+            ConfigError: the iteration has yielded fewer than `after` batches, or many more.
+        """
+        if after is None and _is_lightning(sys._getframe(1).f_globals):
+            return {"version": STATE_VERSION, "unusable": _IN_LIGHTNING}
+        return self._progress.state_dict(after)
+
+    def load_state_dict(self, state: dict[str, Any], *, trainer_epoch: int | None = None) -> None:
+        """Continue the next iteration after the batch at which the state was taken; end a running one.
+
+        Args:
+            state: of `state_dict`.
+            trainer_epoch: by which number a trainer that counts epochs itself calls the state's epoch. `set_epoch` then
+                takes the trainer's numbers, and if the state's epoch has no batch left, the next iteration is that of
+                the epoch after it.
+        Raises:
+            StateError: the state does not fit this loader; `.key` names the difference, and nothing changes.
+        """
+        if isinstance(state, dict) and "unusable" in state:
+            if self._resumed_by_trainer:  # its callback was first
+                return
+            raise StateError(state["unusable"], key="unusable")
+        load = self._progress.loading(state)
+        self._stop("a state was loaded while this loop ran")
+        load()
+        self._resumed_by_trainer = trainer_epoch is not None
+        self._epochs_before = 0 if trainer_epoch is None else self.epoch - trainer_epoch
+
+    def loading(self, state: Any) -> Callable[[], None]:
+        """Check a state, StateError if it does not fit, and return what loads it."""
+        return self._progress.loading(state)
+
+    def stats(self) -> Stats:
+        """Counts and seconds since the loader was made: a dict of numbers, which `print` shows as a table.
+
+        The loop received `epochs`, `batches`, `texts` and `tokens`. Of the texts, `cut_texts` were truncated, by
+        `cut_words` (known where texts are lists of words) and `cut_tokens` in all. `bad_records` and `bad_shards` were
+        skipped, as `max_bad_records` allows; the log names them. `left_texts` reached no loop, because another rank had
+        finished and `uneven="stop"`; they are counted for two seconds, so there may be more. `encoded_tokens` went to
+        the encoder in `encode_calls`. Not in them are texts found in a cache, and `repeated_texts`, which were in the
+        same call already (a cache counts its own). `padding_share` is the share of padding if each batch were padded to
+        its longest text. `known_words_share` of the words came from the word cache (those of `TokenCollate` are not
+        counted). A stream has `workers`, and `lanes` of this rank: no more workers than lanes have work.
+
+        Seconds: `read_s` waiting for the wrapped loader, or for the shards, which are tokenized as they are read;
+        `tokenize_s` tokenizing a wrapped loader's texts; `lookup_s` in the cache; `encode_s` encoding (on CUDA:
+        queueing); `hand_over_s` putting vectors into batches; `room_wait_s` the worker waiting because it is far enough
+        ahead (added when an iteration ends); `wait_s` the training loop waiting for a batch; `step_s` what it does
+        between two. Where no worker runs ahead, `wait_s` includes all but `step_s`. `texts_per_s` and `tokens_per_s`
+        are over `wait_s` plus `step_s`. `peak_ahead_tokens` is the most tokens that were encoded and not yet received.
+
+        Entries named `cache_` are those of `EmbeddingCache.stats`, and cover all loaders that share the cache.
+        """
+        seconds = self._stages.seconds
+        stats = Stats(asdict(self._parts.counts) | asdict(self._batch_encoder.counts))
+        bad = None if self._stream is None else self._stream.progress.bad
+        if self._stream is not None:
+            own = range(self._stream.rank, self._stream.num_lanes, self._stream.world_size)
+            stats["workers"], stats["lanes"] = getattr(self._source, "num_workers", 0), len(own)
+        stats["bad_records"], stats["bad_shards"] = (0, 0) if bad is None else (bad.all_records, bad.all_shards)
+        stats["known_words_share"] = self._known_words.share()
+        if self._cached is not None:
+            stats["encode_calls"], stats["encoded_tokens"] = self._cached.encode_calls, self._cached.encoded_tokens
+        padded = stats.pop("padded_tokens")
+        stats["padding_share"] = 1 - stats["tokens"] / padded if padded else 0.0
+        stats |= {f"{stage}_s": seconds[stage] for stage in get_args(Stage)}
+        stats["lookup_s"] = 0.0
+        if self._cached is not None:
+            # During a call, its compute time is counted already and the call itself is not.
+            stats["lookup_s"] = max(0.0, seconds["encode"] - self._cached.compute_s)
+            stats["encode_s"] = self._cached.compute_s
+        loop_s = stats["wait_s"] + stats["step_s"]
+        stats["texts_per_s"], stats["tokens_per_s"] = (
+            stats[n] / loop_s if loop_s else 0.0 for n in ("texts", "tokens")
+        )
+        if self._cache is not None:
+            stats |= {f"cache_{name}": value for name, value in self._cache.stats().items()}
+        return stats
+
+    def bottleneck(self) -> str:
+        """Say in one sentence what the training loop waits for, and what would help."""
+        return bottleneck(self.stats(), getattr(self.encoder, "dtype", None))
+
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write a trace of the stages, the last 20,000 spans, for chrome://tracing or ui.perfetto.dev.
+
+        The stages are "read", "tokenize", "encode" (with a cache's look-up), "hand_over", "wait" and "step", as in
+        `stats`. `torch.profiler` shows the first four too, as "bertstream.encode" and so on, and those of the worker
+        thread if it profiles all threads
+        (`experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)`).
+
+        Args:
+            path: of a .json file.
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self._stages.save_trace(path)
+
+    def save_plot(self, path: str | os.PathLike[str]) -> None:
+        """Plot where the time of a step goes: the seconds of `stats` as milliseconds per batch.
+
+        The upper part is the training loop, its step and its waiting. The lower part is the work on a batch, which the
+        loop waits for. Where a worker runs ahead, all of it but "hand_over" overlaps the step, and the loop waits for
+        the rest.
+
+        Args:
+            path: of a .png, .svg or .pdf file.
+        Raises:
+            ConfigError: matplotlib is not installed, or does not know the file's ending.
+            OSError: the file cannot be written.
+        """
+        stats = self.stats()
+        per_batch = {stage: 1e3 * stats[f"{stage}_s"] / (stats["batches"] or 1) for stage in LOOP + WORK}
+        loop, work = ({stage: per_batch[stage] for stage in stages} for stages in (LOOP, WORK))
+        plot_step(path, loop=loop, work=work)
+
+    def close(self) -> None:
+        """Stop the worker thread and the processes it reads from; the loader cannot be iterated again.
+
+        May be called from any thread, and more than once.
+        """
+        self._closed = True
+        self._stop("the loader was closed while this loop ran")
+
+    def __enter__(self) -> EmbeddingLoader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _of_source(self, name: str) -> Any:
+        try:
+            return getattr(self._source, name)
+        except AttributeError as error:
+            raise AttributeError(f"a {type(self._source).__name__} has no {name!r}; {_REBUILT}") from error
+
+    def _stop(self, reason: str) -> None:
+        epoch = self._running() if self._running is not None else None
+        if epoch is not None:
+            epoch.close(reason)
+        self._running = None
+
+    def _join_ranks(self) -> None:
+        """Connect to a stream's other ranks once they can be reached: torch.distributed may be initialised late."""
+        peers = self._progress.join_ranks()
+        self._parts.peers = self._parts.peers or peers
+
+
+def _is_lightning(caller: Mapping[str, Any]) -> bool:
+    """Whether these are the globals of a module of Lightning's Trainer; Fabric's loops are the user's own."""
+    return str(caller.get("__name__")).startswith(("lightning.pytorch.", "pytorch_lightning."))

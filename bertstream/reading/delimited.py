@@ -1,0 +1,249 @@
+"""Records of csv and tsv: rows of fields, in which quotes enclose fields or are text."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any, BinaryIO, TypeAlias
+
+from ..errors import ShardError
+from .access import Access, is_local
+from .files import open_bytes
+from .lines import read_lines
+from .options import ReadOptions
+from .quoting import QuotedRows, look_at_quotes, must_be_quoted
+from .raw import BOM, RawRecord, RecordError, broken, check_size, excerpt, parse_text
+from .shards import READ_ERRORS, Piece, shard_kind
+
+logger = logging.getLogger(__name__)
+
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+
+# What shows how a tsv is quoted: thousands of sentences. Each piece of a file looks again.
+_SAMPLE_BYTES = 1 << 18
+
+Line: TypeAlias = tuple[int, bytes]
+"""The byte at which a line begins, and the line; see `read_lines`."""
+
+
+def read_csv(stream: BinaryIO, piece: Piece, options: ReadOptions, *, delimiter: str) -> Iterator[RawRecord]:
+    """Every row of a piece but blank ones.
+
+    After a row that cannot be parsed, reading continues on the line after the one where it begins.
+
+    Args:
+        stream: the shard, at its beginning.
+        piece: what to read of it.
+        options: what is read of each row.
+        delimiter: that of the shard's ending; `options.access.delimiter` takes precedence.
+    Raises:
+        ShardError: the header is broken, or lacks a required column.
+    """
+    table = Table(stream, piece.path, options.access, delimiter)
+    for name in options.required:
+        if table.columns and name not in table.columns:
+            message = f"{piece.path}, field {name!r}: the header has no such column; it has {excerpt(table.columns)}"
+            raise ShardError(message + table.hint(), path=piece.path, field=name)
+    if not piece.offset and table.note:
+        logger.info("%s: %s", piece.path, table.note)
+    yield from table.records(piece.offset)
+
+
+class Table:
+    """A csv or tsv: its columns, how it is quoted, and its rows.
+
+    Args:
+        stream: the file, at its beginning.
+        path: its name, for messages.
+        access: how it is read.
+        delimiter: that of its ending; `access.delimiter` takes precedence.
+    Attributes:
+        columns: the names of the columns; empty if the file is.
+        delimiter: the one in use.
+        quoted: whether quotes enclose fields.
+        note: how the file's first rows decided that; empty where they were not asked.
+        found_unquoted: whether they decided so against what versions before 0.2 read.
+        refuses_joined_rows: see `QuotedRows`; where the user says that quotes enclose fields, nothing is refused.
+        one_byte_characters: whether a quote's byte is always a quote.
+    Raises:
+        ShardError: the header cannot be parsed, or names a column twice.
+    """
+
+    def __init__(self, stream: BinaryIO, path: str, access: Access, delimiter: str) -> None:
+        self.delimiter = access.delimiter or delimiter
+        self.quoted = access.quoting != "none"
+        self.note = ""
+        self.found_unquoted = False
+        self._stream, self._path, self._access = stream, path, access
+        self._lines = read_lines(stream, 0, access.max_record_bytes)
+        self.refuses_joined_rows = access.quoting == "auto" and self.delimiter == "\t"
+        self.one_byte_characters = _one_byte_characters(access.encoding)
+        self._refuses_enclosed = False
+        if self.refuses_joined_rows:
+            self._look_at_quotes()
+        self._header_lines = 0
+        self.columns = self._read_columns()
+
+    def records(self, offset: int) -> Iterator[RawRecord]:
+        """The rows; from a byte offset on, or with 0 those below the header. To be called once."""
+        lines = read_lines(self._stream, offset, self._access.max_record_bytes) if offset else self._lines
+        if not self.quoted:
+            for begin, line in lines:
+                if line.strip(b"\r\n"):
+                    yield RawRecord(self._parse_line, line, None, begin)
+            return
+        lines_before = partial(_count_lines, self._stream, offset) if offset else lambda: self._header_lines
+        for row in self._quoted_rows(lines, lines_before, len(self.columns) if self.refuses_joined_rows else 0):
+            if isinstance(row, RecordError):
+                yield RawRecord(broken, row)
+            elif row:
+                yield RawRecord(self._parse_row, row)
+
+    def seek_rows(self) -> None:
+        """Move the stream, which must be seekable, to the end of the header."""
+        self._stream.seek(0)
+        for _ in range(self._header_lines):
+            self._stream.readline()
+        if not self._header_lines and self._stream.read(len(BOM)) != BOM:
+            self._stream.seek(0)
+
+    def hint(self) -> str:
+        """What to write where the only column looks like several."""
+        found = [mark for mark in ",;\t|" if len(self.columns) == 1 and mark in self.columns[0]]
+        return f": write StreamConfig(delimiter={found[0]!r})?" if found else ""
+
+    def _look_at_quotes(self) -> None:
+        sample: list[Line] = []
+        size, whole = 0, True
+        failure: Exception | None = None
+        try:
+            for line in self._lines:
+                sample.append(line)
+                size += len(line[1])
+                if size >= _SAMPLE_BYTES:
+                    whole = False
+                    break
+        except Exception as error:  # the records before it are whole; whatever it is, it is raised after them
+            failure, whole = error, False
+        lines = [line for _, line in sample]
+        self.quoted, seen, self.note = look_at_quotes(
+            lines, header=self._header, encoding=self._access.encoding, whole=whole
+        )
+        self.found_unquoted = seen and not self.quoted
+        # A quote that the sample lacks may enclose a field after all: such a field is refused rather than guessed at.
+        self._refuses_enclosed = not seen
+        self._lines = _chained(sample, failure, self._lines)
+
+    @property
+    def _header(self) -> bool | tuple[str, ...]:
+        header = self._access.header
+        return header if isinstance(header, bool) else tuple(header)
+
+    def _read_columns(self) -> list[str]:
+        header = self._header
+        if isinstance(header, tuple):
+            return [*header]
+        used: list[Line] = []
+        lines = _noted(self._lines, used)
+        row: list[str] | RecordError
+        try:
+            if self.quoted:
+                row = next((row for row in self._quoted_rows(lines, lambda: 0, 0) if row), [])
+            else:
+                row = next((self._split(line) for _, line in lines if line.strip(b"\r\n")), [])
+        except RecordError as error:
+            row = error
+        if isinstance(row, RecordError):
+            raise ShardError(f"{self._path}: the header is broken: {row}", path=self._path) from row
+        if not header:
+            self._lines = itertools.chain(used, self._lines)
+            return [str(number) for number in range(len(row))]
+        self._header_lines = len(used)
+        if len(set(row)) < len(row):
+            twice = next(name for name in row if row.count(name) > 1)
+            message = f"{self._path}, field {twice!r}: the header names it twice: {excerpt(row)}"
+            raise ShardError(message, path=self._path, field=twice)
+        return row
+
+    def _quoted_rows(self, lines: Iterable[Line], lines_before: Callable[[], int], columns: int) -> QuotedRows:
+        return QuotedRows(
+            (line for _, line in lines),
+            delimiter=self.delimiter,
+            encoding=self._access.encoding,
+            limit=self._access.max_record_bytes,
+            lines_before=lines_before,
+            columns=columns,
+        )
+
+    def _split(self, line: bytes) -> list[str]:
+        check_size(len(line), self._access.max_record_bytes, "the line")
+        try:
+            text = line.decode(self._access.encoding, "surrogateescape")
+        except UnicodeDecodeError:
+            text = parse_text(line, None, self._access.encoding)  # raises
+        return text.removesuffix("\n").removesuffix("\r").split(self.delimiter)
+
+    def _parse_line(self, line: bytes) -> dict[str, Any]:
+        fields = self._parse_row(self._split(line))
+        if self._refuses_enclosed:
+            for name, value in fields.items():
+                if must_be_quoted(value):
+                    message = f"it is in quotes, and the first rows of the file show no quotes: {excerpt(value)}"
+                    raise RecordError(f'{message}; write StreamConfig(quoting="standard"), or "none"', name)
+        return fields
+
+    def _parse_row(self, row: list[str]) -> dict[str, Any]:
+        if len(row) != len(self.columns):
+            message = f"{len(row)} fields under a header of {len(self.columns)} columns: {excerpt(row)}"
+            raise RecordError(f"{message}; {self.note}" if self.note else message)
+        encoding = self._access.encoding
+        return {
+            name: value if value.isascii() else parse_text(value.encode(encoding, "surrogateescape"), name, encoding)
+            for name, value in zip(self.columns, row, strict=True)
+        }
+
+
+def reads_unquoted(path: str, access: Access) -> bool:
+    """Whether quotes of this shard are text by its first rows, where versions before 0.2 let them enclose fields.
+
+    False for shards that are not local, which would have to be opened for it, and where no file can be read.
+    """
+    kind = shard_kind(path)
+    if kind.format not in DELIMITERS or not is_local(path):
+        return False
+    with suppress(ShardError, *READ_ERRORS), open_bytes(path, access, kind.compression) as stream:
+        return Table(stream, path, access, DELIMITERS[kind.format]).found_unquoted
+    return False
+
+
+def _one_byte_characters(encoding: str) -> bool:
+    """Whether each byte below 128 is a character of its own, as in UTF-8 and in all encodings of one byte."""
+    return encoding == "utf-8" or len(bytes(range(256)).decode(encoding, "replace")) == 256
+
+
+def _noted(lines: Iterator[Line], used: list[Line]) -> Iterator[Line]:
+    for line in lines:
+        used.append(line)
+        yield line
+
+
+def _chained(first: list[Line], failure: Exception | None, rest: Iterator[Line]) -> Iterator[Line]:
+    yield from first
+    if failure is not None:
+        raise failure
+    yield from rest
+
+
+def _count_lines(stream: BinaryIO, offset: int) -> int:
+    """Lines before a byte; the stream stays where it is."""
+    position = stream.tell()
+    stream.seek(0)
+    count = 0
+    while offset > 0 and (block := stream.read(min(offset, 1 << 20))):
+        count += block.count(b"\n")
+        offset -= len(block)
+    stream.seek(position)
+    return count
