@@ -108,7 +108,7 @@ class QuotedRows:
         return RecordError(message)
 
 
-class Quoting(NamedTuple):
+class QuotesFound(NamedTuple):
     """How a tsv is quoted.
 
     Attributes:
@@ -122,7 +122,7 @@ class Quoting(NamedTuple):
     note: str
 
 
-def look_at_quotes(sample: list[bytes], *, header: bool | tuple[str, ...], encoding: str, whole: bool) -> Quoting:
+def look_at_quotes(sample: list[bytes], *, header: bool | tuple[str, ...], encoding: str, whole: bool) -> QuotesFound:
     """Tell from the first lines of a tsv whether quotes enclose fields (pandas, R) or are text (GLUE).
 
     They do where the header is in quotes. Else the way that gives more rows as many fields as the header has is right.
@@ -137,8 +137,8 @@ def look_at_quotes(sample: list[bytes], *, header: bool | tuple[str, ...], encod
     """
     text = b"".join(sample).decode(encoding, "replace")
     if not _OPENING.search(text):
-        return Quoting(False, False, f"no field of its first rows begins with a quote, so quotes are text {_OTHER}")
-    quotes = Quoting(True, True, f"quotes enclose fields, as its first rows show {_OTHER}")
+        return QuotesFound(False, False, f"no field of its first rows begins with a quote, so quotes are text {_OTHER}")
+    quotes = QuotesFound(True, True, f"quotes enclose fields, as its first rows show {_OTHER}")
     body = text.lstrip("\r\n")
     enclosed = [*_FIELD.finditer(body)]
     if header is True and enclosed and enclosed[0].start() < body.find("\n"):
@@ -151,7 +151,7 @@ def look_at_quotes(sample: list[bytes], *, header: bool | tuple[str, ...], encod
     marked = any('""' in field[1] or (columns == 1 and "\n" in field[1]) for field in enclosed)
     if quoted_faults < faults or (quoted_faults == faults and marked):
         return quotes
-    return Quoting(False, True, f"quotes are text, as its first rows show {_OTHER}")
+    return QuotesFound(False, True, f"quotes are text, as its first rows show {_OTHER}")
 
 
 def must_be_quoted(field: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import io
 import logging
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from shard_files import LINES, everything, read, read_until_error, texts, write
 
@@ -193,16 +195,39 @@ def test_a_state_is_refused_where_rows_are_read_otherwise(tmp_path: Path) -> Non
             stream.load_state_dict(other.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("text", "changes"), [("plain", False), ('"a ""b"""', False), ('"To be"', True), ('"To', True)]
-)
-def test_the_digest_of_a_state_changes_only_where_quotes_are_found_to_be_text(
-    tmp_path: Path, text: str, changes: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("text", ["plain", '"a ""b"""', '"To be"', '"To'])
+@pytest.mark.parametrize("where", ["{}", "memory://states/a.tsv"])
+def test_a_state_of_version_0_1_0_resumes_unless_quotes_are_now_found_to_be_text(
+    tmp_path: Path, text: str, where: str
 ) -> None:
-    path = write(tmp_path / "a.tsv", "text\tlabel\n" + f"{text}\t1\n" * 9)
-    now = bertstream.stream(path, FakeEncoder()).state_dict()["settings"]
-    monkeypatch.setattr("bertstream.reading.dataset.reads_unquoted", lambda path, access: False)
-    assert (bertstream.stream(path, FakeEncoder()).state_dict()["settings"] != now) is changes
+    path = write(tmp_path / "a.tsv", data := "text\tlabel\n" + f"{text}\t1\n" * 9)
+    fsspec.filesystem("memory").pipe("/states/a.tsv", data.encode())
+    where = where.format(path)
+    now = bertstream.stream(where, FakeEncoder())
+    before = bertstream.stream(where, FakeEncoder(), reading=StreamConfig(quoting="standard"))
+    state = before.state_dict()
+    assert "quoting" not in state["settings"], "as in version 0.1.0"
+    if text.startswith('"To'):
+        with pytest.raises(StateError, match="saved with quoting='standard', this stream has quoting='auto'"):
+            now.load_state_dict(state)
+    else:
+        now.load_state_dict(state)
+
+
+def test_a_state_is_made_without_opening_shards_and_a_fault_of_the_machine_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.tsv", 'text\tlabel\n"To be"\t1\n')
+    now = bertstream.stream(path, FakeEncoder())
+    before = bertstream.stream(path, FakeEncoder(), reading=StreamConfig(quoting="standard")).state_dict()
+
+    def failing(*_: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("bertstream.reading.delimited.open_bytes", failing)
+    now.load_state_dict(now.state_dict())
+    with pytest.raises(ShardError, match=f"{path}: cannot be read: .*Too many open files"):
+        now.load_state_dict(before)
 
 
 # --- the parser -------------------------------------------------------------------------------------------------------
