@@ -51,7 +51,6 @@ class QuotedRows:
         """Whether the lines ended while the last row was parsed."""
         self._again: deque[bytes] = deque()  # lines of a broken row after its first
         self._taken: list[bytes] = []  # lines of the row that is being parsed
-        self._size = 0  # of those, in bytes
         self._first_line: int | None = None
         self.lines_read = 0
         """Lines of all rows so far."""
@@ -59,36 +58,46 @@ class QuotedRows:
     def __iter__(self) -> Iterator[list[str] | RecordError]:
         # The limit is the process's, and another thread may be parsing: only ever raise it.
         csv.field_size_limit(max(csv.field_size_limit(), min(sys.maxsize, 2**31 - 1)))
+        taken = self._taken
         while True:
             try:
                 # Strict, because otherwise an unbalanced quote silently joins rows.
                 for row in csv.reader(self._feed(), delimiter=self._delimiter, strict=True):
-                    self._check_not_joined()
-                    self._next_row(len(self._taken))
+                    if len(taken) > 1:
+                        self._check_not_joined()
+                    self.lines_read += len(taken)
+                    taken.clear()
                     yield row
                 return
             except (csv.Error, RecordError, UnicodeDecodeError) as error:
                 broken = self._broken(error)
-                self._again.extendleft(reversed(self._taken[1:]))
-                self._next_row(1)
+                self._again.extendleft(reversed(taken[1:]))
+                self.lines_read += 1
+                taken.clear()
             yield broken
 
     def _feed(self) -> Iterator[str]:
+        # Every row passes here: names of its own instead of attributes.
+        taken, limit, encoding = self._taken, self._limit, self._encoding
         self.ran_out = False
-        while (line := self._again.popleft() if self._again else next(self._lines, None)) is not None:
-            self._taken.append(line)
-            self._size += len(line)
-            check_size(self._size, self._limit, "the row")
-            yield line.decode(self._encoding, "surrogateescape")
+        size = 0  # of the row so far, in bytes
+        for line in self._all_lines():
+            size = size + len(line) if taken else len(line)
+            taken.append(line)
+            if size > limit:
+                check_size(size, limit, "the row")
+            yield line.decode(encoding, "surrogateescape")
         self.ran_out = True
 
-    def _next_row(self, lines: int) -> None:
-        self.lines_read += lines
-        self._taken.clear()
-        self._size = 0
+    def _all_lines(self) -> Iterator[bytes]:
+        while self._again:
+            yield self._again.popleft()
+        # Not `yield from`: closing this would close the lines too.
+        for line in self._lines:  # noqa: UP028
+            yield line
 
     def _check_not_joined(self) -> None:
-        if self.columns > 1 and len(self._taken) > 1:
+        if self.columns > 1:
             delimiter = self._delimiter.encode()
             if all(line.count(delimiter) == self.columns - 1 for line in self._taken):
                 raise RecordError(f"it spans {len(self._taken)} lines that have {self.columns} fields each")
