@@ -326,12 +326,17 @@ class TextStream(IterableDataset[TokenBatch]):
         """The lanes' batches in turn."""
         pieces, batches = self._dealt(layout, epoch), self._lane_batches(layout)
         lanes = [None if cursor is None else batches.read(pieces[cursor.lane], cursor) for cursor in start]
-        while any(lane is not None for lane in lanes):
-            for i, lane in enumerate(lanes):
-                item = LaneEnd() if lane is None else next(lane)
-                if isinstance(item, LaneEnd):
-                    lanes[i] = None
-                yield item
+        try:
+            while any(lane is not None for lane in lanes):
+                for i, lane in enumerate(lanes):
+                    item = LaneEnd() if lane is None else next(lane)
+                    if isinstance(item, LaneEnd):
+                        lanes[i] = None
+                    yield item
+        finally:  # an error of one lane keeps the others alive in its traceback, with their files
+            for lane in lanes:
+                if lane is not None:
+                    lane.close()
 
     def _laid_out_for(self, ranks: int) -> Layout:
         return lay_out(self.shards, self._options.rows, self._reading, shuffle=self._shuffle, ranks=ranks)

@@ -90,17 +90,18 @@ class Table:
     def records(self, offset: int) -> Iterator[RawRecord]:
         """The rows; from a byte offset on, or with 0 those below the header. To be called once."""
         lines = read_lines(self._stream, offset, self._access.max_record_bytes) if offset else self._lines
+        parse = self._parse_row if self.quoted else self._parse_line
         if not self.quoted:
             for begin, line in lines:
                 if line.strip(b"\r\n"):
-                    yield RawRecord(self._parse_line, line, None, begin)
+                    yield RawRecord(parse, line, None, begin)
             return
         lines_before = partial(_count_lines, self._stream, offset) if offset else lambda: self._header_lines
         for row in self._quoted_rows(lines, lines_before, len(self.columns) if self.refuses_joined_rows else 0):
             if isinstance(row, RecordError):
                 yield RawRecord(broken, row)
             elif row:
-                yield RawRecord(self._parse_row, row)
+                yield RawRecord(parse, row)
 
     def seek_rows(self) -> None:
         """Move the stream, which must be seekable, to the end of the header."""
@@ -121,14 +122,9 @@ class Table:
             return [*header]
         used: list[Line] = []
         lines = _noted(self._lines, used)
-        row: list[str] | RecordError
-        try:
-            if self.quoted:
-                row = next((row for row in self._quoted_rows(lines, lambda: 0, 0) if row), [])
-            else:
-                row = next((self._split(line) for _, line in lines if line.strip(b"\r\n")), [])
-        except RecordError as error:
-            row = error
+        rows = iter(self._quoted_rows(lines, lambda: 0, 0)) if self.quoted else map(self._split_or_error, lines)
+        # A header that is broken ends the shard; without one, the first whole row shows how many columns there are.
+        row = next((row for row in rows if row and (header or not isinstance(row, RecordError))), [])
         if isinstance(row, RecordError):
             raise ShardError(f"{self._path}: the header is broken: {row}", path=self._path) from row
         if not header:
@@ -158,6 +154,12 @@ class Table:
         except UnicodeDecodeError:
             text = parse_text(line, None, self._access.encoding)  # raises
         return text.removesuffix("\n").removesuffix("\r").split(self.delimiter)
+
+    def _split_or_error(self, line: Line) -> list[str] | RecordError:
+        try:
+            return self._split(line[1]) if line[1].strip(b"\r\n") else []
+        except RecordError as error:
+            return error
 
     def _parse_line(self, line: bytes) -> dict[str, Any]:
         fields = self._parse_row(self._split(line))

@@ -156,6 +156,14 @@ def test_columns_are_named_by_the_user_or_numbered_where_no_header_names_them(
         assert [record.fields for record in read(path, numbered)] == [{"1": "1"}, {"1": "2"}]
 
 
+@pytest.mark.parametrize("quoting", ["standard", "none"])
+def test_a_broken_first_row_without_a_header_is_one_broken_record(tmp_path: Path, quoting: str) -> None:
+    options = ReadOptions(text="0", access=Access(header=False, quoting=quoting, max_record_bytes=30))
+    for first in ['"a"b,1', "x" * 40 + ",1"][quoting == "none" :]:
+        path = write(tmp_path / "a.csv", f"{first}\nb,2\nc,3\n")
+        assert shown(path, options) == [0, "b", "c"]
+
+
 @pytest.mark.parametrize("delimiter", [";", "|", "\t"])
 def test_another_delimiter_is_written_or_named_by_the_error(tmp_path: Path, delimiter: str) -> None:
     path = write(tmp_path / "a.csv", f'text{delimiter}n\n"a, b"{delimiter}1\n"c ""d"""{delimiter}2\n')
