@@ -129,9 +129,14 @@ def shortened(value: object) -> str:
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
+def counted(count: int, what: str) -> str:
+    """A number and what it counts, such as "1 lane" and "2 lanes"."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def described(error: BaseException) -> str:
-    """The error's type and text for a message."""
-    return f"{type(error).__name__}: {error}"
+    """The error's type and text for a message, on one line."""
+    return f"{type(error).__name__}: {' '.join(filter(None, map(str.strip, str(error).splitlines())))}"
 
 
 def table_columns(value: object) -> list[str] | None:

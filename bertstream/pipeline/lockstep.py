@@ -43,10 +43,12 @@ def in_lockstep(
         count_left: called with the texts of each batch that nobody receives because another rank has finished.
     Raises:
         ConfigError: the ranks' settings, shards or states differ.
-        ShardError: a rank has no record in the whole epoch.
+        ShardError: a rank has no record in the whole epoch. Where its records were all skipped as broken, and `uneven`
+            is "pad", it repeats a batch of another rank instead.
     """
     pad, epoch = stream.uneven == "pad", stream.epoch
     last: TokenBatch | None = None
+    met_broken = False
     agreed_on = 0
 
     def exchange(message: Any) -> list[Any] | None:
@@ -61,16 +63,18 @@ def in_lockstep(
         group = next(groups, [])
         if status.is_over:
             return
+        met_broken = met_broken or any(entry.report is not None and entry.report.bad for entry in group)
         batches = [entry for entry in group if isinstance(entry.item, TokenBatch)]
         if group and not batches:
             yield group
             continue
         offer = [None if e.item.cursor is None else cursor_to_json(e.item.cursor) for e in batches]
-        offers: list[list[Any]] | None = exchange(offer)
+        # None where there is no record because all were broken.
+        offers: list[list[Any] | None] | None = exchange(offer or (None if met_broken else []))
         if offers is None:
             return
         if not agreed_on and stream.progress.from_the_top and any(offers):
-            _refuse_ranks_without_data(offers)
+            _refuse_ranks_without_data(offers, pad=pad)
         if not (any(offers) if pad else all(offers)):
             status.ranks_have_ended = True
             budget.put_back(group)
@@ -79,7 +83,9 @@ def in_lockstep(
         count = min(len(offered) for offered in offers if offered)
         has_finished = not batches
         if has_finished:
-            if last is None:  # it resumed after its last batch
+            if last is None:  # its records were all broken, or it resumed after its last batch
+                if met_broken and stream.progress.from_the_top:
+                    logger.warning("every record of this rank was broken: it repeats a batch of another rank")
                 last = stream.any_batch()
                 assert last is not None  # another rank has one
             group = batches = [Entry(last) for _ in range(count)]
@@ -140,12 +146,19 @@ def _refuse_differences(own: Mapping[str, Any], everybody: Sequence[Mapping[str,
                 )
 
 
-def _refuse_ranks_without_data(offers: Sequence[Sequence[Any]]) -> None:
-    without = [rank for rank, offered in enumerate(offers) if not offered]
+def _refuse_ranks_without_data(offers: Sequence[Sequence[Any] | None], *, pad: bool) -> None:
+    without = [rank for rank, offered in enumerate(offers) if offered is not None and not offered]
     if without:
         raise ShardError(
             f"of {len(offers)} ranks, {without} have no record in this epoch: there are fewer records than ranks, or "
-            "the only shards of these ranks are broken or empty. Use fewer ranks, or more data"
+            "the only shards of these ranks are empty. Use fewer ranks, or more data"
+        )
+    broken = [rank for rank, offered in enumerate(offers) if offered is None]
+    if broken and not pad:
+        raise ShardError(
+            f"of {len(offers)} ranks, {broken} have only broken records in this epoch, so with uneven='stop' no rank "
+            "would receive a batch. Repair the shards that the log of these ranks names, or write "
+            "StreamConfig(uneven='pad')"
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ConfigError, StateError, check_at_least
+from ..errors import ConfigError, StateError, check_at_least, counted
 from ..reading.dataset import StreamItems, TextStream
 from ..reading.lane_batches import LaneEnd
 from ..reading.state import STATE_VERSION, epoch_of
@@ -252,8 +252,8 @@ class ProgressInStream(Progress):
         self._stream.progress.count(report)
 
     def end_epoch(self, epoch: int) -> None:
-        """Move to the next epoch; ShardError if none of this one's records was good."""
-        self._stream.progress.end_epoch(epoch)
+        """Move to the next epoch; ShardError if none of this one's records was good, on any rank."""
+        self._stream.progress.end_epoch(epoch, received=self._received > 0)
 
     def loading(self, state: Any) -> Callable[[], None]:
         """See `EmbeddingLoader.load_state_dict`."""
@@ -301,13 +301,14 @@ class ProgressInStream(Progress):
         busy, ranks = self._stream.lanes_with_data(), self._stream.world_size
         if num_workers > max(1, busy):
             logger.warning(
-                "%d of the %d workers have nothing to read, because %s %d lanes with data: write num_workers=%d, or "
+                "%d of the %d workers %s nothing to read, because %s %s with data: write num_workers=%d, or "
                 "reading=StreamConfig(lanes=%d), which changes the order (data that cannot be cut, such as gz, also "
                 "needs as many shards)",
                 num_workers - busy,
                 num_workers,
-                "there are" if ranks == 1 else f"rank {self._stream.rank} has",
-                busy,
+                "has" if num_workers - busy == 1 else "have",
+                f"rank {self._stream.rank} has" if ranks > 1 else "there is" if busy == 1 else "there are",
+                counted(busy, "lane"),
                 busy,
                 num_workers * ranks,
             )

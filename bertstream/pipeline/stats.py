@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from ..errors import counted
+
 LOOP = ("step", "wait")
 """The stages of the training loop."""
 
@@ -113,11 +115,15 @@ def bottleneck(stats: Mapping[str, float], dtype: torch.dtype | None = None) -> 
 
 def _more_readers(workers: int, lanes: int) -> str:
     """What would help a stream whose workers are the bottleneck: a lane is read by one worker, so lanes limit them."""
-    seen = f"it has {workers} workers, {lanes} lanes"
+    seen = f"it has {counted(workers, 'worker')}, {counted(lanes, 'lane')}"
     shards = "larger or local shards, or shard_cache="
     if workers < lanes:
         return f"more workers (num_workers=; {seen}), {shards}"
-    idle = f" and {workers - lanes} of the workers have nothing to read" if workers > lanes else ""
+    idle = (
+        f" and {workers - lanes} of the workers {'has' if workers == lanes + 1 else 'have'} nothing to read"
+        if workers > lanes
+        else ""
+    )
     least = max(workers, lanes + 1)
     return (
         f"more lanes ({seen}{idle}): reading=StreamConfig(lanes={least}) or more a rank, with as many shards where "

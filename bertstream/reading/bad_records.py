@@ -6,17 +6,17 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ShardError
+from ..errors import ShardError, counted
 from ..tokens import ReadReport
 
 logger = logging.getLogger(__name__)
 
-_MOST_NAMED = 10
+_MOST_NAMED, _MOST_LOGGED = 10, 12
 
 
 @dataclass
 class BadRecords:
-    """The one count of what a stream skips; it names each in the log, and raises beyond the limit.
+    """The one count of what a stream skips; it names a dozen of a bucket in the log, and raises beyond the limit.
 
     Attributes:
         limit: how many may be skipped; below 1 a fraction of the records read, judged after 1,000 records.
@@ -55,19 +55,23 @@ class BadRecords:
             if error.gives_up_shard and error.path not in self.given_up:
                 self.given_up.append(str(error.path))
                 self.all_shards += 1
+            if len(self.first) < _MOST_NAMED:
+                self.first.append(str(error))
+        for error in sorted(report.bad, key=lambda error: not error.gives_up_shard)[:_MOST_LOGGED]:
             lost = "unknown" if error.records is None else error.records
             logger.warning(
                 "%s (records lost: %s): %s", "gave up a shard" if error.gives_up_shard else "skipped", lost, error
             )
-            if len(self.first) < _MOST_NAMED:
-                self.first.append(str(error))
+        if (more := len(report.bad) - _MOST_LOGGED) > 0:
+            logger.warning("and %d more, which stats() counts", more)
         bad = self.records + len(self.given_up)
         allowed = self.limit if self.limit >= 1 or not self.limit else self.limit * max(self.read, 1000)
         if bad > allowed:
             last = report.bad[-1] if report.bad else None
             raise ShardError(
-                f"{self.records} broken records and {len(self.given_up)} broken shards among {self.read} records read "
-                f"are more than max_bad_records={self.limit:g} allows; the first: " + "; ".join(self.first),
+                f"{counted(self.records, 'broken record')} and {counted(len(self.given_up), 'broken shard')} among "
+                f"{counted(self.read, 'record')} read are more than max_bad_records={self.limit:g} allows; the first: "
+                + "; ".join(self.first),
                 path=last.path if last else None,
                 index=last.index if last else None,
                 field=last.field if last else None,

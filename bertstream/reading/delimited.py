@@ -14,7 +14,7 @@ from .faults import outside_fault
 from .files import open_bytes
 from .lines import Line, read_lines
 from .options import ReadOptions
-from .quoting import QuotedRows, QuotesFound, look_at_quotes, must_be_quoted
+from .quoting import CARRIAGE_RETURNS, QuotedRows, QuotesFound, look_at_quotes, must_be_quoted
 from .raw import BOM, RawRecord, RecordError, broken, check_size, excerpt, parse_text
 from .shards import Piece, read_errors, shard_kind
 
@@ -130,6 +130,13 @@ class Table:
         if not header:
             self._lines = itertools.chain(used, self._lines)
             return [str(number) for number in range(len(row))]
+        try:
+            for name in row:
+                self._decoded(name)
+                if "\r" in name and not self.quoted:
+                    raise RecordError(CARRIAGE_RETURNS)
+        except RecordError as error:
+            raise ShardError(f"{self._path}: the header is broken: {error}", path=self._path) from error
         self._header_lines = len(used)
         if len(set(row)) < len(row):
             twice = next(name for name in row if row.count(name) > 1)
@@ -174,11 +181,15 @@ class Table:
         if len(row) != len(self.columns):
             message = f"{len(row)} fields under a header of {len(self.columns)} columns: {excerpt(row)}"
             raise RecordError(f"{message}; {self.note}" if self.note else message)
-        encoding = self._access.encoding
         return {
-            name: value if value.isascii() else parse_text(value.encode(encoding, "surrogateescape"), name, encoding)
+            name: value if value.isascii() else self._decoded(value, name)
             for name, value in zip(self.columns, row, strict=True)
         }
+
+    def _decoded(self, value: str, name: str | None = None) -> str:
+        """A field, or the name of one, that was split off; RecordError if its bytes are not of the encoding."""
+        encoding = self._access.encoding
+        return parse_text(value.encode(encoding, "surrogateescape"), name, encoding)
 
 
 def first_rows_decide(path: str, access: Access) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -78,6 +79,8 @@ class LaneBatches:
             # The first bucket of each lane has another size, or all lanes would refill in the same moment.
             size = max(1, size * (start.lane + 1) // self.num_lanes)
         bucket = _Bucket(start, size)
+        if not start.batch:  # as for `read` below
+            reader.may_skip = self._may_skip
         read = 0  # since the last batch, like `bad`
         bad: list[ShardError] = []
         words = np.zeros(2, np.int64)
@@ -90,10 +93,12 @@ class LaneBatches:
                     read += bucket.read + sum(error.records or 0 for error in bucket.skipped)
                     bad += bucket.skipped + bucket.refused
                 words += bucket.words
-                if not bucket.read:
+                # Above the limit nobody receives the bucket, which is not whole.
+                if not bucket.read or reader.may_skip < 0:
                     yield LaneEnd(start.lane, ReadReport(read, tuple(bad), _pair(words)))
                     return
                 following = _Bucket(bucket.end, self.reading.bucket_size)
+                reader.may_skip = self._may_skip
                 tokens = bucket.join()
                 batches = self._cut(tokens.lengths, bucket.start)
                 for number, batch in enumerate(self._batches_of(bucket, tokens, batches), 1 + bucket.start.batch):
@@ -114,6 +119,12 @@ class LaneBatches:
     def _tolerant(self) -> bool:
         return self.reading.max_bad_records > 0
 
+    @property
+    def _may_skip(self) -> float:
+        """The most broken records of a bucket with which the epoch may go on, whatever else was read."""
+        limit = self.reading.max_bad_records
+        return limit if limit >= 1 else math.inf
+
     def _fill(self, bucket: _Bucket, reader: LaneReader, count: int) -> None:
         """Read and tokenize until the bucket has `count` records; an error is kept until the bucket's turn."""
         try:
@@ -129,6 +140,7 @@ class LaneBatches:
                 bucket.records += records
                 bucket.chunks += tokens
                 bucket.refused += refused
+                reader.may_skip -= len(refused)
         except BertstreamError as error:
             bucket.error = error
 

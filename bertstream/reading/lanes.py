@@ -7,6 +7,7 @@ and of the queue of lanes with their cursors, so a checkpoint needs nothing else
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,9 @@ class LaneReader:
         open_shards: how many pieces are open at a time.
         tolerant: whether to skip and report broken records, and give up a broken shard; otherwise they raise. Faults of
             the machine always do.
+    Attributes:
+        may_skip: how many more broken records and shards it skips. Below 0 nothing more is read: the limit of the epoch
+            is exceeded by this lane alone, which its report says.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class LaneReader:
         self._pieces = pieces
         self._options = options
         self._tolerant = tolerant
+        self.may_skip = math.inf
         self._next = start.next_piece
         self._open = deque(_Opened(*opened, start=pieces[opened.piece].start) for opened in start.open)
         self._bad: list[ShardError] = []
@@ -43,12 +48,12 @@ class LaneReader:
             self._open.append(self._open_next())
 
     def read(self) -> Record | None:
-        """The next good record; None after the last.
+        """The next good record; None after the last, and once more was skipped than may be.
 
         Raises:
             ShardError: a record or shard is broken, unless `tolerant`.
         """
-        while self._open:
+        while self._open and self.may_skip >= 0:
             opened = self._open[0]
             record = self._next_of(opened)
             if record is not None:
@@ -72,6 +77,12 @@ class LaneReader:
         self._bad.clear()  # in place: readers hold the list
         return bad
 
+    def _skip(self, error: ShardError) -> bool:
+        self._bad.append(error)
+        # A shard that is given up counts as one however many of its pieces are: those are not counted here.
+        self.may_skip -= error.records or 0
+        return self.may_skip < 0
+
     def close(self) -> None:
         """Close all files."""
         for opened in self._open:
@@ -87,14 +98,14 @@ class LaneReader:
         try:
             if opened.reader is None:
                 piece, skip = _rest(self._pieces[opened.piece], opened)
-                on_bad = self._bad.append if self._tolerant else None
+                on_bad = self._skip if self._tolerant else None
                 opened.reader = read_records(piece, self._options, skip=skip, on_bad=on_bad)
             return next(opened.reader, None)
         except ShardError as error:
             if not self._tolerant or not error.skippable:
                 raise
             error.gives_up_shard = True
-            self._bad.append(error)
+            self._skip(error)
             return None
 
 

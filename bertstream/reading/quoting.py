@@ -14,6 +14,8 @@ from .raw import RecordError, check_size
 _FIELD = re.compile(r'(?:^|(?<=\t))"([^"]*(?:""[^"]*)*)"(?=\t|\r?$)', re.MULTILINE)
 _OPENING = re.compile(r'(?:^|\t)"', re.MULTILINE)
 _OTHER = "(StreamConfig(quoting=) says it for all shards)"
+CARRIAGE_RETURNS = "its lines end with carriage returns: convert the line ends to newlines"
+"""What is wrong with a file of old Mac programs, which has no line that ends elsewhere."""
 _ENCLOSED = re.compile(r'"[^"]*(?:""[^"]*)+"')
 
 
@@ -106,7 +108,8 @@ class QuotedRows:
         if self._first_line is None:
             self._first_line = 1 + self._lines_before()
         line = self._first_line + self.lines_read
-        message = f"the row on line {line} cannot be parsed: {error}"
+        by_returns = isinstance(error, csv.Error) and any(b"\r" in taken.rstrip(b"\r\n") for taken in self._taken)
+        message = f"the row on line {line} cannot be parsed: {CARRIAGE_RETURNS if by_returns else error}"
         if len(self._taken) > 1:
             message += f"; a quote that opens on line {line} does not end its field"
         if any(b'"' in taken for taken in self._taken):

@@ -53,18 +53,23 @@ def broken(error: RecordError) -> dict[str, Any]:
     raise error
 
 
-def parse_text(data: bytes, name: str | None = None, encoding: str = "utf-8") -> str:
+def parse_text(data: bytes, name: str | None = None, encoding: str | None = None) -> str:
     """Decode bytes of the field `name`.
 
+    Args:
+        data: the bytes.
+        name: the field, for the error.
+        encoding: what the user chose; None where the format is always UTF-8.
     Raises:
         RecordError: the bytes are not of this encoding.
     """
     try:
-        return data.decode(encoding)
+        return data.decode(encoding or "utf-8")
     except UnicodeDecodeError as error:
         near = data[max(error.start - 20, 0) : error.start + 20]
-        hint = "; other encodings of txt, csv and tsv: StreamConfig(encoding=)" if encoding == "utf-8" else ""
-        message = f"not {encoding.upper()}: byte 0x{data[error.start]:02x} in {excerpt(near)}{hint}"
+        hint = {None: ": re-encode it as UTF-8", "utf-8": ": write StreamConfig(encoding=), or re-encode it as UTF-8"}
+        seen = f"byte 0x{data[error.start]:02x} in {excerpt(near)}"
+        message = f"not {(encoding or 'utf-8').upper()}: {seen}{hint.get(encoding, '')}"
         raise RecordError(message, name) from error
 
 

@@ -52,7 +52,7 @@ _READERS: dict[str, _Reader] = {
 
 
 def read_records(
-    piece: Piece, options: ReadOptions, *, skip: int = 0, on_bad: Callable[[ShardError], None] | None = None
+    piece: Piece, options: ReadOptions, *, skip: int = 0, on_bad: Callable[[ShardError], bool | None] | None = None
 ) -> Generator[Record, None, None]:
     """Read the records of a piece in order.
 
@@ -63,7 +63,7 @@ def read_records(
         options: what is read of each record.
         skip: how many records of the piece to skip, broken ones included; they are counted but not parsed.
         on_bad: called with the error of each broken record, or of several at once such as a row group, which are then
-            skipped; None raises the error.
+            skipped, or, if it returns True, end the reading; None raises the error.
     Yields:
         Records whose `index` is their index in the shard.
     Raises:
@@ -99,7 +99,8 @@ def read_records(
                         error = _at_records(broken, wanted.path, _own(wanted, index, end))
                         if on_bad is None or not error.skippable:
                             raise error from broken.__cause__
-                        on_bad(error)
+                        if on_bad(error):
+                            return
                     else:
                         offset = raw.offset if seekable else 0
                         yield Record(text, fields, raw.key or f"{kind.stem}:{index}", piece.path, index, offset)

@@ -82,8 +82,8 @@ def split_rows(rows: Any, parts: int) -> list[tuple[Piece, int]]:
 def read_rows(rows: Any, piece: Piece) -> Iterator[RawRecord]:
     """The rows of a piece that `split_rows` made.
 
-    A row that raises is a broken record, if the dataset has positions. An `IterableDataset` that raises ends there:
-    nothing can continue it.
+    A row that raises is a broken record, if the dataset has positions. An `IterableDataset` that raises ends there,
+    after the rows before: nothing can continue it.
     """
     if hasattr(rows, "__len__"):
         if piece.start:
@@ -101,10 +101,25 @@ def read_rows(rows: Any, piece: Piece) -> Iterator[RawRecord]:
                 position += 1
     else:
         number, count = (int(word) for word in piece.path.split()[-3::2])  # "<name> shard <number> of <count>"
-        # By batches: its iterator of single rows would split them among DataLoader workers once more.
-        for batch in rows.shard(num_shards=count, index=number).iter(_BATCH_ROWS):
-            for row in zip(*batch.values(), strict=True):
-                yield RawRecord(dict, zip(batch, row, strict=True))
+        shard, given = rows.shard(num_shards=count, index=number), 0
+        try:
+            for row in _streamed_rows(shard, _BATCH_ROWS):
+                yield RawRecord(dict, row)
+                given += 1
+        except Exception as error:  # a dataset may raise anything
+            if outside_fault(error):
+                raise
+            # The rows that were read together with the one at fault are lost: read them again, one at a time.
+            for row in itertools.islice(_streamed_rows(shard, 1), given, None):
+                yield RawRecord(dict, row)
+
+
+def _streamed_rows(shard: Any, at_a_time: int) -> Iterator[Iterator[tuple[str, Any]]]:
+    """The rows of an `IterableDataset`, each as pairs of field and value."""
+    # By batches: its iterator of single rows would split them among DataLoader workers once more.
+    for batch in shard.iter(at_a_time):
+        for row in zip(*batch.values(), strict=True):
+            yield zip(batch, row, strict=True)
 
 
 def _rows_until_error(rows: Iterable[Any]) -> Iterator[Any]:

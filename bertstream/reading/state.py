@@ -148,13 +148,17 @@ class StreamProgress:
         self.advance([None] * self._world_size)
         self.bad.check_some_were_good()
 
-    def end_epoch(self, epoch: int) -> None:
+    def end_epoch(self, epoch: int, *, received: bool = False) -> None:
         """All of the epoch was received; the next one follows, unless the loop has chosen another already.
 
+        Args:
+            epoch: that has ended.
+            received: whether the loop got a batch, be it another rank's.
         Raises:
-            ShardError: every record was skipped.
+            ShardError: every record was skipped, here and on the ranks that share batches.
         """
-        self.bad.check_some_were_good()
+        if not received:
+            self.bad.check_some_were_good()
         self._running = None
         if self.epoch == epoch:
             self.set_epoch(epoch + 1)

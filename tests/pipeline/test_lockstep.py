@@ -24,7 +24,7 @@ from bertstream.pipeline.progress import Entry
 from bertstream.pipeline.source import EpochStatus
 from bertstream.reading.lane_batches import LaneEnd
 from bertstream.testing import FakeEncoder
-from bertstream.tokens import Cursor
+from bertstream.tokens import Cursor, ReadReport
 
 
 class Table:
@@ -162,6 +162,32 @@ def test_a_rank_without_a_record_is_named_unless_it_resumed(uneven: str) -> None
     with pytest.raises(ShardError, match=r"of 2 ranks, \[1\] have no record in this epoch"):
         groups(from_the_top=True)
     assert len(groups(from_the_top=False)) == (uneven == "pad")
+
+
+@pytest.mark.parametrize("uneven", ["pad", "stop"])
+def test_a_rank_with_only_broken_records_repeats_a_batch_or_is_named(
+    uneven: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    end = LaneEnd(0, ReadReport(3, (ShardError("broken"),)))
+
+    def run(rank: int) -> list[list[Entry]]:
+        entries = [Entry(end)] if rank == 0 else [own_entry(1, number, 1) for number in range(3)]
+        budget = GroupBudget[Entry](lambda entry: entry.weight, limit=1, by_the_clock=False)
+        stream = some_stream(uneven, from_the_top=True, any_batch=lambda: own_entry(1, 0, 1).item)
+        own = gather(iter(entries), budget)
+        return [*in_lockstep(own, budget, stream, table.seat(rank), EpochStatus(), lambda texts: None)]
+
+    table = Table(2)
+    with ThreadPoolExecutor(2) as threads:
+        ranks = [threads.submit(run, rank) for rank in range(2)]
+        if uneven == "stop":
+            for rank in ranks:
+                with pytest.raises(ShardError, match=r"of 2 ranks, \[0\] have only broken records .*uneven=.pad"):
+                    rank.result()
+            return
+        found = [batches_of(entry for group in rank.result() for entry in group) for rank in ranks]
+    assert [[entry.item.fields["__repeated__"] for entry in entries] for entries in found] == [[True] * 3, [False] * 3]
+    assert "every record of this rank was broken" in caplog.text
 
 
 def test_texts_that_no_rank_receives_are_counted_for_a_limited_time(

@@ -279,3 +279,22 @@ def test_a_bad_csv_header_is_an_error_of_the_shard(tmp_path: Path, data: str, fi
     assert (error.path, error.index, error.field) == (path, None, field)
     with pytest.raises(ShardError, match=message):
         raise error
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_header_that_is_not_of_the_encoding_is_refused_like_a_value(tmp_path: Path, ending: str) -> None:
+    mark = {"csv": ",", "tsv": "\t"}[ending]
+    path = write(tmp_path / f"a.{ending}", f"text{mark}caf\xe9\na{mark}b\n".encode("latin-1"))
+    with pytest.raises(
+        ShardError, match=r"the header is broken: not UTF-8: byte 0xe9 .*write StreamConfig\(encoding=\)"
+    ):
+        read(path)
+    options = ReadOptions(access=Access(encoding="latin-1"))
+    assert read(path, options)[0].fields == {"caf\xe9": "b"}
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_carriage_returns_alone_are_no_line_ends(tmp_path: Path, ending: str) -> None:
+    mark = {"csv": ",", "tsv": "\t"}[ending]
+    with pytest.raises(ShardError, match="carriage returns: convert the line ends to newlines"):
+        read(write(tmp_path / f"a.{ending}", f"id{mark}text\r1{mark}a\r2{mark}b\r"))

@@ -23,7 +23,7 @@ import pytest
 from shard_files import COMPRESS, LINES, TAR, read, read_until_error, tar_bytes, texts, texts_tar, write
 
 import bertstream
-from bertstream.errors import ShardError
+from bertstream.errors import EncoderError, ShardError
 from bertstream.reading import files, remote
 from bertstream.reading.access import Access
 from bertstream.reading.config import StreamConfig
@@ -430,6 +430,63 @@ def test_rows_of_a_hugging_face_dataset_are_counted_one_by_one(
 
     found = outcome(stream(rows.with_transform(transform) if fault == "a transform" else rows))
     assert found == (Counter(Dataset=COUNT - 1), 1, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("at", [0, 1, AT, 300])
+def test_a_streaming_dataset_gives_the_rows_before_the_one_that_raises(
+    at: int, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    datasets = pytest.importorskip("datasets")
+
+    def rows(numbers: list[int]) -> Iterator[dict[str, Any]]:
+        for number in numbers:
+            for i in range(310):
+                if (number, i) == (1, at):
+                    raise ValueError("a bad row")
+                yield {"text": f"text {i}", "id": i}
+
+    source = datasets.IterableDataset.from_generator(rows, gen_kwargs={"numbers": [0, 1]})
+    given, _, given_up = outcome(stream(source, workers=workers))
+    assert given_up == 1
+    assert sorted(given.values()) == [n for n in (at, 310) if n]
+    with pytest.raises(ShardError, match=f"from record {at} on: ValueError: a bad row") as caught:
+        outcome(stream(source, limit=0))
+    assert caught.value.index == at
+
+
+# --- the limit --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("good_before", [0, 30])
+def test_reading_stops_soon_after_the_limit_and_the_log_names_a_dozen(
+    good_before: int, workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "a"}\n' * good_before + "{}\n" * 3000)
+    reading = StreamConfig(lanes=1, max_bad_records=20, bucket_size=16)
+    loader = bertstream.stream(path, FakeEncoder(), batch_size=4, num_workers=workers, reading=reading)
+    received = 0
+    with pytest.raises(ShardError, match="21 broken records and 0 broken shards among") as caught:
+        for batch in loader:
+            received += len(batch["text"])
+    assert caught.value.index == good_before + 20
+    assert received == good_before // 16 * 16, "whole buckets alone"
+    logged = [record for record in caplog.records if record.name == "bertstream.reading.bad_records"]
+    assert len(logged) == 13 and "and 9 more" in caplog.text
+
+
+def test_texts_that_cannot_be_tokenized_count_towards_the_limit_of_a_lane(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Any, texts: list[Any]) -> Any:
+        raise EncoderError("too long", records=[len(texts) - 1])
+
+    monkeypatch.setattr("bertstream.reading.lane_batches.tokenize_batch", refuse)
+    path = write(tmp_path / "a.jsonl", '{"text": "a"}\n' * 600)
+    with pytest.raises(ShardError, match="^256 broken records .* among 256 records"):
+        list(bertstream.stream(path, FakeEncoder(), reading=StreamConfig(lanes=1, max_bad_records=3)))
 
 
 # --- places -----------------------------------------------------------------------------------------------------------

@@ -313,4 +313,7 @@ def test_workers_without_data_are_said_once_with_the_number_to_write(
                 assert len(list(loader)) == len(list(loader))
         warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
         assert len(warnings) == said
-    assert "2 of the 3 workers have nothing to read" in warnings[0] and "num_workers=1" in warnings[0]
+    assert (
+        "2 of the 3 workers have nothing to read, because there is 1 lane with data" in warnings[0]
+        and "num_workers=1" in warnings[0]
+    )

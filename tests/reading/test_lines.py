@@ -55,3 +55,15 @@ def test_a_txt_is_decoded_by_its_encoding(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "naïve “quotes”\n€\n".encode("cp1252"))
     assert texts(read(path, ReadOptions(access=Access(encoding="cp1252")))) == ["naïve “quotes”", "€"]
     assert r"StreamConfig(encoding=)" in str(read_until_error(path)[1])
+
+
+@pytest.mark.parametrize(
+    ("ending", "advice"),
+    [("jsonl", "re-encode it as UTF-8"), ("txt", r"write StreamConfig\(encoding=\), or re-encode")],
+)
+def test_advice_for_another_encoding_is_one_that_the_format_can_follow(
+    tmp_path: Path, ending: str, advice: str
+) -> None:
+    path = write(tmp_path / f"a.{ending}", b'{"text": "caf\xe9"}\n')
+    with pytest.raises(ShardError, match=rf"not UTF-8: byte 0xe9 in [^:]*: [^:]*: {advice}"):
+        read(path)
