@@ -56,7 +56,7 @@ class LoaderState(TrainerCallback, ExportableState):
                 "return one of bertstream.wrap or stream"
             )
         self._loader = loader
-        loader.check_can_resume()
+        loader.expect_callback()
         if not state.global_step:
             return
         if not args.ignore_data_skip:
