@@ -15,6 +15,7 @@ from .embeddings import Output
 from .encoding.encoder import Encoder
 from .encoding.pooling import Combine
 from .encoding.tokenizer import Overflow
+from .encoding.word_cache import LIMIT
 from .jobs.writers import PartFormat
 from .reading.access import Quoting
 from .reading.config import StreamConfig
@@ -41,7 +42,7 @@ def encoder_of(options: argparse.Namespace) -> Encoder:
     if not options.progress:
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     names = ["output", "combine", "dtype", "device", "overflow", "stride", "max_length", "prompt", "max_forward_tokens"]
-    names += _HUB_OPTIONS
+    names += ["word_cache", *_HUB_OPTIONS]
     chosen = {name: getattr(options, name) for name in names}
     chosen["pooling"] = options.pooling[0] if options.pooling and len(options.pooling) == 1 else options.pooling
     if options.normalize:
@@ -193,9 +194,7 @@ def _add_encoder(verb: argparse.ArgumentParser) -> None:
         default="error",
         help="for texts that are too long (default: %(default)s)",
     )
-    group.add_argument(
-        "--stride", type=int, default=0, metavar="N", help="tokens by which windows overlap (default: 0)"
-    )
+    group.add_argument("--stride", type=int, default=0, metavar="N", help="overlap of windows in tokens (default: 0)")
     group.add_argument(
         "--max-length", type=int, metavar="N", help="tokens of a text or window (default: the model's limit)"
     )
@@ -206,6 +205,7 @@ def _add_encoder(verb: argparse.ArgumentParser) -> None:
             f"--{name.replace('_', '-')}", default="" if name == "subfolder" else None, help=about, **flag
         )
     group.add_argument("--max-forward-tokens", type=int, metavar="N", help="tokens of one forward (default: measured)")
+    group.add_argument("--word-cache", type=int, default=LIMIT, metavar="BYTES", help="in each process; 0 keeps none")
     group.add_argument("--dtype", default="auto", help="of the forward (default: %(default)s)")
     group.add_argument("--device", default="auto", help="(default: %(default)s)")
     group.add_argument(
