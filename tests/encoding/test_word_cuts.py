@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 import pytest
-from character_map import character_map
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sweeps.character_map import character_map
 from sweeps.words import KINDS, PARTS, bert, deberta, gemma, modernbert, paragraphs, roberta, xlm_roberta
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
