@@ -22,6 +22,7 @@ from .embeddings import Output
 from .encoding.encoder import Encoder
 from .encoding.pooling import Combine
 from .encoding.tokenizer import Overflow
+from .encoding.word_cache import LIMIT
 from .errors import BertstreamError, CacheError, ConfigError, ShardError
 from .jobs.doctor import examine
 from .jobs.embed import embed
@@ -258,7 +259,7 @@ def _encoder(options: argparse.Namespace) -> Encoder:
     if not options.progress:
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     names = ["output", "combine", "dtype", "device", "overflow", "stride", "max_length", "prompt", "max_forward_tokens"]
-    names += _HUB_OPTIONS
+    names += ["word_cache", *_HUB_OPTIONS]
     chosen = {name: getattr(options, name) for name in names}
     chosen["pooling"] = options.pooling[0] if options.pooling and len(options.pooling) == 1 else options.pooling
     if options.normalize:
@@ -427,9 +428,7 @@ def _add_encoder(verb: argparse.ArgumentParser) -> None:
         default="error",
         help="for texts that are too long (default: %(default)s)",
     )
-    group.add_argument(
-        "--stride", type=int, default=0, metavar="N", help="tokens by which windows overlap (default: 0)"
-    )
+    group.add_argument("--stride", type=int, default=0, metavar="N", help="overlap of windows in tokens (default: 0)")
     group.add_argument(
         "--max-length", type=int, metavar="N", help="tokens of a text or window (default: the model's limit)"
     )
@@ -440,6 +439,7 @@ def _add_encoder(verb: argparse.ArgumentParser) -> None:
             f"--{name.replace('_', '-')}", default="" if name == "subfolder" else None, help=about, **flag
         )
     group.add_argument("--max-forward-tokens", type=int, metavar="N", help="tokens of one forward (default: measured)")
+    group.add_argument("--word-cache", type=int, default=LIMIT, metavar="BYTES", help="in each process; 0 keeps none")
     group.add_argument("--dtype", default="auto", help="of the forward (default: %(default)s)")
     group.add_argument("--device", default="auto", help="(default: %(default)s)")
     group.add_argument(

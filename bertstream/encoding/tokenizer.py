@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -374,7 +375,18 @@ class _Built(NamedTuple):
 
 
 def _cut_of(backend: Any, content: str) -> Cut | None:
-    """The cut of a tokenizer; None, and a line in the log, if it has none."""
+    """The cut of a tokenizer, found once a process; None, and a line in the log, if it has none."""
+    key = blake2b(content.encode()).digest()
+    if key not in _CUTS:
+        _CUTS[key] = _found_cut(backend, content)
+    return _CUTS[key]
+
+
+_CUTS: dict[bytes, Cut | None] = {}
+"""Small, and as many as a process has tokenizers."""
+
+
+def _found_cut(backend: Any, content: str) -> Cut | None:
     if backend.truncation is not None or backend.padding is not None:
         backend = type(backend).from_str(content)
         backend.no_truncation()

@@ -25,12 +25,12 @@ from ..pipeline.groups import GroupBudget, gather, group_tokens
 from ..reading.config import StreamConfig
 from ..reading.dataset import Shards, TextStream
 from ..reading.files import shard_size
+from ..reading.lanes import LaneReader
 from ..reading.options import ReadOptions
-from ..reading.records import read_records
 from ..reading.rows import is_rows, split_rows
 from ..reading.shards import Piece
 from ..repeats import text_bytes
-from ..tokens import TokenBatch
+from ..tokens import Cursor, TokenBatch
 
 Numbers: TypeAlias = npt.NDArray[Any]
 
@@ -65,6 +65,7 @@ class Inspection:
         texts: good records.
         repeated_texts: texts equal to an earlier one.
         bad_records: broken records and texts that were skipped.
+        bad_shards: shards that were given up; their texts are not counted.
         tokens: of all texts, before truncation, special tokens included.
         lengths: tokens of a text.
         length_edges: [n + 1] bins of lengths; bin i holds lengths from edge i up to, not including, edge i + 1.
@@ -90,6 +91,7 @@ class Inspection:
     texts: int
     repeated_texts: int
     bad_records: int
+    bad_shards: int
     tokens: int
     lengths: Spread
     length_edges: list[int]
@@ -145,14 +147,19 @@ def inspect_shards(
         reading=reading,
     )
     options = ReadOptions(text=text, pair=pair, access=reading, rows=shards if is_rows(shards) else None)
-    with closing(read_records(_first_piece(shards, stream.shards), options)) as records:
-        example = next(records)
     found = _Found(encoder, stream.shards)
     total = stream.count_records() if progress else None
     with tqdm(desc="reading", unit=" texts", total=total, disable=not progress) as bar:
         for batch in stream:
             found.add(batch)
             bar.update(len(batch))
+    pieces = split_rows(shards, 1) if is_rows(shards) else [(Piece(path), 0) for path in stream.shards]
+    first = LaneReader(
+        [piece for piece, _ in pieces], options, Cursor(0, 0), open_shards=1, tolerant=reading.max_bad_records > 0
+    )
+    with closing(first):
+        example = first.read()
+    assert example is not None  # an epoch without a good record is an error
     lengths = np.concatenate(found.lengths)
     fitting = np.minimum(lengths, tokenizer.max_length)
     sizes = np.array([len(part) for part in found.lengths])
@@ -169,6 +176,7 @@ def inspect_shards(
         texts=len(lengths),
         repeated_texts=len(lengths) - len(once),
         bad_records=stream.progress.bad.records,
+        bad_shards=len(stream.progress.bad.given_up),
         tokens=int(lengths.sum()),
         lengths=Spread.of(lengths),
         length_edges=edges,
@@ -247,10 +255,6 @@ def _counting(tokenizer: TextTokenizer) -> TextTokenizer:
     if counting.overflow == "error":
         counting.overflow = "truncate"
     return counting
-
-
-def _first_piece(shards: Shards, paths: Sequence[str]) -> Piece:
-    return split_rows(shards, 1)[0][0] if is_rows(shards) else Piece(paths[0])
 
 
 def _padding(lengths: Numbers, sizes: Numbers) -> float:

@@ -88,7 +88,7 @@ def _checked_encoding(encoding: str) -> str:
     try:
         name = codecs.lookup(encoding).name
         plain = _ASCII.encode(name) == _ASCII.encode()
-    except (LookupError, TypeError) as error:
+    except (LookupError, TypeError, UnicodeError) as error:
         raise ConfigError(f"encoding={encoding!r}: write the name of a text encoding, such as 'cp1252'") from error
     if name == "utf-8-sig":  # a byte order mark is removed in any case
         return "utf-8"

@@ -26,8 +26,8 @@ class StreamConfig(Access):
             1 for a stream that is not shuffled.
         max_bad_records: how many broken records and shards an epoch may skip, over all workers of a rank: a number, or
             a fraction below 1 of the records read, judged after 1,000 records. 0 raises at the first. Each one is
-            counted, and named in the log. A shard that is given up counts as one, and as those of its records whose
-            number is known. Faults of the machine or network always raise.
+            counted, and named in the log. A shard that is given up counts as one on each rank that reads of it, and as
+            those of its records whose number is known. Faults of the machine or network always raise.
         uneven: what ranks do when their shards give unequal numbers of batches, so that none waits forever in a
             collective of the training step. "pad": ranks that have finished repeat their last batch, marked by
             `__repeated__`, until all have. "stop": all end with the first; `left_texts` counts what was left. "leave":

@@ -19,7 +19,7 @@ from ..tokens import Cursor, SupportsTokenize, TokenBatch
 from .access import DEFAULT_ACCESS
 from .bad_records import BadRecords
 from .config import StreamConfig
-from .delimited import reads_unquoted
+from .delimited import first_rows_decide, reads_unquoted
 from .lane_batches import LaneBatches, LaneEnd
 from .layout import Layout, lay_out
 from .options import ReadOptions
@@ -30,8 +30,10 @@ from .state import StreamProgress, layout_ranks_of
 
 logger = logging.getLogger(__name__)
 
-# A state holds these only where they differ: those of older versions have none.
-_FORMAT_OPTIONS = ("delimiter", "quoting", "header", "encoding", "max_record_bytes")
+_ROWS_OF_0_1_0 = {
+    option: str(getattr(DEFAULT_ACCESS, option)) for option in ("delimiter", "header", "encoding", "max_record_bytes")
+} | {"quoting": "standard"}
+"""How version 0.1.0 read rows. A state holds only what differs, so that the states of then fit."""
 
 Shards: TypeAlias = Any  # paths and URLs, str or PathLike, one or several; or a dataset of rows
 StreamItem: TypeAlias = TokenBatch | LaneEnd | BertstreamError
@@ -161,15 +163,11 @@ class TextStream(IterableDataset[TokenBatch]):
     @cached_property
     def _format_settings(self) -> dict[str, str]:
         """How rows are read, where that is not as in version 0.1.0, whose states have no such entries."""
-        changed = {
-            option: str(value)
-            for option in _FORMAT_OPTIONS
-            if (value := getattr(self._reading, option)) != getattr(DEFAULT_ACCESS, option)
-        }
-        local = self.shards if self._options.rows is None else ()
-        if unquoted := sum(reads_unquoted(path, self._reading) for path in local):
-            changed["shards_found_without_quoting"] = str(unquoted)
-        return changed
+        options = {option: str(getattr(self._reading, option)) for option in _ROWS_OF_0_1_0}
+        shards = self.shards if self._options.rows is None else ()
+        if options["quoting"] == "auto" and not any(first_rows_decide(path, self._reading) for path in shards):
+            options["quoting"] = "standard"
+        return {option: value for option, value in options.items() if value != _ROWS_OF_0_1_0[option]}
 
     @cached_property
     def _tokenizer_digest(self) -> str:
@@ -224,7 +222,15 @@ class TextStream(IterableDataset[TokenBatch]):
             )
         ranks = layout_ranks_of(state)
         layout = self._layout if ranks == self._layout.ranks else self._laid_out_for(ranks)
-        load = self.progress.loading(state, self._settings_in(layout), layout)
+        settings = _ROWS_OF_0_1_0 | self._settings_in(layout)
+        if isinstance(state, dict) and isinstance(saved := state.get("settings"), dict) and saved:
+            if (
+                settings["quoting"] == "auto" and "quoting" not in saved
+            ):  # of version 0.1.0: does it read the same rows?
+                unquoted = any(reads_unquoted(path, self._reading) for path in self.shards)
+                settings["quoting"] = "auto" if unquoted else "standard"
+            state = state | {"settings": _ROWS_OF_0_1_0 | saved}
+        load = self.progress.loading(state, settings, layout)
 
         def load_here() -> None:
             load()
@@ -320,12 +326,17 @@ class TextStream(IterableDataset[TokenBatch]):
         """The lanes' batches in turn."""
         pieces, batches = self._dealt(layout, epoch), self._lane_batches(layout)
         lanes = [None if cursor is None else batches.read(pieces[cursor.lane], cursor) for cursor in start]
-        while any(lane is not None for lane in lanes):
-            for i, lane in enumerate(lanes):
-                item = LaneEnd() if lane is None else next(lane)
-                if isinstance(item, LaneEnd):
-                    lanes[i] = None
-                yield item
+        try:
+            while any(lane is not None for lane in lanes):
+                for i, lane in enumerate(lanes):
+                    item = LaneEnd() if lane is None else next(lane)
+                    if isinstance(item, LaneEnd):
+                        lanes[i] = None
+                    yield item
+        finally:  # an error of one lane keeps the others alive in its traceback, with their files
+            for lane in lanes:
+                if lane is not None:
+                    lane.close()
 
     def _laid_out_for(self, ranks: int) -> Layout:
         return lay_out(self.shards, self._options.rows, self._reading, shuffle=self._shuffle, ranks=ranks)

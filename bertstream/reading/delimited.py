@@ -5,18 +5,18 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from functools import partial
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
-from ..errors import ShardError
-from .access import Access, is_local
+from ..errors import ShardError, described
+from .access import Access
+from .faults import outside_fault
 from .files import open_bytes
-from .lines import read_lines
+from .lines import Line, read_lines
 from .options import ReadOptions
-from .quoting import QuotedRows, look_at_quotes, must_be_quoted
+from .quoting import QuotedRows, QuotesFound, look_at_quotes, must_be_quoted
 from .raw import BOM, RawRecord, RecordError, broken, check_size, excerpt, parse_text
-from .shards import READ_ERRORS, Piece, shard_kind
+from .shards import Piece, read_errors, shard_kind
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +24,6 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 # What shows how a tsv is quoted: thousands of sentences. Each piece of a file looks again.
 _SAMPLE_BYTES = 1 << 18
-
-Line: TypeAlias = tuple[int, bytes]
-"""The byte at which a line begins, and the line; see `read_lines`."""
 
 
 def read_csv(stream: BinaryIO, piece: Piece, options: ReadOptions, *, delimiter: str) -> Iterator[RawRecord]:
@@ -65,7 +62,6 @@ class Table:
         delimiter: the one in use.
         quoted: whether quotes enclose fields.
         note: how the file's first rows decided that; empty where they were not asked.
-        found_unquoted: whether they decided so against what versions before 0.2 read.
         refuses_joined_rows: see `QuotedRows`; where the user says that quotes enclose fields, nothing is refused.
         one_byte_characters: whether a quote's byte is always a quote.
     Raises:
@@ -76,31 +72,36 @@ class Table:
         self.delimiter = access.delimiter or delimiter
         self.quoted = access.quoting != "none"
         self.note = ""
-        self.found_unquoted = False
         self._stream, self._path, self._access = stream, path, access
         self._lines = read_lines(stream, 0, access.max_record_bytes)
-        self.refuses_joined_rows = access.quoting == "auto" and self.delimiter == "\t"
+        self.refuses_joined_rows = _asks_first_rows(access, delimiter)
         self.one_byte_characters = _one_byte_characters(access.encoding)
         self._refuses_enclosed = False
         if self.refuses_joined_rows:
-            self._look_at_quotes()
+            sample = _FirstLines(self._lines)
+            found = sample.quoting(access)
+            self.quoted, self.note = found.quoted, found.note
+            # A quote that the sample lacks may enclose a field after all: such a field is refused, not guessed at.
+            self._refuses_enclosed = not found.seen
+            self._lines = iter(sample)
         self._header_lines = 0
         self.columns = self._read_columns()
 
     def records(self, offset: int) -> Iterator[RawRecord]:
         """The rows; from a byte offset on, or with 0 those below the header. To be called once."""
         lines = read_lines(self._stream, offset, self._access.max_record_bytes) if offset else self._lines
+        parse = self._parse_row if self.quoted else self._parse_line
         if not self.quoted:
             for begin, line in lines:
                 if line.strip(b"\r\n"):
-                    yield RawRecord(self._parse_line, line, None, begin)
+                    yield RawRecord(parse, line, None, begin)
             return
         lines_before = partial(_count_lines, self._stream, offset) if offset else lambda: self._header_lines
         for row in self._quoted_rows(lines, lines_before, len(self.columns) if self.refuses_joined_rows else 0):
             if isinstance(row, RecordError):
                 yield RawRecord(broken, row)
             elif row:
-                yield RawRecord(self._parse_row, row)
+                yield RawRecord(parse, row)
 
     def seek_rows(self) -> None:
         """Move the stream, which must be seekable, to the end of the header."""
@@ -115,47 +116,15 @@ class Table:
         found = [mark for mark in ",;\t|" if len(self.columns) == 1 and mark in self.columns[0]]
         return f": write StreamConfig(delimiter={found[0]!r})?" if found else ""
 
-    def _look_at_quotes(self) -> None:
-        sample: list[Line] = []
-        size, whole = 0, True
-        failure: Exception | None = None
-        try:
-            for line in self._lines:
-                sample.append(line)
-                size += len(line[1])
-                if size >= _SAMPLE_BYTES:
-                    whole = False
-                    break
-        except Exception as error:  # the records before it are whole; whatever it is, it is raised after them
-            failure, whole = error, False
-        lines = [line for _, line in sample]
-        self.quoted, seen, self.note = look_at_quotes(
-            lines, header=self._header, encoding=self._access.encoding, whole=whole
-        )
-        self.found_unquoted = seen and not self.quoted
-        # A quote that the sample lacks may enclose a field after all: such a field is refused rather than guessed at.
-        self._refuses_enclosed = not seen
-        self._lines = _chained(sample, failure, self._lines)
-
-    @property
-    def _header(self) -> bool | tuple[str, ...]:
-        header = self._access.header
-        return header if isinstance(header, bool) else tuple(header)
-
     def _read_columns(self) -> list[str]:
-        header = self._header
-        if isinstance(header, tuple):
+        header = self._access.header
+        if not isinstance(header, bool):
             return [*header]
         used: list[Line] = []
         lines = _noted(self._lines, used)
-        row: list[str] | RecordError
-        try:
-            if self.quoted:
-                row = next((row for row in self._quoted_rows(lines, lambda: 0, 0) if row), [])
-            else:
-                row = next((self._split(line) for _, line in lines if line.strip(b"\r\n")), [])
-        except RecordError as error:
-            row = error
+        rows = iter(self._quoted_rows(lines, lambda: 0, 0)) if self.quoted else map(self._split_or_error, lines)
+        # A header that is broken ends the shard; without one, the first whole row shows how many columns there are.
+        row = next((row for row in rows if row and (header or not isinstance(row, RecordError))), [])
         if isinstance(row, RecordError):
             raise ShardError(f"{self._path}: the header is broken: {row}", path=self._path) from row
         if not header:
@@ -186,6 +155,12 @@ class Table:
             text = parse_text(line, None, self._access.encoding)  # raises
         return text.removesuffix("\n").removesuffix("\r").split(self.delimiter)
 
+    def _split_or_error(self, line: Line) -> list[str] | RecordError:
+        try:
+            return self._split(line[1]) if line[1].strip(b"\r\n") else []
+        except RecordError as error:
+            return error
+
     def _parse_line(self, line: bytes) -> dict[str, Any]:
         fields = self._parse_row(self._split(line))
         if self._refuses_enclosed:
@@ -206,17 +181,36 @@ class Table:
         }
 
 
-def reads_unquoted(path: str, access: Access) -> bool:
-    """Whether quotes of this shard are text by its first rows, where versions before 0.2 let them enclose fields.
-
-    False for shards that are not local, which would have to be opened for it, and where no file can be read.
-    """
+def first_rows_decide(path: str, access: Access) -> bool:
+    """Whether the first rows of this shard say how it is quoted."""
     kind = shard_kind(path)
-    if kind.format not in DELIMITERS or not is_local(path):
+    return kind.format in DELIMITERS and _asks_first_rows(access, DELIMITERS[kind.format])
+
+
+def reads_unquoted(path: str, access: Access) -> bool:
+    """Whether the first rows of this shard say that quotes are text, where version 0.1.0 let them enclose fields.
+
+    Raises:
+        ShardError: the machine or network failed. Faults of the data are left to those who read it.
+    """
+    if not first_rows_decide(path, access):
         return False
-    with suppress(ShardError, *READ_ERRORS), open_bytes(path, access, kind.compression) as stream:
-        return Table(stream, path, access, DELIMITERS[kind.format]).found_unquoted
-    return False
+    kind = shard_kind(path)
+    try:
+        with open_bytes(path, access, kind.compression) as stream:
+            sample = _FirstLines(read_lines(stream, 0, access.max_record_bytes))
+            if sample.failure is not None:
+                raise sample.failure
+            found = sample.quoting(access)
+            return found.seen and not found.quoted
+    except read_errors(path, kind) as error:
+        if fault := outside_fault(error):
+            raise ShardError(f"{path}: cannot be read: {described(fault)}", path=path) from error
+        return False
+
+
+def _asks_first_rows(access: Access, of_ending: str) -> bool:
+    return access.quoting == "auto" and (access.delimiter or of_ending) == "\t"
 
 
 def _one_byte_characters(encoding: str) -> bool:
@@ -230,11 +224,43 @@ def _noted(lines: Iterator[Line], used: list[Line]) -> Iterator[Line]:
         yield line
 
 
-def _chained(first: list[Line], failure: Exception | None, rest: Iterator[Line]) -> Iterator[Line]:
-    yield from first
-    if failure is not None:
-        raise failure
-    yield from rest
+class _FirstLines:
+    """The lines that show how a tsv is quoted; iterating over it gives them and then all others.
+
+    Args:
+        lines: of the file.
+    Attributes:
+        failure: what reading them ended with, which iterating raises after the lines before it; or None.
+    """
+
+    def __init__(self, lines: Iterator[Line]) -> None:
+        self.failure: Exception | None = None
+        self._lines = lines
+        self._first: list[Line] = []
+        self._whole = True
+        size = 0
+        try:
+            for line in lines:
+                self._first.append(line)
+                size += len(line[1])
+                if size >= _SAMPLE_BYTES:
+                    self._whole = False
+                    break
+        except Exception as error:  # the lines before it are whole, whatever it is
+            self.failure, self._whole = error, False
+
+    def __iter__(self) -> Iterator[Line]:
+        yield from self._first
+        if self.failure is not None:
+            raise self.failure
+        yield from self._lines
+
+    def quoting(self, access: Access) -> QuotesFound:
+        """What they show."""
+        header = access.header if isinstance(access.header, bool) else tuple(access.header)
+        return look_at_quotes(
+            [line for _, line in self._first], header=header, encoding=access.encoding, whole=self._whole
+        )
 
 
 def _count_lines(stream: BinaryIO, offset: int) -> int:

@@ -78,11 +78,11 @@ class LaneBatches:
             # The first bucket of each lane has another size, or all lanes would refill in the same moment.
             size = max(1, size * (start.lane + 1) // self.num_lanes)
         bucket = _Bucket(start, size)
-        self._fill(bucket, reader, size)
         read = 0  # since the last batch, like `bad`
         bad: list[ShardError] = []
         words = np.zeros(2, np.int64)
         try:
+            self._fill(bucket, reader, size)
             while True:
                 if bucket.error is not None:
                     raise bucket.error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from ..errors import ShardError
 from .options import ReadOptions
@@ -13,6 +13,9 @@ from .shards import Piece
 
 BLANKS = b" \t\r\n"
 """What a line of jsonl that is no record may hold."""
+
+Line: TypeAlias = tuple[int, bytes]
+"""The byte at which a line begins, and the line."""
 
 
 def read_txt(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[RawRecord]:
@@ -52,7 +55,7 @@ def _parse_object(limit: int, line: bytes) -> dict[str, Any]:
     return value
 
 
-def read_lines(stream: BinaryIO, offset: int, limit: int) -> Iterator[tuple[int, bytes]]:
+def read_lines(stream: BinaryIO, offset: int, limit: int) -> Iterator[Line]:
     """Each line from a byte offset on, with the offset at which it begins; a byte order mark is removed.
 
     Of a line with more than `limit` bytes, the first `limit` + 1 come: `check_size` refuses it, and memory stays flat.

@@ -49,10 +49,11 @@ def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[
     check_at_least("parts", parts, 1)
     kind = shard_kind(path)
     cuts = [(0, 0)]  # (index, offset) of each piece's first record
-    version = file_version(path) if is_local(path) else None
+    version = None
     if parts > 1 and not kind.compression and not is_pipe(path):
         check_packages(path, kind)
         try:
+            version = file_version(path) if is_local(path) else None
             if kind.format == "parquet":
                 with open_bytes(path, access) as stream:
                     cuts.extend(_group_cuts(ParquetReader(stream), parts))
@@ -173,7 +174,12 @@ def _line_starts(
     position = start = stream.tell()
     inside = 0  # 1 if the block begins inside quotes
     while block := stream.read(_BLOCK_BYTES):
-        block += stream.readline()
+        block += (rest := stream.readline(limit + 1))
+        dropped = 0  # bytes of a line beyond the limit, which may be all of the file
+        while rest and not rest.endswith(b"\n"):
+            dropped += len(rest := stream.readline(limit + 1))
+        if dropped and quoted is not None:
+            return
         data = np.frombuffer(block if block.endswith(b"\n") else block + b"\n", np.uint8)
         ends = np.flatnonzero(data == ord("\n"))
         if quoted is not None:
@@ -186,6 +192,8 @@ def _line_starts(
             ends = ends[~within]
             inside = (inside + len(quotes)) % 2
         starts = np.concatenate([[start], position + ends + 1])
+        if dropped:
+            starts[-1] += dropped - 1  # the newline that `data` has instead is not in the file
         start = int(starts[-1])  # of a record in the next block
         lengths = np.diff(starts)
         if quoted is not None and len(lengths) and lengths.max() > limit:  # a broken row, and its lines are rows
@@ -194,7 +202,7 @@ def _line_starts(
             yield starts[:-1]
         else:
             yield starts[:-1][_hold_more(block, starts - position, blanks)]
-        position += len(data)
+        position += len(block) + dropped
 
 
 def _hold_more(block: bytes, bounds: npt.NDArray[np.int64], blanks: bytes) -> npt.NDArray[np.bool_]:

@@ -51,7 +51,6 @@ class QuotedRows:
         """Whether the lines ended while the last row was parsed."""
         self._again: deque[bytes] = deque()  # lines of a broken row after its first
         self._taken: list[bytes] = []  # lines of the row that is being parsed
-        self._size = 0  # of those, in bytes
         self._first_line: int | None = None
         self.lines_read = 0
         """Lines of all rows so far."""
@@ -59,36 +58,46 @@ class QuotedRows:
     def __iter__(self) -> Iterator[list[str] | RecordError]:
         # The limit is the process's, and another thread may be parsing: only ever raise it.
         csv.field_size_limit(max(csv.field_size_limit(), min(sys.maxsize, 2**31 - 1)))
+        taken = self._taken
         while True:
             try:
                 # Strict, because otherwise an unbalanced quote silently joins rows.
                 for row in csv.reader(self._feed(), delimiter=self._delimiter, strict=True):
-                    self._check_not_joined()
-                    self._next_row(len(self._taken))
+                    if len(taken) > 1:
+                        self._check_not_joined()
+                    self.lines_read += len(taken)
+                    taken.clear()
                     yield row
                 return
             except (csv.Error, RecordError, UnicodeDecodeError) as error:
                 broken = self._broken(error)
-                self._again.extendleft(reversed(self._taken[1:]))
-                self._next_row(1)
+                self._again.extendleft(reversed(taken[1:]))
+                self.lines_read += 1
+                taken.clear()
             yield broken
 
     def _feed(self) -> Iterator[str]:
+        # Every row passes here: names of its own instead of attributes.
+        taken, limit, encoding = self._taken, self._limit, self._encoding
         self.ran_out = False
-        while (line := self._again.popleft() if self._again else next(self._lines, None)) is not None:
-            self._taken.append(line)
-            self._size += len(line)
-            check_size(self._size, self._limit, "the row")
-            yield line.decode(self._encoding, "surrogateescape")
+        size = 0  # of the row so far, in bytes
+        for line in self._all_lines():
+            size = size + len(line) if taken else len(line)
+            taken.append(line)
+            if size > limit:
+                check_size(size, limit, "the row")
+            yield line.decode(encoding, "surrogateescape")
         self.ran_out = True
 
-    def _next_row(self, lines: int) -> None:
-        self.lines_read += lines
-        self._taken.clear()
-        self._size = 0
+    def _all_lines(self) -> Iterator[bytes]:
+        while self._again:
+            yield self._again.popleft()
+        # Not `yield from`: closing this would close the lines too.
+        for line in self._lines:  # noqa: UP028
+            yield line
 
     def _check_not_joined(self) -> None:
-        if self.columns > 1 and len(self._taken) > 1:
+        if self.columns > 1:
             delimiter = self._delimiter.encode()
             if all(line.count(delimiter) == self.columns - 1 for line in self._taken):
                 raise RecordError(f"it spans {len(self._taken)} lines that have {self.columns} fields each")
@@ -108,7 +117,7 @@ class QuotedRows:
         return RecordError(message)
 
 
-class Quoting(NamedTuple):
+class QuotesFound(NamedTuple):
     """How a tsv is quoted.
 
     Attributes:
@@ -122,7 +131,7 @@ class Quoting(NamedTuple):
     note: str
 
 
-def look_at_quotes(sample: list[bytes], *, header: bool | tuple[str, ...], encoding: str, whole: bool) -> Quoting:
+def look_at_quotes(sample: list[bytes], *, header: bool | tuple[str, ...], encoding: str, whole: bool) -> QuotesFound:
     """Tell from the first lines of a tsv whether quotes enclose fields (pandas, R) or are text (GLUE).
 
     They do where the header is in quotes. Else the way that gives more rows as many fields as the header has is right.
@@ -137,8 +146,8 @@ def look_at_quotes(sample: list[bytes], *, header: bool | tuple[str, ...], encod
     """
     text = b"".join(sample).decode(encoding, "replace")
     if not _OPENING.search(text):
-        return Quoting(False, False, f"no field of its first rows begins with a quote, so quotes are text {_OTHER}")
-    quotes = Quoting(True, True, f"quotes enclose fields, as its first rows show {_OTHER}")
+        return QuotesFound(False, False, f"no field of its first rows begins with a quote, so quotes are text {_OTHER}")
+    quotes = QuotesFound(True, True, f"quotes enclose fields, as its first rows show {_OTHER}")
     body = text.lstrip("\r\n")
     enclosed = [*_FIELD.finditer(body)]
     if header is True and enclosed and enclosed[0].start() < body.find("\n"):
@@ -151,7 +160,7 @@ def look_at_quotes(sample: list[bytes], *, header: bool | tuple[str, ...], encod
     marked = any('""' in field[1] or (columns == 1 and "\n" in field[1]) for field in enclosed)
     if quoted_faults < faults or (quoted_faults == faults and marked):
         return quotes
-    return Quoting(False, True, f"quotes are text, as its first rows show {_OTHER}")
+    return QuotesFound(False, True, f"quotes are text, as its first rows show {_OTHER}")
 
 
 def must_be_quoted(field: str) -> bool:

@@ -118,6 +118,11 @@ def test_truncation_equals_transformers_and_counts_the_dropped_tokens(
     assert cut.num_words == whole.num_words
 
 
+@cache
+def cutting_to(tokenizer: Any, max_length: int) -> TextTokenizer:
+    return TextTokenizer(tokenizer, max_length=max_length, overflow="truncate")
+
+
 @settings(max_examples=50)
 @given(text=TEXTS, max_length=st.integers(3, 24))
 @example(text="one two three four", max_length=4)
@@ -126,8 +131,7 @@ def test_truncation_equals_transformers_and_counts_the_dropped_tokens(
 @example(text=["unbelievable"] * 9, max_length=6)
 @example(text=(["bank"] * 3, ["unbelievable", "river"]), max_length=6)
 def test_truncation_on_the_left_keeps_what_transformers_keeps(to_the_left: Any, text: Text, max_length: int) -> None:
-    tokenizer = TextTokenizer(to_the_left, max_length=max_length, overflow="truncate")
-    [whole], [cut] = TextTokenizer(to_the_left, max_length=512)([text]), tokenizer([text])
+    [whole], [cut] = cutting_to(to_the_left, 512)([text]), cutting_to(to_the_left, max_length)([text])
     in_words = isinstance(text, list) or (isinstance(text[0:1], tuple) and isinstance(text[0], list))
     right = to_the_left(
         [text], is_split_into_words=in_words, truncation="longest_first", max_length=max_length

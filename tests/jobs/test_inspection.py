@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +122,16 @@ def test_fields_come_from_the_first_record_and_broken_records_are_counted(minilm
         inspect_shards(path, minilm, **QUIET)
     found = inspect_shards(path, minilm, reading=StreamConfig(max_bad_records=1), **QUIET)
     assert found.bad_records == 1 and found.texts == 2
+    assert found.fields == {"text": "'one'", "id": "0"}
+
+
+def test_shards_given_up_are_counted_and_the_first_good_record_is_shown(minilm: Encoder, tmp_path: Path) -> None:
+    (path,) = write_shards(tmp_path, ["one", "two"])
+    Path(path).write_text("no json\n" + Path(path).read_text())
+    cut = tmp_path / "a.jsonl.gz"
+    cut.write_bytes(gzip.compress(b'{"text": "three"}\n')[:5])
+    found = inspect_shards([str(cut), path], minilm, reading=StreamConfig(max_bad_records=2), **QUIET)
+    assert (found.texts, found.bad_records, found.bad_shards) == (2, 1, 1)
     assert found.fields == {"text": "'one'", "id": "0"}
 
 

@@ -31,6 +31,7 @@ from bertstream.reading.access import Access
         ({"encoding": "utf-16"}, "iconv -f utf-16 -t UTF-8"),
         ({"encoding": "klingon"}, "name of a text encoding"),
         ({"encoding": "hex"}, "name of a text encoding"),
+        ({"encoding": "idna"}, "name of a text encoding"),
         ({"max_record_bytes": 0}, "max_record_bytes=0"),
     ],
 )

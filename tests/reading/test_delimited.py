@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import io
 import logging
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from shard_files import LINES, everything, read, read_until_error, texts, write
 
@@ -154,6 +156,14 @@ def test_columns_are_named_by_the_user_or_numbered_where_no_header_names_them(
         assert [record.fields for record in read(path, numbered)] == [{"1": "1"}, {"1": "2"}]
 
 
+@pytest.mark.parametrize("quoting", ["standard", "none"])
+def test_a_broken_first_row_without_a_header_is_one_broken_record(tmp_path: Path, quoting: str) -> None:
+    options = ReadOptions(text="0", access=Access(header=False, quoting=quoting, max_record_bytes=30))
+    for first in ['"a"b,1', "x" * 40 + ",1"][quoting == "none" :]:
+        path = write(tmp_path / "a.csv", f"{first}\nb,2\nc,3\n")
+        assert shown(path, options) == [0, "b", "c"]
+
+
 @pytest.mark.parametrize("delimiter", [";", "|", "\t"])
 def test_another_delimiter_is_written_or_named_by_the_error(tmp_path: Path, delimiter: str) -> None:
     path = write(tmp_path / "a.csv", f'text{delimiter}n\n"a, b"{delimiter}1\n"c ""d"""{delimiter}2\n')
@@ -193,16 +203,39 @@ def test_a_state_is_refused_where_rows_are_read_otherwise(tmp_path: Path) -> Non
             stream.load_state_dict(other.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("text", "changes"), [("plain", False), ('"a ""b"""', False), ('"To be"', True), ('"To', True)]
-)
-def test_the_digest_of_a_state_changes_only_where_quotes_are_found_to_be_text(
-    tmp_path: Path, text: str, changes: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("text", ["plain", '"a ""b"""', '"To be"', '"To'])
+@pytest.mark.parametrize("where", ["{}", "memory://states/a.tsv"])
+def test_a_state_of_version_0_1_0_resumes_unless_quotes_are_now_found_to_be_text(
+    tmp_path: Path, text: str, where: str
 ) -> None:
-    path = write(tmp_path / "a.tsv", "text\tlabel\n" + f"{text}\t1\n" * 9)
-    now = bertstream.stream(path, FakeEncoder()).state_dict()["settings"]
-    monkeypatch.setattr("bertstream.reading.dataset.reads_unquoted", lambda path, access: False)
-    assert (bertstream.stream(path, FakeEncoder()).state_dict()["settings"] != now) is changes
+    path = write(tmp_path / "a.tsv", data := "text\tlabel\n" + f"{text}\t1\n" * 9)
+    fsspec.filesystem("memory").pipe("/states/a.tsv", data.encode())
+    where = where.format(path)
+    now = bertstream.stream(where, FakeEncoder())
+    before = bertstream.stream(where, FakeEncoder(), reading=StreamConfig(quoting="standard"))
+    state = before.state_dict()
+    assert "quoting" not in state["settings"], "as in version 0.1.0"
+    if text.startswith('"To'):
+        with pytest.raises(StateError, match="saved with quoting='standard', this stream has quoting='auto'"):
+            now.load_state_dict(state)
+    else:
+        now.load_state_dict(state)
+
+
+def test_a_state_is_made_without_opening_shards_and_a_fault_of_the_machine_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.tsv", 'text\tlabel\n"To be"\t1\n')
+    now = bertstream.stream(path, FakeEncoder())
+    before = bertstream.stream(path, FakeEncoder(), reading=StreamConfig(quoting="standard")).state_dict()
+
+    def failing(*_: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("bertstream.reading.delimited.open_bytes", failing)
+    now.load_state_dict(now.state_dict())
+    with pytest.raises(ShardError, match=f"{path}: cannot be read: .*Too many open files"):
+        now.load_state_dict(before)
 
 
 # --- the parser -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import tarfile
+import tracemalloc
 from pathlib import Path
 from unittest import mock
 
@@ -210,3 +211,19 @@ def test_records_after_a_global_header_are_counted_too(tmp_path: Path) -> None:
         for name in ("a.txt", "b.txt", "b.cls", "c.txt"):
             tar.addfile(tarfile.TarInfo(name))
     assert count_records(str(path), TAR) == 3
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "txt", "csv"])
+def test_a_file_without_newlines_is_not_read_into_memory_to_be_cut(tmp_path: Path, ending: str) -> None:
+    path = write(tmp_path / f"a.{ending}", b"text\n[1]\n" + b"x" * (24 << 20) + b"\n[2]\n[3]")
+    access = Access(max_record_bytes=1 << 16)
+    tracemalloc.start()
+    try:
+        pieces = split_shard(path, 8, access)
+        count = count_records(path, ReadOptions(access=access)) if ending != "csv" else 4
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+    assert count == (5 if ending != "csv" else 4)
+    found = everything(pieces, ReadOptions(access=access))
+    assert found == everything([Piece(path)], ReadOptions(access=access)) and len(found) == count

@@ -16,10 +16,8 @@ from sweeps.family_checks import OUTPUTS, sweep
 
 from bertstream import Encoder
 
-SAMPLE = (
-    *("bert", "mobilebert", "distilbert", "albert", "modernbert", "electra", "deberta", "nomic_bert"),
-    *("roberta", "xlm-roberta", "longformer", "esm", "big_bird", "mpnet"),
-)
+SAMPLE = ("bert", "roberta", "modernbert", "longformer", "big_bird")
+"""Fused, with a padding id, with windows; padded inside; changed by its own forwards."""
 
 
 @pytest.mark.parametrize("name", SAMPLE)
