@@ -98,7 +98,7 @@ class LoaderState(TrainerCallback, ExportableState):
 
 
 def _to_json(state: dict[str, Any]) -> dict[str, Any]:
-    """A state as it is where JSON keeps it; else, as where a DataLoader shuffles, as text of `torch.save`."""
+    """A state as it is where JSON keeps it; else, with a shuffling DataLoader's tensors, as text of `torch.save`."""
     try:
         if json.loads(json.dumps(state)) == state:
             return state
@@ -111,8 +111,8 @@ def _to_json(state: dict[str, Any]) -> dict[str, Any]:
         _from_json(text)
     except pickle.UnpicklingError as error:
         raise StateError(
-            "the state of what the loader wraps has objects that torch.load(weights_only=True) refuses, so no run could"
-            " resume from this checkpoint: have its state_dict return numbers, strings and tensors. "
+            "the state of what the loader wraps has objects that torch.load(weights_only=True) refuses, so no run can "
+            "resume from this checkpoint: have its state_dict return numbers, strings and tensors. "
             f"torch said: {error}",
             key="source",
         ) from error

@@ -163,7 +163,7 @@ def test_a_state_that_could_not_be_loaded_is_refused_when_it_is_saved(tmp_path: 
             return {"at": Path("here")}
 
     rows = [{"text": text, "id": i} for i, text in enumerate(TEXTS)]
-    with pytest.raises(StateError, match="so no run could resume from this checkpoint"):
+    with pytest.raises(StateError, match="so no run can resume from this checkpoint"):
         trained(lambda: bertstream.wrap(Odd(rows, 2), FakeEncoder(), text="text", layout="padded"), tmp_path)
 
 
