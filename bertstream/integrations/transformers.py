@@ -13,9 +13,14 @@ refuses that: the batches would have no vectors.
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import logging
+import pickle
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
@@ -56,7 +61,7 @@ class LoaderState(TrainerCallback, ExportableState):
                 "return one of bertstream.wrap or stream"
             )
         self._loader = loader
-        loader.check_can_resume()
+        loader.expect_callback()
         if not state.global_step:
             return
         if not args.ignore_data_skip:
@@ -69,6 +74,7 @@ class LoaderState(TrainerCallback, ExportableState):
                 "the Trainer's callbacks when it saves",
                 key="LoaderState",
             )
+        found = _from_json(found)
         # Without a length, a Trainer takes all of its steps for one epoch, and counts epochs from 0 again.
         sized = has_length(loader)
         loader.load_state_dict(found, trainer_epoch=found["epoch"] if sized else 0)
@@ -82,5 +88,40 @@ class LoaderState(TrainerCallback, ExportableState):
             )
 
     def state(self) -> dict[str, Any]:
-        """The loader's state now, as `trainer_state.json` holds it."""
-        return {"args": {}, "attributes": {"saved": None if self._loader is None else self._loader.state_dict()}}
+        """The loader's state now, as `trainer_state.json` holds it.
+
+        Raises:
+            StateError: what the loader wraps has a state that `torch.load` takes for unsafe.
+        """
+        state = None if self._loader is None else _to_json(self._loader.state_dict())
+        return {"args": {}, "attributes": {"saved": state}}
+
+
+def _to_json(state: dict[str, Any]) -> dict[str, Any]:
+    """A state as it is where JSON keeps it; else, with a shuffling DataLoader's tensors, as text of `torch.save`."""
+    try:
+        if json.loads(json.dumps(state)) == state:
+            return state
+    except TypeError:
+        pass
+    file = io.BytesIO()
+    torch.save(state, file)
+    text = {"torch": base64.b64encode(file.getvalue()).decode()}
+    try:
+        _from_json(text)
+    except pickle.UnpicklingError as error:
+        raise StateError(
+            "the state of what the loader wraps has objects that torch.load(weights_only=True) refuses, so no run can "
+            "resume from this checkpoint: have its state_dict return numbers, strings and tensors. "
+            f"torch said: {error}",
+            key="source",
+        ) from error
+    return text
+
+
+def _from_json(saved: dict[str, Any]) -> dict[str, Any]:
+    """The state that `_to_json` was given."""
+    if "torch" not in saved:
+        return saved
+    state: dict[str, Any] = torch.load(io.BytesIO(base64.b64decode(saved["torch"])), weights_only=True)
+    return state
