@@ -13,9 +13,16 @@ refuses that: the batches would have no vectors.
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import logging
+import math
+import pickle
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
@@ -24,6 +31,10 @@ from ..errors import ConfigError, StateError
 from ..pipeline.embedding_loader import EmbeddingLoader
 
 logger = logging.getLogger(__name__)
+
+_NUMPY: list[Any] = [np.ndarray, np.dtype, np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
+_NUMPY += {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
+"""What pickled arrays and numbers of numpy are made of; objects ("O") may be anything."""
 
 
 class LoaderState(TrainerCallback, ExportableState):
@@ -62,16 +73,19 @@ class LoaderState(TrainerCallback, ExportableState):
         if not args.ignore_data_skip:
             raise ConfigError("give LoaderState() to the Trainer's callbacks=, or set ignore_data_skip=True with it")
         callbacks: Any = state.stateful_callbacks  # here as `state` returned them
-        found = callbacks.get("LoaderState", {}).get("attributes", {}).get("saved")
-        if found is None:
+        saved = callbacks.get("LoaderState", {}).get("attributes", {}).get("saved")
+        if saved is None:
             raise StateError(
                 f"the checkpoint of step {state.global_step} has no state of the loader: LoaderState() has to be among "
                 "the Trainer's callbacks when it saves",
                 key="LoaderState",
             )
-        # Without a length, a Trainer takes all of its steps for one epoch, and counts epochs from 0 again.
+        found = _from_json(saved)
+        # Without a length, a Trainer takes all of its steps for one epoch, and counts epochs from 0 again. After an epoch's
+        # last batch the Trainer's number is that of the next one, and the loader's state is still of this one.
         sized = has_length(loader)
-        loader.load_state_dict(found, trainer_epoch=found["epoch"] if sized else 0)
+        steps_an_epoch = max(1, math.ceil(len(loader) / args.gradient_accumulation_steps)) if sized else None
+        loader.load_state_dict(found, trainer_epoch=state.global_step // steps_an_epoch if steps_an_epoch else 0)
         if sized and len(loader) % args.gradient_accumulation_steps:
             logger.warning(
                 "%d batches an epoch are no multiple of gradient_accumulation_steps=%d: the Trainer makes no step of "
@@ -82,5 +96,45 @@ class LoaderState(TrainerCallback, ExportableState):
             )
 
     def state(self) -> dict[str, Any]:
-        """The loader's state now, as `trainer_state.json` holds it."""
-        return {"args": {}, "attributes": {"saved": None if self._loader is None else self._loader.state_dict()}}
+        """The loader's state now, as `trainer_state.json` holds it.
+
+        Raises:
+            StateError: the state of the wrapped DataLoader holds objects that a checkpoint must not, because loading
+                them would run code.
+        """
+        return {
+            "args": {},
+            "attributes": {"saved": None if self._loader is None else _as_json(self._loader.state_dict())},
+        }
+
+
+def _as_json(state: dict[str, Any]) -> dict[str, Any]:
+    """A state as JSON: itself where JSON gives it back unchanged, else the bytes of `torch.save`.
+
+    That of a stream is JSON; that of a DataLoader holds what its sampler, dataset and generator put there.
+    """
+    try:
+        if json.loads(json.dumps(state)) == state:
+            return state
+    except (TypeError, ValueError):  # a tensor or bytes; an array, whose comparison is no bool
+        pass
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    saved = {"torch": base64.b64encode(buffer.getvalue()).decode()}
+    try:
+        _from_json(saved)
+    except pickle.UnpicklingError as error:
+        raise StateError(
+            "the wrapped DataLoader's state holds objects that torch.load(weights_only=True) refuses, so a checkpoint "
+            "cannot hold it: have the state_dict of its dataset or sampler return numbers, strings, lists, dicts, "
+            f"tensors and numpy arrays ({' '.join(str(error).split())})",
+            key="source",
+        ) from error
+    return saved
+
+
+def _from_json(saved: dict[str, Any]) -> dict[str, Any]:
+    if "torch" not in saved:
+        return saved
+    with torch.serialization.safe_globals(_NUMPY):
+        return torch.load(io.BytesIO(base64.b64decode(saved["torch"])), weights_only=True)  # type: ignore[no-any-return]
