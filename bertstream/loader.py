@@ -12,9 +12,9 @@ from .pipeline.checks import check_encoder, check_not_replicated
 from .pipeline.embedding_loader import EmbeddingLoader
 from .pipeline.fields import Field, as_fields, check_pair
 from .pipeline.progress import text_stream
-from .pipeline.source import in_workers
 from .reading.config import StreamConfig
 from .reading.dataset import Shards, TextStream
+from .reading.messages import StreamLoader
 
 
 def wrap(
@@ -160,7 +160,7 @@ def stream(
     )
     targets = None if into is None else (into,)
     return EmbeddingLoader(
-        in_workers(dataset, num_workers),
+        StreamLoader(dataset, num_workers),
         encoder,
         text=(text,),
         into=targets,

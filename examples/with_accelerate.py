@@ -1,6 +1,6 @@
-"""Streamed vectors in an Accelerate loop (pip install accelerate).
+"""Streamed vectors in an Accelerate loop (pip install accelerate torchdata).
 
-python examples/with_accelerate.py
+python examples/with_accelerate.py --out checkpoints
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import bertstream
 
@@ -32,6 +32,7 @@ class Classifier(nn.Module):
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--epochs", type=int, default=8)
+parser.add_argument("--out", help="folder of checkpoints; a run that was interrupted continues from the last one")
 args = parser.parse_args()
 torch.manual_seed(0)
 encoder = bertstream.Encoder.from_pretrained("all-MiniLM-L6-v2")
@@ -43,7 +44,7 @@ loaders = {}
 for part, rows in sets.items():
     data = [{"inputs_embeds": row["words"], "labels": senses.index(row["sense"])} for row in rows]
     collate = bertstream.TokenCollate(encoder, text="inputs_embeds")
-    plain = DataLoader(data, 16, shuffle=part == "train", collate_fn=collate)
+    plain = StatefulDataLoader(data, 16, shuffle=part == "train", collate_fn=collate)
     # "padded" puts vectors [B, T, H] under the text's name, and their mask [B, T] under that name plus "_mask".
     loaders[part] = bertstream.wrap(plain, encoder, text="inputs_embeds", layout="padded", cache=cache)
 model = Classifier(encoder.embedding_dim, len(senses)).to(encoder.device)
@@ -51,11 +52,16 @@ model = Classifier(encoder.embedding_dim, len(senses)).to(encoder.device)
 accelerator = Accelerator(cpu=True)
 # Do not prepare the loader: its vectors are on the device already, and `stream` shares out shards to ranks itself.
 model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), 1e-2))
-for _ in range(args.epochs):
-    for batch in loaders["train"]:
+accelerator.register_for_checkpointing(loaders["train"])  # and do not skip batches: the loader continues by itself
+if args.out and Path(args.out).exists():
+    accelerator.load_state(args.out)
+while loaders["train"].epoch < args.epochs:
+    for step, batch in enumerate(loaders["train"]):
         optimizer.zero_grad()
         accelerator.backward(model(**batch)["loss"])
         optimizer.step()
+        if args.out and step % 10 == 9:
+            accelerator.save_state(args.out)
 
 with torch.no_grad():
     right = sum(int((model(**batch)["logits"].argmax(1) == batch["labels"]).sum()) for batch in loaders["test"])

@@ -1,6 +1,6 @@
-"""Streamed vectors in a Lightning Trainer, which takes the loader as it is (pip install lightning).
+"""Streamed vectors in a Lightning Trainer, which takes the loader as it is (pip install lightning torchdata).
 
-python examples/with_lightning.py
+python examples/with_lightning.py --out checkpoints
 """
 
 import argparse
@@ -9,10 +9,12 @@ from pathlib import Path
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import bertstream
+from bertstream.integrations.lightning import LoaderState
 
 DATA = Path(__file__).parent / "data"
 
@@ -44,6 +46,7 @@ class Module(lightning.LightningModule):
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--epochs", type=int, default=8)
+parser.add_argument("--out", help="folder of checkpoints; a run that was interrupted continues from the last one")
 args = parser.parse_args()
 torch.manual_seed(0)
 encoder = bertstream.Encoder.from_pretrained("all-MiniLM-L6-v2")
@@ -55,13 +58,19 @@ loaders = {}
 for part, rows in sets.items():
     data = [{"inputs_embeds": row["words"], "labels": senses.index(row["sense"])} for row in rows]
     collate = bertstream.TokenCollate(encoder, text="inputs_embeds")
-    plain = DataLoader(data, 16, shuffle=part == "train", collate_fn=collate)
+    plain = StatefulDataLoader(data, 16, shuffle=part == "train", collate_fn=collate)
     # "padded" puts vectors [B, T, H] under the text's name, and their mask [B, T] under that name plus "_mask".
     loaders[part] = bertstream.wrap(plain, encoder, text="inputs_embeds", layout="padded", cache=cache)
 model = Classifier(encoder.embedding_dim, len(senses)).to(encoder.device)
 
-quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-lightning.Trainer(max_epochs=args.epochs, accelerator="cpu", **quiet).fit(Module(model), loaders["train"])
+callbacks = [LoaderState(loaders["train"])]  # keeps the loader's state in the checkpoints: without it none resumes
+if args.out:
+    callbacks.append(ModelCheckpoint(args.out, save_last=True, every_n_train_steps=10))
+quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+trainer = lightning.Trainer(
+    max_epochs=args.epochs, accelerator="cpu", callbacks=callbacks, enable_checkpointing=bool(args.out), **quiet
+)
+trainer.fit(Module(model), loaders["train"], ckpt_path="last" if args.out else None)
 
 with torch.no_grad():
     right = sum(int((model(**batch)["logits"].argmax(1) == batch["labels"]).sum()) for batch in loaders["test"])

@@ -1,6 +1,6 @@
-"""Streamed vectors in a Hugging Face Trainer, through its `get_train_dataloader` (pip install accelerate).
+"""Streamed vectors in a Hugging Face Trainer, through its `get_train_dataloader` (pip install accelerate torchdata).
 
-python examples/with_trainer.py
+python examples/with_trainer.py --out checkpoints
 """
 
 import argparse
@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 import bertstream
+from bertstream.integrations.transformers import LoaderState
 
 DATA = Path(__file__).parent / "data"
 
@@ -38,6 +40,7 @@ class StreamingTrainer(Trainer):
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--epochs", type=int, default=8)
+parser.add_argument("--out", help="folder of checkpoints; a run that was interrupted continues from the last one")
 args = parser.parse_args()
 torch.manual_seed(0)
 encoder = bertstream.Encoder.from_pretrained("all-MiniLM-L6-v2")
@@ -49,15 +52,20 @@ loaders = {}
 for part, rows in sets.items():
     data = [{"inputs_embeds": row["words"], "labels": senses.index(row["sense"])} for row in rows]
     collate = bertstream.TokenCollate(encoder, text="inputs_embeds")
-    plain = DataLoader(data, 16, shuffle=part == "train", collate_fn=collate)
+    plain = StatefulDataLoader(data, 16, shuffle=part == "train", collate_fn=collate)
     # "padded" puts vectors [B, T, H] under the text's name, and their mask [B, T] under that name plus "_mask".
     loaders[part] = bertstream.wrap(plain, encoder, text="inputs_embeds", layout="padded", cache=cache)
 model = Classifier(encoder.embedding_dim, len(senses)).to(encoder.device)
 
-with tempfile.TemporaryDirectory() as folder:
-    settings = {"num_train_epochs": args.epochs, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no"}
+with tempfile.TemporaryDirectory() as temporary:
+    folder = args.out or temporary
+    saving = {"save_strategy": "steps" if args.out else "no", "save_steps": 10, "save_total_limit": 2}
+    settings = {"num_train_epochs": args.epochs, "learning_rate": 1e-2, "report_to": "none", **saving}
     arguments = TrainingArguments(folder, use_cpu=True, disable_tqdm=True, **settings)
-    StreamingTrainer(model, arguments, train_dataset=loaders["train"].dataset).train()
+    data = loaders["train"].dataset
+    # The callback keeps the loader's state in the checkpoints: a Trainer by itself cannot resume with this loader.
+    trainer = StreamingTrainer(model, arguments, callbacks=[LoaderState()], train_dataset=data)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).exists() else None)
 
 with torch.no_grad():
     right = sum(int((model(**batch)["logits"].argmax(1) == batch["labels"]).sum()) for batch in loaders["test"])

@@ -26,6 +26,7 @@ ROOMS = (
     ("pipeline",),
     ("loader", "module"),
     ("jobs",),
+    ("arguments",),
     ("cli", "integrations", "testing"),
     ("__init__", "__main__"),
 )

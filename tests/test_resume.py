@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fork_server import ENVIRONMENT, RANKS
+from fork_server import ENCODERS, ENVIRONMENT, RANKS
 from soak import train_and_kill
 
 import bertstream
@@ -90,7 +90,7 @@ for number, batch in enumerate(loader):
     if options.get("states"):
         print(json.dumps(loader.state_dict()))
     if number + 1 == options.get("stop"):
-        print(json.dumps(loader.state_dict()))
+        print(json.dumps(loader.state_dict(after=number + 1 - options.get("held", 0))))
         break
     if number + 1 == options.get("kill"):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -166,6 +166,14 @@ def test_ranks_go_on_in_their_own_order_with_any_number_of_workers(shards: list[
     rest = run(tmp_path, 2, shards=shards, workers=1, state=first[0][0][-1])
     for rank in range(2):
         assert first[rank][0][:-1] + rest[rank][0] == whole[rank][0]
+
+
+def test_a_state_of_one_rank_is_that_of_all_while_each_holds_batches(shards: list[str], tmp_path: Path) -> None:
+    """A trainer's checkpoint keeps the state of rank 0."""
+    whole = run(tmp_path, 2, shards=shards, workers=0)
+    state = run(tmp_path, 2, shards=shards, workers=0, stop=7, held=2)[0][0][-1]
+    rest = run(tmp_path, 2, shards=shards, workers=0, state=state)
+    assert [lines for lines, _, _ in rest] == [lines[5:] for lines, _, _ in whole]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -457,3 +465,79 @@ def test_a_bare_stream_counts_too(tmp_path: Path) -> None:
 def test_a_bad_limit_is_refused(value: float) -> None:
     with pytest.raises(bertstream.ConfigError, match=f"max_bad_records={value}"):
         StreamConfig(max_bad_records=value)
+
+
+# The README's recipe of a whole checkpoint, and a kill at one place.
+TRAINING = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from torch import nn
+import bertstream
+from bertstream.testing import FakeEncoder
+
+folder, way, at, *shards = json.loads(sys.argv[1])
+os.chdir(folder)
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+class DiesHalfway:
+    def __init__(self, file):
+        self.file = file
+    def write(self, data):
+        self.file.write(bytes(data)[: len(data) // 2])
+        self.file.flush()
+        die()
+
+torch.manual_seed(0)
+loader = bertstream.stream(shards, FakeEncoder(), batch_size=2, shuffle=True, layout="padded")
+model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1))
+optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+parts = {"model": model, "optimizer": optimizer, "loader": loader}
+saved, done = Path("training.pt"), 0
+if saved.exists():
+    states = torch.load(saved, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(states[name])
+    torch.set_rng_state(states["generator"])
+    done = states["done"]
+while loader.epoch < 2:
+    for batch in loader:
+        optimizer.zero_grad()
+        loss = model(batch["text"] / 30_000).square().mean()
+        loss.backward()
+        if (way, at) == ("step", done):
+            die()
+        optimizer.step()
+        done += 1
+        print(json.dumps([done, batch["id"].tolist(), loss.item()]), flush=True)
+        if done % 3 == 0:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            with open("training.new", "wb") as file:
+                target = DiesHalfway(file) if (way, at) == ("write", done) else file
+                torch.save(states | {"generator": torch.get_rng_state(), "done": done}, target)
+            if (way, at) == ("replace", done):
+                die()
+            os.replace("training.new", saved)
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "at", "kept"), [("step", 4, 3), ("step", 8, 6), ("write", 3, 0), ("write", 9, 6), ("replace", 6, 3)]
+)
+def test_a_training_that_is_killed_continues_with_the_losses_of_the_undisturbed_one(
+    tmp_path: Path, way: str, at: int, kept: int
+) -> None:
+    """In a step, in the middle of writing a checkpoint, and between writing it and giving it its name."""
+    paths = write_shards(tmp_path / "shards", TEXTS[:16], shards=2)
+
+    def run(folder: str, way: str = "") -> tuple[list[Any], int]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        given = json.dumps([str(tmp_path / folder), way, at, *paths])
+        # Optimizers import half of torch when the first is made, which this server has done.
+        printed, _, status = ENCODERS.start(TRAINING, given).finish()
+        return [json.loads(line) for line in printed.splitlines()], status
+
+    whole, status = run("whole")
+    assert status == 0 and [step[0] for step in whole] == list(range(1, 17))
+    assert run("killed", way) == (whole[:at], -signal.SIGKILL)
+    assert run("killed") == (whole[kept:], 0)

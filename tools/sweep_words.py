@@ -2,6 +2,7 @@
 
     python tools/sweep_words.py --data ../shared/data           20,000 random texts a tokenizer, and all real ones
     python tools/sweep_words.py --texts 500 --seed 7 --kinds bert gemma
+    python tools/sweep_words.py --kinds --random 8000           tokenizers of random parts, 150 texts each
 
 Real texts are Python's manual and, with --data, banking77 and UD English EWT. The exit status is 1 if a text is wrong.
 """
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import read_corpus
+from sweeps.random_tokenizers import wrong_text
 from sweeps.words import KINDS, paragraphs, random_text
 from tokenizers import Tokenizer
 
@@ -43,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="folder with banking77/ and ud_english_ewt/")
     parser.add_argument("--texts", type=int, default=20_000, help="random texts for each tokenizer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--kinds", nargs="*", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="tokenizers of random parts to try")
     options = parser.parse_args(arguments)
     real = [*paragraphs(), *(read_corpus(options.data) if options.data is not None else ())]
     failures = 0
@@ -61,6 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sep="\n    ",
             flush=True,
         )
+    cached = 0
+    for seed in range(options.seed, options.seed + options.random):
+        text, had_cache = wrong_text(seed)
+        cached += had_cache
+        if text is not None:
+            failures += 1
+            print(f"the random tokenizer of seed {seed} is wrong for {text!a}", flush=True)
+    if options.random:
+        print(f"{options.random} random tokenizers, {cached} with a word cache")
     return failures
 
 

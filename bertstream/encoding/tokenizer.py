@@ -217,7 +217,6 @@ class TextTokenizer:
         for i, text in enumerate(parts):
             kinds.setdefault((len(text), isinstance(text[0], list)), []).append(i)
         built = self._build()
-        built = self._build()
         for (count, in_words), indices in kinds.items():
             framed = built.framed([self._marked(part) for i in indices for part in parts[i]], count, in_words)
             tokens = framed.tokens

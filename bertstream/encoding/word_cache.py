@@ -43,7 +43,7 @@ class _Words(dict[str, bytes]):
 
     Attributes:
         older: pieces of before; one that is found there moves here.
-        new: the pieces that were asked for and not found.
+        new: the pieces that a chunk asked for and did not find; a chunk begins with none, also after one that failed.
         num_bytes: an estimate of what the entries take.
     """
 
@@ -125,6 +125,7 @@ class WordCache:
         """
         with self._lock:
             get, new = self._words.__getitem__, self._words.new
+            new.clear()
             rows: list[bytes] = []
             again: list[tuple[int, list[str]]] = []
             whole: list[int] = []
@@ -160,6 +161,7 @@ class WordCache:
         """
         with self._lock:
             get, new = self._words.__getitem__, self._words.new
+            new.clear()
             rows = [list(map(get, words)) for words in lists]
             missed = len(set(new))
             if missed:
@@ -186,7 +188,6 @@ class WordCache:
         self.count = WordCount(self.count.asked + asked, self.count.found + asked - missed)
         for piece in {piece for piece in words.new if len(piece) > _LONGEST}:
             words.num_bytes -= getsizeof(piece) + getsizeof(words.pop(piece)) + _ENTRY
-        words.new.clear()
         if 2 * words.num_bytes > self._limit:
             words.older = {}
             self._words = _Words(words)
@@ -206,6 +207,6 @@ def _compare(texts: Sequence[Any], found: Sequence[Any], right: Sequence[Any]) -
     if wrong is not None:
         # Without `records`: skipping such a text would hide that others were wrong before.
         raise EncoderError(
-            f"text {wrong} has other tokens from the word cache than from the tokenizer: {shortened(texts[wrong])}; "
+            f"a text has other tokens from the word cache than from the tokenizer: {shortened(texts[wrong])}; "
             "make the encoder with word_cache=False, and report the tokenizer"
         )

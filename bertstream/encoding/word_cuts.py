@@ -6,9 +6,10 @@ for normalizers and pre-tokenizers whose rules are known, and for vocabularies i
 
 from __future__ import annotations
 
+import base64
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import printable
 from typing import Any
@@ -24,15 +25,15 @@ _CONTROLS = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u180e]"
 
 _PREPENDED = (
     "\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\u0d4e\U000110bd\U000110cd\U000111c2\U000111c3\U0001193f\U00011941"
-    "\U00011a3a\U00011a84-\U00011a89\U00011d46\U00011f02"
+    "\U000113d1\U00011a3a\U00011a84-\U00011a89\U00011d46\U00011f02"
 )
 _APART = (
     r"\s\w!-/:-@\[-`{-~\u00a1-\u00ac\u00ae-\u00bf\u2010-\u2027\u2030-\u205e\u20a0-\u20bf\u2100-\u2bff\u3001-\u3029"
     r"\u3030\U0001f000-\U0001f3fa\U0001f400-\U0001faff"
 )
-_JOINED = rf"\s(?=[^{_APART}]|[\u0e33\u0eb3\uff9e\uff9f])|[{_PREPENDED}]\s"
-"""A blank that may form one grapheme with its neighbour; SentencePiece's `Precompiled` map replaces whole graphemes.
-Characters that are known to be apart are listed, because Unicode adds new ones that are not."""
+_JOINED = rf"%s(?=[^{_APART}]|[\u0e33\u0eb3\uff9e\uff9f])|[{_PREPENDED}]%s"
+"""A character beside a cut that may form one grapheme with its neighbour; SentencePiece's `Precompiled` map replaces
+whole graphemes. Characters that are known to be apart are listed, because Unicode adds new ones that are not."""
 
 # Places of a cut. None, for all blanks, is the fourth.
 _RUNS = r"(?<=\S)(?=\s)|(?<=\s)(?=\s\S)"
@@ -40,7 +41,10 @@ _RUNS = r"(?<=\S)(?=\s)|(?<=\s)(?=\s\S)"
 _SINGLE = r"(?<=\S)(?= \S)"
 """Before a blank without others beside it."""
 _ASCII = r"(?<=[!-~])(?= [!-~])"
-"""Before a blank between two printable ASCII characters: no known normalizer makes these blanks."""
+"""Before a blank between two printable ASCII characters: no known normalizer makes blanks of these, or drops them."""
+_PRINTED = frozenset(map(chr, range(ord("!"), ord("~") + 1)))
+_BLANKS = [*(one for one in map(chr, range(0x3001)) if one.isspace() and not re.match(_CONTROLS, one)), "\r\n"]
+"""All that `str.split` cuts at, in texts that are cut."""
 
 _SPLITS = frozenset(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + numbers + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -52,7 +56,7 @@ _SPLITS = frozenset(
 _OF_BLANKS = frozenset(["\\s{2,}|[\n\r\t]", r"\s{2,}|[\n\r\t]", r"\s+", " {2,}"])
 """Expressions of `Replace` that match nothing but blanks."""
 
-_CHARACTERWISE = frozenset(["Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "StripAccents"])
+_CHARACTERWISE = frozenset(["Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "StripAccents"])
 """Normalizers that keep a blank a blank, and do not look across it."""
 
 _MODELS = {
@@ -147,13 +151,21 @@ def find_cut(backend: Any, content: str | None = None) -> Cut:
         raise NoCutError(f"{model['type']} has {unknown}={model[unknown]!r}")
     steps = _flat(parts["normalizer"], "normalizers")
     between = _places(_flat(parts["pre_tokenizer"], "pretokenizers"), steps, model)
-    for token in parts["added_tokens"]:
-        _check_added(token, backend.normalizer, steps, at_blanks=between is None)
-    graphemes = between is None and any(step["type"] == "Precompiled" for step in steps)
+    hidden = [token for token in parts["added_tokens"] if not _is_shown(token, steps)]
+    for token in hidden:
+        _check_hidden(token, backend.normalizer, steps, at_blanks=between is None)
+    if hidden and between == _RUNS:
+        between = _SINGLE  # what is before an added token ends there, and all of its last blanks are one piece
+    odd = _CONTROLS
+    if any(step["type"] == "Precompiled" for step in steps):
+        if any(step["type"] == "BertNormalizer" for step in steps):
+            raise NoCutError("BertNormalizer drops characters between those that Precompiled joins")
+        beside = r"\s" if between is None else "[!-~]"
+        odd += "|" + _JOINED % (beside, beside)
     added = "|".join(re.escape(token["content"]) for token in parts["added_tokens"] if token["content"])
     cut = Cut(
         between=re.compile(between) if between else None,
-        odd=re.compile(f"{_CONTROLS}|{_JOINED}" if graphemes else _CONTROLS),
+        odd=re.compile(odd),
         added=re.compile(added) if added else None,
     )
     for text in _NASTY:
@@ -228,6 +240,12 @@ def _check_marks(model: Part) -> None:
         raise NoCutError(f"the token {crossing!r} crosses a blank")
     if _MARK not in model["vocab"]:
         raise NoCutError(f"the vocabulary lacks {_MARK!r}, so unknown tokens may cross a blank")
+    unknown = model.get("unk_token")
+    dropped = None if unknown else next((one for one in sorted(_PRINTED) if one not in model["vocab"]), None)
+    if dropped is not None:
+        raise NoCutError(f"the model drops {dropped!r}, so the blanks around it may become one token")
+    if _MARK in (unknown or ""):
+        raise NoCutError(f"unknown characters become {unknown!r}, which may be one token with a blank")
     for name in ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise NoCutError(f"a BPE over whole texts has {name}={model[name]!r}")
@@ -242,22 +260,44 @@ def _check_steps(steps: Sequence[Part], known: Callable[[Part], bool]) -> None:
 def _keeps_blanks(step: Part) -> bool:
     """Whether blanks stay blanks, however many, and nothing looks across them."""
     if step["type"] == "Replace":
-        return not _has_blank(step["pattern"].get("String", " ")) or (_is_of_blanks(step) and step["content"] == " ")
+        return _is_of_print(step) or (_is_of_blanks(step) and step["content"] == " ")
+    if step["type"] == "Precompiled":
+        return all(mapped.isspace() for mapped in _mapped(step, _BLANKS))
     return step["type"] in _CHARACTERWISE or step["type"] in ("BertNormalizer", "Strip")
 
 
 def _keeps_ascii(step: Part) -> bool:
-    """Whether a blank between two printable ASCII characters stays one, and nothing looks across it."""
+    """Whether a blank between two printable ASCII characters stays one between two, and nothing looks across it."""
     if step["type"] == "Replace":
-        return not _has_blank(step["pattern"].get("String", " ") + step["content"]) or (
+        return _is_of_print(step) or (
             _is_of_blanks(step) and step["pattern"]["Regex"] != r"\s+" and step["content"] in (" ", _MARK)
         )
+    if step["type"] == "Precompiled":
+        return _mapped(step, " ") == [" "] and all(map(_is_print, _mapped(step, _PRINTED)))
     return step["type"] in _CHARACTERWISE or step["type"] == "Strip"
 
 
 def _keeps_runs(step: Part) -> bool:
     """Whether each blank stays a blank, and nothing else becomes one."""
     return step["type"] in ("NFC", "NFD", "Lowercase")
+
+
+def _mapped(step: Part, texts: Iterable[str]) -> list[str]:
+    """What a `Precompiled` map makes of these texts, each a grapheme: a map may be anybody's."""
+    from tokenizers import normalizers
+
+    normalizer = normalizers.Precompiled(base64.b64decode(step["precompiled_charsmap"]))
+    return [normalizer.normalize_str(text) for text in texts]
+
+
+def _is_of_print(step: Part) -> bool:
+    """Whether a `Replace` finds no blank, and puts printable ASCII, which no step after it drops or makes blank."""
+    pattern = step["pattern"].get("String")
+    return bool(pattern) and not _has_blank(pattern) and _is_print(step["content"])
+
+
+def _is_print(text: str) -> bool:
+    return bool(text) and _PRINTED.issuperset(text)
 
 
 def _is_of_blanks(step: Part) -> bool:
@@ -268,23 +308,30 @@ def _has_blank(text: str) -> bool:
     return any(one.isspace() or one == _MARK for one in text)
 
 
-def _check_added(token: Part, normalizer: Any, steps: Sequence[Part], *, at_blanks: bool) -> None:
-    """Refuse an added token that may cross a cut in a text which does not show it.
+def _is_shown(token: Part, steps: Sequence[Part]) -> bool:
+    """Whether each text that an added token is found in shows it, and so is not cut.
 
-    A text that shows one is not cut. Of two kinds each text shows all: those that are looked for before normalisation,
-    and ASCII ones under NFC, which makes ASCII of three other characters only. Of the rest, a piece holds each as the
-    whole does, unless it has a blank or takes those around it.
+    These are tokens that are looked for before normalisation, and ASCII ones under NFC, which makes ASCII of three
+    other characters only.
+    """
+    if not steps or not token["normalized"]:
+        return True
+    content = token["content"]
+    return all(step["type"] == "NFC" for step in steps) and content.isascii() and not set(content) & set("K;`")
+
+
+def _check_hidden(token: Part, normalizer: Any, steps: Sequence[Part], *, at_blanks: bool) -> None:
+    """Refuse an added token that texts may hold without showing it, unless a piece holds it as the whole does.
+
+    It does not if the token has a blank, or takes those around it, or if they are stripped once a piece begins with it.
     """
     content = token["content"]
-    shown = not steps or not token["normalized"]
-    if all(step["type"] == "NFC" for step in steps) and content.isascii() and not set(content) & set("K;`"):
-        shown = True
-    if shown:
-        return
     if (token["lstrip"] or token["rstrip"]) and not at_blanks:
         raise NoCutError(
             f"the added token {content!r} takes the blanks around it, and is looked for in normalized text"
         )
+    if not at_blanks and any(step.get("strip_left") for step in steps):
+        raise NoCutError(f"the added token {content!r} is looked for in normalized text, which Strip changes")
     form = normalizer.normalize_str(content)
     if not form or any(map(_has_blank, (content, form[1:], form[:1].replace(_MARK, "")))):
         raise NoCutError(f"the added token {content!r} has a blank, and is sought in normalized text")

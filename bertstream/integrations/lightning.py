@@ -42,7 +42,7 @@ class LoaderState(Callback):
         Raises:
             StateError: what the loader wraps has no state.
         """
-        self._loader.check_can_resume()
+        self._loader.expect_callback()
         self._trained = 0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -67,22 +67,22 @@ class LoaderState(TrainerCallback, ExportableState):
                 "return one of bertstream.wrap or stream"
             )
         self._loader = loader
-        loader.check_can_resume()
+        loader.expect_callback()
         if not state.global_step:
             return
         if not args.ignore_data_skip:
             raise ConfigError("give LoaderState() to the Trainer's callbacks=, or set ignore_data_skip=True with it")
         callbacks: Any = state.stateful_callbacks  # here as `state` returned them
-        saved = callbacks.get("LoaderState", {}).get("attributes", {}).get("saved")
-        if saved is None:
+        found = callbacks.get("LoaderState", {}).get("attributes", {}).get("saved")
+        if found is None:
             raise StateError(
                 f"the checkpoint of step {state.global_step} has no state of the loader: LoaderState() has to be among "
                 "the Trainer's callbacks when it saves",
                 key="LoaderState",
             )
-        found = _from_json(saved)
-        # Without a length, a Trainer takes all of its steps for one epoch, and counts epochs from 0 again. After an epoch's
-        # last batch the Trainer's number is that of the next one, and the loader's state is still of this one.
+        found = _from_json(found)
+        # Without a length, a Trainer takes all of its steps for one epoch, and counts epochs from 0 again. After the
+        # last batch of an epoch its number is that of the next one, and the loader's state is still of this one.
         sized = has_length(loader)
         steps_an_epoch = max(1, math.ceil(len(loader) / args.gradient_accumulation_steps)) if sized else None
         loader.load_state_dict(found, trainer_epoch=state.global_step // steps_an_epoch if steps_an_epoch else 0)
@@ -99,42 +99,38 @@ class LoaderState(TrainerCallback, ExportableState):
         """The loader's state now, as `trainer_state.json` holds it.
 
         Raises:
-            StateError: the state of the wrapped DataLoader holds objects that a checkpoint must not, because loading
-                them would run code.
+            StateError: what the loader wraps has a state that `torch.load` takes for unsafe.
         """
-        return {
-            "args": {},
-            "attributes": {"saved": None if self._loader is None else _as_json(self._loader.state_dict())},
-        }
+        state = None if self._loader is None else _to_json(self._loader.state_dict())
+        return {"args": {}, "attributes": {"saved": state}}
 
 
-def _as_json(state: dict[str, Any]) -> dict[str, Any]:
-    """A state as JSON: itself where JSON gives it back unchanged, else the bytes of `torch.save`.
-
-    That of a stream is JSON; that of a DataLoader holds what its sampler, dataset and generator put there.
-    """
+def _to_json(state: dict[str, Any]) -> dict[str, Any]:
+    """A state as it is where JSON keeps it; else, with a shuffling DataLoader's tensors, as text of `torch.save`."""
     try:
         if json.loads(json.dumps(state)) == state:
             return state
     except (TypeError, ValueError):  # a tensor or bytes; an array, whose comparison is no bool
         pass
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    saved = {"torch": base64.b64encode(buffer.getvalue()).decode()}
+    file = io.BytesIO()
+    torch.save(state, file)
+    text = {"torch": base64.b64encode(file.getvalue()).decode()}
     try:
-        _from_json(saved)
+        _from_json(text)
     except pickle.UnpicklingError as error:
         raise StateError(
-            "the wrapped DataLoader's state holds objects that torch.load(weights_only=True) refuses, so a checkpoint "
-            "cannot hold it: have the state_dict of its dataset or sampler return numbers, strings, lists, dicts, "
-            f"tensors and numpy arrays ({' '.join(str(error).split())})",
+            "the state of what the loader wraps has objects that torch.load(weights_only=True) refuses, so no run can "
+            "resume from this checkpoint: have its state_dict return numbers, strings, tensors and numpy arrays. "
+            f"torch said: {error}",
             key="source",
         ) from error
-    return saved
+    return text
 
 
 def _from_json(saved: dict[str, Any]) -> dict[str, Any]:
+    """The state that `_to_json` was given."""
     if "torch" not in saved:
         return saved
     with torch.serialization.safe_globals(_NUMPY):
-        return torch.load(io.BytesIO(base64.b64decode(saved["torch"])), weights_only=True)  # type: ignore[no-any-return]
+        state: dict[str, Any] = torch.load(io.BytesIO(base64.b64decode(saved["torch"])), weights_only=True)
+    return state

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -18,9 +18,12 @@ from .clocks import Stage, StageClocks
 from .encode import BatchEncoder
 from .epoch import Epoch, Parts
 from .fields import Field
+from .lightning_calls import asked_by_lightning, within_lightning
 from .plots import plot_step
 from .progress import OwnLoader, Progress, ProgressInSource, ProgressInStream, has_state, text_stream
 from .stats import LOOP, WORK, KnownWords, Stats, bottleneck
+
+logger = logging.getLogger(__name__)
 
 _REBUILT = (
     "this loader cannot be rebuilt from its dataset, as accelerate's skip_first_batches and a resuming Trainer try: "
@@ -30,6 +33,11 @@ _REBUILT = (
 _IN_LIGHTNING = (
     "Lightning asked the loader itself for this state, which cannot know that Lightning holds a batch ahead: "
     "add bertstream.integrations.lightning.LoaderState(loader) to the Trainer's callbacks, also when it saves"
+)
+_HELD_BY_LIGHTNING = (
+    "Lightning takes the batches, and holds one that its loop does not have yet: its checkpoints keep the state of the "
+    "loader if bertstream.integrations.lightning.LoaderState(loader) is among the Trainer's callbacks; elsewhere write "
+    "state_dict(after=n) for a loop that has n batches of this iteration"
 )
 
 
@@ -94,6 +102,8 @@ class EmbeddingLoader(OwnLoader):
         self._running: weakref.ref[Epoch] | None = None
         self._resumed_by_trainer = False
         self._epochs_before = 0  # that a trainer does not count
+        self._may_warn = True  # that checkpoints cannot resume
+        self._held_epoch: int | None = None  # of whose batches Lightning holds one
 
     def __repr__(self) -> str:
         state = (
@@ -115,6 +125,7 @@ class EmbeddingLoader(OwnLoader):
         if isinstance(self.encoder, SupportsTraining) and not self._parts.deterministic:
             self.encoder.calibrate()
         self._progress.await_iteration()
+        self._held_epoch = self.epoch if asked_by_lightning() and not self._has_length() else None
         return self._not_empty(self._new_epoch()) if self._resumed_by_trainer else self._new_epoch()
 
     def _new_epoch(self) -> Generator[Any, None, None]:
@@ -163,9 +174,10 @@ class EmbeddingLoader(OwnLoader):
         """Whether `state_dict` works: for a stream, and if what is wrapped has a `state_dict` itself."""
         return self._stream is not None or has_state(self._source)
 
-    def check_can_resume(self) -> None:
-        """StateError, with the way out, unless `can_resume`."""
+    def expect_callback(self) -> None:
+        """A trainer's callback keeps the state; StateError, with the way out, unless `can_resume`."""
         self._progress.check_can_resume()
+        self._may_warn = False
 
     @property
     def dataset(self) -> Any:
@@ -205,12 +217,21 @@ class EmbeddingLoader(OwnLoader):
             after: how many batches of this iteration the loop has, if something between it and the loader holds up to
                 eight more: the state is that after as many. After a resume it counts from the resume.
         Raises:
-            StateError: what is wrapped has no `state_dict`.
+            StateError: what is wrapped has no `state_dict`; or `after` is not given, and Lightning holds a batch.
             ConfigError: the iteration has yielded fewer than `after` batches, or many more.
         """
-        if after is None and _is_lightning(sys._getframe(1).f_globals):
-            return {"version": STATE_VERSION, "unusable": _IN_LIGHTNING}
+        if after is None and asked_by_lightning():
+            return self._state_for_lightning()
+        if after is None and self._held_epoch is not None and (self.epoch == self._held_epoch or within_lightning()):
+            raise StateError(_HELD_BY_LIGHTNING, key="after")
         return self._progress.state_dict(after)
+
+    def _state_for_lightning(self) -> dict[str, Any]:
+        """What its checkpoints keep beside the callback's state. An error would end runs that nobody resumes."""
+        if self._may_warn:
+            logger.warning("no run can resume from this checkpoint: %s", _IN_LIGHTNING)
+            self._may_warn = False
+        return {"version": STATE_VERSION, "unusable": _IN_LIGHTNING}
 
     def load_state_dict(self, state: dict[str, Any], *, trainer_epoch: int | None = None) -> None:
         """Continue the next iteration after the batch at which the state was taken; end a running one.
@@ -230,6 +251,7 @@ class EmbeddingLoader(OwnLoader):
         load = self._progress.loading(state)
         self._stop("a state was loaded while this loop ran")
         load()
+        self._held_epoch = None
         self._resumed_by_trainer = trainer_epoch is not None
         self._epochs_before = 0 if trainer_epoch is None else self.epoch - trainer_epoch
 
@@ -341,6 +363,12 @@ class EmbeddingLoader(OwnLoader):
         except AttributeError as error:
             raise AttributeError(f"a {type(self._source).__name__} has no {name!r}; {_REBUILT}") from error
 
+    def _has_length(self) -> bool:
+        try:
+            return len(self) >= 0
+        except TypeError:
+            return False
+
     def _stop(self, reason: str) -> None:
         epoch = self._running() if self._running is not None else None
         if epoch is not None:
@@ -351,8 +379,3 @@ class EmbeddingLoader(OwnLoader):
         """Connect to a stream's other ranks once they can be reached: torch.distributed may be initialised late."""
         peers = self._progress.join_ranks()
         self._parts.peers = self._parts.peers or peers
-
-
-def _is_lightning(caller: Mapping[str, Any]) -> bool:
-    """Whether these are the globals of a module of Lightning's Trainer; Fabric's loops are the user's own."""
-    return str(caller.get("__name__")).startswith(("lightning.pytorch.", "pytorch_lightning."))

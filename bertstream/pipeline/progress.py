@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import ConfigError, StateError, check_at_least
 from ..reading.dataset import StreamItems, TextStream
 from ..reading.lane_batches import LaneEnd
+from ..reading.messages import StreamLoader, StreamMessages
 from ..reading.state import STATE_VERSION, epoch_of
 from ..system.distributed import Peers, can_talk, rank_and_world_size
 from ..tokens import Cursor, ReadReport, TokenBatch
@@ -84,8 +85,10 @@ def reading_items(loader: Any) -> Any:
     if loader is stream:
         return StreamItems(stream)
     reader = copy.copy(loader)
+    in_messages = isinstance(loader, StreamLoader) and loader.num_workers > 0
+    items = StreamMessages(stream) if in_messages else StreamItems(stream)
     # Around `DataLoader.__setattr__`, which refuses another dataset because workers may run already. A copy has none.
-    vars(reader).update(dataset=StreamItems(stream), _iterator=None)
+    vars(reader).update(dataset=items, _iterator=None)
     return reader
 
 

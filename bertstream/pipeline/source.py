@@ -8,33 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from ..errors import BertstreamError
 from ..reading.dataset import TextStream
 from ..reading.lane_batches import LaneEnd
+from ..reading.messages import StreamLoader
 from ..tokens import Cursor, TokenBatch
 from .clocks import StageClocks
 from .progress import Entry, Progress, ProgressInStream
 
-_WORKER_BATCHES = 16
-"""Token batches that each worker process of a stream may have ready. Workers take turns, so one that is late for a
-moment stops the others once their queues are full: with 8, two workers were 1.55 to 1.73 times as fast as one, with 16
-1.86 times."""
-
-
-def in_workers(stream: TextStream, num_workers: int) -> DataLoader[Any]:
-    """A DataLoader over a stream's token batches, read by `num_workers` processes, or by its own process for 0."""
-    ahead = _WORKER_BATCHES if num_workers else None
-    # A DataLoader draws its workers' seed when an epoch starts: from torch's global generator, a resumed run would draw
-    # once more than the undisturbed one, and its dropout would differ from then on.
-    own = torch.Generator().manual_seed(torch.initial_seed())
-    return DataLoader(stream, batch_size=None, num_workers=num_workers, prefetch_factor=ahead, generator=own)
-
 
 def read_in_workers(stream: TextStream, num_workers: int) -> Iterator[TokenBatch]:
-    """The stream's batches, read as by `in_workers`, with its progress in this process and errors with their fields."""
-    progress = ProgressInStream(in_workers(stream, num_workers), stream)
+    """The stream's batches, with its progress in this process and errors with their fields."""
+    progress = ProgressInStream(StreamLoader(stream, num_workers), stream)
     items = iter(progress.begin())
     try:
         progress.begun(items)

@@ -2,5 +2,5 @@
 
 Read in this order: access, faults, remote and files (bytes); shards, then lines, tar, parquet and rows (formats);
 options, records and pieces (records); lanes, bucket and lane_batches (batches); layout (who reads what);
-bad_records and state (how far); dataset.
+bad_records and state (how far); dataset, and messages (from workers).
 """

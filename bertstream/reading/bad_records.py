@@ -83,8 +83,8 @@ class BadRecords:
             raise ShardError("no record of the epoch was good, so this is no stray fault: " + "; ".join(self.first))
 
     def to_json(self) -> dict[str, Any]:
-        """This epoch's counts."""
-        return {"read": self.read, "records": self.records, "given_up": self.given_up, "first": self.first}
+        """This epoch's counts, which do not change with later ones."""
+        return {"read": self.read, "records": self.records, "given_up": [*self.given_up], "first": [*self.first]}
 
     def load(self, counts: dict[str, Any]) -> None:
         """Continue from `to_json`'s counts."""

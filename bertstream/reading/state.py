@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -162,7 +161,7 @@ class StreamProgress:
     def place(self) -> Place:
         """Where the loop is now, which `state_dict` turns into JSON."""
         queues = self.running() or self.start()
-        return self.epoch, queues, deepcopy(self.bad.to_json()), self.layout.ranks  # the counts change in place
+        return self.epoch, queues, self.bad.to_json(), self.layout.ranks
 
     def state_dict(self, settings: dict[str, Any], place: Place | None = None) -> dict[str, Any]:
         """The place after the batch received last, as plain JSON.

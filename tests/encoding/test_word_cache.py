@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from functools import cache
 from types import SimpleNamespace
@@ -12,12 +13,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sweeps.words import KINDS, PARTS, bert, eurobert, gemma, paragraphs
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from bertstream.encoding import word_cache
 from bertstream.encoding.tokenizer import TextTokenizer
 from bertstream.encoding.word_cache import WholeTexts, WordCache
-from bertstream.encoding.word_cuts import find_cut
+from bertstream.encoding.word_cuts import Cut, find_cut
 from bertstream.errors import ConfigError, EncoderError
 from bertstream.tokens import Text, TokenBatch
 
@@ -156,9 +157,19 @@ def test_a_difference_is_an_error_that_names_the_text_and_the_way_out(texts: lis
     cached._words.add("river", b"\0\0\0\0")
     for _ in range(word_cache._COMPARED - 1):
         look_up(texts[:1])
-    with pytest.raises(EncoderError, match=r"text 1 has other tokens .*river.*word_cache=False") as raised:
+    with pytest.raises(EncoderError, match=r"a text has other tokens .*river.*word_cache=False") as raised:
         look_up(texts)
     assert raised.value.records == ()  # such a text is not one to skip
+
+
+def test_pieces_that_the_tokenizer_refuses_do_not_spoil_the_chunks_after() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"the": 0, "bank": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    cached = WordCache(tokenizer, Cut(None, re.compile("\x00"), None))
+    for look_up, texts in ((cached.texts, ["the river"]), (cached.lists, [["the", "river"]])):
+        with pytest.raises(Exception, match="Missing"):
+            look_up(texts)
+    assert cached.texts(["the bank"]) == WholeTexts(tokenizer).texts(["the bank"])
 
 
 def test_a_refused_tokenizer_gets_whole_texts_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:

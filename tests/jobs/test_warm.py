@@ -9,11 +9,11 @@ from pathlib import Path
 import lmdb
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 import bertstream
 from bertstream import ConfigError, EmbeddingCache, Encoder, ShardError, StreamConfig, TokenBatch
 from bertstream.caching.disk import DiskTier
+from bertstream.reading.messages import AHEAD, StreamLoader
 
 
 @pytest.fixture
@@ -47,15 +47,15 @@ def test_workers_read_as_far_ahead_as_those_of_a_stream(
 ) -> None:
     read: list[tuple[int, int | None]] = []
 
-    def not_started(loader: DataLoader[TokenBatch]) -> Iterator[TokenBatch]:
+    def not_started(loader: StreamLoader) -> Iterator[TokenBatch]:
         read.append((loader.num_workers, loader.prefetch_factor))
         return iter(())
 
-    monkeypatch.setattr(DataLoader, "__iter__", not_started)
+    monkeypatch.setattr(StreamLoader, "__iter__", not_started)
     with bertstream.stream(shard, minilm, num_workers=num_workers) as loader:
         list(loader)
     bertstream.warm(shard, minilm, EmbeddingCache("1MiB"), num_workers=num_workers, progress=False)
-    assert read == [(num_workers, 16 if num_workers else None)] * 2
+    assert read == [(num_workers, AHEAD if num_workers else None)] * 2
 
 
 def test_texts_computed_before_a_stop_are_not_computed_again(

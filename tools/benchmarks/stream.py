@@ -9,12 +9,13 @@ import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 import bertstream
-from bertstream.pipeline.source import _WORKER_BATCHES
+from bertstream.reading.messages import AHEAD, InTurn, StreamMessages
 
 from .common import take_turns, texts_of
 
@@ -40,16 +41,20 @@ def stream(arguments: argparse.Namespace) -> dict[str, object]:
             for first in range(0, len(texts), 256):
                 tokenizer.encode_batch(texts[first : first + 256])
 
-        # Persistent workers, because starting processes is not part of an epoch.
-        loaders = {
+        # As `stream` reads, but with persistent workers, because starting processes is not part of an epoch.
+        loaders: dict[int, DataLoader[Any]] = {
             workers: DataLoader(
-                dataset, batch_size=None, num_workers=workers, persistent_workers=True, prefetch_factor=_WORKER_BATCHES
+                StreamMessages(dataset),
+                batch_size=None,
+                num_workers=workers,
+                persistent_workers=True,
+                prefetch_factor=AHEAD,
             )
             for workers in (1, 2)
         }
 
         def epoch(workers: int) -> None:
-            for _ in loaders[workers]:
+            for _ in InTurn(iter(loaders[workers]), workers):
                 pass
 
         contenders = {"bare_tokenizer": bare, "one_worker": partial(epoch, 1), "two_workers": partial(epoch, 2)}
