@@ -177,8 +177,9 @@ def _warm(options: argparse.Namespace) -> _Found:
         found |= {"fingerprint": cache.fingerprint(encoder), **cache.stats()}
     lines = [f"{found['texts']:,} texts, {found['computed']:,} of them computed now{_skipped(found)}"]
     lines.append(f"{options.cache}: {_size(found['disk_bytes'])}, {found['disk_texts']:,} texts in all")
-    if found["disk_evictions"] or found["disk_dropped_writes"]:
-        lines.append(f"{found['disk_evictions'] + found['disk_dropped_writes']:,} found no room: raise --limit")
+    if found["not_kept"]:
+        way_out = "make room on the disk" if found["disk_failed_writes"] else "raise --limit"
+        lines.append(f"{found['not_kept']:,} found no room: {way_out}")
     return found, lines, 1 if len(lines) > 2 else 0
 
 
@@ -191,12 +192,8 @@ def _cache(options: argparse.Namespace) -> _Found:
         found: dict[str, Any] = {}
         lines = []
         if options.verify:
-            found["wrong"] = cache.verify()
-            lines.append(
-                f"{found['wrong']:,} entries were damaged, and were deleted"
-                if found["wrong"]
-                else "all entries are whole"
-            )
+            found["wrong"] = wrong = cache.verify()
+            lines.append(f"{wrong:,} entries were damaged, and were deleted" if wrong else "all entries are whole")
         names = list(cache.fingerprints()) if options.drop == ["all"] else options.drop or ()
         if names:
             found["dropped"] = {name: cache.drop(name) for name in names}

@@ -118,9 +118,10 @@ class EmbeddingCache:
 
         In texts: `memory_hits`, `disk_hits`, `misses`, `repeats` (within a batch), `off` (encoded while a parameter
         required gradients), `memory_evictions`, `memory_texts`. In bytes: `memory_bytes`, index included. With a disk:
-        `disk_evictions`, `disk_dropped_writes`, `disk_wrong` (entries with a wrong checksum), `disk_failures` (reads
-        that failed as a whole), `disk_texts`, `disk_bytes` (live data), and `disk_aside`: 1 while lookups skip the disk
-        because reading takes longer than computing. `disk_read_s` and `compute_s` are seconds.
+        `disk_evictions`, `disk_dropped_writes`, `disk_failed_writes` (of them; the disk was full or failed),
+        `disk_wrong` (entries with a wrong checksum), `disk_failures` (reads that failed as a whole), `disk_texts`,
+        `disk_bytes` (live data), and `disk_aside`: 1 while lookups skip the disk because reading takes longer than
+        computing. `disk_read_s` and `compute_s` are seconds.
         """
         return self._store.stats()
 

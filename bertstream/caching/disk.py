@@ -30,6 +30,8 @@ from .folder import (
     checked_rows,
     delete_oldest,
     delete_text,
+    free_room,
+    has_no_room,
     live_bytes,
     next_number,
     open_folder,
@@ -74,6 +76,7 @@ class DiskTier:
         read_only: open the folder without ever writing to it.
     Attributes:
         dropped_writes: texts that were not written: the queue was full, they were too large, or writing failed.
+        failed_writes: those of them that the disk failed to write, or had no room for.
         evictions: texts that were evicted.
         wrong: entries whose checksum or size was wrong; they count as missing and are deleted.
         failures: reads that failed as a whole.
@@ -84,7 +87,7 @@ class DiskTier:
     def __init__(self, path: str | os.PathLike[str], *, limit_bytes: int, read_only: bool) -> None:
         self.path = os.path.abspath(path)
         self.read_only = read_only
-        self.dropped_writes = self.evictions = self.wrong = self.failures = 0
+        self.dropped_writes = self.failed_writes = self.evictions = self.wrong = self.failures = 0
         self._limit_bytes = limit_bytes
         # Pages that a transaction frees are reusable two transactions later, so each takes a small part of the limit.
         self._transaction_bytes = min(32 << 20, limit_bytes // 20)
@@ -322,7 +325,10 @@ class DiskTier:
             except (lmdb.Error, OSError, CacheError) as error:
                 failed = error
                 break
-        self.dropped_writes += sum(rows is not None for _, rows in group)
+        dropped = sum(rows is not None for _, rows in group)
+        self.dropped_writes += dropped
+        if not isinstance(failed, lmdb.MapFullError):
+            self.failed_writes += dropped
         self._warn_once("writing", failed)
 
     def _put(self, group: list[tuple[bytes, memoryview | None]]) -> None:
@@ -369,11 +375,12 @@ class DiskTier:
         if what not in self._warned:
             self._warned.add(what)
             logger.warning(
-                "%s the cache %s failed; missing texts are computed (said once): %s: %s",
+                "%s the cache %s failed; missing texts are computed (said once): %s: %s%s",
                 what,
                 self.path,
                 type(error).__name__,
                 error,
+                f"; {free_room(self.path)}" if what == "writing" and has_no_room(error) else "",
             )
 
 

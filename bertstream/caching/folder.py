@@ -7,7 +7,9 @@ oldest text has the lowest one.
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -17,6 +19,8 @@ import lmdb
 from lmdb.verify import VerifyError, verify
 
 from ..errors import CacheError
+
+logger = logging.getLogger(__name__)
 
 FORMAT = b"bertstream embedding cache 1"
 LEAST_BYTES = 1 << 20
@@ -72,10 +76,12 @@ def _open(path: str, limit_bytes: int, read_only: bool) -> lmdb.Environment:
         _take_lock_file(path)
         data = Path(path, "data.mdb")
         is_new = not data.exists()
+        if not is_new and not data.stat().st_size:  # or a process was killed while it made the file
+            logger.warning("%s is empty: the cache starts without texts; if it held some, the file was cut off", data)
         try:
             return lmdb.open(path, **options)
         except lmdb.Error as error:
-            if is_new and _has_no_room(error):
+            if is_new and has_no_room(error):
                 data.unlink(missing_ok=True)  # half of a header: it would pass for damaged once there is room
             raise
     try:
@@ -107,10 +113,18 @@ def _take_lock_file(path: str) -> None:
                 raise
 
 
-def _has_no_room(error: Exception) -> bool:
+def has_no_room(error: Exception) -> bool:
     """Whether the disk or quota is full; LMDB says EIO where only a part of its pages fits."""
     number = getattr(error, "errno", None) or getattr(error, "code", None)
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def free_room(path: str) -> str:
+    """What is free on a folder's disk, as part of a message: LMDB says "Input/output error" of a full one."""
+    try:
+        return f"its disk has {shutil.disk_usage(path).free:,} bytes free: if it is full, make room on it"
+    except OSError:
+        return "if its disk is full, make room on it"
 
 
 def _cannot_open(path: str, read_only: bool, error: Exception) -> CacheError:
@@ -120,7 +134,7 @@ def _cannot_open(path: str, read_only: bool, error: Exception) -> CacheError:
             "share one EmbeddingCache among all that use the folder, or close it first (a process that is forked while "
             "its parent writes to the folder cannot open it)"
         )
-    elif _has_no_room(error):
+    elif has_no_room(error):
         way_out = "make room on the disk, or name a folder on another"
     elif isinstance(error, (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PanicError)):
         way_out = "the folder is damaged or no cache: delete it, or name another"

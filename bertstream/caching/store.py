@@ -255,6 +255,7 @@ class RowStore:
         if disk is not None:
             stats["disk_evictions"] = disk.evictions
             stats["disk_dropped_writes"] = disk.dropped_writes
+            stats["disk_failed_writes"] = disk.failed_writes
             stats["disk_wrong"] = disk.wrong
             stats["disk_failures"] = disk.failures
             stats |= disk.sizes()

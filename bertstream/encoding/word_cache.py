@@ -28,9 +28,10 @@ _COMPARED = 1000
 
 
 class WordCount(NamedTuple):
-    """How many pieces were looked up, and how many of them were found.
+    """How many pieces were looked up, and how many of them the tokenizer was not asked for.
 
-    A text that is not cut counts as its words, none of them found.
+    A piece that is new in a chunk counts once as not found, however often it comes. A text that is not cut counts
+    as its words, none of them found.
     """
 
     asked: int = 0
@@ -140,7 +141,7 @@ class WordCache:
                 rows.append(b"".join(map(get, pieces)))
                 if len(new) > known:
                     again.append((i, pieces))
-            missed = len(new)
+            missed = len(set(new))
             for i, ids in zip(whole, self._learn([texts[i] for i in whole]), strict=True):
                 rows[i] = ids
                 words = len(texts[i].split())
@@ -162,7 +163,7 @@ class WordCache:
             get, new = self._words.__getitem__, self._words.new
             new.clear()
             rows = [list(map(get, words)) for words in lists]
-            missed = len(new)
+            missed = len(set(new))
             if missed:
                 self._learn([])
                 rows = [list(map(get, words)) for words in lists]

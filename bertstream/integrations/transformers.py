@@ -17,9 +17,11 @@ import base64
 import io
 import json
 import logging
+import math
 import pickle
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -29,6 +31,10 @@ from ..errors import ConfigError, StateError
 from ..pipeline.embedding_loader import EmbeddingLoader
 
 logger = logging.getLogger(__name__)
+
+_NUMPY: list[Any] = [np.ndarray, np.dtype, np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
+_NUMPY += {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
+"""What pickled arrays and numbers of numpy are made of; objects ("O") may be anything."""
 
 
 class LoaderState(TrainerCallback, ExportableState):
@@ -75,9 +81,11 @@ class LoaderState(TrainerCallback, ExportableState):
                 key="LoaderState",
             )
         found = _from_json(found)
-        # Without a length, a Trainer takes all of its steps for one epoch, and counts epochs from 0 again.
+        # Without a length, a Trainer takes all of its steps for one epoch, and counts epochs from 0 again. After the
+        # last batch of an epoch its number is that of the next one, and the loader's state is still of this one.
         sized = has_length(loader)
-        loader.load_state_dict(found, trainer_epoch=found["epoch"] if sized else 0)
+        steps_an_epoch = max(1, math.ceil(len(loader) / args.gradient_accumulation_steps)) if sized else None
+        loader.load_state_dict(found, trainer_epoch=state.global_step // steps_an_epoch if steps_an_epoch else 0)
         if sized and len(loader) % args.gradient_accumulation_steps:
             logger.warning(
                 "%d batches an epoch are no multiple of gradient_accumulation_steps=%d: the Trainer makes no step of "
@@ -102,7 +110,7 @@ def _to_json(state: dict[str, Any]) -> dict[str, Any]:
     try:
         if json.loads(json.dumps(state)) == state:
             return state
-    except TypeError:
+    except (TypeError, ValueError):  # a tensor or bytes; an array, whose comparison is no bool
         pass
     file = io.BytesIO()
     torch.save(state, file)
@@ -112,7 +120,7 @@ def _to_json(state: dict[str, Any]) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise StateError(
             "the state of what the loader wraps has objects that torch.load(weights_only=True) refuses, so no run can "
-            "resume from this checkpoint: have its state_dict return numbers, strings and tensors. "
+            "resume from this checkpoint: have its state_dict return numbers, strings, tensors and numpy arrays. "
             f"torch said: {error}",
             key="source",
         ) from error
@@ -123,5 +131,6 @@ def _from_json(saved: dict[str, Any]) -> dict[str, Any]:
     """The state that `_to_json` was given."""
     if "torch" not in saved:
         return saved
-    state: dict[str, Any] = torch.load(io.BytesIO(base64.b64decode(saved["torch"])), weights_only=True)
+    with torch.serialization.safe_globals(_NUMPY):
+        state: dict[str, Any] = torch.load(io.BytesIO(base64.b64decode(saved["torch"])), weights_only=True)
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 
@@ -13,6 +14,8 @@ from ..errors import ConfigError, check_at_least
 from ..pipeline.source import read_in_workers
 from ..reading.config import StreamConfig
 from ..reading.dataset import TextStream
+
+logger = logging.getLogger(__name__)
 
 
 def warm(
@@ -39,8 +42,8 @@ def warm(
             it is full.
         progress: whether to show a bar; its total is known for Parquet and for uncompressed files on disk.
     Returns:
-        `texts` read, and how many of them were `computed` (repeated texts once); `bad_records` and `bad_shards` that
-        were skipped.
+        `texts` read, and how many of them were `computed` (repeated texts once); `not_kept`, how many texts found no
+        room in the cache or evicted others, which the log also says; `bad_records` and `bad_shards` that were skipped.
     Raises:
         ConfigError: an argument is out of range, the cache is read-only, or a parameter of the encoder requires
             gradients.
@@ -55,6 +58,7 @@ def warm(
         shards, encoder, text=text, pair=pair, max_tokens=encoder.max_forward_tokens, fields=(), reading=reading
     )
     done = {"texts": 0, "computed": 0}
+    before = cache.stats()
     total = dataset.count_records() if progress else None
     with tqdm(unit=" texts", total=total, disable=not progress, desc="filling the cache") as bar:
         for batch in read_in_workers(dataset, num_workers):
@@ -63,5 +67,21 @@ def warm(
             bar.update(len(batch))
             bar.set_postfix(computed=done["computed"], refresh=False)
     cache.flush()
+    done["not_kept"] = _not_kept(cache, before, done["computed"])
     bad = dataset.progress.bad
     return done | {"bad_records": bad.records, "bad_shards": len(bad.given_up)}
+
+
+def _not_kept(cache: EmbeddingCache, before: dict[str, float], computed: int) -> int:
+    """How many texts the cache evicted or dropped while it was filled, which is logged."""
+    after = cache.stats()
+    if cache.disk is None:
+        count = computed - int(after["memory_texts"] - before["memory_texts"])
+        way_out = "raise memory="
+    else:
+        count = sum(int(after[name] - before[name]) for name in ("disk_evictions", "disk_dropped_writes"))
+        failed = after["disk_failed_writes"] > before["disk_failed_writes"]
+        way_out = "make room on the disk" if failed else "raise disk_limit="
+    if count:
+        logger.warning("%r did not keep %d of the texts, which will be computed again: %s", cache, count, way_out)
+    return count

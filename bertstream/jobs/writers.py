@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -73,17 +75,28 @@ def write_part(path: Path, part: Part, format: PartFormat) -> None:
 
 
 def whole_or_nothing(path: Path, write: Callable[[Path], object]) -> None:
-    """Let a function write a file under a temporary name, sync it to disk, then rename it."""
+    """Let a function write a file under a temporary name, sync it to disk, then rename it.
+
+    Raises:
+        OSError: with the file's path, which that of a full disk lacks; nothing of the file is left.
+    """
     unfinished = path.with_name(f".{path.name}.unfinished")
-    write(unfinished)
-    for place in (unfinished, path.parent):
-        if place is not unfinished:
-            os.replace(unfinished, path)
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    try:
+        write(unfinished)
+        for place in (unfinished, path.parent):
+            if place is not unfinished:
+                os.replace(unfinished, path)
+            descriptor = os.open(place, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), os.fspath(path)) from error
 
 
 def _write_parquet(path: Path, part: Part) -> None:

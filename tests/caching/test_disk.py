@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -548,6 +549,25 @@ def test_a_folder_without_write_permission_can_be_opened_read_only() -> None:
             folder.chmod(0o755)
 
 
+def test_an_empty_file_is_a_new_cache_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with opened(tmp_path) as tier:
+        write(tier, 1)
+    assert not caplog.records
+    os.truncate(tmp_path / "data.mdb", 0)
+    with opened(tmp_path) as tier:
+        write(tier, 2)
+        tier.flush()
+        assert held(tier, range(3)) == [2]
+    assert f"{tmp_path / 'data.mdb'} is empty" in caplog.text
+
+
+def test_an_empty_file_that_is_opened_read_only_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.mdb").touch()
+    with pytest.raises(CacheError, match="cannot be opened"):
+        DiskTier(tmp_path, limit_bytes=16 * MIB, read_only=True)
+    assert not (tmp_path / "data.mdb").stat().st_size
+
+
 def test_a_full_disk_drops_and_counts_while_reading_still_works(tmp_path: Path) -> None:
     def work() -> None:
         logging.disable()
@@ -633,12 +653,19 @@ def test_a_lock_file_without_blocks_is_refused_on_a_full_disk() -> None:
 
 def test_a_disk_that_fills_up_drops_and_counts() -> None:
     def work(disk_folder: Path) -> None:
+        logging.disable(logging.NOTSET)
+        said: list[str] = []
+        disk.logger.addFilter(lambda record: said.append(record.getMessage()))  # type: ignore[arg-type,return-value]
         with opened(disk_folder / "cache") as tier:
             for start in range(0, 1000, 50):
                 write(tier, *range(start, start + 50))
                 tier.flush()
             here = held(tier, range(1000))
             assert 100 < len(here) == 1000 - tier.dropped_writes
+            assert tier.failed_writes == tier.dropped_writes
+            assert len(said) == 1 and re.search(
+                r"its disk has [\d,]+ bytes free: if it is full, make room on it", said[0]
+            )
         with opened(disk_folder / "cache") as tier:  # which is full
             assert held(tier, range(1000)) == here and tier.verify() == 0
 

@@ -98,9 +98,9 @@ def test_texts_that_a_template_repeats_are_the_librarys() -> None:
 def test_words_are_asked_for_once() -> None:
     tokenizer = TextTokenizer(SimpleNamespace(backend_tokenizer=bert()), max_length=99)
     tokenizer(["the bank of the river"])
-    assert tokenizer.word_count == (5, 0)  # "the" was new both times: a chunk's words are looked up before any is known
+    assert tokenizer.word_count == (5, 1)  # a chunk asks for "the" once
     tokenizer(["the river", ["the", "river"], "the [SEP] river"])
-    assert tokenizer.word_count == (12, 4)  # a text that is not cut counts as its words
+    assert tokenizer.word_count == (12, 5)  # a text that is not cut counts as its words
 
 
 def test_identity_and_pickles_do_not_depend_on_the_cache() -> None:
@@ -194,3 +194,12 @@ def test_truncation_and_padding_of_the_users_tokenizer_do_not_matter() -> None:
 def test_other_values_than_bytes_are_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match="word_cache"):
         TextTokenizer(SimpleNamespace(backend_tokenizer=tokenizer_of("bert")), max_length=9, word_cache=value)
+
+
+@pytest.mark.parametrize("texts", [["a b a", "a c"], [["a", "b", "a"], ["a", "c"]]])
+def test_a_word_is_new_once_however_often_its_chunk_has_it(texts: list[Any]) -> None:
+    tokenizer = TextTokenizer(SimpleNamespace(backend_tokenizer=bert()), max_length=99)
+    tokenizer(texts)
+    assert tokenizer.word_count == (5, 2)
+    tokenizer(texts)
+    assert tokenizer.word_count == (10, 7)

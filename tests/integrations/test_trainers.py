@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import random
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -187,6 +189,65 @@ def test_a_trainer_without_the_callback_says_so_when_it_resumes(make: Make, tmp_
         trained(make, tmp_path, callbacks=False, resume=5, max_steps=6)
     with pytest.raises(StateError, match="the checkpoint of step 5 has no state of the loader"):
         trained(make, tmp_path, resume=5, max_steps=6)
+
+
+class Rows(torch.utils.data.Dataset[Any]):
+    """Its state is `kept`, and goes into the DataLoader's."""
+
+    def __init__(self, kept: Any) -> None:
+        self.kept, self.loaded = kept, None
+
+    def __len__(self) -> int:
+        return len(TEXTS)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"text": TEXTS[index], "id": index}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self.kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = state["kept"]
+
+
+def shuffled(rows: Any, **options: Any) -> EmbeddingLoader:
+    """Its state holds the tensor of a generator."""
+    return bertstream.wrap(
+        StatefulDataLoader(rows, 2, shuffle=True, **options), FakeEncoder(), text="text", layout="padded"
+    )
+
+
+def test_a_trainer_resumes_a_wrapped_dataloader_that_shuffles(tmp_path: Path) -> None:
+    whole = trained(lambda: shuffled(Rows(None)), tmp_path)
+    for stop in STOPS:
+        same_steps(whole[:stop], trained(lambda: shuffled(Rows(None)), tmp_path, resume=stop), whole, stop)
+
+
+def test_a_trainer_resumes_a_wrapped_dataloader_with_a_generator_of_its_own(tmp_path: Path) -> None:
+    def make() -> EmbeddingLoader:
+        return shuffled(Rows(None), generator=torch.Generator().manual_seed(3))
+
+    # Up to the end of the epoch: torchdata keeps no state of the generator beyond it.
+    whole = trained(make, tmp_path, max_steps=BATCHES)
+    assert trained(make, tmp_path, resume=5, max_steps=BATCHES) == whole[5:]
+
+
+@pytest.mark.parametrize(
+    "kept", [{3: (1, 2)}, float("nan"), b"bytes", np.arange(3), np.random.RandomState(0).get_state(), random.getstate()]
+)
+def test_what_a_datasets_state_holds_comes_back_unchanged_from_a_trainers_checkpoint(tmp_path: Path, kept: Any) -> None:
+    trained(lambda: shuffled(Rows(kept)), tmp_path, max_steps=1)
+    rows = Rows(kept)
+    trained(lambda: shuffled(rows), tmp_path, resume=1, max_steps=2)
+    np.testing.assert_equal(rows.loaded, kept)
+    assert type(rows.loaded) is type(kept)
+
+
+def test_a_checkpoint_with_a_state_in_plain_json_is_still_read(wrapped: Make, tmp_path: Path) -> None:
+    whole = trained(wrapped, tmp_path, max_steps=6)
+    saved = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+    assert "source" in saved["stateful_callbacks"]["LoaderState"]["attributes"]["saved"]
+    assert trained(wrapped, tmp_path, resume=5, max_steps=6) == whole[5:]
 
 
 def test_a_loader_that_cannot_resume_is_refused_before_the_first_step(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -411,3 +412,17 @@ def test_the_bar_shows_the_total_and_the_rate(
     bertstream.embed(shards, tiny(tokenizer), tmp_path)
     shown = capsys.readouterr().err
     assert "90/90" in shown and "tokens/s" in shown
+
+
+@pytest.mark.parametrize("file", ["_progress.json", "part-000000.parquet"])
+def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_none_of_it(
+    tokenizer: Any, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    def full(descriptor: int) -> None:
+        if any(tmp_path.glob(f"out/.{file}.unfinished")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/out/{file}'"):
+        bertstream.embed(shards, tiny(tokenizer), tmp_path / "out", progress=False)
+    assert not list(tmp_path.glob("out/*unfinished"))

@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import lmdb
 import pytest
 import torch
 
 import bertstream
 from bertstream import ConfigError, EmbeddingCache, Encoder, ShardError, StreamConfig, TokenBatch
+from bertstream.caching.disk import DiskTier
 from bertstream.reading.messages import AHEAD, StreamLoader
 
 
@@ -28,7 +30,7 @@ def test_after_warm_an_epoch_computes_nothing(
 ) -> None:
     with EmbeddingCache("1MiB", tmp_path / "cache", "64MiB") as cache:
         done = bertstream.warm(shard, minilm, cache, num_workers=num_workers, progress=False)
-        assert done == {"texts": 50, "computed": 40, "bad_records": 0, "bad_shards": 0}
+        assert done == {"texts": 50, "computed": 40, "not_kept": 0, "bad_records": 0, "bad_shards": 0}
     with EmbeddingCache("16MiB", tmp_path / "cache", "64MiB") as cache:
         right = [batch["text"].values for batch in bertstream.stream(shard, minilm, batch_size=7)]
         monkeypatch.setattr(minilm, "encode", lambda batch: pytest.fail("computed"))
@@ -107,9 +109,38 @@ def test_broken_records_are_counted_over_all_workers(minilm: Encoder, tmp_path: 
         cache = EmbeddingCache("1MiB")
         return bertstream.warm(paths, minilm, cache, num_workers=num_workers, reading=reading, progress=False)
 
-    assert fill(4) == {"texts": 8, "computed": 1, "bad_records": 4, "bad_shards": 0}
+    assert fill(4) == {"texts": 8, "computed": 1, "not_kept": 0, "bad_records": 4, "bad_shards": 0}
     with pytest.raises(ShardError, match="4 broken records .* more than max_bad_records=3"):
         fill(3)
+
+
+def test_texts_that_a_small_memory_does_not_keep_are_counted_and_logged(
+    minilm: Encoder, shard: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = EmbeddingCache("100KB")
+    done = bertstream.warm(shard, minilm, cache, progress=False)
+    assert done["computed"] == 40 and done["not_kept"] == 40 - cache.stats()["memory_texts"] > 0
+    assert f"did not keep {done['not_kept']} of the texts" in caplog.text and "raise memory=" in caplog.text
+
+
+@pytest.mark.parametrize(("failed", "way_out"), [(0, "raise disk_limit="), (1, "make room on the disk")])
+def test_texts_that_the_disk_does_not_keep_are_counted_and_logged(
+    minilm: Encoder,
+    shard: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    failed: int,
+    way_out: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(tier: DiskTier, group: object) -> None:
+        raise lmdb.DiskError("mdb_txn_commit: No space left on device") if failed else lmdb.MapFullError("full")
+
+    monkeypatch.setattr(DiskTier, "_put", full)
+    with EmbeddingCache("16MiB", tmp_path / "cache", "64MiB") as cache:
+        assert bertstream.warm(shard, minilm, cache, progress=False)["not_kept"] == 40
+        assert cache.stats()["disk_dropped_writes"] == 40 and cache.stats()["disk_failed_writes"] == 40 * failed
+    assert "did not keep 40 of the texts" in caplog.text and way_out in caplog.text
 
 
 def test_a_cache_that_cannot_be_filled_is_refused(minilm: Encoder, shard: Path, tmp_path: Path) -> None:
