@@ -73,7 +73,8 @@ class LaneBatches:
             pieces: the lane's in this epoch, in order.
             start: where to begin.
         """
-        reader = LaneReader(pieces, self.options, start, open_shards=self.open_shards, tolerant=self._tolerant)
+        options = self.options if self.options.rows is None else replace(self.options, epoch=start.epoch)
+        reader = LaneReader(pieces, options, start, open_shards=self.open_shards, tolerant=self._tolerant)
         size = self.reading.bucket_size
         if not (start.next_piece or start.open):
             # The first bucket of each lane has another size, or all lanes would refill in the same moment.

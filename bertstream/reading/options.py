@@ -26,6 +26,7 @@ class ReadOptions:
             these, each passed through its function.
         access: how shards are opened.
         rows: a dataset to read instead of shards, see `split_rows`; None for shards.
+        epoch: of the stream; a streaming dataset that shuffles itself has another order in each.
         required: the fields that every record must have: the texts, and the names in `fields`.
     Raises:
         ConfigError: an argument has the wrong type, `fields` names a text, or a name is one of `RESERVED`.
@@ -36,6 +37,7 @@ class ReadOptions:
     fields: Mapping[str, Callable[[Any], Any]] | Sequence[str] | None = None
     access: Access = DEFAULT_ACCESS
     rows: Any = field(default=None, repr=False)
+    epoch: int = 0
     required: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

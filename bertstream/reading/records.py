@@ -82,7 +82,7 @@ def read_records(
     try:
         with ExitStack() as stack:
             if options.rows is not None:
-                raw_records = read_rows(options.rows, wanted)
+                raw_records = read_rows(options.rows, wanted, options.epoch)
             else:
                 opened = open_bytes(piece.path, options.access, kind.compression, piece.version)
                 stream = stack.enter_context(opened)
@@ -119,7 +119,9 @@ def read_records(
         raise _from_record(wanted, index, problem, skippable=fault is None) from failure
     if piece.stop is not None and index < piece.stop:
         raise _from_record(wanted, index, f"it ends after {index} records, but had {piece.stop} when it was split")
-    if piece.stop is None and index == first:
+    if (
+        piece.stop is None and index == first and options.rows is None
+    ):  # a filter may leave nothing of a dataset's shard
         raise _from_record(wanted, index, f"it holds no record{f' from {first} on' if first else ''}")
 
 

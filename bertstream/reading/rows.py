@@ -79,8 +79,8 @@ def split_rows(rows: Any, parts: int) -> list[tuple[Piece, int]]:
     return [(Piece(name, start, stop), stop - start) for start, stop in itertools.pairwise(bounds)]
 
 
-def read_rows(rows: Any, piece: Piece) -> Iterator[RawRecord]:
-    """The rows of a piece that `split_rows` made.
+def read_rows(rows: Any, piece: Piece, epoch: int = 0) -> Iterator[RawRecord]:
+    """The rows of a piece that `split_rows` made, in the order that a dataset which shuffles itself has in this epoch.
 
     A row that raises is a broken record, if the dataset has positions. An `IterableDataset` that raises ends there,
     after the rows before: nothing can continue it.
@@ -102,16 +102,18 @@ def read_rows(rows: Any, piece: Piece) -> Iterator[RawRecord]:
     else:
         number, count = (int(word) for word in piece.path.split()[-3::2])  # "<name> shard <number> of <count>"
         shard, given = rows.shard(num_shards=count, index=number), 0
+        if hasattr(shard, "set_epoch"):
+            shard.set_epoch(epoch)
         try:
             for row in _streamed_rows(shard, _BATCH_ROWS):
-                yield RawRecord(dict, row)
+                yield RawRecord(_plain, row)
                 given += 1
         except Exception as error:  # a dataset may raise anything
             if outside_fault(error):
                 raise
             # The rows that were read together with the one at fault are lost: read them again, one at a time.
             for row in itertools.islice(_streamed_rows(shard, 1), given, None):
-                yield RawRecord(dict, row)
+                yield RawRecord(_plain, row)
 
 
 def _streamed_rows(shard: Any, at_a_time: int) -> Iterator[Iterator[tuple[str, Any]]]:
@@ -143,6 +145,11 @@ def _copied(row: Any) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise RecordError(f"a row is a mapping from field to value, not {excerpt(row)}")
     try:
-        return dict(row)
+        return _plain(row.items())
     except Exception as error:  # of values that are decoded here
         raise RecordError(f"the row raised {described(error)}") from error
+
+
+def _plain(row: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A row; where a format of the dataset made arrays or tensors of single numbers, they are numbers again."""
+    return {name: value.item() if getattr(value, "shape", None) == () else value for name, value in row}

@@ -349,6 +349,48 @@ def hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return datasets.Dataset.from_list([{"text": text, "id": i} for i, text in enumerate(some_texts(403))])
 
 
+@pytest.mark.parametrize(
+    ("change", "ids"),
+    [
+        (lambda rows: rows.take(1), [0]),
+        (lambda rows: rows.skip(400), [100, 201, 302]),  # divided among the shards by Hugging Face, like take()
+        (lambda rows: rows.filter(lambda row: row["id"] in (3, 7)), [3, 7]),
+    ],
+)
+def test_shards_of_a_dataset_that_a_filter_leaves_empty_are_no_error(
+    hugging_face: Any, minilm: Encoder, change: Callable[[Any], Any], ids: list[int]
+) -> None:
+    rows = change(hugging_face.to_iterable_dataset(num_shards=4))
+    found = [i for batch in TextStream(rows, minilm) for i in batch.fields["id"].tolist()]
+    assert sorted(found) == ids
+
+
+@pytest.mark.parametrize("format", ["torch", "numpy"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_numbers_of_a_formatted_dataset_are_a_column_as_without_a_format(
+    hugging_face: Any, minilm: Encoder, format: str, streamed: bool
+) -> None:
+    def columns(rows: Any) -> list[Any]:
+        rows = rows.to_iterable_dataset(num_shards=2) if streamed else rows
+        return [batch.fields["id"].tolist() for batch in TextStream(rows, minilm, batch_size=32)]
+
+    assert columns(hugging_face.with_format(format)) == columns(hugging_face)
+
+
+def test_a_streaming_dataset_that_shuffles_itself_has_another_order_in_each_epoch(
+    hugging_face: Any, minilm: Encoder
+) -> None:
+    stream = TextStream(hugging_face.to_iterable_dataset(num_shards=2).shuffle(seed=1, buffer_size=500), minilm)
+
+    def order(epoch: int) -> list[int]:
+        stream.set_epoch(epoch)
+        return [i for batch in stream for i in batch.fields["id"].tolist()]
+
+    orders = [order(epoch) for epoch in (0, 1, 7, 1)]
+    assert orders[1] == orders[3] and len({tuple(found) for found in orders}) == 3
+    assert all(sorted(found) == list(range(403)) for found in orders)
+
+
 @pytest.mark.parametrize("kind", ["map-style", "streaming", "a list"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_rows_of_a_dataset_come_once_and_resume_exactly(hugging_face: Any, kind: str, num_workers: int) -> None:
