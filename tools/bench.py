@@ -8,6 +8,7 @@
     python tools/bench.py outputs --data ../shared/data     the cost of fewer layers and of word vectors
     python tools/bench.py embed --data ../shared/data       vectors written to files, against encoding alone
     python tools/bench.py launch                            what a forward costs beside its arithmetic
+    python tools/bench.py forward                           a frozen encoder's forward on a CPU, in three ways
     python tools/bench.py cache --data ../shared/data       epochs from the cache, and a tagger's over tensors in memory
     python tools/bench.py stream --data ../shared/data      reading, tokenizing and bucketing, against the tokenizer
     python tools/bench.py host --data ../shared/data        the main thread's own time, without encoding

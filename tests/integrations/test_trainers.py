@@ -148,17 +148,6 @@ def test_a_trainer_resumes_exactly_from_each_of_its_checkpoints(
         same_steps(whole[:stop], rest, whole, stop)
 
 
-def test_a_trainer_resumes_a_shuffling_loader_whose_state_holds_tensors(tmp_path: Path) -> None:
-    rows = [{"text": text, "id": i} for i, text in enumerate(TEXTS)]
-
-    def make() -> EmbeddingLoader:
-        return bertstream.wrap(StatefulDataLoader(rows, 2, shuffle=True), FakeEncoder(), text="text", layout="padded")
-
-    whole = trained(make, tmp_path, max_steps=BATCHES + 3)
-    assert trained(make, tmp_path, resume=5, max_steps=BATCHES + 3) == whole[5:]
-    assert len({str(step[0]) for step in whole[:BATCHES]}) == BATCHES
-
-
 def test_a_state_that_could_not_be_loaded_is_refused_when_it_is_saved(tmp_path: Path) -> None:
     class Odd(StatefulDataLoader):
         def state_dict(self) -> Any:

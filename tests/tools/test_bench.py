@@ -10,11 +10,13 @@ from typing import Any
 import bench
 import pytest
 import torch
-from benchmarks import common, encode, epoch
+from benchmarks import common, encode, epoch, forward
 from benchmarks.common import ratio, useful_flops
 from benchmarks.models import write_bert
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
+
+from bertstream.encoding import onednn
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +142,12 @@ def test_the_error_is_that_of_the_worst_text() -> None:
     right = [torch.ones(2, 2), torch.ones(3, 2)]
     assert common.worst_error([right[0], right[1] * 1.5], right) == pytest.approx(0.5)
     assert encode.dtype_of("sentence_transformers_bfloat16") == "bfloat16"
+
+
+def test_forward_compares_the_ways_of_one_model(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "TOKENS", (128, 300))
+    found = measure("forward")["forwards"]
+    assert list(found) == ["float32 128", "float32 300"]
+    ways = ["packed", "fused", *(["blocked"] if onednn.available(torch.float32) else [])]
+    for figures in found.values():
+        assert list(figures["milliseconds"]) == ways and figures["times_packed"]["packed"] == 1

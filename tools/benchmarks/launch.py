@@ -43,9 +43,9 @@ def launch(arguments: argparse.Namespace) -> dict[str, object]:
         )
         packed = copy.deepcopy(fused)
         packed._fused = None
-        batches = {shape: _batch(lengths) for shape, lengths in SHAPES.items()}
+        batches = {shape: batch_of_lengths(lengths) for shape, lengths in SHAPES.items()}
         turns = {
-            f"{way} {shape}": partial(_call, encoder, batch)
+            f"{way} {shape}": partial(calls, encoder, batch, CALLS)
             for shape, batch in batches.items()
             for way, encoder in (("fused", fused), ("packed", packed))
         }
@@ -64,13 +64,15 @@ def launch(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _batch(lengths: list[int]) -> TokenBatch:
+def batch_of_lengths(lengths: list[int]) -> TokenBatch:
+    """Texts of these lengths, of any words."""
     array = np.array(lengths, np.int32)
     ids = (np.arange(array.sum(), dtype=np.int32) % 1000) + 1000
     nothing = np.zeros(len(array), np.int32)
     return TokenBatch(ids, cumulate(array), None, None, None, nothing, nothing)
 
 
-def _call(encoder: bertstream.Encoder, batch: TokenBatch) -> None:
-    for _ in range(CALLS):
+def calls(encoder: bertstream.Encoder, batch: TokenBatch, count: int) -> None:
+    """Encode the batch `count` times."""
+    for _ in range(count):
         encoder.encode(batch)
