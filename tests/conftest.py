@@ -159,6 +159,14 @@ def minilm_folder() -> str:
     return os.path.join(next(iter(spec.submodule_search_locations or ())), "model")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_layout_by_chance() -> Iterator[None]:
+    """Which layout of weights is faster, and so the last bits of shared encoders, is not to depend on the clock."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bertstream.encoding.calibrating.is_faster", lambda run, than: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def minilm(minilm_folder: str) -> Encoder:
     """all-MiniLM-L6-v2, token output, float32."""

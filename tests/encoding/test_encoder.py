@@ -389,6 +389,27 @@ def test_measuring_stops_after_half_a_second(monkeypatch: pytest.MonkeyPatch) ->
     assert rounds == [1024, 2048, 4096] * 5
 
 
+@pytest.mark.parametrize(("seconds", "faster"), [((0.1, 0.2), True), ((0.19, 0.2), True), ((0.1951, 0.2), False)])
+def test_work_is_faster_if_it_takes_a_twentieth_less(
+    seconds: tuple[float, float], faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, calls = 0.0, 0
+
+    def works(taken: float) -> Callable[[], None]:
+        def work() -> None:
+            nonlocal now, calls
+            now += taken + (calls < 2)  # the first ones are slow
+            calls += 1
+
+        return work
+
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(autotune, "_MEASURED_S", 3)
+    run, than = map(works, seconds)
+    assert autotune.is_faster(run, than) is faster
+    assert calls > 2
+
+
 def test_on_a_cpu_no_forward_is_tried_above_one_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     now, tried = 0.0, set()
 
