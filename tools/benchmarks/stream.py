@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,13 @@ def stream(arguments: argparse.Namespace) -> dict[str, object]:
             for workers in (1, 2)
         }
 
+        busy: dict[int, list[float]] = {1: [], 2: []}
+
         def epoch(workers: int) -> None:
+            own, wall = time.thread_time(), time.perf_counter()
             for _ in InTurn(iter(loaders[workers]), workers):
                 pass
+            busy[workers].append((time.thread_time() - own) / (time.perf_counter() - wall))
 
         contenders = {"bare_tokenizer": bare, "one_worker": partial(epoch, 1), "two_workers": partial(epoch, 2)}
         for contender in contenders.values():
@@ -72,5 +77,6 @@ def stream(arguments: argparse.Namespace) -> dict[str, object]:
         "tokens_per_s": {name: round(statistics.median(times)) for name, times in rates.items()},
         "one_worker_times_bare_tokenizer": round(statistics.median(ratio), 2),
         "two_workers_times_one": round(statistics.median(scaling), 2),
+        "consumer_busy": {f"{workers} workers": round(statistics.median(shares), 2) for workers, shares in busy.items()},
         "rounds": arguments.rounds,
     }
