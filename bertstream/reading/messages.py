@@ -41,7 +41,7 @@ class StreamMessages(IterableDataset[list[MessageItem]]):
 
     def __iter__(self) -> Iterator[list[MessageItem]]:
         items = chain(self._stream.items(), [None])
-        for size in chain((1, 2), repeat(MESSAGE)):
+        for size in chain((1, 2, 4), repeat(MESSAGE)):
             message: list[MessageItem] = []
             try:
                 for item in islice(items, size):
