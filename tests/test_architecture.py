@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bertstream"
 
 ROOMS = (
-    ("errors",),
+    ("errors", "paths"),
     ("system",),
     ("tokens",),
     ("embeddings", "repeats"),
