@@ -20,7 +20,8 @@ from .epoch import Epoch, Parts
 from .fields import Field
 from .lightning_calls import asked_by_lightning, within_lightning
 from .plots import plot_step
-from .progress import OwnLoader, Progress, ProgressInSource, ProgressInStream, has_state, text_stream
+from .progress import OwnLoader, Progress, ProgressInStream, text_stream
+from .source_progress import ProgressInSource, has_state
 from .stats import LOOP, WORK, KnownWords, Since, Stats, bottleneck
 
 logger = logging.getLogger(__name__)
