@@ -17,7 +17,7 @@ PACKAGE = ROOT / "bertstream"
 
 ROOMS = (
     ("errors",),
-    ("system",),
+    ("system", "cursors"),
     ("tokens",),
     ("embeddings", "repeats"),
     ("reading",),
