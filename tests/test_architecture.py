@@ -17,7 +17,7 @@ PACKAGE = ROOT / "bertstream"
 
 ROOMS = (
     ("errors", "paths"),
-    ("system",),
+    ("system", "cursors"),
     ("tokens",),
     ("embeddings", "repeats"),
     ("reading",),

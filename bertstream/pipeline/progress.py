@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..cursors import Cursor
 from ..errors import ConfigError, check_at_least, counted
 from ..reading.dataset import StreamItems, TextStream
 from ..reading.lane_batches import LaneEnd
 from ..reading.messages import StreamLoader, StreamMessages
 from ..system.distributed import Peers, can_talk, rank_and_world_size
-from ..tokens import Cursor, ReadReport, TokenBatch
+from ..tokens import ReadReport, TokenBatch
 from .fields import Field
 
 logger = logging.getLogger(__name__)
