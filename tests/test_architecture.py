@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bertstream"
 
 ROOMS = (
-    ("errors",),
-    ("system",),
+    ("errors", "paths"),
+    ("system", "cursors"),
     ("tokens",),
     ("embeddings", "repeats"),
     ("reading",),

@@ -12,10 +12,11 @@ from typing import Any, Protocol, TypeAlias
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..cursors import Cursor
 from ..errors import BertstreamError, ConfigError, StateError, check_at_least
 from ..system.distributed import rank_and_world_size
 from ..system.process import collect_garbage_rarely, exit_with_parent
-from ..tokens import Cursor, SupportsTokenize, TokenBatch
+from ..tokens import SupportsTokenize, TokenBatch
 from .access import DEFAULT_ACCESS
 from .bad_records import BadRecords
 from .config import StreamConfig
