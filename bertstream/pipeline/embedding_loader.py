@@ -267,12 +267,13 @@ class EmbeddingLoader(OwnLoader):
 
         The loop received `epochs`, `batches`, `texts` and `tokens`. Of the texts, `cut_texts` were truncated, by
         `cut_words` (known where texts are lists of words) and `cut_tokens` in all. `bad_records` and `bad_shards` were
-        skipped, as `max_bad_records` allows; the log names them. `left_texts` reached no loop, because another rank had
-        finished and `uneven="stop"`; they are counted for two seconds, so there may be more. `encoded_tokens` went to
-        the encoder in `encode_calls`. Not in them are texts found in a cache, and `repeated_texts`, which were in the
-        same call already (a cache counts its own). `padding_share` is the share of padding if each batch were padded to
-        its longest text. `known_words_share` of the words came from the word cache (those of `TokenCollate` are not
-        counted). A stream has `workers`, and `lanes` of this rank: no more workers than lanes have work.
+        skipped, as `max_bad_records` allows; the log names them. `dropped_records` were dropped by `keep=` or `map=`.
+        `left_texts` reached no loop, because another rank had finished and `uneven="stop"`; they are counted for two
+        seconds, so there may be more. `encoded_tokens` went to the encoder in `encode_calls`. Not in them are texts
+        found in a cache, and `repeated_texts`, which were in the same call already (a cache counts its own).
+        `padding_share` is the share of padding if each batch were padded to its longest text. `known_words_share` of
+        the words came from the word cache (those of `TokenCollate` are not counted). A stream has `workers`, and
+        `lanes` of this rank: no more workers than lanes have work.
 
         Seconds: `read_s` waiting for the wrapped loader, or for the shards, which are tokenized as they are read;
         `tokenize_s` tokenizing a wrapped loader's texts; `lookup_s` in the cache; `encode_s` encoding (on CUDA:
@@ -290,6 +291,7 @@ class EmbeddingLoader(OwnLoader):
             own = range(self._stream.rank, self._stream.num_lanes, self._stream.world_size)
             stats["workers"], stats["lanes"] = getattr(self._source, "num_workers", 0), len(own)
         stats["bad_records"], stats["bad_shards"] = (0, 0) if bad is None else (bad.all_records, bad.all_shards)
+        stats["dropped_records"] = 0 if bad is None else bad.all_dropped
         stats["known_words_share"] = self._known_words.share()
         if self._cached is not None:
             stats["encode_calls"], stats["encoded_tokens"] = self._cached.encode_calls, self._cached.encoded_tokens
