@@ -108,8 +108,8 @@ def embed(
             loader.load_state_dict(folder.state)
         except StateError as error:
             raise StateError(
-                f"{folder_of.path} was started with {'other' if error.key == 'shards' else 'another'} {error.key}: name "
-                "another folder, or use the shards and settings that it was started with",
+                f"{folder_of.path} was started with {'other' if error.key == 'shards' else 'another'} {error.key}: "
+                "name another folder, or use the shards and settings that it was started with",
                 key=error.key,
             ) from error
         if not folder.done:
