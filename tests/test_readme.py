@@ -47,6 +47,7 @@ def slug(heading: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # the cookbook is one long program
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
 def test_each_page_is_a_program_that_prints_what_it_says(
     page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
