@@ -57,7 +57,7 @@ class Encoder(CalibratedForward):
 
     Args:
         model: a transformers encoder (`AutoModel`) with its weights, or a PeftModel around one.
-        tokenizer: the model's transformers tokenizer.
+        tokenizer: the model's transformers tokenizer, fast or written in Python; None takes ids alone.
         output: "tokens" for a vector a token; "words" for a vector a word; "sentence" for a vector a text.
         layers: the layer or layers that vectors are made of: 0 is the embedding layer, -1 the last. The forward stops
             at the highest.
@@ -161,7 +161,7 @@ class Encoder(CalibratedForward):
             prompt=prompt or "",
             overflow=overflow,
             stride=stride,
-            word_splitter=(word_splitter or str.split) if output == "words" else None,
+            word_splitter=word_splitter or (str.split if output == "words" and tokenizer is not None else None),
             segments="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
             word_cache=word_cache,
         )

@@ -170,9 +170,18 @@ class Followed:
             )
 
     def lowercase(self, tokenizer: Any) -> None:
-        """Have a tokenizer lowercase texts first, as sentence-transformers does, if the folder says so."""
-        backend = tokenizer.backend_tokenizer
-        if self.folder.lowercase and "Lowercase()" not in repr(backend.normalizer):
+        """Have a tokenizer lowercase texts first, as sentence-transformers does, if the folder says so.
+
+        Raises:
+            EncoderError: it is written in Python, and does not do so itself.
+        """
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self.folder.lowercase and backend is None and not getattr(tokenizer, "do_lower_case", False):
+            raise EncoderError(
+                f"the folder lowercases texts, which its {type(tokenizer).__name__} does not do: load model and "
+                "tokenizer with transformers, lowercase the texts yourself, and pass both to Encoder()"
+            )
+        if self.folder.lowercase and backend is not None and "Lowercase()" not in repr(backend.normalizer):
             others = [] if backend.normalizer is None else [backend.normalizer]
             backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
 
@@ -343,7 +352,8 @@ def save_model(folder: str | os.PathLike[str], model: nn.Module, tokenizer: Any)
             f"transformers cannot write this {type(model).__name__} without its upper layers: {error}; to save it, "
             "make the encoder with layers=-1"
         ) from error
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _find(source: str, file: str, hub: HubOptions, root: str) -> str | None:

@@ -39,6 +39,11 @@ class TokenCollate:
     ) -> None:
         if not hasattr(encoder, "tokenizer"):
             raise ConfigError(f"encoder is a {type(encoder).__name__} without a tokenizer: pass a bertstream.Encoder")
+        if not getattr(encoder.tokenizer, "takes_texts", True):
+            raise ConfigError(
+                "the encoder has no tokenizer and takes ids alone: collate padded ids with their attention_mask, or "
+                "make it with its model's tokenizer, Encoder(model, tokenizer)"
+            )
         self._tokenizer = encoder.tokenizer
         self._fields = as_fields(text)
         self._pair = pair

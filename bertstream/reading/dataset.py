@@ -124,6 +124,11 @@ class TextStream(IterableDataset[TokenBatch]):
             if self.uneven != "leave" or self.world_size > layout.lanes:
                 raise ConfigError(refusal)
             logger.warning("some ranks have no data: %s", refusal)
+        if not getattr(encoder.tokenizer, "takes_texts", True):
+            raise ConfigError(
+                f"text={text!r}: the encoder has no tokenizer and takes ids alone; make it with its model's tokenizer, "
+                "Encoder(model, tokenizer)"
+            )
         self._batches = LaneBatches(
             tokenizer=encoder.tokenizer,
             options=self._options,
