@@ -18,7 +18,9 @@ PACKAGE = ROOT / "bertstream"
 ROOMS = (
     ("errors",),
     ("system",),
+    ("columns",),
     ("tokens",),
+    ("word_tags",),
     ("embeddings", "repeats"),
     ("reading",),
     ("encoding",),
