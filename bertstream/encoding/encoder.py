@@ -398,6 +398,7 @@ class Encoder(CalibratedForward):
 
     def _tokenized(self, texts: Sequence[Text]) -> TokenBatch:
         batch = self.tokenizer.batch(texts)
+        batch.texts = list(texts)
         if not self._warned_of_cut and batch.cut_tokens.any():
             self._warned_of_cut = True
             counts = int((batch.cut_tokens > 0).sum()), len(batch), int(batch.cut_words.sum())
