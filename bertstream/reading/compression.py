@@ -18,20 +18,20 @@ _CHUNK_BYTES = 1 << 10
 _MAGIC = {"gz": rb"\x1f\x8b\x08", "zst": rb"\x28\xb5\x2f\xfd", "bz2": rb"BZh[1-9]1AY&SY", "xz": rb"\xfd7zXZ\0"}
 
 
-def compression_in(stream: io.BufferedReader) -> str:
-    """The compression that the next bytes of a stream show, or ""; the stream stays where it is."""
-    begin = stream.peek(10)
+def compression_in(stream: BinaryIO) -> str:
+    """The compression that the next bytes of a buffered stream show, or ""; the stream stays where it is."""
+    begin = cast(io.BufferedReader, stream).peek(10)
     return next((name for name, magic in _MAGIC.items() if re.match(magic, begin, re.DOTALL)), "")
 
 
-def decompressed(stream: io.BufferedReader, compression: str, name: str) -> io.BufferedReader:
+def decompressed(stream: BinaryIO, compression: str, name: str) -> BinaryIO:
     """The decompressed bytes of a stream; closing them leaves the stream open.
 
     All bytes before a cut or damage are read. Reading raises EOFError where the stream is cut off, and OSError, or
     zlib.error, where it is damaged.
 
     Args:
-        stream: of compressed bytes.
+        stream: of compressed bytes, buffered.
         compression: "gz", "zst", "bz2" or "xz".
         name: of the shard, for messages.
     Raises:
@@ -50,9 +50,8 @@ def decompress_member(payload: bytes, compression: str, limit: int) -> bytes:
         OSError, EOFError or zlib.error: it is damaged or cut off.
         ConfigError: zstandard is needed and not installed.
     """
-    return decompressed(io.BufferedReader(cast(io.RawIOBase, io.BytesIO(payload))), compression, "a member").read(
-        limit + 1
-    )
+    stream = io.BufferedReader(cast(io.RawIOBase, io.BytesIO(payload)))
+    return decompressed(stream, compression, "a member").read(limit + 1)
 
 
 class _GzipFile(gzip.GzipFile):

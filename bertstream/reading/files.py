@@ -99,7 +99,7 @@ def open_bytes(
             source = open(file, "rb", buffering=0)  # noqa: SIM115 - the stack closes it
         else:
             source = RemoteFile(path, access)
-        stream = stack.enter_context(io.BufferedReader(source, BUFFER_BYTES))
+        stream: BinaryIO = stack.enter_context(io.BufferedReader(source, BUFFER_BYTES))
         if compression == "":
             compression = compression_in(stream)
         if compression:
