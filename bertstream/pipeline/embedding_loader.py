@@ -20,8 +20,9 @@ from .epoch import Epoch, Parts
 from .fields import Field
 from .lightning_calls import asked_by_lightning, within_lightning
 from .plots import plot_step
-from .progress import OwnLoader, Progress, ProgressInSource, ProgressInStream, has_state, text_stream
-from .stats import LOOP, WORK, KnownWords, Stats, bottleneck
+from .progress import OwnLoader, Progress, ProgressInStream, text_stream
+from .source_progress import ProgressInSource, has_state
+from .stats import LOOP, WORK, KnownWords, Since, Stats, bottleneck
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class EmbeddingLoader(OwnLoader):
             clocks=self._stages,
         )
         self._join_ranks()
+        self._since = Since(self.stats())
         self._closed = False
         self._running: weakref.ref[Epoch] | None = None
         self._resumed_by_trainer = False
@@ -125,6 +127,7 @@ class EmbeddingLoader(OwnLoader):
         if isinstance(self.encoder, SupportsTraining) and not self._parts.deterministic:
             self.encoder.calibrate()
         self._progress.await_iteration()
+        self._since = Since(self.stats())
         self._held_epoch = self.epoch if asked_by_lightning() and not self._has_length() else None
         return self._not_empty(self._new_epoch()) if self._resumed_by_trainer else self._new_epoch()
 
@@ -309,8 +312,13 @@ class EmbeddingLoader(OwnLoader):
         return stats
 
     def bottleneck(self) -> str:
-        """Say in one sentence what the training loop waits for, and what would help."""
-        return bottleneck(self.stats(), getattr(self.encoder, "dtype", None))
+        """Say in one sentence what the training loop waits for, and what would help.
+
+        It is about the last iteration, from its start on. A second sentence says so where other processes hold the
+        cores (on Linux).
+        """
+        since = self._since
+        return bottleneck(since.stats(self.stats()), getattr(self.encoder, "dtype", None), since.queued_share())
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Write a trace of the stages, the last 20,000 spans, for chrome://tracing or ui.perfetto.dev.

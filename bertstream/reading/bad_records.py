@@ -90,7 +90,7 @@ class BadRecords:
             ShardError: every record was skipped: no fraction of nothing is exceeded, and the epoch would be empty.
         """
         if self.first and self.read == self.records:
-            raise ShardError("no record of the epoch was good, so this is no stray fault: " + "; ".join(self.first))
+            raise ShardError("every record of the epoch was broken: " + "; ".join(self.first))
         if self.dropped and self.read == self.records + self.dropped:
             logger.warning("keep= and map= dropped all of the epoch's records, %d: it has no batch", self.dropped)
 

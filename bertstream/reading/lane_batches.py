@@ -9,8 +9,9 @@ from itertools import islice
 
 import numpy as np
 
+from ..cursors import Cursor
 from ..errors import BertstreamError, EncoderError, ShardError
-from ..tokens import Cursor, Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch, tokenize_batch
+from ..tokens import Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch, tokenize_batch
 from .bucket import add_fields, cut_bucket
 from .config import StreamConfig
 from .lanes import LaneReader

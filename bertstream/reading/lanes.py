@@ -12,8 +12,9 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from ..cursors import Cursor, OpenPiece
 from ..errors import ShardError
-from ..tokens import Cursor, OpenPiece, Record
+from ..tokens import Record
 from .options import ReadOptions
 from .records import read_records
 from .shards import Piece
