@@ -33,7 +33,8 @@ from .state import StreamProgress, layout_ranks_of
 logger = logging.getLogger(__name__)
 
 _ROWS_OF_0_1_0 = {
-    option: str(getattr(DEFAULT_ACCESS, option)) for option in ("delimiter", "header", "encoding", "max_record_bytes")
+    option: str(getattr(DEFAULT_ACCESS, option))
+    for option in ("format", "delimiter", "header", "encoding", "max_record_bytes")
 } | {"quoting": "standard"}
 """How version 0.1.0 read rows. A state holds only what differs, so that the states of then fit."""
 
