@@ -29,10 +29,19 @@ def find(holder: Any, path: str, part_of: Callable[[Any, str], Any] = part_of) -
     Raises:
         KeyError: there is no such place.
     """
+    return trail(holder, path, part_of)[-1][1]
+
+
+def trail(holder: Any, path: str, part_of: Callable[[Any, str], Any] = part_of) -> list[tuple[str, Any]]:
+    """The keys and positions that `find` follows, one a level, each with the value there.
+
+    Raises:
+        KeyError: there is no such place.
+    """
     for head, rest in splits(path):
         try:
             part = part_of(holder, head)
-            return find(part, rest, part_of) if rest else part
+            return [(head, part), *(trail(part, rest, part_of) if rest else ())]
         except KeyError:
             pass
     raise KeyError(path)

@@ -26,7 +26,7 @@ from .lane_batches import LaneBatches, LaneEnd
 from .layout import Layout, lay_out
 from .options import Fields, ReadOptions
 from .pieces import count_records
-from .rows import is_rows
+from .rows import find_rows, name_of_rows
 from .shards import Piece, expand_shards
 from .state import StreamProgress, layout_ranks_of
 
@@ -107,11 +107,11 @@ class TextStream(IterableDataset[TokenBatch]):
         self._shuffle = shuffle
         self._seed = seed
         self._reading = reading = reading or StreamConfig()
-        rows = shards if is_rows(shards) else None
+        rows = find_rows(shards)
         self._options = ReadOptions(text=text, pair=pair, fields=fields, keep=keep, map=map, access=reading, rows=rows)
         self.text = text
         self.uneven, self.rank_timeout_s = reading.uneven, reading.rank_timeout_s
-        self.shards = [type(rows).__name__] if rows is not None else expand_shards(shards, reading)
+        self.shards = [name_of_rows(rows)] if rows is not None else expand_shards(shards, reading)
         if repeated := [path for path, times in Counter(self.shards).items() if times > 1]:
             logger.warning(
                 "%d shards are named more than once and are read as many times: %s", len(repeated), repeated[0]
