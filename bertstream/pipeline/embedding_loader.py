@@ -137,7 +137,7 @@ class EmbeddingLoader(OwnLoader):
         return epoch.batches()
 
     def _not_empty(self, rest: Generator[Any, None, None]) -> Generator[Any, None, None]:
-        """The rest of an epoch, or the next epoch if nothing is left: trainers make little of an epoch without batches.
+        """The rest of an epoch, or the next epoch if nothing is left: trainers cope badly with an empty epoch.
 
         Lightning makes an iterator to see that it can, which it drops: until one is used, a loaded state waits.
         """

@@ -113,7 +113,7 @@ class Progress(ABC):
 
     @abstractmethod
     def set_epoch(self, epoch: int) -> None:
-        """Choose it."""
+        """Choose the epoch that the next iteration reads."""
 
     def join_ranks(self) -> Peers | None:
         """Connect to the other ranks, where there are any that end together; None where not, or where that was done."""
@@ -125,7 +125,7 @@ class Progress(ABC):
         self._places.clear()
 
     def begin(self) -> Iterable[Any]:
-        """What to iterate for an epoch, which starts where the progress is."""
+        """Start an epoch where the progress is; returns what to iterate."""
         reader = self._begin()
         self.await_iteration()
         self._places.append(self._place())
