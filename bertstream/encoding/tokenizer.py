@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 Overflow: TypeAlias = Literal["error", "truncate", "windows"]
 WordSplitter: TypeAlias = Callable[[str], Sequence[str]]
+Framing: TypeAlias = Callable[[Sequence[Any], int, bool], Framed]
+"""With the arguments of `TokenizersBackend.framed`."""
 
 
 def check_cutting(
@@ -174,13 +176,18 @@ class TextTokenizer:
             ConfigError: `texts` is no list of texts.
         """
         out: dict[int, TokenizedText] = {}
-        for indices, batch in self._tokenized(texts):
+        for indices, batch in self._tokenized(texts, self._backend.framed):
             out |= dict(zip(indices, _one_by_one(batch), strict=True))
         return [out[i] for i in range(len(texts))]
 
-    def batch(self, texts: Sequence[Text]) -> TokenBatch:
-        """Tokenize texts into one batch, in their order: like `__call__`, without an object for each text."""
-        groups = list(self._tokenized(texts))
+    def batch(self, texts: Sequence[Text], *, framing: Framing | None = None) -> TokenBatch:
+        """Tokenize texts into one batch, in their order: like `__call__`, without an object for each text.
+
+        Args:
+            texts: as for `__call__`.
+            framing: makes ids of strings or words, in place of the tokenizer that was given (see `SpanFinder`).
+        """
+        groups = list(self._tokenized(texts, framing or self._backend.framed))
         if not groups:
             return TokenBatch.from_texts([])
         if len(groups) == 1:
@@ -193,7 +200,7 @@ class TextTokenizer:
         """How many words were looked up in this process so far, and how many of them were found."""
         return self._backend.word_count
 
-    def _tokenized(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], TokenBatch]]:
+    def _tokenized(self, texts: Sequence[Text], framing: Framing) -> Iterator[tuple[list[int], TokenBatch]]:
         """The texts of each kind, those that fit and those that are cut, with their indices."""
         if not isinstance(texts, (list, tuple)):
             check_texts(texts)
@@ -207,8 +214,7 @@ class TextTokenizer:
             kinds.setdefault((len(text), isinstance(text[0], list)), []).append(i)
         for (count, in_words), indices in kinds.items():
             try:
-                marked = [self._marked(part) for i in indices for part in parts[i]]
-                framed = self._backend.framed(marked, count, in_words)
+                framed = framing([self._marked(part) for i in indices for part in parts[i]], count, in_words)
             except EncoderError as error:
                 records = [indices[i] for i in error.records]
                 raise EncoderError(f"text {records[0]}: {error}" if records else str(error), records=records) from error

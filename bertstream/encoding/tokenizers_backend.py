@@ -57,13 +57,21 @@ class TokenizersBackend:
     def framed(self, parts: Sequence[Any], texts: int, in_words: bool) -> Framed:
         """As `Backend.framed`."""
         built = self._build()
-        if built.frame is not None:
-            if in_words:
-                return built.frame.lists(built.ids.lists(parts), texts)
-            return built.frame.texts(built.ids.texts(parts), texts)
+        if built.frame is None:
+            return self.encoded(parts, texts, in_words)[1]
+        if in_words:
+            return built.frame.lists(built.ids.lists(parts), texts)
+        return built.frame.texts(built.ids.texts(parts), texts)
+
+    def encoded(self, parts: Sequence[Any], texts: int, in_words: bool) -> tuple[list[Any], Framed]:
+        """The library's own encodings, which have offsets, and the same as arrays; arguments as for `framed`."""
         inputs = [tuple(parts[i : i + texts]) for i in range(0, len(parts), texts)]
-        encodings = built.backend.encode_batch([one if texts == 2 else one[0] for one in inputs], in_words)
-        return Framed.of(encodings, [[len(part) for part in one] if in_words else [] for one in inputs])
+        encodings = self._build().backend.encode_batch([one if texts == 2 else one[0] for one in inputs], in_words)
+        return encodings, Framed.of(encodings, [[len(part) for part in one] if in_words else [] for one in inputs])
+
+    def token(self, number: int) -> str:
+        """The string of a token, such as "[CLS]"; "" if there is no token of this number."""
+        return self._build().backend.id_to_token(number) or ""
 
     def ids(self, text: str) -> list[int]:
         """As `Backend.ids`."""
