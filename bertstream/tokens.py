@@ -1,4 +1,4 @@
-"""What flows before the model: a text as read, texts as tokens, and a stream's cursor.
+"""What flows before the model: a text as read, and texts as tokens.
 
 Shapes: B texts, T tokens of the longest text, N tokens in all, H hidden size.
 """
@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from .columns import ONE_WINDOW, axis, columns, concatenated, joined_fields, picked, picked_fields
+from .cursors import Cursor
 from .errors import ConfigError, ShardError
 
 Text: TypeAlias = str | list[str] | tuple[str, str] | tuple[list[str], list[str]]
@@ -82,65 +82,21 @@ class TokenizedText:
         return TokenizedText(num_words=self.num_words, **picked(self, {"tokens": tokens}))
 
 
-class OpenPiece(NamedTuple):
-    """How far a lane has read one of its pieces.
-
-    Attributes:
-        piece: which of the lane's pieces.
-        records: how many of its records were read, broken ones included.
-        offset: byte of the shard at which the last of these begins; 0 if reading cannot start there.
-    """
-
-    piece: int
-    records: int = 0
-    offset: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Cursor:
-    """Where a lane is: what it yields next is a pure function of this and of the stream's settings.
-
-    Attributes:
-        epoch: counted from 0.
-        lane: which lane of the stream.
-        next_piece: the first of the lane's pieces that was not begun before the bucket.
-        open: the pieces that were open at the start of the bucket, the next one to read first.
-        batch: how many of the bucket's batches the loop has received.
-    """
-
-    epoch: int
-    lane: int
-    next_piece: int = 0
-    open: tuple[OpenPiece, ...] = ()
-    batch: int = 0
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """As numbers: the loop's thread unpickles one for each batch, and those of a bucket have the same pieces."""
-        return _cursor, (self.epoch, self.lane, self.next_piece, tuple(chain.from_iterable(self.open)), self.batch)
-
-
-def _cursor(epoch: int, lane: int, next_piece: int, numbers: tuple[int, ...], batch: int) -> Cursor:
-    return Cursor(epoch, lane, next_piece, _open_pieces(numbers), batch)
-
-
-@lru_cache(64)
-def _open_pieces(numbers: tuple[int, ...]) -> tuple[OpenPiece, ...]:
-    return tuple(map(OpenPiece, numbers[::3], numbers[1::3], numbers[2::3]))
-
-
 @dataclass(frozen=True, slots=True)
 class ReadReport:
     """What reading a bucket met; the bucket's first batch carries it.
 
     Attributes:
-        read: records that were read, broken ones included.
+        read: records that were read, broken and dropped ones included.
         bad: the broken records that were skipped, some of them many in one error, and the broken shards whose rest was.
         words: how many words the tokenizer looked up in its word cache, and how many of them it found.
+        dropped: records that `keep=` and `map=` dropped.
     """
 
     read: int
     bad: tuple[ShardError, ...] = ()
     words: tuple[int, int] = (0, 0)
+    dropped: int = 0
 
 
 _ONLY_EMBEDDINGS_HAVE = frozenset(("values", "vectors", "output", "present", "layers", "padded", "padded_present"))
