@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +42,7 @@ from .sentence_folder import SentenceFolder, remove_sentence_folder, write_sente
 from .sentence_head import HEAD, with_head
 from .tokenizer import Overflow, TextTokenizer, WordSplitter, check_cutting, renamed_splitter
 from .upper import UpperEncoder, cannot_split, keep_apart, upper_half
-from .vocabulary import check_batch, check_vocabulary
+from .vocabulary import check_batch, check_vocabulary, num_ids
 from .word_cache import LIMIT
 
 logger = logging.getLogger(__name__)
@@ -388,7 +388,7 @@ class Encoder(CalibratedForward):
             EncoderError: as for `encode`.
         """
         batch = texts if isinstance(texts, TokenBatch) else self._tokenized(texts)
-        check_batch(batch, self.tokenizer, cast(Any, self.model.config).vocab_size)
+        check_batch(batch, self.tokenizer, num_ids(self.model.config) or 0)
         check_segments(batch, self.model.config)
         self._check_marks(batch)
         found = self._vectors(batch, max_forward_tokens=max_forward_tokens)
