@@ -45,6 +45,7 @@ PUBLIC_NAMES = [
     "Encoder",
     "EncoderError",
     "LoaderClosedError",
+    "Mixture",
     "ScalarMix",
     "ShardError",
     "StateError",

@@ -14,6 +14,9 @@ from .raw import RecordError, excerpt
 RESERVED = ("__key__", "__shard__", "__index__", "__repeated__")
 """Fields that a batch has of its own."""
 
+SOURCE = "__source__"
+"""The number of a record's source, a field that batches of a mixture have of their own too."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadOptions:
@@ -27,9 +30,10 @@ class ReadOptions:
         access: how shards are opened.
         rows: a dataset to read instead of shards, see `split_rows`; None for shards.
         epoch: of the stream; a streaming dataset that shuffles itself has another order in each.
+        reserved: names that no other field may have.
         required: the fields that every record must have: the texts, and the names in `fields`.
     Raises:
-        ConfigError: an argument has the wrong type, `fields` names a text, or a name is one of `RESERVED`.
+        ConfigError: an argument has the wrong type, `fields` names a text, or a name is `reserved`.
     """
 
     text: str = "text"
@@ -38,6 +42,7 @@ class ReadOptions:
     access: Access = DEFAULT_ACCESS
     rows: Any = field(default=None, repr=False)
     epoch: int = 0
+    reserved: tuple[str, ...] = field(default=RESERVED, repr=False)
     required: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +59,7 @@ class ReadOptions:
         if not all(isinstance(name, str) for name in names):
             raise ConfigError(f"fields takes names of fields; got {names!r}")
         for name in (*self.texts, *names):
-            if name in RESERVED:
+            if name in self.reserved:
                 raise ConfigError(f"{name!r} is a field that each batch has of its own: rename it in the data")
         for text in self.texts:
             if text in names:
@@ -87,7 +92,7 @@ def take_text_and_fields(values: dict[str, Any], options: ReadOptions) -> tuple[
             raise RecordError("the two texts of a pair must both be strings, or both lists of words", options.pair)
         text = cast(Text, (text, second))
     if options.fields is None:
-        for name in RESERVED:
+        for name in options.reserved:
             if name in values:
                 raise RecordError("each batch has a field of this name: rename it, or name others with fields=", name)
         return text, values
