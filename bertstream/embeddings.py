@@ -38,8 +38,8 @@ class Embeddings:
         output: "tokens", "words" or "sentence": what a row is of.
         word_ids: [N] int32 on the host, the word of each row, -1 for a row of no word or of a word that was cut; None
             if no text is a list of words.
-        present: [N] bool, device of `values`: False for a word without a vector, because it was cut or has no token (a
-            blank, for example); its row is zeros. None for tokens and sentences, which all have one.
+        present: [N] bool, device of `values`: False for a word without a vector, because it was cut or has no
+            token (such as " "); its row is zeros. None for tokens and sentences, which all have one.
         layers: the layers of the model that the rows were made of, counted from 0; empty if not known.
     """
 
@@ -170,8 +170,8 @@ class Embeddings:
 
         Word output: each word's row gets its number. Token output: a word's number goes to its first token; the other
         tokens, the special tokens and the padding get `pad` (which `F.cross_entropy` ignores by default). Numbers of
-        words that truncation cut are dropped, and in token output those of words without a token (a blank, for
-        example).
+        words that truncation cut are dropped, and in token output those of words without a token (such as
+        " ").
 
         Args:
             tags: for each text, one number for each word of the original text.

@@ -102,14 +102,16 @@ class ReadReport:
     """What reading a bucket met; the bucket's first batch carries it.
 
     Attributes:
-        read: records that were read, broken ones included.
+        read: records that were read, broken and dropped ones included.
         bad: the broken records that were skipped, some of them many in one error, and the broken shards whose rest was.
         words: how many words the tokenizer looked up in its word cache, and how many of them it found.
+        dropped: records that `keep=` and `map=` dropped.
     """
 
     read: int
     bad: tuple[ShardError, ...] = ()
     words: tuple[int, int] = (0, 0)
+    dropped: int = 0
 
 
 _ONLY_EMBEDDINGS_HAVE = frozenset(("values", "vectors", "output", "present", "layers", "padded", "padded_present"))

@@ -508,7 +508,7 @@ def test_a_bad_limit_is_refused(value: float) -> None:
         StreamConfig(max_bad_records=value)
 
 
-# The README's recipe of a whole checkpoint, and a kill at one place.
+# The cookbook's recipe of a whole checkpoint, and a kill at one place.
 TRAINING = """
 import json, os, signal, sys
 from pathlib import Path

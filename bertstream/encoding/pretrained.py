@@ -300,8 +300,10 @@ def _explained(name: str) -> Iterator[None]:
         way_out = f"`pip install {packaged.package}` brings it, or " if packaged is not None else ""
         near = difflib.get_close_matches(name, _PACKAGES, 1)
         meant = f" (did you mean {near[0]!r}?)" if near and packaged is None else ""
+        installed = installed_models()
+        here = f" Installed here: {', '.join(installed)}." if installed and not near else ""
         raise EncoderError(
-            f"no model {name!r}{meant}: there is no such folder, and the hub did not give it. Without a network, "
+            f"no model {name!r}{meant}: there is no such folder, and the hub did not give it.{here} Without a network, "
             f"{way_out}run `hf download {name} --local-dir FOLDER` on a machine that has one and pass the folder. "
             f"transformers said: {error}"
         ) from error
@@ -366,6 +368,11 @@ def _read_json(path: str | None) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise EncoderError(f"{path} is not JSON: {error}") from error
+
+
+def installed_models() -> list[str]:
+    """The names whose weights an installed package carries."""
+    return [name for name, packaged in _PACKAGES.items() if importlib.util.find_spec(packaged.module) is not None]
 
 
 def _packaged_folder(packaged: _WeightPackage) -> str | None:

@@ -29,7 +29,7 @@ from ..reading.files import shard_size
 from ..reading.lanes import LaneReader
 from ..reading.mixture import refuse_mixture
 from ..reading.options import ReadOptions
-from ..reading.rows import is_rows, split_rows
+from ..reading.rows import find_rows, split_rows
 from ..reading.shards import Piece
 from ..repeats import text_bytes
 from ..tokens import TokenBatch
@@ -149,14 +149,15 @@ def inspect_shards(
         fields=(),
         reading=reading,
     )
-    options = ReadOptions(text=text, pair=pair, access=reading, rows=shards if is_rows(shards) else None)
+    dataset = find_rows(shards)
+    options = ReadOptions(text=text, pair=pair, access=reading, rows=dataset)
     found = _Found(encoder, stream.shards)
     total = stream.count_records() if progress else None
     with tqdm(desc="reading", unit=" texts", total=total, disable=not progress) as bar:
         for batch in stream:
             found.add(batch)
             bar.update(len(batch))
-    pieces = split_rows(shards, 1) if is_rows(shards) else [(Piece(path), 0) for path in stream.shards]
+    pieces = split_rows(dataset, 1) if dataset is not None else [(Piece(path), 0) for path in stream.shards]
     first = LaneReader(
         [piece for piece, _ in pieces], options, Cursor(0, 0), open_shards=1, tolerant=reading.max_bad_records > 0
     )
@@ -174,7 +175,7 @@ def inspect_shards(
     tokens_per_s = _measured(encoder, found.sample, timed_s) if timed_s else 0.0
     return Inspection(
         shards=len(stream.shards),
-        shard_bytes=0 if is_rows(shards) else sum(shard_size(path, reading) for path in stream.shards),
+        shard_bytes=0 if dataset is not None else sum(shard_size(path, reading) for path in stream.shards),
         fields={text: shortened(example.text)} | {name: shortened(value) for name, value in example.fields.items()},
         texts=len(lengths),
         repeated_texts=len(lengths) - len(once),

@@ -37,7 +37,7 @@ def as_fields(text: Field | Sequence[Field] | None, option: str = "text") -> tup
 
 
 def check_pair(pair: Field | None, fields: tuple[Field, ...] | None) -> None:
-    """Refuse a field of second texts unless there is exactly one field, another one, of first texts."""
+    """Refuse `pair=` unless exactly one other field holds the first texts."""
     if pair is not None and fields == (pair,):
         raise ConfigError(f"pair={pair!r} is also the field of the first text: name the second's")
     if pair is not None and (fields is None or len(fields) > 1):

@@ -79,7 +79,7 @@ def _checked_header(header: bool | Sequence[str]) -> bool | tuple[str, ...]:
         return header
     names = () if isinstance(header, str) or not isinstance(header, Sequence) else tuple(header)
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise ConfigError(f"header={header!r}: write True, False, or the names of the columns, each another")
+        raise ConfigError(f"header={header!r}: write True, False, or the names of the columns, all different")
     return names
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
@@ -21,10 +21,11 @@ from .access import DEFAULT_ACCESS
 from .bad_records import BadRecords
 from .config import StreamConfig
 from .delimited import first_rows_decide, reads_unquoted
+from .functions import Keep, Map, name_of
 from .lane_batches import LaneBatches, LaneEnd
 from .layout import Layout, lay_out, lay_out_mixture
 from .mixture import Mixing, Mixture, open_sources
-from .options import RESERVED, SOURCE, ReadOptions
+from .options import RESERVED, SOURCE, Fields, ReadOptions
 from .pieces import count_records
 from .shards import Piece
 from .state import StreamProgress, layout_ranks_of
@@ -69,7 +70,10 @@ class TextStream(IterableDataset[TokenBatch]):
             its own.
         shuffle: shuffles shards, and batches within a bucket, by seed and epoch. Without it the order is fixed.
         seed: of the shuffle.
-        fields: which other fields a batch carries: names, or name -> function of the raw value; None carries all.
+        fields: which other fields a batch carries: names, or name -> function of the raw value, or a list of labels
+            that become numbers; None carries all.
+        keep: whether a record, a dict of all its fields, is read; called in the workers, as `map` is.
+        map: the record to read instead of one that is kept, or None to drop it.
         keep_text_as: the field under which the raw text stays in the batch; None drops it.
         reading: how shards are read.
     Raises:
@@ -88,7 +92,9 @@ class TextStream(IterableDataset[TokenBatch]):
         max_tokens: int | None = None,
         shuffle: bool = False,
         seed: int = 0,
-        fields: Mapping[str, Callable[[Any], Any]] | Sequence[str] | None = None,
+        fields: Fields = None,
+        keep: Keep | None = None,
+        map: Map | None = None,
         keep_text_as: str | None = None,
         reading: StreamConfig | None = None,
     ) -> None:
@@ -107,7 +113,7 @@ class TextStream(IterableDataset[TokenBatch]):
         rows = self._sources[0][1] if self.mixture is None else None
         reserved = RESERVED if self.mixture is None else (*RESERVED, SOURCE)
         self._options = options = ReadOptions(
-            text=text, pair=pair, fields=fields, access=reading, rows=rows, reserved=reserved
+            text=text, pair=pair, fields=fields, keep=keep, map=map, access=reading, rows=rows, reserved=reserved
         )
         self.text = text
         self.uneven, self.rank_timeout_s = reading.uneven, reading.rank_timeout_s
@@ -174,6 +180,11 @@ class TextStream(IterableDataset[TokenBatch]):
             "text": list(self._options.texts),
             "passes_over_bad_records": self._reading.max_bad_records > 0,
             **self._format_settings,
+            **{
+                name: name_of(function)  # only where there is one: states of before have no such entries
+                for name in ("keep", "map")
+                if (function := getattr(self._options, name)) is not None
+            },
             "tokenizer": self._tokenizer_digest,
             "shards": layout.digest,
         }
@@ -265,10 +276,11 @@ class TextStream(IterableDataset[TokenBatch]):
     def count_records(self) -> int | None:
         """Records of an epoch, broken ones included, where counting is much faster than reading; else None.
 
-        That is for one rank, and Parquet shards, uncompressed local files, or rows that have a length; not for
-        a mixture.
+        That is for one rank, and Parquet shards, uncompressed files on a local disk, or rows that have a length;
+        without `keep=` and `map=`, which may drop any number; not for a mixture.
         """
-        if self.world_size > 1 or self.mixture is not None:
+        unknown = self.mixture is not None or self._options.keep is not None or self._options.map is not None
+        if self.world_size > 1 or unknown:
             return None
         if (rows := self._options.rows) is not None:
             return len(rows) if hasattr(rows, "__len__") else None

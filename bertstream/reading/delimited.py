@@ -40,7 +40,7 @@ def read_csv(stream: BinaryIO, piece: Piece, options: ReadOptions, *, delimiter:
         ShardError: the header is broken, or lacks a required column.
     """
     table = Table(stream, piece.path, options.access, delimiter)
-    for name in options.required:
+    for name in options.stored:
         if table.columns and name not in table.columns:
             message = f"{piece.path}, field {name!r}: the header has no such column; it has {excerpt(table.columns)}"
             raise ShardError(message + table.hint(), path=piece.path, field=name)

@@ -22,9 +22,9 @@ def read_txt(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[R
     """Every line of a piece, blank ones too.
 
     Raises:
-        ShardError: `options` names another field than "text".
+        ShardError: `options` names another field than "text", which no `map` makes.
     """
-    if options.text != "text":
+    if options.text != "text" and options.map is None:
         message = f"{piece.path}: the only field of a .txt shard is 'text', not {options.text!r}: write text='text'"
         raise ShardError(message, path=piece.path, field=options.text)
     limit = options.access.max_record_bytes

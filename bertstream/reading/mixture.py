@@ -30,7 +30,7 @@ from ..tokens import Record
 from .access import Access
 from .lanes import LaneReader
 from .options import SOURCE, ReadOptions
-from .rows import is_rows
+from .rows import find_rows, name_of_rows
 from .shards import Piece, expand_shards
 
 Stopping: TypeAlias = Literal["first", "all"]
@@ -112,7 +112,7 @@ def open_sources(shards: Any, access: Access) -> list[tuple[list[str], Any]]:
         shards: as for `bertstream.stream`; anything but a mixture is one source.
         access: how shards are opened.
     Raises:
-        ConfigError, ShardError: as `is_rows` and `expand_shards`; of a mixture, with the source's number.
+        ConfigError, ShardError: as `find_rows` and `expand_shards`; of a mixture, with the source's number.
     """
     if not isinstance(shards, Mixture):
         return [_opened(shards, access)]
@@ -126,7 +126,8 @@ def open_sources(shards: Any, access: Access) -> list[tuple[list[str], Any]]:
 
 
 def _opened(shards: Any, access: Access) -> tuple[list[str], Any]:
-    return ([type(shards).__name__], shards) if is_rows(shards) else (expand_shards(shards, access), None)
+    rows = find_rows(shards)
+    return (expand_shards(shards, access), None) if rows is None else ([name_of_rows(rows)], rows)
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class MixtureReader:
         open_shards: how many pieces of each source are open at a time.
         tolerant: as for `LaneReader`.
     Attributes:
-        may_skip: as of `LaneReader`.
+        may_skip, dropped: as of `LaneReader`.
     """
 
     def __init__(
@@ -190,6 +191,7 @@ class MixtureReader:
         tolerant: bool,
     ) -> None:
         self.may_skip = math.inf
+        self.dropped = 0
         self._mixing = mixing
         self._lane = start
         self._pieces = [[p for p in pieces if p.source == number] for number in range(len(mixing.weights))]
@@ -215,9 +217,10 @@ class MixtureReader:
         while self._turns and self.may_skip >= 0:
             source = self._sources[self._turns[0][1]]
             reader = source.reader
-            reader.may_skip = self.may_skip
+            reader.may_skip, dropped = self.may_skip, reader.dropped
             record = reader.read()
             self.may_skip = reader.may_skip
+            self.dropped += reader.dropped - dropped
             if record is not None:
                 source.drawn += 1
                 source.fresh = False

@@ -52,7 +52,12 @@ _READERS: dict[str, _Reader] = {
 
 
 def read_records(
-    piece: Piece, options: ReadOptions, *, skip: int = 0, on_bad: Callable[[ShardError], bool | None] | None = None
+    piece: Piece,
+    options: ReadOptions,
+    *,
+    skip: int = 0,
+    on_bad: Callable[[ShardError], bool | None] | None = None,
+    on_drop: Callable[[], None] | None = None,
 ) -> Generator[Record, None, None]:
     """Read the records of a piece in order.
 
@@ -64,6 +69,7 @@ def read_records(
         skip: how many records of the piece to skip, broken ones included; they are counted but not parsed.
         on_bad: called with the error of each broken record, or of several at once such as a row group, which are then
             skipped, or, if it returns True, end the reading; None raises the error.
+        on_drop: called for each record that `options.keep` or `options.map` drops.
     Yields:
         Records whose `index` is their index in the shard.
     Raises:
@@ -94,7 +100,7 @@ def read_records(
                 end = index + raw.records
                 if end > wanted.start and (piece.shares == 1 or _own(wanted, index, end)):
                     try:
-                        text, fields = take_text_and_fields(raw.parse(raw.source), options)
+                        taken = take_text_and_fields(raw.parse(raw.source), options)
                     except RecordError as broken:
                         error = _at_records(broken, wanted.path, _own(wanted, index, end))
                         if on_bad is None or not error.skippable:
@@ -102,8 +108,11 @@ def read_records(
                         if on_bad(error):
                             return
                     else:
-                        offset = raw.offset if seekable else 0
-                        yield Record(text, fields, raw.key or f"{kind.stem}:{index}", piece.path, index, offset)
+                        if taken is not None:
+                            offset = raw.offset if seekable else 0
+                            yield Record(*taken, raw.key or f"{kind.stem}:{index}", piece.path, index, offset)
+                        elif on_drop is not None:
+                            on_drop()
                 index = end
     except ConfigError:
         raise

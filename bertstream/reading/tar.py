@@ -43,7 +43,7 @@ def read_tar(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[R
 
 
 def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMember]) -> dict[str, Any]:
-    wanted = None if options.fields is None else {*options.required, "json", "jsn"}
+    wanted = None if options.wanted is None else options.wanted | {"json", "jsn"}
     fields: dict[str, Any] = {}
     unread: list[str] = []
     objects: list[dict[str, Any]] = []
@@ -71,9 +71,6 @@ def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMe
         fields |= keys
     if unread:
         check_required(options, fields, unread)
-    for name in options.texts:
-        if isinstance(fields.get(name), bytes):
-            fields[name] = parse_text(fields[name].removeprefix(BOM), name)
     return fields
 
 

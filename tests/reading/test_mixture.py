@@ -290,6 +290,20 @@ def test_a_lane_without_a_record_of_a_source_is_an_error_that_names_it(tmp_path:
     assert caught.value.path == path
 
 
+def test_weights_are_of_the_records_that_keep_leaves_and_the_others_are_counted() -> None:
+    mixture, reading = Mixture([(rows(0, 90), 2), (rows(1, 120), 1)]), StreamConfig(lanes=1)
+    one = TextStream(mixture, FakeEncoder(), keep=lambda record: record["id"][1] % 3 == 0, reading=reading)
+    found = ids(one)
+    assert Counter(source for source, _ in found) == {0: 30, 1: 15} and all(i % 3 == 0 for _, i in found)
+    assert one.progress.bad.dropped == 60 + 28 and one.progress.bad.read == 45 + 60 + 28
+
+
+def test_a_source_that_keep_drops_whole_is_an_error_that_names_it() -> None:
+    mixture = Mixture([(rows(0, 9), 1), (rows(1, 9), 1)], stopping="all")
+    with pytest.raises(ShardError, match="source 1 .* has no good record for lane 0"):
+        list(TextStream(mixture, FakeEncoder(), keep=lambda record: record["id"][0] == 0))
+
+
 def test_broken_records_are_counted_as_in_a_plain_stream(tmp_path: Path) -> None:
     lines = json_lines(1, 30).splitlines(keepends=True)
     lines[3] = lines[20] = b"{\n"

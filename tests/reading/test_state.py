@@ -102,6 +102,7 @@ def test_an_epoch_that_is_chosen_within_the_loop_is_the_next_one() -> None:
     tried.end_epoch(0)
     assert tried.epoch == 7
     tried.begin([0])
+    tried.count(ReadReport(read=1))
     tried.end_epoch(7)
     assert tried.epoch == 8
 
