@@ -120,7 +120,8 @@ def stream(
     Args:
         shards: paths or URLs of WebDataset tars, jsonl, csv, tsv, txt or Parquet files, all but Parquet also with
             `.gz` or `.zst`; braces (`train-{000..146}.tar`), globs, or a list of them. Or a dataset of rows: a Hugging
-            Face `Dataset` or `IterableDataset`, or a list or map-style dataset of dicts.
+            Face `Dataset` or `IterableDataset`, or a list or map-style dataset of dicts. Or a `bertstream.Mixture` of
+            several of these by weight.
         encoder: turns texts into vectors.
         text: the field that holds the text: a member of a tar or a key of its json member, a key of a json line, a
             column; lines of a txt file have the one field "text". A path with dots leads into nested objects, as in

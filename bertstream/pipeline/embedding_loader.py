@@ -16,7 +16,7 @@ from ..reading.state import STATE_VERSION
 from .checks import check_cacheable, check_encoder
 from .clocks import Stage, StageClocks
 from .encode import BatchEncoder
-from .epoch import Epoch, Parts
+from .epoch import Counts, Epoch, Parts
 from .fields import Field
 from .lightning_calls import asked_by_lightning, within_lightning
 from .plots import plot_step
@@ -85,6 +85,7 @@ class EmbeddingLoader(OwnLoader):
         self._progress: Progress = (
             ProgressInSource(source) if self._stream is None else ProgressInStream(source, self._stream)
         )
+        mixture = None if self._stream is None else self._stream.mixture
         self._parts = Parts(
             progress=self._progress,
             stream=self._stream,
@@ -97,6 +98,7 @@ class EmbeddingLoader(OwnLoader):
             prefetch=prefetch,
             deterministic=deterministic,
             clocks=self._stages,
+            counts=Counts(source_texts=[0] * (len(mixture.sources) if mixture else 0)),
         )
         self._join_ranks()
         self._since = Since(self.stats())
@@ -273,7 +275,8 @@ class EmbeddingLoader(OwnLoader):
         found in a cache, and `repeated_texts`, which were in the same call already (a cache counts its own).
         `padding_share` is the share of padding if each batch were padded to its longest text. `known_words_share` of
         the words came from the word cache (those of `TokenCollate` are not counted). A stream has `workers`, and
-        `lanes` of this rank: no more workers than lanes have work.
+        `lanes` of this rank: no more workers than lanes have work. Of a `Mixture`, `source_0_texts` is how many of the
+        texts are of the first source, and so on.
 
         Seconds: `read_s` waiting for the wrapped loader, or for the shards, which are tokenized as they are read;
         `tokenize_s` tokenizing a wrapped loader's texts; `lookup_s` in the cache; `encode_s` encoding (on CUDA:
@@ -285,7 +288,9 @@ class EmbeddingLoader(OwnLoader):
         Entries named `cache_` are those of `EmbeddingCache.stats`, and cover all loaders that share the cache.
         """
         seconds = self._stages.seconds
-        stats = Stats(asdict(self._parts.counts) | asdict(self._batch_encoder.counts))
+        counts = asdict(self._parts.counts)
+        of_sources = {f"source_{number}_texts": texts for number, texts in enumerate(counts.pop("source_texts"))}
+        stats = Stats(counts | of_sources | asdict(self._batch_encoder.counts))
         bad = None if self._stream is None else self._stream.progress.bad
         if self._stream is not None:
             own = range(self._stream.rank, self._stream.num_lanes, self._stream.world_size)

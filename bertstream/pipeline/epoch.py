@@ -28,6 +28,7 @@ from ..embeddings import Layout
 from ..encoding.cutting import warn_of_cut
 from ..errors import LoaderClosedError, described
 from ..reading.dataset import TextStream
+from ..reading.options import SOURCE
 from ..system.distributed import Peers
 from ..system.process import release_openmp_threads, torch_modes, usable_cores
 from ..system.threads import Prefetcher
@@ -54,7 +55,11 @@ as long."""
 
 @dataclass
 class Counts:
-    """What the loop received, over the loader's life."""
+    """What the loop received, over the loader's life.
+
+    Attributes:
+        source_texts: of each source of a mixture, how many texts; empty for anything else.
+    """
 
     epochs: int = 0
     batches: int = 0
@@ -67,6 +72,7 @@ class Counts:
     padded_tokens: int = 0
     room_wait_s: float = 0.0
     peak_ahead_tokens: int = 0
+    source_texts: list[int] = field(default_factory=list)
 
     def received(self, batches: list[TokenBatch]) -> None:
         """Add the texts of one batch."""
@@ -74,6 +80,9 @@ class Counts:
         for tokens in batches:
             self.texts += len(tokens)
             self.tokens += tokens.num_tokens
+            if self.source_texts:
+                counts = np.bincount(tokens.fields[SOURCE], minlength=len(self.source_texts)).tolist()
+                self.source_texts = [before + new for before, new in zip(self.source_texts, counts, strict=True)]
             self.padded_tokens += len(tokens) * int(tokens.lengths.max(initial=0))
             if tokens.cut_tokens.any():
                 self.cut_texts += np.count_nonzero(tokens.cut_tokens)
