@@ -1,4 +1,4 @@
-"""Places inside nested values: "data.text" is the key "text" of what is under "data", "0.text" that of the first part."""
+"""Places inside nested values: "data.text" is the key "text" of what is under "data"; "0.text" that of part 0."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from ..errors import ConfigError, EncoderError, check_at_least, check_choice, sh
 from ..tokens import Int32Array, Text, TokenBatch, TokenizedText, cumulate
 from .cutting import kept, owners
 from .frame import Frame, Framed
-from .texts import check_texts
+from .texts import text_list
 from .word_cache import LIMIT, WholeTexts, WordCache, WordCount
 from .word_cuts import Cut, NoCutError, find_cut
 from .words import AddedTokens, find_blanks
@@ -206,9 +206,7 @@ class TextTokenizer:
 
     def _tokenized(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], TokenBatch]]:
         """The texts of each kind, those that fit and those that are cut, with their indices."""
-        if not isinstance(texts, (list, tuple)):
-            check_texts(texts)
-        parts = [_parts(text, i) for i, text in enumerate(texts)]
+        parts = [_parts(text, i) for i, text in enumerate(text_list(texts))]
         if self.word_splitter is not None:
             parts = [[self._words(part, i) for part in text] for i, text in enumerate(parts)]
         if self.prompt:
