@@ -1,4 +1,4 @@
-"""Places inside nested values: "data.text" is the key "text" of what is under "data"; "0.text" that of part 0."""
+"""Places in nested values: "data.text" is the key "text" of the value under "data", "0.text" that of the first one."""
 
 from __future__ import annotations
 

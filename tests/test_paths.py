@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from bertstream.paths import find, splits
 
 KEYS = st.text("ab.", min_size=1, max_size=4)
-NESTED = st.recursive(st.integers(), lambda inner: st.dictionaries(KEYS, inner, max_size=3) | st.lists(inner, max_size=2))
+NESTED = st.recursive(
+    st.integers(), lambda inner: st.dictionaries(KEYS, inner, max_size=3) | st.lists(inner, max_size=2)
+)
 
 
 @pytest.mark.parametrize(
@@ -41,11 +43,7 @@ def test_a_path_to_nowhere_is_a_key_error_that_names_it(path: str) -> None:
 
 def places(holder: Any) -> list[tuple[tuple[str, ...], Any]]:
     parts = holder.items() if isinstance(holder, dict) else enumerate(holder) if isinstance(holder, list) else ()
-    return [
-        ((str(name), *rest), value)
-        for name, part in parts
-        for rest, value in [((), part), *places(part)]
-    ]
+    return [((str(name), *rest), value) for name, part in parts for rest, value in [((), part), *places(part)]]
 
 
 @given(st.dictionaries(KEYS, NESTED, max_size=3))

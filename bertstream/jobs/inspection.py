@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..caching.codec import Codec, Storage
 from ..caching.memory import ROW_INDEX_BYTES, TEXT_BYTES
+from ..cursors import Cursor
 from ..encoding.encoder import Encoder
 from ..encoding.tokenizer import TextTokenizer
 from ..errors import shortened
@@ -30,7 +31,7 @@ from ..reading.options import ReadOptions
 from ..reading.rows import find_rows, split_rows
 from ..reading.shards import Piece
 from ..repeats import text_bytes
-from ..tokens import Cursor, TokenBatch
+from ..tokens import TokenBatch
 
 Numbers: TypeAlias = npt.NDArray[Any]
 

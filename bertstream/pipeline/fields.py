@@ -41,7 +41,7 @@ def as_fields(text: Field | Sequence[Field] | None, option: str = "text") -> tup
 
 
 def check_pair(pair: Field | None, fields: tuple[Field, ...] | None) -> None:
-    """Refuse a field of second texts unless there is exactly one field, another one, of first texts."""
+    """Refuse `pair=` unless exactly one other field holds the first texts."""
     if pair is not None and fields == (pair,):
         raise ConfigError(f"pair={pair!r} is also the field of the first text: name the second's")
     if pair is not None and (fields is None or len(fields) > 1):
@@ -220,7 +220,9 @@ def texts_of(
         if isinstance(texts, BertstreamError):  # from a `TokenCollate` within the user's own collate_fn
             raise texts
         if pair is not None:
-            out[field] = tokenize_batch(tokenizer, _paired(texts, get_field(batch, pair, "pair"), field, pair))
+            out[field] = tokenize_batch(
+                tokenizer, _paired(texts, get_field(batch, pair, "pair"), field, pair), keep_text=True
+            )
             continue
         beside = {
             name: (named[i], get_field(batch, named[i], option))
@@ -343,7 +345,7 @@ def _tokenized(
     bare = field is None and isinstance(texts, (list, tuple))
     if bare and any(isinstance(entry, (Tensor, np.ndarray)) for entry in texts):
         raise ConfigError(f"the batch is {describe(batch)}, one entry per field: say where the texts are, with text=0")
-    return tokenize_batch(tokenizer, _checked_texts(texts, where))
+    return tokenize_batch(tokenizer, _checked_texts(texts, where), keep_text=True)
 
 
 def _from_padded(ids: Tensor, where: str, holder: Any, beside: Mapping[str, tuple[Field, Any]]) -> TokenBatch:

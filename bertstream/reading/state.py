@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
+from ..cursors import Cursor, OpenPiece
 from ..errors import ShardError, StateError, check_at_least, described, shortened
-from ..tokens import Cursor, OpenPiece, ReadReport
+from ..tokens import ReadReport
 from .bad_records import BadRecords
 from .lanes import LaneQueue
 from .layout import Layout

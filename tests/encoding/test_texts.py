@@ -107,6 +107,7 @@ def test_lists_of_words_in_an_array_are_texts(minilm: Encoder) -> None:
     for texts in (pyarrow.array(words), pandas.Series(map(np.array, words)), pandas.Series(words, index=[3, 3])):
         found = minilm(texts)
         assert torch.equal(found.values, right.values) and np.array_equal(found.word_ids, right.word_ids)
+        assert found.tokens.texts == words
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), pandas.NA, pandas.NaT], ids=repr)

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from bertstream import ConfigError, Encoder, ShardError, StreamConfig, TextStream, TokenBatch
+from bertstream.cursors import Cursor
 from bertstream.reading.dataset import StreamItems
 from bertstream.reading.lane_batches import LaneEnd
 from bertstream.testing import FakeEncoder
-from bertstream.tokens import Cursor
 
 
 def write_jsonl(path: Path, texts: list[str], first_id: int = 0) -> str:

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 import bertstream
 from bertstream import Encoder, StateError, StreamConfig
+from bertstream.cursors import Cursor, OpenPiece
 from bertstream.reading.bad_records import BadRecords
 from bertstream.reading.layout import Layout
 from bertstream.reading.state import StreamProgress, cursor_from_json, cursor_to_json
 from bertstream.testing import FakeEncoder
-from bertstream.tokens import Cursor, OpenPiece, ReadReport
+from bertstream.tokens import ReadReport
 
 ROOT = Path(__file__).parents[2]
 SAVED = json.loads((ROOT / "tests" / "states" / "version-0.1.0.json").read_text())
