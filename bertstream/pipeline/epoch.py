@@ -103,7 +103,7 @@ class Parts:
         stream: the `TextStream` that is read; None for any other source.
         encoder: makes the vectors.
         tokenizer: for texts that are not tokenized yet.
-        text, pair, into, layout, prefetch, deterministic: as for `wrap`.
+        text, pair, mask, token_type_ids, into, layout, prefetch, deterministic: as for `wrap`.
         peers: the other ranks of a stream; None where there are none, or they need not end together.
         clocks, counts: what `stats` reports.
     """
@@ -114,6 +114,8 @@ class Parts:
     tokenizer: SupportsTokenize
     text: tuple[Field, ...] | None
     pair: Field | None
+    mask: tuple[Field, ...] | None
+    token_type_ids: tuple[Field, ...] | None
     into: tuple[Field, ...] | None
     layout: Layout | None
     prefetch: int | None
@@ -182,7 +184,14 @@ class Epoch:
         # point of the user's program whatever is prefetched.
         self._source.open()
 
-        texts = partial(texts_of, fields=parts.text, tokenizer=parts.tokenizer, pair=parts.pair)
+        texts = partial(
+            texts_of,
+            fields=parts.text,
+            tokenizer=parts.tokenizer,
+            pair=parts.pair,
+            mask=parts.mask,
+            token_type_ids=parts.token_type_ids,
+        )
         budget: GroupBudget[Entry] = GroupBudget(
             attrgetter("weight"), limit=self._group_limit(), by_the_clock=not parts.deterministic
         )
