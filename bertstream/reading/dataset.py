@@ -97,7 +97,7 @@ class TextStream(IterableDataset[TokenBatch]):
             if value is not None:
                 check_at_least(name, value, 1)
         check_at_least("seed", seed, 0)
-        self._shuffle = shuffle
+        self.shuffle = shuffle
         self._seed = seed
         self._reading = reading = reading or StreamConfig()
         rows = shards if is_rows(shards) else None
@@ -135,7 +135,7 @@ class TextStream(IterableDataset[TokenBatch]):
         cut = self._batches
         size = f"max_tokens={cut.max_tokens}" if cut.max_tokens else f"batch_size={cut.batch_size}"
         return (
-            f"TextStream({len(self.shards)} shards, text={self.text!r}, {size}, shuffle={self._shuffle}, "
+            f"TextStream({len(self.shards)} shards, text={self.text!r}, {size}, shuffle={self.shuffle}, "
             f"epoch={self.epoch}, rank {self.rank} of {self.world_size})"
         )
 
@@ -146,7 +146,7 @@ class TextStream(IterableDataset[TokenBatch]):
 
     def _settings_in(self, layout: Layout) -> dict[str, Any]:
         return {
-            "shuffle": self._shuffle,  # causes first: the first difference is the one that is reported
+            "shuffle": self.shuffle,  # causes first: the first difference is the one that is reported
             "seed": self._seed,
             "lanes": layout.lanes,
             "open_shards": layout.open_shards,
@@ -339,7 +339,7 @@ class TextStream(IterableDataset[TokenBatch]):
                     lane.close()
 
     def _laid_out_for(self, ranks: int) -> Layout:
-        return lay_out(self.shards, self._options.rows, self._reading, shuffle=self._shuffle, ranks=ranks)
+        return lay_out(self.shards, self._options.rows, self._reading, shuffle=self.shuffle, ranks=ranks)
 
     def _say_if_without_data(self) -> None:
         """After a state of another layout was loaded: it may leave this rank nothing to read in its epoch."""
@@ -358,7 +358,7 @@ class TextStream(IterableDataset[TokenBatch]):
         return sum(map(bool, self._dealt(self._layout, 0)[self.rank :: self.world_size]))
 
     def _dealt(self, layout: Layout, epoch: int) -> list[list[Piece]]:
-        return layout.deal(self._seed if self._shuffle else None, epoch)
+        return layout.deal(self._seed if self.shuffle else None, epoch)
 
     def _lane_batches(self, layout: Layout) -> LaneBatches:
         return replace(self._batches, num_lanes=layout.lanes, open_shards=layout.open_shards)
