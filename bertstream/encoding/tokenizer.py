@@ -1,38 +1,30 @@
-"""Texts to token ids, in chunks and in any process; windows over texts that are too long.
-
-The Rust tokenizer is kept as JSON and built on first use in each process: one that was used before a fork hangs, or
-loses its threads, in the child.
-"""
+"""Texts to token ids, in chunks and in any process; windows over texts that are too long."""
 
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from hashlib import blake2b
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import get_worker_info
 
 from ..errors import ConfigError, EncoderError, check_at_least, check_choice, shortened
 from ..tokens import Int32Array, Text, TokenBatch, TokenizedText, cumulate
+from .backend import find_backend
 from .cutting import kept, owners
-from .frame import Frame, Framed
+from .frame import Framed
 from .texts import check_texts
-from .word_cache import LIMIT, WholeTexts, WordCache, WordCount
-from .word_cuts import Cut, NoCutError, find_cut
-from .words import AddedTokens, find_blanks
+from .word_cache import LIMIT, WordCount
 
 logger = logging.getLogger(__name__)
 
 Overflow: TypeAlias = Literal["error", "truncate", "windows"]
 WordSplitter: TypeAlias = Callable[[str], Sequence[str]]
-
-_IMPORTED_IN = os.getpid()
+Framing: TypeAlias = Callable[[Sequence[Any], int, bool], Framed]
+"""With the arguments of `TokenizersBackend.framed`."""
 
 
 def check_cutting(
@@ -81,7 +73,8 @@ class TextTokenizer:
     """Texts to token ids, special tokens included; light, and safe to send to worker processes.
 
     Args:
-        tokenizer: a transformers tokenizer that is backed by the `tokenizers` library. It is read, never changed.
+        tokenizer: a transformers tokenizer, backed by the `tokenizers` library or written in Python (slower). It is
+            read, never changed. None for ids alone: every text is refused.
         max_length: tokens of the longest text the model takes, special tokens included.
         overflow: for a longer text: "error" raises; "truncate" drops its end (its start, with the tokenizer's
             `truncation_side="left"`) and counts the dropped tokens; "windows" covers it with overlapping windows. Of a
@@ -96,7 +89,7 @@ class TextTokenizer:
             same. A tokenizer for which no cut of texts is known to be exact gets every text whole; the log says so.
         split: deprecated alias of `word_splitter`, removed in the next version.
     Raises:
-        ConfigError: the tokenizer has no Rust backend, or an argument is out of range.
+        ConfigError: an argument is out of range, or has no effect without a tokenizer.
     """
 
     def __init__(
@@ -115,14 +108,12 @@ class TextTokenizer:
         split: WordSplitter | None = None,
     ) -> None:
         word_splitter = renamed_splitter(word_splitter, split)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise ConfigError(
-                f"{type(tokenizer).__name__} is not backed by the tokenizers library: pass a fast tokenizer "
-                "(AutoTokenizer gives one for every BERT family)"
-            )
         check_cutting("words", word_splitter, overflow, stride, max_length, word_cache=word_cache)
-        least = max(1, backend.num_special_tokens_to_add(is_pair=True))
+        self._backend = find_backend(tokenizer, int(word_cache))
+        for name, value in (("prompt", prompt), ("word_splitter", word_splitter)):
+            if value and tokenizer is None:
+                raise ConfigError(f"{name}={shortened(value)} has no effect without a tokenizer")
+        least = max(1, self._backend.special_of_pair)
         if max_length < least:
             raise ConfigError(f"max_length={max_length}: a pair's special tokens alone take {least}")
         room = max_length - least
@@ -141,18 +132,18 @@ class TextTokenizer:
         side = getattr(tokenizer, "truncation_side", "right")
         check_choice("tokenizer.truncation_side", side, Literal["right", "left"])
         self._keeps_end = overflow == "truncate" and side == "left"
-        self._splits_special = bool(getattr(tokenizer, "split_special_tokens", backend.encode_special_tokens))
         self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()) if prompt else ())
-        self._blanks = find_blanks(backend)
-        self._added: AddedTokens | None = None
         self._warned = False
-        self._json: str = backend.to_str()
-        self._built: _Built | None = None
-        self._word_cache = int(word_cache)
-        self._cut = _cut_of(backend, self._json) if word_cache else None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_built": None, "_added": None}
+    @property
+    def takes_texts(self) -> bool:
+        """Whether there is a tokenizer; an encoder without one takes ids alone."""
+        return self._backend.takes_texts
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether it can tell which characters a token is; tokenizers that are written in Python cannot."""
+        return self._backend.has_offsets
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -164,11 +155,11 @@ class TextTokenizer:
         rare = {
             "prompt": (self.prompt, self.prompt_counts) if self.prompt else None,
             "truncation_side": "left" if self._keeps_end else None,
-            "split_special_tokens": self._splits_special or None,
+            "split_special_tokens": self._backend.splits_special or None,
         }
         others = tuple((name, value) for name, value in rare.items() if value is not None)
-        settings = (self._json, self.max_length, self.overflow, self.stride, self.segments, splitter)
-        return *settings, *self._blanks.news, *others
+        settings = (self._backend.content, self.max_length, self.overflow, self.stride, self.segments, splitter)
+        return *settings, *self._backend.blanks.news, *others
 
     def __repr__(self) -> str:
         return f"TextTokenizer(max_length={self.max_length}, overflow={self.overflow!r})"
@@ -185,13 +176,18 @@ class TextTokenizer:
             ConfigError: `texts` is no list of texts.
         """
         out: dict[int, TokenizedText] = {}
-        for indices, batch in self._tokenized(texts):
+        for indices, batch in self._tokenized(texts, self._backend.framed):
             out |= dict(zip(indices, _one_by_one(batch), strict=True))
         return [out[i] for i in range(len(texts))]
 
-    def batch(self, texts: Sequence[Text]) -> TokenBatch:
-        """Tokenize texts into one batch, in their order: like `__call__`, without an object for each text."""
-        groups = list(self._tokenized(texts))
+    def batch(self, texts: Sequence[Text], *, framing: Framing | None = None) -> TokenBatch:
+        """Tokenize texts into one batch, in their order: like `__call__`, without an object for each text.
+
+        Args:
+            texts: as for `__call__`.
+            framing: makes ids of strings or words, in place of the tokenizer that was given (see `SpanFinder`).
+        """
+        groups = list(self._tokenized(texts, framing or self._backend.framed))
         if not groups:
             return TokenBatch.from_texts([])
         if len(groups) == 1:
@@ -202,9 +198,9 @@ class TextTokenizer:
     @property
     def word_count(self) -> WordCount:
         """How many words were looked up in this process so far, and how many of them were found."""
-        return WordCount() if self._built is None or self._built.process != os.getpid() else self._built.ids.count
+        return self._backend.word_count
 
-    def _tokenized(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], TokenBatch]]:
+    def _tokenized(self, texts: Sequence[Text], framing: Framing) -> Iterator[tuple[list[int], TokenBatch]]:
         """The texts of each kind, those that fit and those that are cut, with their indices."""
         if not isinstance(texts, (list, tuple)):
             check_texts(texts)
@@ -216,9 +212,12 @@ class TextTokenizer:
         kinds: dict[tuple[int, bool], list[int]] = {}
         for i, text in enumerate(parts):
             kinds.setdefault((len(text), isinstance(text[0], list)), []).append(i)
-        built = self._build()
         for (count, in_words), indices in kinds.items():
-            framed = built.framed([self._marked(part) for i in indices for part in parts[i]], count, in_words)
+            try:
+                framed = framing([self._marked(part) for i in indices for part in parts[i]], count, in_words)
+            except EncoderError as error:
+                records = [indices[i] for i in error.records]
+                raise EncoderError(f"text {records[0]}: {error}" if records else str(error), records=records) from error
             tokens = framed.tokens
             if count == 1 or not self.segments:
                 tokens.token_type_ids = None
@@ -235,29 +234,13 @@ class TextTokenizer:
             cut = [self._cut_text(framed.pick(i), parts[indices[i]], indices[i]) for i in long]
             yield [indices[i] for i in long], self._without_prompt(TokenBatch.from_texts(cut))
 
-    def _build(self) -> _Built:
-        if self._built is None or self._built.process != os.getpid():
-            from tokenizers import Tokenizer
-
-            if get_worker_info() is not None or os.getpid() != _IMPORTED_IN:
-                # A forked process does not have its parent's Rust threads: with "true" it would wait for them forever.
-                # And a DataLoader worker's siblings use the other cores.
-                os.environ["TOKENIZERS_PARALLELISM"] = "false"
-            backend = Tokenizer.from_str(self._json)
-            backend.no_padding()
-            backend.no_truncation()
-            backend.encode_special_tokens = self._splits_special
-            ids = WholeTexts(backend) if self._cut is None else WordCache(backend, self._cut, self._word_cache)
-            self._built = _Built(os.getpid(), backend, Frame.find(backend), ids)
-        return self._built
-
     def _prompted(self, part: str | list[str]) -> str | list[str]:
         return self.prompt + part if isinstance(part, str) else self.prompt.split() + part
 
     def _without_prompt(self, tokens: TokenBatch) -> TokenBatch:
         """Mark the prompt's tokens, and the special ones before it, as not used where the prompt does not count."""
         if self.prompt and not self.prompt_counts:
-            prompt = self._build().backend.encode(self.prompt).ids  # as sentence-transformers counts them
+            prompt = self._backend.ids(self.prompt)  # as sentence-transformers counts them
             count = len(prompt) - (prompt[-1:] != [] and prompt[-1] in self._special_ids)
             owned = np.ones(tokens.num_tokens, np.bool_) if tokens.owned is None else tokens.owned
             used = cumulate(owned)
@@ -276,19 +259,15 @@ class TextTokenizer:
     def _marked(self, part: str | list[str]) -> str | list[str]:
         if isinstance(part, str):
             return part
-        if self._blanks.unlike and not self._warned:
+        unlike = self._backend.blanks.unlike
+        if unlike and not self._warned:
             self._warned = True
             logger.warning(
                 "a list of words does not have the tokens of the running text, as in %r: with this tokenizer, word "
                 "vectors are of words that were tokenized one by one",
-                self._blanks.unlike,
+                unlike,
             )
-        if not self._blanks.others:
-            return part
-        backend = self._build().backend
-        if self._added is None or self._added.backend is not backend:
-            self._added = AddedTokens(backend)
-        return self._blanks.put(part, self._added.begin)
+        return self._backend.with_blanks(part)
 
     def _cut_text(self, framed: Framed, parts: list[Any], index: int) -> TokenizedText:
         """A text that is too long, cut as `overflow` says."""
@@ -339,62 +318,6 @@ class TextTokenizer:
         first, last = windows == 0, windows == len(starts) - 1
         out.owned = side_by_side(first.repeat(len(before), 1), owner[inside] == windows, last.repeat(len(after), 1))
         return out
-
-
-class _Built(NamedTuple):
-    """What each process makes for itself.
-
-    Attributes:
-        process: its id.
-        backend: the tokenizer, without truncation and padding.
-        frame: its special tokens around texts; None if the library puts them there itself.
-        ids: gives ids without them.
-    """
-
-    process: int
-    backend: Any
-    frame: Frame | None
-    ids: WordCache | WholeTexts
-
-    def framed(self, parts: Sequence[Any], texts: int, in_words: bool) -> Framed:
-        """Strings, or lists of words, or pairs of either, with their special tokens.
-
-        Args:
-            parts: of B texts; of 2 B for pairs, each pair's one after the other.
-            texts: 1, or 2 for pairs.
-            in_words: whether they are lists.
-        """
-        if self.frame is not None:
-            if in_words:
-                return self.frame.lists(self.ids.lists(parts), texts)
-            return self.frame.texts(self.ids.texts(parts), texts)
-        inputs = [tuple(parts[i : i + texts]) for i in range(0, len(parts), texts)]
-        encodings = self.backend.encode_batch([one if texts == 2 else one[0] for one in inputs], in_words)
-        return Framed.of(encodings, [[len(part) for part in one] if in_words else [] for one in inputs])
-
-
-def _cut_of(backend: Any, content: str) -> Cut | None:
-    """The cut of a tokenizer, found once a process; None, and a line in the log, if it has none."""
-    key = blake2b(content.encode()).digest()
-    if key not in _CUTS:
-        _CUTS[key] = _found_cut(backend, content)
-    return _CUTS[key]
-
-
-_CUTS: dict[bytes, Cut | None] = {}
-"""Small, and as many as a process has tokenizers."""
-
-
-def _found_cut(backend: Any, content: str) -> Cut | None:
-    if backend.truncation is not None or backend.padding is not None:
-        backend = type(backend).from_str(content)
-        backend.no_truncation()
-        backend.no_padding()
-    try:
-        return find_cut(backend, content)
-    except NoCutError as reason:
-        logger.info("no word cache, the tokenizer gets every text whole: %s", reason)
-        return None
 
 
 def _one_by_one(batch: TokenBatch) -> Iterator[TokenizedText]:

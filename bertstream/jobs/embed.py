@@ -75,7 +75,7 @@ def embed(
     Raises:
         ConfigError: an argument is out of range, a parameter of the encoder requires gradients, the folder holds other
             files, or another process is writing to it.
-        StateError: the folder was begun with other shards, another encoder or other settings.
+        StateError: the folder was started with other shards, another encoder or other settings.
         ShardError: a shard is missing, or one of its records is broken.
         OSError: the folder cannot be written to.
     """
@@ -108,8 +108,8 @@ def embed(
             loader.load_state_dict(folder.state)
         except StateError as error:
             raise StateError(
-                f"{folder_of.path} was begun with {'other' if error.key == 'shards' else 'another'} {error.key}: name "
-                "another folder, or use the shards and settings that it was begun with",
+                f"{folder_of.path} was started with {'other' if error.key == 'shards' else 'another'} {error.key}: "
+                "name another folder, or use the shards and settings that it was started with",
                 key=error.key,
             ) from error
         if not folder.done:
@@ -204,7 +204,7 @@ class _Folder:
 
     @contextmanager
     def opened(self, state: dict[str, Any]) -> Iterator[_Folder]:
-        """Lock the folder against other processes; read its progress, or begin it with this state."""
+        """Lock the folder against other processes; read its progress, or start it with this state."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -263,8 +263,8 @@ class _Folder:
                     f"{name} {there}, and this is {here}" if there != here else f"other weights or settings of {here}"
                 )
                 raise StateError(
-                    f"{self.path} was begun with {seen}: name another folder, or use the model and options that it "
-                    "was begun with",
+                    f"{self.path} was started with {seen}: name another folder, or use the model and options that it "
+                    "was started with",
                     key=name,
                 )
 

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..cursors import Cursor
 from ..errors import ConfigError, check_at_least, counted
 from ..reading.dataset import StreamItems, TextStream
 from ..reading.lane_batches import LaneEnd
 from ..reading.messages import StreamLoader, StreamMessages
 from ..system.distributed import Peers, can_talk, rank_and_world_size
-from ..tokens import Cursor, ReadReport, TokenBatch
+from ..tokens import ReadReport, TokenBatch
 from .fields import Field
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ class Progress(ABC):
 
     @abstractmethod
     def set_epoch(self, epoch: int) -> None:
-        """Choose it."""
+        """Choose the epoch that the next iteration reads."""
 
     def join_ranks(self) -> Peers | None:
         """Connect to the other ranks, where there are any that end together; None where not, or where that was done."""
@@ -127,7 +128,7 @@ class Progress(ABC):
         self._places.clear()
 
     def begin(self) -> Iterable[Any]:
-        """What to iterate for an epoch, which starts where the progress is."""
+        """Start an epoch where the progress is; returns what to iterate."""
         reader = self._begin()
         self.await_iteration()
         self._places.append(self._place())

@@ -61,7 +61,7 @@ def add_fields(batch: TokenBatch, records: Sequence[Record], *, keep_text_as: st
     names = dict.fromkeys(name for record in records for name in record.fields)
     batch.fields = {name: stack_column([record.fields.get(name) for record in records]) for name in names}
     if keep_text_as is not None:
-        batch.fields[keep_text_as] = [record.text for record in records]
+        batch.texts = batch.fields[keep_text_as] = [record.text for record in records]
     batch.fields["__key__"] = [record.key for record in records]
     batch.fields["__shard__"] = [record.shard for record in records]
     batch.fields["__index__"] = np.array([record.index for record in records], np.int64)

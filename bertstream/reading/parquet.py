@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any, BinaryIO
 
 from ..errors import ShardError, described
+from ..paths import splits
 from .faults import outside_fault
 from .options import ReadOptions
 from .raw import RawRecord, RecordError, broken, excerpt
@@ -26,9 +27,9 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
         ShardError: a required column is missing, or a wanted name is that of several columns.
     """
     file = ParquetReader(stream)
-    wanted = None if options.fields is None else list(options.required)
-    for name in options.required:
-        if name not in file.columns:
+    wanted = None if options.wanted is None else [name for name in file.columns if name in options.wanted]
+    for name in options.stored:
+        if not any(head in file.columns for head, _ in splits(name)):
             message = f"{piece.path}, field {name!r}: the file has no such column; it has {excerpt(file.columns)}"
             raise ShardError(message, path=piece.path, field=name)
     for name in wanted or file.columns:

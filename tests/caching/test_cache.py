@@ -674,7 +674,7 @@ def test_rows_of_words_that_an_earlier_version_glued_together_are_not_reached(
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=marks, model_max_length=64, **special)
     texts: list[Text] = [["the", "river", "banks"], ["a", "bank", "of", "the", "river"]]
     with monkeypatch.context() as patch, EmbeddingCache("1MiB", tmp_path, "16MiB") as cache:
-        patch.setattr("bertstream.encoding.tokenizer.find_blanks", lambda backend: Blanks())  # as in 0.1.0
+        patch.setattr("bertstream.encoding.tokenizers_backend.find_blanks", lambda backend: Blanks())  # as in 0.1.0
         glued = tiny(tokenizer, output="words")
         wrong = cache.of(glued).encode(glued.tokenizer.batch([*texts, ["river"]]))
     with EmbeddingCache(0, tmp_path, "16MiB") as cache:
