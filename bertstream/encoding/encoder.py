@@ -40,6 +40,7 @@ from .rows import check_segments
 from .self_test import probe_batching
 from .sentence_folder import SentenceFolder, remove_sentence_folder, write_sentence_folder
 from .sentence_head import HEAD, with_head
+from .texts import text_list
 from .tokenizer import Overflow, TextTokenizer, WordSplitter, check_cutting, renamed_splitter
 from .upper import UpperEncoder, cannot_split, keep_apart, upper_half
 from .vocabulary import check_batch, check_vocabulary, num_ids
@@ -397,6 +398,7 @@ class Encoder(CalibratedForward):
         return found
 
     def _tokenized(self, texts: Sequence[Text]) -> TokenBatch:
+        texts = text_list(texts)
         batch = self.tokenizer.batch(texts)
         batch.texts = list(texts)
         if not self._warned_of_cut and batch.cut_tokens.any():
