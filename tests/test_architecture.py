@@ -55,6 +55,7 @@ PUBLIC_NAMES = [
     "UnfreezeSchedule",
     "embed",
     "stream",
+    "tokenize",
     "warm",
     "wrap",
 ]

@@ -60,7 +60,7 @@ class TextStream(IterableDataset[TokenBatch]):
     Args:
         shards: paths or URLs, with braces and globs, or a list of them, or a dataset of rows; see `bertstream.stream`.
         encoder: anything with the tokenizer to use; the model itself is neither kept nor sent to workers.
-        text: the field that holds the text, a string or a list of words.
+        text: the field that holds the text: a string, a list of words, or a list of token ids.
         pair: the field that holds the second text, where a record is a pair of texts.
         batch_size: texts in a batch; 32 if neither this nor `max_tokens` is given.
         max_tokens: real tokens in a batch at most, special tokens included and padding not. A longer text is a batch of
@@ -101,7 +101,8 @@ class TextStream(IterableDataset[TokenBatch]):
         self._seed = seed
         self._reading = reading = reading or StreamConfig()
         rows = shards if is_rows(shards) else None
-        self._options = ReadOptions(text=text, pair=pair, fields=fields, access=reading, rows=rows)
+        identity = getattr(encoder.tokenizer, "ids_identity", None)
+        self._options = ReadOptions(text=text, pair=pair, fields=fields, access=reading, rows=rows, tokenizer=identity)
         self.text = text
         self.uneven, self.rank_timeout_s = reading.uneven, reading.rank_timeout_s
         self.shards = [type(rows).__name__] if rows is not None else expand_shards(shards, reading)

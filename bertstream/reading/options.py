@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from ..errors import ConfigError, described
-from ..tokens import Text
+from ..tokens import Text, TokenizedText
 from .access import DEFAULT_ACCESS, Access
 from .raw import RecordError, excerpt
+from .token_ids import is_ids, take_ids
 
 RESERVED = ("__key__", "__shard__", "__index__", "__repeated__")
 """Fields that a batch has of its own."""
@@ -20,13 +21,15 @@ class ReadOptions:
     """What is read of each record, and how shards are opened. Pickles if its functions do.
 
     Attributes:
-        text: the field that holds the text: a str, or a list of str (words).
+        text: the field that holds the text: a str, a list of str (words), or a list of int (token ids).
         pair: the field that holds the second text of a pair; None if records are single texts.
         fields: the other fields to keep. None keeps all; names keep only these; a mapping from names to functions keeps
             these, each passed through its function.
         access: how shards are opened.
         rows: a dataset to read instead of shards, see `split_rows`; None for shards.
         epoch: of the stream; a streaming dataset that shuffles itself has another order in each.
+        tokenizer: what token ids depend on, by name, to refuse Parquet files that `bertstream.tokenize` wrote with
+            another tokenizer; None refuses none.
         required: the fields that every record must have: the texts, and the names in `fields`.
     Raises:
         ConfigError: an argument has the wrong type, `fields` names a text, or a name is one of `RESERVED`.
@@ -38,6 +41,7 @@ class ReadOptions:
     access: Access = DEFAULT_ACCESS
     rows: Any = field(default=None, repr=False)
     epoch: int = 0
+    tokenizer: Mapping[str, Any] | None = field(default=None, repr=False)
     required: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -69,7 +73,7 @@ class ReadOptions:
         return (self.text,) if self.pair is None else (self.text, self.pair)
 
 
-def take_text_and_fields(values: dict[str, Any], options: ReadOptions) -> tuple[Text, dict[str, Any]]:
+def take_text_and_fields(values: dict[str, Any], options: ReadOptions) -> tuple[Text | TokenizedText, dict[str, Any]]:
     """Separate a record's text from its other fields, and keep the wanted ones.
 
     Args:
@@ -80,7 +84,13 @@ def take_text_and_fields(values: dict[str, Any], options: ReadOptions) -> tuple[
             batch has of its own, or a function of `fields` raised.
     """
     check_required(options, values)
-    text: Text = _checked_text(values.pop(options.text), options.text)
+    value = values.pop(options.text)
+    if type(value) is not str and is_ids(value, values):
+        if options.pair is not None:
+            raise RecordError("ids are of both texts of a pair: leave out pair=, or name fields of text", options.text)
+        text: Text | TokenizedText = take_ids(value, values, options.text, options.required)
+    else:
+        text = _checked_text(value, options.text)
     if options.pair is not None:
         second = _checked_text(values.pop(options.pair), options.pair)
         if type(second) is not type(text):
