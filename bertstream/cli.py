@@ -244,8 +244,9 @@ def _doctor(options: argparse.Namespace) -> _Found:
             lines += ["", name] + [
                 f"  {key.replace('_', ' ')}: {value}" for key, value in about.items() if value != name
             ]
-    if not found["models"]:
-        lines += ["", "How a model runs here: bertstream doctor --model NAME_OR_FOLDER"]
+    lines += ["", "installed models: " + (", ".join(found["installed_models"]) or "none")]
+    if found["next"]:
+        lines += ["", "next", *(f"  {sentence}" for sentence in found["next"])]
     return found, lines, int(any("error" in about for about in found["models"].values()))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .caching.cache import EmbeddingCache
@@ -14,7 +14,9 @@ from .pipeline.fields import Field, as_fields, check_pair
 from .pipeline.progress import text_stream
 from .reading.config import StreamConfig
 from .reading.dataset import Shards, TextStream
+from .reading.functions import Keep, Map
 from .reading.messages import StreamLoader
+from .reading.options import Fields
 
 
 def wrap(
@@ -99,7 +101,9 @@ def stream(
     max_tokens: int | None = None,
     shuffle: bool = False,
     seed: int = 0,
-    fields: Mapping[str, Callable[[Any], Any]] | Sequence[str] | None = None,
+    fields: Fields = None,
+    keep: Keep | None = None,
+    map: Map | None = None,
     num_workers: int = 0,
     into: str | None = None,
     layout: Layout | None = None,
@@ -119,7 +123,8 @@ def stream(
             Face `Dataset` or `IterableDataset`, or a list or map-style dataset of dicts.
         encoder: turns texts into vectors.
         text: the field that holds the text: a member of a tar or a key of its json member, a key of a json line, a
-            column; lines of a txt file have the one field "text".
+            column; lines of a txt file have the one field "text". A path with dots leads into nested objects, as in
+            "data.text" or "messages.0.content", here and in `pair` and `fields`.
         pair: the field that holds the second text, if a record is a pair of texts; the vectors of both are under
             `text`, with segment ids.
         batch_size: texts in a batch, of about equal length; 32 if neither this nor `max_tokens` is given.
@@ -127,8 +132,14 @@ def stream(
             batch of its own.
         shuffle: whether to shuffle, by seed and epoch; each full iteration advances the epoch.
         seed: of the shuffle.
-        fields: which other fields a batch carries: names, or name -> function of the raw value (`{"label": int}`);
-            None carries all as they are.
+        fields: which other fields a batch carries: names, or name -> function of the raw value (`{"label": int}`), or
+            a list of labels in its place, which become numbers from 0 (`{"label": ["ham", "spam"]}`); None carries all
+            as they are.
+        keep: a function of a record, a dict of all its fields, that says whether to read it. It is called in the
+            workers, so where those are spawned it must be importable.
+        map: a function from a record that is kept to the one to read instead, a dict with the fields that `text` and
+            `fields` name; or to None, which drops it. Called as `keep` is. To resume exactly, both must depend on the
+            record alone. `stats()` counts `dropped_records`.
         num_workers: processes that read and tokenize; 0 does both in the thread that encodes. The batches and their
             order do not depend on it.
         into: the key for the vectors; the text then stays under its own.
@@ -155,6 +166,8 @@ def stream(
         shuffle=shuffle,
         seed=seed,
         fields=fields,
+        keep=keep,
+        map=map,
         keep_text_as=text if into is not None else None,
         reading=reading,
     )

@@ -1,12 +1,12 @@
-"""Streamed vectors in a Lightning Trainer, which takes the loader as it is (pip install lightning torchdata).
+"""A Hugging Face dataset as vectors in a Lightning Trainer (pip install lightning torchdata datasets).
 
 python examples/with_lightning.py --out checkpoints
 """
 
 import argparse
-import json
 from pathlib import Path
 
+import datasets
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -19,26 +19,26 @@ from bertstream.integrations.lightning import LoaderState
 DATA = Path(__file__).parent / "data"
 
 
-class Classifier(nn.Module):
-    """Takes plain tensors, vectors [B, T, H] and mask [B, T]; with labels it returns its loss too."""
+class Classifier(lightning.LightningModule):
+    """Tells the sense of a sentence from the mean of its words' vectors."""
 
     def __init__(self, size, classes):
         super().__init__()
         self.head = nn.Linear(size, classes)
 
-    def forward(self, inputs_embeds, inputs_embeds_mask, labels=None):
-        mask = inputs_embeds_mask[..., None]
-        logits = self.head((inputs_embeds * mask).sum(1) / mask.sum(1))
-        return {"loss": None if labels is None else nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-
-class Module(lightning.LightningModule):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
+    def forward(self, batch):
+        vectors, mask = batch["words"], batch["words_mask"][..., None]  # [B, T, H], [B, T, 1]
+        return self.head((vectors * mask).sum(1) / mask.sum(1))
 
     def training_step(self, batch, index):
-        return self.model(**batch)["loss"]
+        loss = nn.functional.cross_entropy(self(batch), batch["label"])
+        # Say the batch size: from the vectors' shapes Lightning may guess another.
+        self.log("loss", loss, batch_size=len(batch["label"]))
+        return loss
+
+    def validation_step(self, batch, index):
+        right = (self(batch).argmax(1) == batch["label"]).float().mean()
+        self.log("accuracy", right, batch_size=len(batch["label"]))
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), 1e-2)
@@ -51,17 +51,16 @@ args = parser.parse_args()
 torch.manual_seed(0)
 encoder = bertstream.Encoder.from_pretrained("all-MiniLM-L6-v2")
 cache = bertstream.EmbeddingCache("1GiB")  # later epochs read the vectors from it
-lines = {part: (DATA / f"senses-{part}.jsonl").read_text("utf-8").splitlines() for part in ("train", "test")}
-sets = {part: list(map(json.loads, found)) for part, found in lines.items()}
-senses = sorted({row["sense"] for row in sets["train"]})
+splits = {part: str(DATA / f"senses-{part}.jsonl") for part in ("train", "test")}
+splits = datasets.load_dataset("json", data_files=splits).select_columns(["words", "sense"])
+senses = sorted(set(splits["train"]["sense"]))
+splits = splits.map(lambda row: {"label": senses.index(row["sense"])}, remove_columns="sense")
 loaders = {}
-for part, rows in sets.items():
-    data = [{"inputs_embeds": row["words"], "labels": senses.index(row["sense"])} for row in rows]
-    collate = bertstream.TokenCollate(encoder, text="inputs_embeds")
-    plain = StatefulDataLoader(data, 16, shuffle=part == "train", collate_fn=collate)
+for part, rows in splits.items():
+    collate = bertstream.TokenCollate(encoder, text="words")
+    plain = StatefulDataLoader(rows, 16, shuffle=part == "train", collate_fn=collate)
     # "padded" puts vectors [B, T, H] under the text's name, and their mask [B, T] under that name plus "_mask".
-    loaders[part] = bertstream.wrap(plain, encoder, text="inputs_embeds", layout="padded", cache=cache)
-model = Classifier(encoder.embedding_dim, len(senses)).to(encoder.device)
+    loaders[part] = bertstream.wrap(plain, encoder, text="words", layout="padded", cache=cache)
 
 callbacks = [LoaderState(loaders["train"])]  # keeps the loader's state in the checkpoints: without it none resumes
 if args.out:
@@ -70,8 +69,6 @@ quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": 
 trainer = lightning.Trainer(
     max_epochs=args.epochs, accelerator="cpu", callbacks=callbacks, enable_checkpointing=bool(args.out), **quiet
 )
-trainer.fit(Module(model), loaders["train"], ckpt_path="last" if args.out else None)
-
-with torch.no_grad():
-    right = sum(int((model(**batch)["logits"].argmax(1) == batch["labels"]).sum()) for batch in loaders["test"])
-print(f"accuracy {right / len(sets['test']):.4f} on {len(sets['test'])} held-out sentences")
+model = Classifier(encoder.embedding_dim, len(senses))
+trainer.fit(model, loaders["train"], loaders["test"], ckpt_path="last" if args.out else None)
+print(f"accuracy {trainer.callback_metrics['accuracy']:.4f} on {len(splits['test'])} held-out sentences")

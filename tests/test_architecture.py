@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bertstream"
 
 ROOMS = (
-    ("errors",),
-    ("system",),
+    ("errors", "paths"),
+    ("system", "cursors", "columns"),
     ("tokens",),
+    ("word_tags",),
     ("embeddings", "repeats"),
     ("reading",),
     ("encoding",),
@@ -201,10 +202,11 @@ def test_only_distributed_reads_the_ranks_environment() -> None:
 WORST_WORDS = r"\bbehind\b|\banew\b|\bstands?\b|\bhanded out\b|\bpassed over\b|\bis through\b|\bwhereof\b|\bthereof\b"
 
 
-def test_the_package_is_written_in_plain_words() -> None:
+def test_code_and_pages_are_written_in_plain_words() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("examples/*.py"), *ROOT.glob("tools/**/*.py")]
     found = [
-        f"{named(file)}:{number}: {line.strip()}"
-        for file in FILES
+        f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+        for file in [*FILES, *pages]
         for number, line in enumerate(file.read_text("utf-8").splitlines(), 1)
         if re.search(WORST_WORDS, line, re.IGNORECASE)
     ]

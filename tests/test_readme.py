@@ -1,7 +1,10 @@
-"""The README's blocks run, and its links lead somewhere."""
+"""The pages' blocks run and print what the pages say, and their links lead somewhere."""
 
 from __future__ import annotations
 
+import contextlib
+import doctest
+import io
 import re
 import shlex
 from pathlib import Path
@@ -12,31 +15,70 @@ from conftest import ROOT
 
 from bertstream import cli
 
+PAGES = ["README.md", "examples/README.md", "tools/README.md", "bertstream/README.md"]
+# In an output, "..." is any text, and a run of blanks or line ends is like any other.
+LOOSELY = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def blocks_of(page: str) -> list[tuple[str, str, str]]:
+    """(language, content, place) of each block that names a language; a place is "page:line" of its first line."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(block[1], block[2], f"{page}:{text.count(chr(10), 0, block.start(2)) + 1}") for block in found]
+
+
+def run(language: str, block: str, place: str, names: dict[str, Any]) -> str:
+    """Run a block of Python, or of commands of bertstream, and return what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        if language == "python":
+            page, line = place.split(":")
+            exec(compile("\n" * (int(line) - 1) + block, page, "exec"), names)  # tracebacks show the page's line
+        else:
+            for command in block.splitlines():
+                program, *arguments = shlex.split(command)
+                assert program == "bertstream" and cli.main(arguments) == 0, f"{place}: {command}"
+    return printed.getvalue()
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
 
 @pytest.mark.slow
-def test_every_block_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The Python blocks are one program; it and the commands of the shell blocks run in one folder, in order."""
+@pytest.mark.timeout(300)  # the cookbook is one long program
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
+def test_each_page_is_a_program_that_prints_what_it_says(
+    page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Blocks run in one folder, those of Python in one namespace; a text block is what the block above prints."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert {kind for kind, _ in blocks} == {"python", "sh"}
-    names: dict[str, Any] = {"__name__": "readme"}
-    for kind, block in blocks:
-        if kind == "python":
-            exec(compile(block, "README.md", "exec"), names)
+    names: dict[str, Any] = {"__name__": "page"}
+    printed = ""
+    for language, block, place in blocks_of(page):
+        if language == "text":
+            same = doctest.OutputChecker().check_output(block, printed, LOOSELY)
+            assert same, f"{place} says\n{block}but the block above printed\n{printed}"
         else:
-            for line in block.splitlines():
-                program, *arguments = shlex.split(line)
-                assert program == "bertstream" and cli.main(arguments) == 0
-    assert names["x"] is not None and names["y"] is not None
-    assert names["cache"].stats()["misses"] == 0  # of the last cache, which the command line filled
-    assert names["cache"].stats()["disk_hits"] > 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "examples", "training.pt", "vectors"]
+            assert language in ("python", "sh"), place
+            printed = run(language, block, place, names)
 
 
-def test_every_file_that_the_readme_links_to_exists() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = [target for target in re.findall(r"(?:\]\(|src=\"|srcset=\")([^)\"#]+)", text) if "://" not in target]
+def test_the_front_page_fits_in_8_kib() -> None:
+    assert (ROOT / "README.md").stat().st_size <= 8192
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file_and_a_heading(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"(?:\]\(|src=\"|srcset=\")([^)\"\s]+)", text) if "://" not in link]
     assert links
-    assert [target for target in links if not (ROOT / target).exists()] == []
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), f"{page} links to {link}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{page} links to {link}"

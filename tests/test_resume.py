@@ -425,7 +425,7 @@ def test_above_the_limit_the_error_names_the_first_ones(tmp_path: Path) -> None:
 def test_an_epoch_without_any_good_record_is_an_error(tmp_path: Path) -> None:
     (path,) = write_shards(tmp_path, TEXTS[:50])
     loader = bertstream.stream(path, FakeEncoder(), text="body", reading=StreamConfig(max_bad_records=0.5))
-    with pytest.raises(ShardError, match="no record of the epoch was good"):
+    with pytest.raises(ShardError, match="every record of the epoch was broken"):
         list(loader)
 
 
@@ -467,7 +467,7 @@ def test_a_bad_limit_is_refused(value: float) -> None:
         StreamConfig(max_bad_records=value)
 
 
-# The README's recipe of a whole checkpoint, and a kill at one place.
+# The cookbook's recipe of a whole checkpoint, and a kill at one place.
 TRAINING = """
 import json, os, signal, sys
 from pathlib import Path

@@ -15,11 +15,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bertstream import ConfigError, tokens
+from bertstream.cursors import Cursor, OpenPiece
 from bertstream.embeddings import Embeddings
 from bertstream.testing import FakeTokenizer
 from bertstream.tokens import (
-    Cursor,
-    OpenPiece,
     Record,
     Text,
     TokenBatch,

@@ -3,6 +3,10 @@
 python tools/bench.py encode --data ../shared/data > encode.json
 python tools/plot_bench.py encode.json --out pictures     writes pictures/encode-light.png and encode-dark.png
 
+With the file that tools/gpu_check.py wrote, a CPU's line of `encode` also makes the picture of the front page:
+
+python tools/plot_bench.py tools/results/*.json* --out tools/results
+
 Needs `pip install 'bertstream[plot]'`.
 """
 
@@ -21,6 +25,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 # Background, text, others' bars, ours, a third. The backgrounds are those of a web page in each theme.
 THEMES = {
@@ -84,6 +89,38 @@ def draw_epoch(line: dict[str, Any], axes: Axes, theme: tuple[str, ...]) -> None
     axes.set_title(f"An epoch of training, seconds ({device_of(line)})")
 
 
+def draw_performance(cpu: dict[str, Any], gpu: dict[str, Any], figure: Figure, theme: tuple[str, ...]) -> None:
+    """The front page's picture: `encode` on a CPU on the left, forwards and streams of a GPU on the right."""
+    _, text, others, ours, _ = theme
+    rates = cpu["tokens_per_s"]
+    forward, stream = gpu["parts"]["forward"]["rows"], gpu["parts"]["stream"]["rows"]
+    left = [
+        ("plain transformers loop", rates["plain"], others),
+        ("sentence-transformers", rates["sentence_transformers_float32"], others),
+        ("bertstream, from shards", rates["stream_float32"], ours),
+    ]
+    right = []
+    for size, name in (("bert_base", "BERT-base"), ("minilm", "MiniLM")):
+        right += [
+            (f"{name}, its own modules", forward[f"{size} 32k"]["packed_tokens_per_s"] / 1e6, others),
+            (f"{name}, bertstream", forward[f"{size} 32k"]["tokens_per_s"] / 1e6, ours),
+            (f"{name}, from shards", stream[size]["tokens_per_s"] / 1e6, ours),
+        ]
+    panels = (
+        (left, "{:,.0f}", f"MiniLM on {device_of(cpu)}: tokens/s"),
+        (right, "{:.3g}", f"{device_of(gpu).removeprefix('NVIDIA ').partition(' ')[0]}: million tokens/s"),
+    )
+    for axes, (bars, form, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        names, values, colors = zip(*bars, strict=True)
+        drawn = axes.barh(range(len(bars)), values, color=colors)
+        axes.set_yticks(range(len(bars)), names)
+        axes.invert_yaxis()
+        axes.bar_label(drawn, list(map(form.format, values)), padding=4, fontsize=9, color=text)
+        axes.set_xlim(0, 1.3 * max(values))
+        axes.xaxis.set_visible(False)
+        axes.set_title(title)
+
+
 PLOTS: dict[str, Callable[[dict[str, Any], Axes, tuple[str, ...]], None]] = {
     "encode": draw_encode,
     "wrap": draw_wrap,
@@ -105,33 +142,54 @@ def draw(line: dict[str, Any], folder: Path) -> list[Path]:
     plot = PLOTS.get(line["benchmark"])
     if plot is None:
         return []
+    return save(line["benchmark"], lambda figure, theme: plot(line, figure.subplots(), theme), folder)
+
+
+def save(name: str, plot: Callable[[Figure, tuple[str, ...]], None], folder: Path) -> list[Path]:
+    """Write a picture in each theme."""
     paths = []
-    for name, theme in THEMES.items():
+    for theme_name, theme in THEMES.items():
         background, text = theme[:2]
-        figure, axes = plt.subplots(figsize=(9, 3.8), dpi=120, facecolor=background, layout="constrained")
-        axes.set_facecolor(background)
-        plot(line, axes, theme)
-        axes.title.set_color(text)
-        axes.tick_params(colors=text, length=0)
-        axes.spines[:].set_visible(False)
-        path = folder / f"{line['benchmark']}-{name}.png"
+        figure = plt.figure(figsize=(9, 3.8), dpi=120, facecolor=background, layout="constrained")
+        plot(figure, theme)
+        for axes in figure.axes:
+            axes.set_facecolor(background)
+            axes.title.set_color(text)
+            axes.tick_params(colors=text, length=0)
+            axes.spines[:].set_visible(False)
+        path = folder / f"{name}-{theme_name}.png"
         figure.savefig(path)
         plt.close(figure)
         paths.append(path)
     return paths
 
 
+def values_of(text: str) -> list[dict[str, Any]]:
+    """The JSON values of a file: one a line, or one over several lines."""
+    values, decoder = [], json.JSONDecoder()
+    while text := text.lstrip():
+        value, end = decoder.raw_decode(text)
+        values.append(value)
+        text = text[end:]
+    return values
+
+
 def main(given: list[str] | None = None) -> int:
-    """Draw each line of each file."""
+    """Draw what the files hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lines", type=Path, nargs="+", help="files of JSON lines")
+    parser.add_argument("files", type=Path, nargs="+", help="what bench.py printed and gpu_check.py wrote")
     parser.add_argument("--out", type=Path, default=Path())
     arguments = parser.parse_args(given)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for path in arguments.lines:
-        for text in path.read_text(encoding="utf-8").splitlines():
-            for picture in draw(json.loads(text), arguments.out):
-                print(picture)
+    found = [value for path in arguments.files for value in values_of(path.read_text(encoding="utf-8"))]
+    lines = [value for value in found if "benchmark" in value]
+    pictures = [picture for line in lines for picture in draw(line, arguments.out)]
+    cpu = next((line for line in lines if line["benchmark"] == "encode"), None)
+    gpu = next((value for value in found if "parts" in value), None)
+    if cpu and gpu:
+        pictures += save("performance", lambda figure, theme: draw_performance(cpu, gpu, figure, theme), arguments.out)
+    for picture in pictures:
+        print(picture)
     return 0
 
 

@@ -57,7 +57,7 @@ class CalibratedForward(FreezableForward):
             blocked, plain = (fused.products_of_a_layer(rows, blocked=blocked) for blocked in (True, False))
             if is_faster(blocked, plain):
                 fused.use_blocked_weights(rows)
-                logger.info("products of blocked weights are faster on this CPU")
+                logger.info("products with weights in oneDNN's layout are faster on this CPU")
 
     def _feed_forward(self) -> Callable[[int], object]:
         size = self._hidden_size

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 class Encoder(CalibratedForward):
-    """From texts or a `TokenBatch` to `Embeddings`; frozen until `unfreeze`.
+    """Turns texts, or a `TokenBatch`, into `Embeddings`; frozen until `unfreeze`.
 
     The model's structure is copied and its parameters are shared; the user's model object stays as it is (until `.to()`
     moves the parameters, in place as in torch, and so for both). A frozen encoder stays in eval mode whatever `train()`
@@ -57,22 +57,23 @@ class Encoder(CalibratedForward):
 
     Args:
         model: a transformers encoder (`AutoModel`) with its weights, or a PeftModel around one.
-        tokenizer: the model's transformers tokenizer.
+        tokenizer: the model's transformers tokenizer, fast or written in Python; None takes ids alone.
         output: "tokens" for a vector a token; "words" for a vector a word; "sentence" for a vector a text.
         layers: the layer or layers that vectors are made of: 0 is the embedding layer, -1 the last. The forward stops
             at the highest.
-        combine: of several layers: "concat" side by side, "mean", "sum", or "stack" ([N, K, H], see `ScalarMix`).
+        combine: how several layers become one: "concat" side by side, "mean", "sum", or "stack" ([N, K, H], see
+            `ScalarMix`).
         pooling: of a word's tokens: "mean" (the default), "first", "last", "max" or "first_last". Of a text's tokens:
             "mean" (the default), "cls", "last", "max", "weighted_mean", "mean_sqrt_len" (the sum by the root of their
             number), "pooler" (the model's own layer over the first token), or several, side by side.
         special_tokens: whether the tokens that frame a text have rows in token output, and count in the pooling of
             sentences.
         normalize: whether sentence vectors are scaled to length 1.
-        word_splitter: a function from a string to its words, for word output; None splits at blanks.
-        dtype: of the forward. "auto" keeps the model's own (see `from_pretrained` for what it does there). A dtype or
-            device other than the model's copies the weights.
+        word_splitter: a function from a string to its words, for word output; None splits at whitespace.
+        dtype: of the model while it encodes. "auto" keeps its own (see `from_pretrained` for what it does there). A
+            dtype or device other than the model's copies the weights.
         device: "auto" keeps the model's own.
-        output_dtype: of the vectors; float32 fits a downstream layer of default dtype.
+        output_dtype: dtype of the vectors; float32 fits a downstream layer of default dtype.
         overflow: for a text that is longer than the model takes: "error"; "truncate", on the tokenizer's
             `truncation_side`; or "windows", which covers it with overlapping windows and takes each word's vector from
             the window in which it is farthest from an edge.
@@ -160,7 +161,7 @@ class Encoder(CalibratedForward):
             prompt=prompt or "",
             overflow=overflow,
             stride=stride,
-            word_splitter=(word_splitter or str.split) if output == "words" else None,
+            word_splitter=word_splitter or (str.split if output == "words" and tokenizer is not None else None),
             segments="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
             word_cache=word_cache,
             vocab_size=config.vocab_size,
@@ -270,8 +271,8 @@ class Encoder(CalibratedForward):
     def freeze(self) -> Encoder:
         """Stop training all parameters; from here on vectors may be cached.
 
-        Also to be called after weights were written to through `.data`, which leaves no trace: fingerprint and joined
-        weights are made again.
+        Call it too after writing weights through `.data`, which leaves no trace: fingerprint and joined weights are
+        made again.
         """
         self._fingerprint = None  # the weights may have changed without a trace
         return super().freeze()
@@ -398,6 +399,7 @@ class Encoder(CalibratedForward):
 
     def _tokenized(self, texts: Sequence[Text]) -> TokenBatch:
         batch = self.tokenizer.batch(texts)
+        batch.texts = list(texts)
         if not self._warned_of_cut and batch.cut_tokens.any():
             self._warned_of_cut = True
             counts = int((batch.cut_tokens > 0).sum()), len(batch), int(batch.cut_words.sum())

@@ -62,7 +62,7 @@ def available(dtype: torch.dtype) -> bool:
         with torch.inference_mode():
             ours = (linear(x, blocked(weight, 7), bias, "gelu").float() - right).abs().max()
     except Exception as error:  # an operator that is missing, takes other arguments or not this dtype
-        logger.info("no products of blocked weights in %s: %s: %s", dtype, type(error).__name__, error)
+        logger.info("no products with weights in oneDNN's layout in %s: %s: %s", dtype, type(error).__name__, error)
         return False
     return bool(ours <= 1.5 * usual + 1e-6)
 

@@ -170,9 +170,18 @@ class Followed:
             )
 
     def lowercase(self, tokenizer: Any) -> None:
-        """Have a tokenizer lowercase texts first, as sentence-transformers does, if the folder says so."""
-        backend = tokenizer.backend_tokenizer
-        if self.folder.lowercase and "Lowercase()" not in repr(backend.normalizer):
+        """Have a tokenizer lowercase texts first, as sentence-transformers does, if the folder says so.
+
+        Raises:
+            EncoderError: it is written in Python, and does not do so itself.
+        """
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self.folder.lowercase and backend is None and not getattr(tokenizer, "do_lower_case", False):
+            raise EncoderError(
+                f"the folder lowercases texts, which its {type(tokenizer).__name__} does not do: load model and "
+                "tokenizer with transformers, lowercase the texts yourself, and pass both to Encoder()"
+            )
+        if self.folder.lowercase and backend is not None and "Lowercase()" not in repr(backend.normalizer):
             others = [] if backend.normalizer is None else [backend.normalizer]
             backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
 
@@ -300,8 +309,10 @@ def _explained(name: str) -> Iterator[None]:
         way_out = f"`pip install {packaged.package}` brings it, or " if packaged is not None else ""
         near = difflib.get_close_matches(name, _PACKAGES, 1)
         meant = f" (did you mean {near[0]!r}?)" if near and packaged is None else ""
+        installed = installed_models()
+        here = f" Installed here: {', '.join(installed)}." if installed and not near else ""
         raise EncoderError(
-            f"no model {name!r}{meant}: there is no such folder, and the hub did not give it. Without a network, "
+            f"no model {name!r}{meant}: there is no such folder, and the hub did not give it.{here} Without a network, "
             f"{way_out}run `hf download {name} --local-dir FOLDER` on a machine that has one and pass the folder. "
             f"transformers said: {error}"
         ) from error
@@ -341,7 +352,8 @@ def save_model(folder: str | os.PathLike[str], model: nn.Module, tokenizer: Any)
             f"transformers cannot write this {type(model).__name__} without its upper layers: {error}; to save it, "
             "make the encoder with layers=-1"
         ) from error
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _find(source: str, file: str, hub: HubOptions, root: str) -> str | None:
@@ -366,6 +378,11 @@ def _read_json(path: str | None) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise EncoderError(f"{path} is not JSON: {error}") from error
+
+
+def installed_models() -> list[str]:
+    """The names whose weights an installed package carries."""
+    return [name for name, packaged in _PACKAGES.items() if importlib.util.find_spec(packaged.module) is not None]
 
 
 def _packaged_folder(packaged: _WeightPackage) -> str | None:

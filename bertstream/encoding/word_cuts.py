@@ -334,4 +334,4 @@ def _check_hidden(token: Part, normalizer: Any, steps: Sequence[Part], *, at_bla
         raise NoCutError(f"the added token {content!r} is looked for in normalized text, which Strip changes")
     form = normalizer.normalize_str(content)
     if not form or any(map(_has_blank, (content, form[1:], form[:1].replace(_MARK, "")))):
-        raise NoCutError(f"the added token {content!r} has a blank, and is sought in normalized text")
+        raise NoCutError(f"the added token {content!r} has a blank, and is looked for in normalized text")

@@ -67,7 +67,7 @@ def embed(
     Raises:
         ConfigError: an argument is out of range, a parameter of the encoder requires gradients, the folder holds other
             files, or another process is writing to it.
-        StateError: the folder was begun with other shards, another encoder or other settings.
+        StateError: the folder was started with other shards, another encoder or other settings.
         ShardError: a shard is missing, or one of its records is broken.
         OSError: the folder cannot be written to.
     """

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..caching.codec import Codec, Storage
 from ..caching.memory import ROW_INDEX_BYTES, TEXT_BYTES
+from ..cursors import Cursor
 from ..encoding.encoder import Encoder
 from ..encoding.tokenizer import TextTokenizer
 from ..errors import shortened
@@ -27,10 +28,10 @@ from ..reading.dataset import Shards, TextStream
 from ..reading.files import shard_size
 from ..reading.lanes import LaneReader
 from ..reading.options import ReadOptions
-from ..reading.rows import is_rows, split_rows
+from ..reading.rows import find_rows, split_rows
 from ..reading.shards import Piece
 from ..repeats import text_bytes
-from ..tokens import Cursor, TokenBatch
+from ..tokens import TokenBatch
 
 Numbers: TypeAlias = npt.NDArray[Any]
 
@@ -146,14 +147,15 @@ def inspect_shards(
         fields=(),
         reading=reading,
     )
-    options = ReadOptions(text=text, pair=pair, access=reading, rows=shards if is_rows(shards) else None)
+    dataset = find_rows(shards)
+    options = ReadOptions(text=text, pair=pair, access=reading, rows=dataset)
     found = _Found(encoder, stream.shards)
     total = stream.count_records() if progress else None
     with tqdm(desc="reading", unit=" texts", total=total, disable=not progress) as bar:
         for batch in stream:
             found.add(batch)
             bar.update(len(batch))
-    pieces = split_rows(shards, 1) if is_rows(shards) else [(Piece(path), 0) for path in stream.shards]
+    pieces = split_rows(dataset, 1) if dataset is not None else [(Piece(path), 0) for path in stream.shards]
     first = LaneReader(
         [piece for piece, _ in pieces], options, Cursor(0, 0), open_shards=1, tolerant=reading.max_bad_records > 0
     )
@@ -171,7 +173,7 @@ def inspect_shards(
     tokens_per_s = _measured(encoder, found.sample, timed_s) if timed_s else 0.0
     return Inspection(
         shards=len(stream.shards),
-        shard_bytes=0 if is_rows(shards) else sum(shard_size(path, reading) for path in stream.shards),
+        shard_bytes=0 if dataset is not None else sum(shard_size(path, reading) for path in stream.shards),
         fields={text: shortened(example.text)} | {name: shortened(value) for name, value in example.fields.items()},
         texts=len(lengths),
         repeated_texts=len(lengths) - len(once),

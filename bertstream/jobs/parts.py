@@ -64,13 +64,13 @@ class PartFolder:
 
     @contextmanager
     def opened(self, state: dict[str, Any]) -> Iterator[PartFolder]:
-        """Lock the folder against other processes; read its progress, or begin it with this state.
+        """Lock the folder against other processes; read its progress, or start it with this state.
 
         Args:
-            state: of a loader at its beginning.
+            state: of a loader at its start.
         Raises:
             ConfigError: it holds other files, is no folder, or another process is writing to it.
-            StateError: it was begun with other settings, or is damaged.
+            StateError: it was started with other settings, or is damaged.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -101,14 +101,14 @@ class PartFolder:
         """Let a loader continue after the last part.
 
         Raises:
-            StateError: the folder was begun with other shards or settings.
+            StateError: the folder was started with other shards or settings.
         """
         try:
             loading(self.state)
         except StateError as error:
             raise StateError(
-                f"{self.path} was begun with {'other' if error.key == 'shards' else 'another'} {error.key}: name "
-                "another folder, or use the shards and settings that it was begun with",
+                f"{self.path} was started with {'other' if error.key == 'shards' else 'another'} {error.key}: name "
+                "another folder, or use the shards and settings that it was started with",
                 key=error.key,
             ) from error
 
@@ -156,8 +156,8 @@ class PartFolder:
                     f"{name} {there}, and this is {here}" if there != here else f"other weights or settings of {here}"
                 )
                 raise StateError(
-                    f"{self.path} was begun with {seen}: name another folder, or use the model and options that it "
-                    "was begun with",
+                    f"{self.path} was started with {seen}: name another folder, or use the model and options that it "
+                    "was started with",
                     key=name,
                 )
 

@@ -72,7 +72,7 @@ def tokenize(
     Raises:
         ConfigError: an argument is out of range, a field has the name of a column of ids or cannot be a column, the
             folder holds other files, or another process is writing to it.
-        StateError: the folder was begun with other shards, another tokenizer or other settings.
+        StateError: the folder was started with other shards, another tokenizer or other settings.
         ShardError: a shard is missing, or one of its records is broken.
         OSError: the folder cannot be written to.
     """

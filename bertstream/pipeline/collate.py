@@ -30,18 +30,30 @@ class TokenCollate:
         encoder: whose tokenizer to use.
         text: the key, position or attribute of the text, or several; None if a record is the bare text.
         pair: the field of the second text, if it forms a pair with the one at `text`; it stays in the batch.
+        keep_text: whether the tokens bring their texts along, for `Embeddings.spans` and `strings`.
     Raises:
         ConfigError: an argument is out of range, or the encoder has no tokenizer.
     """
 
     def __init__(
-        self, encoder: SupportsEncode, text: Field | Sequence[Field] | None = None, *, pair: Field | None = None
+        self,
+        encoder: SupportsEncode,
+        text: Field | Sequence[Field] | None = None,
+        *,
+        pair: Field | None = None,
+        keep_text: bool = False,
     ) -> None:
         if not hasattr(encoder, "tokenizer"):
             raise ConfigError(f"encoder is a {type(encoder).__name__} without a tokenizer: pass a bertstream.Encoder")
+        if not getattr(encoder.tokenizer, "takes_texts", True):
+            raise ConfigError(
+                "the encoder has no tokenizer and takes ids alone: collate padded ids with their attention_mask, or "
+                "make it with its model's tokenizer, Encoder(model, tokenizer)"
+            )
         self._tokenizer = encoder.tokenizer
         self._fields = as_fields(text)
         self._pair = pair
+        self._keep_text = keep_text
         check_pair(pair, self._fields)
 
     def __repr__(self) -> str:
@@ -86,7 +98,7 @@ class TokenCollate:
 
     def _tokenize(self, texts: Sequence[Any], field: Field | None) -> TokenBatch:
         try:
-            return tokenize_batch(self._tokenizer, texts)
+            return tokenize_batch(self._tokenizer, texts, keep_text=self._keep_text)
         except EncoderError as error:
             if field is not None:
                 raise EncoderError(f"field {field!r}: {error}", records=error.records) from error

@@ -20,8 +20,9 @@ from .epoch import Epoch, Parts
 from .fields import Field
 from .lightning_calls import asked_by_lightning, within_lightning
 from .plots import plot_step
-from .progress import OwnLoader, Progress, ProgressInSource, ProgressInStream, has_state, text_stream
-from .stats import LOOP, WORK, KnownWords, Stats, bottleneck
+from .progress import OwnLoader, Progress, ProgressInStream, text_stream
+from .source_progress import ProgressInSource, has_state
+from .stats import LOOP, WORK, KnownWords, Since, Stats, bottleneck
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class EmbeddingLoader(OwnLoader):
             clocks=self._stages,
         )
         self._join_ranks()
+        self._since = Since(self.stats())
         self._closed = False
         self._running: weakref.ref[Epoch] | None = None
         self._resumed_by_trainer = False
@@ -125,6 +127,7 @@ class EmbeddingLoader(OwnLoader):
         if isinstance(self.encoder, SupportsTraining) and not self._parts.deterministic:
             self.encoder.calibrate()
         self._progress.await_iteration()
+        self._since = Since(self.stats())
         self._held_epoch = self.epoch if asked_by_lightning() and not self._has_length() else None
         return self._not_empty(self._new_epoch()) if self._resumed_by_trainer else self._new_epoch()
 
@@ -134,7 +137,7 @@ class EmbeddingLoader(OwnLoader):
         return epoch.batches()
 
     def _not_empty(self, rest: Generator[Any, None, None]) -> Generator[Any, None, None]:
-        """The rest of an epoch, or the next epoch if nothing is left: trainers make little of an epoch without batches.
+        """The rest of an epoch, or the next epoch if nothing is left: trainers cope badly with an empty epoch.
 
         Lightning makes an iterator to see that it can, which it drops: until one is used, a loaded state waits.
         """
@@ -264,12 +267,13 @@ class EmbeddingLoader(OwnLoader):
 
         The loop received `epochs`, `batches`, `texts` and `tokens`. Of the texts, `cut_texts` were truncated, by
         `cut_words` (known where texts are lists of words) and `cut_tokens` in all. `bad_records` and `bad_shards` were
-        skipped, as `max_bad_records` allows; the log names them. `left_texts` reached no loop, because another rank had
-        finished and `uneven="stop"`; they are counted for two seconds, so there may be more. `encoded_tokens` went to
-        the encoder in `encode_calls`. Not in them are texts found in a cache, and `repeated_texts`, which were in the
-        same call already (a cache counts its own). `padding_share` is the share of padding if each batch were padded to
-        its longest text. `known_words_share` of the words came from the word cache (those of `TokenCollate` are not
-        counted). A stream has `workers`, and `lanes` of this rank: no more workers than lanes have work.
+        skipped, as `max_bad_records` allows; the log names them. `dropped_records` were dropped by `keep=` or `map=`.
+        `left_texts` reached no loop, because another rank had finished and `uneven="stop"`; they are counted for two
+        seconds, so there may be more. `encoded_tokens` went to the encoder in `encode_calls`. Not in them are texts
+        found in a cache, and `repeated_texts`, which were in the same call already (a cache counts its own).
+        `padding_share` is the share of padding if each batch were padded to its longest text. `known_words_share` of
+        the words came from the word cache (those of `TokenCollate` are not counted). A stream has `workers`, and
+        `lanes` of this rank: no more workers than lanes have work.
 
         Seconds: `read_s` waiting for the wrapped loader, or for the shards, which are tokenized as they are read;
         `tokenize_s` tokenizing a wrapped loader's texts; `lookup_s` in the cache; `encode_s` encoding (on CUDA:
@@ -287,6 +291,7 @@ class EmbeddingLoader(OwnLoader):
             own = range(self._stream.rank, self._stream.num_lanes, self._stream.world_size)
             stats["workers"], stats["lanes"] = getattr(self._source, "num_workers", 0), len(own)
         stats["bad_records"], stats["bad_shards"] = (0, 0) if bad is None else (bad.all_records, bad.all_shards)
+        stats["dropped_records"] = 0 if bad is None else bad.all_dropped
         stats["known_words_share"] = self._known_words.share()
         if self._cached is not None:
             stats["encode_calls"], stats["encoded_tokens"] = self._cached.encode_calls, self._cached.encoded_tokens
@@ -307,8 +312,13 @@ class EmbeddingLoader(OwnLoader):
         return stats
 
     def bottleneck(self) -> str:
-        """Say in one sentence what the training loop waits for, and what would help."""
-        return bottleneck(self.stats(), getattr(self.encoder, "dtype", None))
+        """Say in one sentence what the training loop waits for, and what would help.
+
+        It is about the last iteration, from its start on. A second sentence says so where other processes hold the
+        cores (on Linux).
+        """
+        since = self._since
+        return bottleneck(since.stats(self.stats()), getattr(self.encoder, "dtype", None), since.queued_share())
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Write a trace of the stages, the last 20,000 spans, for chrome://tracing or ui.perfetto.dev.

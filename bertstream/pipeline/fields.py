@@ -37,7 +37,7 @@ def as_fields(text: Field | Sequence[Field] | None, option: str = "text") -> tup
 
 
 def check_pair(pair: Field | None, fields: tuple[Field, ...] | None) -> None:
-    """Refuse a field of second texts unless there is exactly one field, another one, of first texts."""
+    """Refuse `pair=` unless exactly one other field holds the first texts."""
     if pair is not None and fields == (pair,):
         raise ConfigError(f"pair={pair!r} is also the field of the first text: name the second's")
     if pair is not None and (fields is None or len(fields) > 1):
@@ -139,7 +139,9 @@ def texts_of(
         if isinstance(texts, BertstreamError):  # from a `TokenCollate` within the user's own collate_fn
             raise texts
         if pair is not None:
-            out[field] = tokenize_batch(tokenizer, _paired(texts, get_field(batch, pair, "pair"), field, pair))
+            out[field] = tokenize_batch(
+                tokenizer, _paired(texts, get_field(batch, pair, "pair"), field, pair), keep_text=True
+            )
             continue
         out[field] = texts if isinstance(texts, TokenBatch) else _tokenized(texts, field, batch, tokenizer)
     return out
@@ -227,7 +229,7 @@ def _tokenized(texts: Any, field: Field | None, batch: Any, tokenizer: SupportsT
     if bare and any(isinstance(entry, (Tensor, np.ndarray)) for entry in texts):
         raise ConfigError(f"the batch is {describe(batch)}, one entry per field: say where the texts are, with text=0")
     _check_texts(texts, where)
-    return tokenize_batch(tokenizer, texts)
+    return tokenize_batch(tokenizer, texts, keep_text=True)
 
 
 def _check_texts(texts: Any, where: str) -> None:

@@ -73,7 +73,7 @@ def in_lockstep(
         offers: list[list[Any] | None] | None = exchange(offer or (None if met_broken else []))
         if offers is None:
             return
-        if not agreed_on and stream.progress.from_the_top and any(offers):
+        if not agreed_on and stream.progress.from_the_top and (any(offers) or [] in offers):
             _refuse_ranks_without_data(offers, pad=pad)
         if not (any(offers) if pad else all(offers)):
             status.ranks_have_ended = True

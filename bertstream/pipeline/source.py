@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from ..cursors import Cursor
 from ..errors import BertstreamError
 from ..reading.dataset import TextStream
 from ..reading.lane_batches import LaneEnd
 from ..reading.messages import StreamLoader
-from ..tokens import Cursor, TokenBatch
+from ..tokens import TokenBatch
 from .clocks import StageClocks
 from .progress import Entry, Progress, ProgressInStream
 

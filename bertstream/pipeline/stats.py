@@ -7,12 +7,17 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import counted
+from ..system.process import cpu_and_queue_s
 
 LOOP = ("step", "wait")
 """The stages of the training loop."""
 
 WORK = ("read", "tokenize", "lookup", "encode", "hand_over")
 """The work on a batch. It is part of "wait", except where a worker runs ahead: then only "hand_over" is."""
+
+
+_CROWDED = 1 / 3
+"""The share of its time that a process may wait for cores before `bottleneck` says so."""
 
 
 class KnownWords:
@@ -72,18 +77,59 @@ _ADVICE = {
     "read": ("Reading", "more workers (num_workers=), larger or local shards, or shard_cache="),
     "tokenize": ("Tokenizing", "worker processes (num_workers= of stream, or TokenCollate with wrap)"),
     "lookup": ("The cache's look-up", "larger batches"),
-    "encode": ("Encoding", "a lower layer, another device"),
+    "encode": ("Encoding", "another device, a smaller model, or a lower layer, at a price in quality"),
     "hand_over": ("Laying out the batch", "layout=None, which yields the packed rows"),
 }
 
 
-def bottleneck(stats: Mapping[str, float], dtype: torch.dtype | None = None) -> str:
-    """Say in one sentence what a training loop waits for, and what would help.
+class Since:
+    """What has happened since this was made: of a loader's counts, and of the cores that its process had.
+
+    Args:
+        stats: of `EmbeddingLoader.stats`, now.
+    """
+
+    def __init__(self, stats: Mapping[str, float]) -> None:
+        self._stats = stats
+        self._cpu_s, self._queue_s = cpu_and_queue_s()
+
+    def stats(self, now: Mapping[str, float]) -> dict[str, float]:
+        """What `bottleneck` needs of the stats, as if all had begun then."""
+        added = {
+            name: value - self._stats.get(name, 0.0)
+            for name, value in now.items()
+            if name in _ADDED or (name.endswith("_s") and not name.endswith("_per_s"))
+        }
+        return {**now, **added}
+
+    def queued_share(self) -> float:
+        """Of the time in which its threads could have run, the share in which others held the cores."""
+        cpu_s, queue_s = cpu_and_queue_s()
+        ran, queued = max(0.0, cpu_s - self._cpu_s), max(0.0, queue_s - self._queue_s)
+        return queued / (ran + queued) if ran + queued else 0.0
+
+
+_ADDED = ("batches", "cache_memory_hits", "cache_disk_hits", "cache_misses")
+
+
+def bottleneck(stats: Mapping[str, float], dtype: torch.dtype | None = None, queued_share: float = 0.0) -> str:
+    """Say in one sentence what a training loop waits for, and what would help; in a second one, if cores are taken.
 
     Args:
         stats: of `EmbeddingLoader.stats`; the `*_s` seconds and the numbers of batches, workers and lanes are used.
         dtype: the encoder's, if it has one.
+        queued_share: of `Since.queued_share`.
     """
+    found = _bottleneck(stats, dtype)
+    if stats["batches"] and queued_share > _CROWDED:
+        found += (
+            f" Its threads waited for a core {queued_share:.0%} of the time that they could have run: other processes "
+            "hold the cores, or it has more workers than cores."
+        )
+    return found
+
+
+def _bottleneck(stats: Mapping[str, float], dtype: torch.dtype | None) -> str:
     wait, step = stats["wait_s"], stats["step_s"]
     if not stats["batches"]:
         return "No batch was received yet."
@@ -98,6 +144,8 @@ def bottleneck(stats: Mapping[str, float], dtype: torch.dtype | None = None) -> 
         help_with = f"dtype='bfloat16' where the device is fast at it, {help_with}"
     if slowest == "encode" and "cache_misses" not in stats:
         help_with = f"a cache, {help_with}"
+    elif slowest == "encode":
+        help_with = f"{_of_cache(stats)}, {help_with}"
     if slowest == "lookup" and 2 * stats.get("cache_disk_read_s", 0.0) > works["lookup"]:
         help_with = f"more memory= for the cache, a faster disk, {help_with}"
     if slowest == "read" and stats.get("lanes"):
@@ -111,6 +159,13 @@ def bottleneck(stats: Mapping[str, float], dtype: torch.dtype | None = None) -> 
         f"{name} is the bottleneck: the loop waits for batches {share:.0%} of its time, and this is {part:.0%} of the "
         f"work on them. What would help: {help_with}."
     )
+
+
+def _of_cache(stats: Mapping[str, float]) -> str:
+    """What would help where a cache is there, and the encoder still is the bottleneck."""
+    hits, misses = stats.get("cache_memory_hits", 0.0) + stats.get("cache_disk_hits", 0.0), stats["cache_misses"]
+    missed = f"{misses / (hits + misses):.0%}" if hits + misses else "none"
+    return f"nothing in later epochs, if the cache holds all texts (it lacked {missed} of those asked for)"
 
 
 def _more_readers(workers: int, lanes: int) -> str:

@@ -1,4 +1,4 @@
-"""Counts broken records and shards, and stops at the limit the user set."""
+"""Counts broken records and shards, and stops at the limit the user set; counts dropped records too."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ class BadRecords:
 
     Attributes:
         limit: how many may be skipped; below 1 a fraction of the records read, judged after 1,000 records.
-        read: records read in this epoch, broken ones included.
+        read: records read in this epoch, broken and dropped ones included.
         records: broken records skipped in this epoch, and records known to be lost with shards that were given up.
         given_up: shards given up in this epoch: the rest of each, or of some of its pieces, was skipped. What a shard
             holds beyond its last cut is not known, nor is anything of one that was not cut.
         first: messages of the first ten.
+        dropped: records that `keep=` and `map=` dropped in this epoch, which no limit counts.
         all_records: as `records`, over all epochs of this process.
         all_shards: as the number of `given_up`, over all epochs of this process.
+        all_dropped: as `dropped`, over all epochs of this process.
     """
 
     limit: float
@@ -34,12 +36,14 @@ class BadRecords:
     records: int = 0
     given_up: list[str] = field(default_factory=list)
     first: list[str] = field(default_factory=list)
+    dropped: int = 0
     all_records: int = 0
     all_shards: int = 0
+    all_dropped: int = 0
 
     def reset(self) -> None:
         """Start an epoch: it meets the same broken records as the last one."""
-        self.read = self.records = 0
+        self.read = self.records = self.dropped = 0
         self.given_up, self.first = [], []
 
     def add(self, report: ReadReport) -> None:
@@ -49,6 +53,8 @@ class BadRecords:
             ShardError: the limit is exceeded; the message names the first ones.
         """
         self.read += report.read
+        self.dropped += report.dropped
+        self.all_dropped += report.dropped
         for error in report.bad:
             self.records += error.records or 0
             self.all_records += error.records or 0
@@ -78,19 +84,31 @@ class BadRecords:
             )
 
     def check_some_were_good(self) -> None:
-        """At the end of an epoch, refuse one without a good record.
+        """At the end of an epoch, refuse one without a good record; one whose records were all dropped is only logged.
 
         Raises:
             ShardError: every record was skipped: no fraction of nothing is exceeded, and the epoch would be empty.
         """
         if self.first and self.read == self.records:
-            raise ShardError("no record of the epoch was good, so this is no stray fault: " + "; ".join(self.first))
+            raise ShardError("every record of the epoch was broken: " + "; ".join(self.first))
+        if self.dropped and self.read == self.records + self.dropped:
+            logger.warning("keep= and map= dropped all of the epoch's records, %d: it has no batch", self.dropped)
 
     def to_json(self) -> dict[str, Any]:
         """This epoch's counts, which do not change with later ones."""
-        return {"read": self.read, "records": self.records, "given_up": [*self.given_up], "first": [*self.first]}
+        dropped = (
+            {"dropped": self.dropped} if self.dropped else {}
+        )  # so that states are as before there was such a count
+        return {
+            "read": self.read,
+            "records": self.records,
+            "given_up": [*self.given_up],
+            "first": [*self.first],
+            **dropped,
+        }
 
     def load(self, counts: dict[str, Any]) -> None:
         """Continue from `to_json`'s counts."""
         self.read, self.records = counts["read"], counts["records"]
         self.given_up, self.first = list(counts["given_up"]), list(counts["first"])
+        self.dropped = counts.get("dropped", 0)

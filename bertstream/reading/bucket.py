@@ -61,8 +61,11 @@ def add_fields(batch: TokenBatch, records: Sequence[Record], *, keep_text_as: st
     names = dict.fromkeys(name for record in records for name in record.fields)
     batch.fields = {name: stack_column([record.fields.get(name) for record in records]) for name in names}
     if keep_text_as is not None:
-        texts = (record.text for record in records)
-        batch.fields[keep_text_as] = [text.input_ids if isinstance(text, TokenizedText) else text for text in texts]
+        texts = [record.text for record in records]
+        shown = [text.input_ids if isinstance(text, TokenizedText) else text for text in texts]
+        batch.fields[keep_text_as] = shown
+        if not any(isinstance(text, TokenizedText) for text in texts):  # which have no characters
+            batch.texts = shown
     batch.fields["__key__"] = [record.key for record in records]
     batch.fields["__shard__"] = [record.shard for record in records]
     batch.fields["__index__"] = np.array([record.index for record in records], np.int64)

@@ -5,33 +5,37 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..cursors import Cursor
 from ..errors import BertstreamError, ConfigError, StateError, check_at_least
 from ..system.distributed import rank_and_world_size
 from ..system.process import collect_garbage_rarely, exit_with_parent
-from ..tokens import Cursor, SupportsTokenize, TokenBatch
+from ..tokens import SupportsTokenize, TokenBatch
 from .access import DEFAULT_ACCESS
 from .bad_records import BadRecords
 from .config import StreamConfig
 from .delimited import first_rows_decide, reads_unquoted
+from .functions import Keep, Map, name_of
 from .lane_batches import LaneBatches, LaneEnd
 from .layout import Layout, lay_out
-from .options import ReadOptions
+from .options import Fields, ReadOptions
 from .pieces import count_records
-from .rows import is_rows
+from .records import begins_with_ids
+from .rows import find_rows, name_of_rows
 from .shards import Piece, expand_shards
 from .state import StreamProgress, layout_ranks_of
 
 logger = logging.getLogger(__name__)
 
 _ROWS_OF_0_1_0 = {
-    option: str(getattr(DEFAULT_ACCESS, option)) for option in ("delimiter", "header", "encoding", "max_record_bytes")
+    option: str(getattr(DEFAULT_ACCESS, option))
+    for option in ("format", "delimiter", "header", "encoding", "max_record_bytes")
 } | {"quoting": "standard"}
 """How version 0.1.0 read rows. A state holds only what differs, so that the states of then fit."""
 
@@ -67,7 +71,10 @@ class TextStream(IterableDataset[TokenBatch]):
             its own.
         shuffle: shuffles shards, and batches within a bucket, by seed and epoch. Without it the order is fixed.
         seed: of the shuffle.
-        fields: which other fields a batch carries: names, or name -> function of the raw value; None carries all.
+        fields: which other fields a batch carries: names, or name -> function of the raw value, or a list of labels
+            that become numbers; None carries all.
+        keep: whether a record, a dict of all its fields, is read; called in the workers, as `map` is.
+        map: the record to read instead of one that is kept, or None to drop it.
         keep_text_as: the field under which the raw text stays in the batch; None drops it.
         reading: how shards are read.
     Raises:
@@ -86,7 +93,9 @@ class TextStream(IterableDataset[TokenBatch]):
         max_tokens: int | None = None,
         shuffle: bool = False,
         seed: int = 0,
-        fields: Mapping[str, Callable[[Any], Any]] | Sequence[str] | None = None,
+        fields: Fields = None,
+        keep: Keep | None = None,
+        map: Map | None = None,
         keep_text_as: str | None = None,
         reading: StreamConfig | None = None,
     ) -> None:
@@ -100,12 +109,20 @@ class TextStream(IterableDataset[TokenBatch]):
         self._shuffle = shuffle
         self._seed = seed
         self._reading = reading = reading or StreamConfig()
-        rows = shards if is_rows(shards) else None
-        identity = getattr(encoder.tokenizer, "ids_identity", None)
-        self._options = ReadOptions(text=text, pair=pair, fields=fields, access=reading, rows=rows, tokenizer=identity)
+        rows = find_rows(shards)
+        self._options = ReadOptions(
+            text=text,
+            pair=pair,
+            fields=fields,
+            keep=keep,
+            map=map,
+            access=reading,
+            rows=rows,
+            tokenizer=getattr(encoder.tokenizer, "ids_identity", None),
+        )
         self.text = text
         self.uneven, self.rank_timeout_s = reading.uneven, reading.rank_timeout_s
-        self.shards = [type(rows).__name__] if rows is not None else expand_shards(shards, reading)
+        self.shards = [name_of_rows(rows)] if rows is not None else expand_shards(shards, reading)
         if repeated := [path for path, times in Counter(self.shards).items() if times > 1]:
             logger.warning(
                 "%d shards are named more than once and are read as many times: %s", len(repeated), repeated[0]
@@ -118,6 +135,13 @@ class TextStream(IterableDataset[TokenBatch]):
             if self.uneven != "leave" or self.world_size > layout.lanes:
                 raise ConfigError(refusal)
             logger.warning("some ranks have no data: %s", refusal)
+        if not getattr(encoder.tokenizer, "takes_texts", True) and not begins_with_ids(
+            layout.pieces[0][0], self._options
+        ):
+            raise ConfigError(
+                f"text={text!r}: the encoder has no tokenizer and takes ids alone; make it with its model's tokenizer, "
+                "Encoder(model, tokenizer), or name a field of ids, such as 'input_ids'"
+            )
         self._batches = LaneBatches(
             tokenizer=encoder.tokenizer,
             options=self._options,
@@ -157,6 +181,11 @@ class TextStream(IterableDataset[TokenBatch]):
             "text": list(self._options.texts),
             "passes_over_bad_records": self._reading.max_bad_records > 0,
             **self._format_settings,
+            **{
+                name: name_of(function)  # only where there is one: states of before have no such entries
+                for name in ("keep", "map")
+                if (function := getattr(self._options, name)) is not None
+            },
             "tokenizer": self._tokenizer_digest,
             "shards": layout.digest,
         }
@@ -244,9 +273,10 @@ class TextStream(IterableDataset[TokenBatch]):
     def count_records(self) -> int | None:
         """Records of an epoch, broken ones included, where counting is much faster than reading; else None.
 
-        That is for one rank, and Parquet shards, uncompressed files on a local disk, or rows that have a length.
+        That is for one rank, and Parquet shards, uncompressed files on a local disk, or rows that have a length;
+        without `keep=` and `map=`, which may drop any number.
         """
-        if self.world_size > 1:
+        if self.world_size > 1 or self._options.keep is not None or self._options.map is not None:
             return None
         if (rows := self._options.rows) is not None:
             return len(rows) if hasattr(rows, "__len__") else None

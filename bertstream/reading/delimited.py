@@ -40,7 +40,7 @@ def read_csv(stream: BinaryIO, piece: Piece, options: ReadOptions, *, delimiter:
         ShardError: the header is broken, or lacks a required column.
     """
     table = Table(stream, piece.path, options.access, delimiter)
-    for name in options.required:
+    for name in options.stored:
         if table.columns and name not in table.columns:
             message = f"{piece.path}, field {name!r}: the header has no such column; it has {excerpt(table.columns)}"
             raise ShardError(message + table.hint(), path=piece.path, field=name)
@@ -194,7 +194,7 @@ class Table:
 
 def first_rows_decide(path: str, access: Access) -> bool:
     """Whether the first rows of this shard say how it is quoted."""
-    kind = shard_kind(path)
+    kind = shard_kind(path, access)
     return kind.format in DELIMITERS and _asks_first_rows(access, DELIMITERS[kind.format])
 
 
@@ -206,7 +206,7 @@ def reads_unquoted(path: str, access: Access) -> bool:
     """
     if not first_rows_decide(path, access):
         return False
-    kind = shard_kind(path)
+    kind = shard_kind(path, access)
     try:
         with open_bytes(path, access, kind.compression) as stream:
             sample = _FirstLines(read_lines(stream, 0, access.max_record_bytes))

@@ -9,8 +9,9 @@ from itertools import islice
 
 import numpy as np
 
+from ..cursors import Cursor
 from ..errors import BertstreamError, EncoderError, ShardError
-from ..tokens import Cursor, Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch, TokenizedText
+from ..tokens import Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch, TokenizedText
 from .bucket import add_fields, cut_bucket
 from .config import StreamConfig
 from .lanes import LaneReader
@@ -83,7 +84,7 @@ class LaneBatches:
         bucket = _Bucket(start, size)
         if not start.batch:  # as for `read` below
             reader.may_skip = self._may_skip
-        read = 0  # since the last batch, like `bad`
+        read = dropped = 0  # since the last batch, like `bad`
         bad: list[ShardError] = []
         words = np.zeros(2, np.int64)
         try:
@@ -92,22 +93,23 @@ class LaneBatches:
                 if bucket.error is not None:
                     raise bucket.error
                 if not bucket.start.batch:  # otherwise its report was counted before the state was saved
-                    read += bucket.read + sum(error.records or 0 for error in bucket.skipped)
+                    read += bucket.read + bucket.dropped + sum(error.records or 0 for error in bucket.skipped)
+                    dropped += bucket.dropped
                     bad += bucket.skipped + bucket.refused
                 words += bucket.words
                 # Above the limit nobody receives the bucket, which is not whole.
                 if not bucket.read or reader.may_skip < 0:
-                    yield LaneEnd(start.lane, ReadReport(read, tuple(bad), _pair(words)))
+                    yield LaneEnd(start.lane, ReadReport(read, tuple(bad), _pair(words), dropped))
                     return
                 following = _Bucket(bucket.end, self.reading.bucket_size)
                 reader.may_skip = self._may_skip
                 tokens = bucket.join()
                 batches = self._cut(tokens.lengths, bucket.start)
                 for number, batch in enumerate(self._batches_of(bucket, tokens, batches), 1 + bucket.start.batch):
-                    batch.report = ReadReport(read, tuple(bad), _pair(words)) if read else None
+                    batch.report = ReadReport(read, tuple(bad), _pair(words), dropped) if read else None
                     if read:
                         words[:] = 0
-                    read, bad = 0, []
+                    read, dropped, bad = 0, 0, []
                     yield batch
                     due = following.size * number // len(batches)
                     if due - following.read >= _TOKENIZE_CHUNK:
@@ -131,11 +133,13 @@ class LaneBatches:
         """Read and tokenize until the bucket has `count` records; an error is kept until the bucket's turn."""
         try:
             while bucket.read < count and not bucket.at_end and bucket.error is None:
+                dropped = reader.dropped
                 chunk = list(islice(iter(reader.read, None), min(_TOKENIZE_CHUNK, count - bucket.read)))
                 bucket.at_end = not chunk
                 bucket.read += len(chunk)
                 bucket.end = reader.cursor(bucket.start)
                 bucket.skipped += reader.take_bad()
+                bucket.dropped += reader.dropped - dropped
                 counted = self._word_count
                 records, tokens, refused = self._tokenized(chunk)
                 bucket.words += self._word_count - counted
@@ -211,7 +215,7 @@ class _Bucket:
         self.size = size
         self.end = start
         """The lane's cursor after it."""
-        self.read = 0
+        self.read = self.dropped = 0
         self.at_end = False
         self.records: list[Record] = []
         self.chunks: list[TokenBatch] = []

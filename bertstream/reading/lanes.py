@@ -12,8 +12,9 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from ..cursors import Cursor, OpenPiece
 from ..errors import ShardError
-from ..tokens import Cursor, OpenPiece, Record
+from ..tokens import Record
 from .options import ReadOptions
 from .records import read_records
 from .shards import Piece
@@ -32,6 +33,7 @@ class LaneReader:
     Attributes:
         may_skip: how many more broken records and shards it skips. Below 0 nothing more is read: the limit of the epoch
             is exceeded by this lane alone, which its report says.
+        dropped: how many records `keep=` and `map=` have dropped.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class LaneReader:
         self._options = options
         self._tolerant = tolerant
         self.may_skip = math.inf
+        self.dropped = 0
         self._next = start.next_piece
         self._open = deque(_Opened(*opened, start=pieces[opened.piece].start) for opened in start.open)
         self._bad: list[ShardError] = []
@@ -77,6 +80,9 @@ class LaneReader:
         self._bad.clear()  # in place: readers hold the list
         return bad
 
+    def _drop(self) -> None:
+        self.dropped += 1
+
     def _skip(self, error: ShardError) -> bool:
         self._bad.append(error)
         # A shard that is given up counts as one however many of its pieces are: those are not counted here.
@@ -99,7 +105,7 @@ class LaneReader:
             if opened.reader is None:
                 piece, skip = _rest(self._pieces[opened.piece], opened)
                 on_bad = self._skip if self._tolerant else None
-                opened.reader = read_records(piece, self._options, skip=skip, on_bad=on_bad)
+                opened.reader = read_records(piece, self._options, skip=skip, on_bad=on_bad, on_drop=self._drop)
             return next(opened.reader, None)
         except ShardError as error:
             if not self._tolerant or not error.skippable:

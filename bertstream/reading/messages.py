@@ -16,8 +16,9 @@ from .dataset import StreamItem, TextStream
 MessageItem: TypeAlias = StreamItem | ExceptionWrapper | None
 """What a worker sends: also errors that are not bertstream's, and None after its last item."""
 
-MESSAGE = 4
-"""Batches in a message: the loop waits for all of them, and they take up memory together."""
+MESSAGE = 8
+"""Batches in a message. The loop waits for all of them, and they take up memory together; but with 4 in a message the
+loop's thread took 0.12 s for a million tokens, with 8 it took 0.075."""
 
 AHEAD = 16 // MESSAGE
 """Messages that each worker process may have ready, 16 batches. Workers take turns, so one that is late for a
@@ -40,7 +41,7 @@ class StreamMessages(IterableDataset[list[MessageItem]]):
 
     def __iter__(self) -> Iterator[list[MessageItem]]:
         items = chain(self._stream.items(), [None])
-        for size in chain((1, 2), repeat(MESSAGE)):
+        for size in chain((1, 2, 4), repeat(MESSAGE)):
             message: list[MessageItem] = []
             try:
                 for item in islice(items, size):

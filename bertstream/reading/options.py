@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from ..errors import ConfigError, described
+from ..paths import find, splits
 from ..tokens import Text, TokenizedText
 from .access import DEFAULT_ACCESS, Access
-from .raw import RecordError, excerpt
-from .token_ids import is_ids, take_ids
+from .functions import Keep, Map, NumberOf, check_functions, kept_and_mapped
+from .raw import BOM, RecordError, excerpt, parse_text
+from .token_ids import BESIDE_IDS, ids_of
+
+Fields: TypeAlias = Mapping[str, Callable[[Any], Any] | Sequence[str]] | Sequence[str] | None
+"""The option `fields`, see `ReadOptions`."""
 
 RESERVED = ("__key__", "__shard__", "__index__", "__repeated__")
 """Fields that a batch has of its own."""
@@ -21,28 +26,37 @@ class ReadOptions:
     """What is read of each record, and how shards are opened. Pickles if its functions do.
 
     Attributes:
-        text: the field that holds the text: a str, a list of str (words), or a list of int (token ids).
+        text: the field that holds the text: a str, UTF-8 bytes, a list of str (words), or a list of int (token ids). A
+            path such as "data.text" leads to what nested objects hold; so do the names of the other options.
         pair: the field that holds the second text of a pair; None if records are single texts.
         fields: the other fields to keep. None keeps all; names keep only these; a mapping from names to functions keeps
-            these, each passed through its function.
+            these, each passed through its function; a list of labels in place of a function makes numbers of them.
+        keep: says of a record, a dict of all its fields, whether it is read at all.
+        map: makes the record of one that is kept, or None to drop it.
         access: how shards are opened.
         rows: a dataset to read instead of shards, see `split_rows`; None for shards.
         epoch: of the stream; a streaming dataset that shuffles itself has another order in each.
         tokenizer: what token ids depend on, by name, to refuse Parquet files that `bertstream.tokenize` wrote with
             another tokenizer; None refuses none.
-        required: the fields that every record must have: the texts, and the names in `fields`.
+        required: the fields that every record must have in the end: the texts, and the names in `fields`.
+        stored: those of them that shards must hold: none where `map` may make them.
+        wanted: the keys and columns to read; None for all.
     Raises:
         ConfigError: an argument has the wrong type, `fields` names a text, or a name is one of `RESERVED`.
     """
 
     text: str = "text"
     pair: str | None = None
-    fields: Mapping[str, Callable[[Any], Any]] | Sequence[str] | None = None
+    fields: Fields = None
+    keep: Keep | None = None
+    map: Map | None = None
     access: Access = DEFAULT_ACCESS
     rows: Any = field(default=None, repr=False)
     epoch: int = 0
     tokenizer: Mapping[str, Any] | None = field(default=None, repr=False)
     required: tuple[str, ...] = field(init=False, repr=False)
+    stored: tuple[str, ...] = field(init=False, repr=False)
+    wanted: frozenset[str] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text:
@@ -63,9 +77,16 @@ class ReadOptions:
         for text in self.texts:
             if text in names:
                 raise ConfigError(f"fields lists the other fields: leave out {text!r}, which is the text")
-        if isinstance(self.fields, Mapping) and not all(callable(function) for function in self.fields.values()):
-            raise ConfigError(f"fields maps names to functions; got {dict(self.fields)!r}")
-        object.__setattr__(self, "required", (*self.texts, *names))
+        if isinstance(self.fields, Mapping):
+            functions = {name: _as_function(name, function) for name, function in self.fields.items()}
+            object.__setattr__(self, "fields", functions)
+        check_functions(self.keep, self.map)
+        required = (*self.texts, *names)
+        chooses = self.keep is not None or self.map is not None
+        keys = frozenset(head for name in required for head, _ in splits(name))
+        object.__setattr__(self, "required", required)
+        object.__setattr__(self, "stored", () if self.map is not None else required)
+        object.__setattr__(self, "wanted", None if self.fields is None or chooses else keys)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -73,44 +94,79 @@ class ReadOptions:
         return (self.text,) if self.pair is None else (self.text, self.pair)
 
 
-def take_text_and_fields(values: dict[str, Any], options: ReadOptions) -> tuple[Text | TokenizedText, dict[str, Any]]:
+def _as_function(name: str, function: Callable[[Any], Any] | Sequence[str]) -> Callable[[Any], Any]:
+    if callable(function):
+        return function
+    if isinstance(function, str) or not isinstance(function, Sequence):
+        raise ConfigError(f"fields maps names to functions, or to lists of labels; got {name!r}: {function!r}")
+    return NumberOf(function, name)
+
+
+def take_text_and_fields(
+    values: dict[str, Any], options: ReadOptions
+) -> tuple[Text | TokenizedText, dict[str, Any]] | None:
     """Separate a record's text from its other fields, and keep the wanted ones.
 
     Args:
-        values: the record's fields; the texts are removed from it.
+        values: the record's fields; may be changed.
         options: what to take.
+    Returns:
+        None for a record that `keep` or `map` drops.
     Raises:
         RecordError: a required field is missing, a text is no text, a field that is kept has the name of one that each
-            batch has of its own, or a function of `fields` raised.
+            batch has of its own, or a user's function raised.
     """
+    if options.keep is not None or options.map is not None:
+        for name in options.texts:
+            if isinstance(values.get(name), bytes):
+                values[name] = parse_text(values[name].removeprefix(BOM), name)
+        chosen = kept_and_mapped(values, options.keep, options.map)
+        if chosen is None:
+            return None
+        values = chosen
     check_required(options, values)
-    value = values.pop(options.text)
-    if type(value) is not str and is_ids(value, values):
-        if options.pair is not None:
-            raise RecordError("ids are of both texts of a pair: leave out pair=, or name fields of text", options.text)
-        text: Text | TokenizedText = take_ids(value, values, options.text, options.required)
-    else:
-        text = _checked_text(value, options.text)
+    text = _text_in(values, options)
     if options.pair is not None:
-        second = _checked_text(values.pop(options.pair), options.pair)
+        if isinstance(text, TokenizedText):
+            raise RecordError("ids are of both texts of a pair: leave out pair=, or name fields of text", options.text)
+        second = _checked_text(_value(values, options.pair), options.pair)
         if type(second) is not type(text):
             raise RecordError("the two texts of a pair must both be strings, or both lists of words", options.pair)
         text = cast(Text, (text, second))
     if options.fields is None:
+        if isinstance(text, TokenizedText) and options.text in values:
+            for name in BESIDE_IDS:
+                values.pop(name, None)
+        for name in options.texts:
+            values.pop(name, None)  # an object that holds a text further down stays whole: it may be the user's own
         for name in RESERVED:
             if name in values:
                 raise RecordError("each batch has a field of this name: rename it, or name others with fields=", name)
         return text, values
     if not isinstance(options.fields, Mapping):
-        return text, {name: values[name] for name in options.fields}
+        return text, {name: _value(values, name) for name in options.fields}
     fields = {}
     for name, function in options.fields.items():
+        value = _value(values, name)
         try:
-            fields[name] = function(values[name])
+            fields[name] = cast(Callable[[Any], Any], function)(value)
+        except RecordError as error:
+            raise RecordError(str(error), name) from error.__cause__
         except Exception as error:  # a user's function may raise anything; it stays attached as the cause
-            message = f"the function for this field raised {described(error)} on {excerpt(values[name])}"
-            raise RecordError(message, name) from error
+            raise RecordError(
+                f"the function for this field raised {described(error)} on {excerpt(value)}", name
+            ) from error
     return text, fields
+
+
+def _text_in(values: Mapping[str, Any], options: ReadOptions) -> Text | TokenizedText:
+    text = _value(values, options.text)
+    ids = None if isinstance(text, str) else ids_of(text, values, options.text)
+    return _checked_text(text, options.text) if ids is None else ids
+
+
+def _value(values: Mapping[str, Any], name: str) -> Any:
+    return values[name] if name in values else find(values, name)
 
 
 def check_required(options: ReadOptions, values: Mapping[str, Any], unread: Sequence[str] = ()) -> None:
@@ -125,12 +181,18 @@ def check_required(options: ReadOptions, values: Mapping[str, Any], unread: Sequ
     """
     for name in options.required:
         if name not in values:
-            raise RecordError(f"the record has no such field; it has {excerpt(sorted([*values, *unread]))}", name)
+            try:
+                find(values, name)
+            except KeyError:
+                there = excerpt(sorted(map(str, [*values, *unread])))
+                raise RecordError(f"the record has no such field; it has {there}", name) from None
 
 
 def _checked_text(text: Any, name: str) -> str | list[str]:
     if type(text) is str and text.isascii():  # the common case; the checks below take a microsecond
         return text
+    if isinstance(text, bytes):
+        text = parse_text(text.removeprefix(BOM), name)
     words = [text] if isinstance(text, str) else text
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise RecordError(f"a text is a string or a list of strings, not {excerpt(text)}", name)

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any, BinaryIO, TypeAlias
 
 from ..errors import ShardError, described
+from ..paths import splits
 from .faults import outside_fault
 from .options import ReadOptions
 from .raw import RawRecord, RecordError, broken, excerpt
@@ -28,9 +29,9 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
         ShardError: a required column is missing, or a wanted name is that of several columns.
     """
     file = ParquetReader(stream)
-    wanted = None if options.fields is None else list(options.required)
-    for name in options.required:
-        if name not in file.columns:
+    wanted = None if options.wanted is None else [name for name in file.columns if name in options.wanted]
+    for name in options.stored:
+        if not any(head in file.columns for head, _ in splits(name)):
             message = f"{piece.path}, field {name!r}: the file has no such column; it has {excerpt(file.columns)}"
             raise ShardError(message, path=piece.path, field=name)
     for name in wanted or file.columns:
@@ -40,6 +41,7 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
     as_columns = _as_columns
     if file.holds_ids(options.text):
         check_tokenizer(file.metadata, options.tokenizer, piece.path)
+    if file.holds_ids(options.text) and options.keep is None and options.map is None:  # which get plain lists
         as_columns = partial(columns_of_ids, field=options.text, kept=options.required)
         if wanted is not None:
             wanted += [name for name in BESIDE_IDS if name in file.columns and name not in wanted]
@@ -112,7 +114,7 @@ class ParquetReader:
 
     def holds_ids(self, column: str) -> bool:
         """Whether a column's values are lists of integers."""
-        return holds_ids(self._file.schema_arrow.field(column).type)
+        return column in self.columns and holds_ids(self._file.schema_arrow.field(column).type)
 
     def rows(
         self, number: int, columns: list[str] | None, as_columns: _AsColumns = _as_columns

@@ -3,13 +3,14 @@
     ending                 a record                                                 its key
     .tar .tgz              consecutive members that share a name up to its first    the members' common name
                            dot; a field is named by the rest of the member's name
-    .jsonl .ndjson         a line: one JSON object; blank lines are no records      <file name>:<index>
+    .jsonl .ndjson .json   a line: one JSON object; blank lines are no records      <file name>:<index>
     .csv .tsv              a row; blank lines are no records                        <file name>:<index>
     .txt                   a line, blank ones too; its only field is "text"         <file name>:<index>
     .parquet               a row                                                    <file name>:<index>
 
-`.gz` or `.zst` may follow any ending but .tgz and .parquet, which are compressed already. tar.py says how the members
-of a tar are decoded. Of a Parquet file only the wanted columns are read, one row group at a time.
+`.gz`, `.zst`, `.bz2` or `.xz` may follow any ending but .tgz and its like, and .parquet, which is compressed already.
+Without one, a compression is known by the first bytes. tar.py says how the members of a tar are decoded. Of a Parquet
+file only the wanted columns are read, one row group at a time.
 
 `pipe:command` is a shard that a shell command writes to its standard output. The ending of the command's last word
 names the format, also in a comment: `pipe:zcat a.gz # .tar`.
@@ -18,18 +19,18 @@ names the format, also in a comment: `pipe:zcat a.gz # .tar`.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import BinaryIO, TypeAlias
 
 from ..errors import ConfigError, ShardError, check_at_least, described
-from ..tokens import Record
+from ..tokens import Record, TokenizedText
 from .access import is_local
 from .delimited import DELIMITERS, read_csv
 from .faults import outside_fault
-from .files import open_bytes
-from .lines import read_jsonl, read_txt
+from .files import is_file, open_bytes
+from .lines import read_json, read_jsonl, read_txt
 from .options import ReadOptions, take_text_and_fields
 from .parquet import read_parquet
 from .raw import RawRecord, RecordError
@@ -44,6 +45,7 @@ _READERS: dict[str, _Reader] = {
     "tar": read_tar,
     "jsonl": read_jsonl,
     "ndjson": read_jsonl,
+    "json": read_json,
     "csv": partial(read_csv, delimiter=DELIMITERS["csv"]),
     "tsv": partial(read_csv, delimiter=DELIMITERS["tsv"]),
     "txt": read_txt,
@@ -52,7 +54,12 @@ _READERS: dict[str, _Reader] = {
 
 
 def read_records(
-    piece: Piece, options: ReadOptions, *, skip: int = 0, on_bad: Callable[[ShardError], bool | None] | None = None
+    piece: Piece,
+    options: ReadOptions,
+    *,
+    skip: int = 0,
+    on_bad: Callable[[ShardError], bool | None] | None = None,
+    on_drop: Callable[[], None] | None = None,
 ) -> Generator[Record, None, None]:
     """Read the records of a piece in order.
 
@@ -64,6 +71,7 @@ def read_records(
         skip: how many records of the piece to skip, broken ones included; they are counted but not parsed.
         on_bad: called with the error of each broken record, or of several at once such as a row group, which are then
             skipped, or, if it returns True, end the reading; None raises the error.
+        on_drop: called for each record that `options.keep` or `options.map` drops.
     Yields:
         Records whose `index` is their index in the shard.
     Raises:
@@ -73,10 +81,10 @@ def read_records(
             `skippable` if the machine or network failed, or the shard changed while it was read.
     """
     check_at_least("skip", skip, 0)
-    kind = shard_kind(piece.path) if options.rows is None else ShardKind("rows", "", piece.path)
+    kind = shard_kind(piece.path, options.access) if options.rows is None else ShardKind("rows", "", piece.path)
     first = piece.start if piece.offset else 0
     wanted = replace(piece, start=piece.start + skip)
-    seekable = options.rows is None and is_local(piece.path) and not kind.compression
+    seekable = False
     index = first
     check_packages(piece.path, kind)
     try:
@@ -84,8 +92,10 @@ def read_records(
             if options.rows is not None:
                 raw_records = read_rows(options.rows, wanted, options.epoch)
             else:
-                opened = open_bytes(piece.path, options.access, kind.compression, piece.version)
+                compression = None if kind.format == "parquet" else kind.compression
+                opened = open_bytes(piece.path, options.access, compression, piece.version)
                 stream = stack.enter_context(opened)
+                seekable = is_local(piece.path) and is_file(stream)
                 raw_records = _READERS[kind.format](stream, wanted, options)
             while piece.stop is None or index < piece.stop:  # checked before reading: a record after it may be broken
                 raw = next(raw_records, None)
@@ -94,7 +104,7 @@ def read_records(
                 end = index + raw.records
                 if end > wanted.start and (piece.shares == 1 or _own(wanted, index, end)):
                     try:
-                        text, fields = take_text_and_fields(raw.parse(raw.source), options)
+                        taken = take_text_and_fields(raw.parse(raw.source), options)
                     except RecordError as broken:
                         error = _at_records(broken, wanted.path, _own(wanted, index, end))
                         if on_bad is None or not error.skippable:
@@ -102,8 +112,11 @@ def read_records(
                         if on_bad(error):
                             return
                     else:
-                        offset = raw.offset if seekable else 0
-                        yield Record(text, fields, raw.key or f"{kind.stem}:{index}", piece.path, index, offset)
+                        if taken is not None:
+                            offset = raw.offset if seekable else 0
+                            yield Record(*taken, raw.key or f"{kind.stem}:{index}", piece.path, index, offset)
+                        elif on_drop is not None:
+                            on_drop()
                 index = end
     except ConfigError:
         raise
@@ -123,6 +136,14 @@ def read_records(
         piece.stop is None and index == first and options.rows is None
     ):  # a filter may leave nothing of a dataset's shard
         raise _from_record(wanted, index, f"it holds no record{f' from {first} on' if first else ''}")
+
+
+def begins_with_ids(piece: Piece, options: ReadOptions) -> bool:
+    """Whether the text of the piece's first good record is token ids; True if there is none, which reading reports."""
+    with closing(read_records(piece, options, on_bad=lambda error: None)) as records, suppress(ShardError):
+        record = next(records, None)
+        return record is None or isinstance(record.text, TokenizedText)
+    return True
 
 
 def _from_record(wanted: Piece, index: int, problem: str, *, skippable: bool = True) -> ShardError:

@@ -1,4 +1,4 @@
-"""Records of a dataset of rows (mappings), read in place of shards: Hugging Face's datasets, and lists of dicts."""
+"""Records of a dataset of rows (mappings), read in place of shards: Hugging Face's datasets, tables, lists of dicts."""
 
 from __future__ import annotations
 
@@ -15,51 +15,75 @@ from ..errors import ConfigError, described, shortened, table_columns
 from .faults import outside_fault
 from .raw import RawRecord, RecordError, excerpt
 from .shards import Piece
+from .tables import TableRows, is_table
 
 _BATCH_ROWS = 256
 
 
-def is_rows(source: Any) -> bool:
-    """Whether this is a dataset of rows rather than names of shards.
+def find_rows(source: Any) -> Any | None:
+    """A dataset of rows as `read_rows` takes it, or None if this is names of shards.
 
-    True for Hugging Face's `Dataset` and `IterableDataset`, and for lists and map-style datasets of dicts.
+    Rows are Hugging Face's `Dataset` and `IterableDataset`, tables of pandas, polars and Arrow, and lists and map-style
+    datasets of dicts.
 
     Raises:
-        ConfigError: it is neither: a mapping (a `DatasetDict`), a table, a set, a DataLoader, or has no length.
+        ConfigError: it is neither: a mapping (a `DatasetDict`), a set, a DataLoader, has no length, or has no row.
     """
     if isinstance(source, (str, os.PathLike)):
-        return False
-    if hasattr(source, "num_shards") and hasattr(source, "shard"):  # of Hugging Face
-        return True
-    _check_source(source)
-    # Not `source[0]`: of a pandas Series that is the row with the label 0.
-    if hasattr(source, "__getitem__") and len(source) > 0 and isinstance(next(iter(source)), Mapping):
-        return True
-    columns = table_columns(source)
-    if columns is not None:
+        return None
+    if is_table(source):
+        rows: Any = TableRows(source)
+    elif hasattr(source, "shard") and hasattr(source, "with_format"):  # of Hugging Face
+        rows = _without_format(source)
+        if not hasattr(rows, "__len__"):
+            return rows
+    else:
+        _check_source(source)
+        # Not `source[0]`: of a pandas Series that is the row with the label 0.
+        is_rows = hasattr(source, "__getitem__") and len(source) > 0 and isinstance(next(iter(source)), Mapping)
+        return source if is_rows else None
+    if not len(rows):
         raise ConfigError(
-            f"shards is a {type(source).__name__} of {len(source)} rows with the columns {shortened(columns)}: pass "
-            "its rows as a list of dicts, such as df.to_dict('records'), or a Hugging Face Dataset with rows, such as "
-            "datasets.Dataset.from_pandas(df)"
+            f"shards is a {type(source).__name__} of 0 rows with the columns {shortened(table_columns(rows))}: there "
+            "is nothing to read; did a filter drop every row?"
         )
-    return False
+    return rows
+
+
+def _without_format(dataset: Any) -> Any:
+    """A dataset of Hugging Face that gives Python's values, whatever its format; a transform of the user's stays.
+
+    Arrays, tensors and tables of single rows take longer to make, and would become other columns than the values.
+    """
+    form = getattr(dataset, "format", None)  # a streaming dataset has none to ask for
+    if form is None:
+        return dataset.with_format(None)
+    if form["type"] in (None, "custom"):
+        return dataset
+    return dataset.with_format(None, columns=form["columns"], output_all_columns=form["output_all_columns"])
 
 
 def _check_source(source: Any) -> None:
     kind = type(source).__name__
     if isinstance(source, Mapping):
         names = list(source)
-        example = f", such as the one under {names[0]!r}" if names else ""
-        raise ConfigError(
-            f"shards is a {kind} with the keys {shortened(names)}: pass one of its splits{example}; or a list of "
-            "dicts, one a record"
-        )
+        way_out = f"pass one of its splits, as in data[{names[0]!r}]" if names else "pass a list of dicts, one a record"
+        if names and all(isinstance(column, (list, tuple, np.ndarray)) for column in source.values()):
+            way_out = "pass a list of dicts, one a record, as in [dict(zip(data, row)) for row in zip(*data.values())]"
+        raise ConfigError(f"shards is a {kind} with the keys {shortened(names)}: {way_out}")
     if isinstance(source, Set):
         raise ConfigError(f"shards is a {kind}, which has no order: pass a list")
+    if kind == "LazyFrame":
+        raise ConfigError("shards is a LazyFrame, which has no rows yet: pass what its collect() returns")
     if isinstance(source, DataLoader) or (hasattr(source, "__getitem__") and not hasattr(source, "__len__")):
         raise ConfigError(
             f"shards is a {kind}, which has no positions to share out: use bertstream.wrap with a DataLoader"
         )
+
+
+def name_of_rows(rows: Any) -> str:
+    """What messages and states call a dataset of rows: its class, or that of its table."""
+    return rows.name if isinstance(rows, TableRows) else type(rows).__name__
 
 
 def split_rows(rows: Any, parts: int) -> list[tuple[Piece, int]]:
@@ -72,7 +96,7 @@ def split_rows(rows: Any, parts: int) -> list[tuple[Piece, int]]:
     Returns:
         The pieces in order, each with its number of rows; 1 for each shard of an `IterableDataset`.
     """
-    name = type(rows).__name__
+    name = name_of_rows(rows)
     if not hasattr(rows, "__len__"):
         return [(Piece(f"{name} shard {number} of {rows.num_shards}"), 1) for number in range(rows.num_shards)]
     bounds = np.linspace(0, len(rows), min(parts, len(rows)) + 1).astype(int).tolist()
@@ -92,7 +116,7 @@ def read_rows(rows: Any, piece: Piece, epoch: int = 0) -> Iterator[RawRecord]:
         position, stop = piece.start, len(rows) if piece.stop is None else piece.stop
         while position < stop:
             if hasattr(rows, "select"):
-                # Hugging Face's own iterator reads many rows at a time.
+                # Of tables, and of Hugging Face: many rows at a time.
                 for row in _rows_until_error(rows.select(range(position, stop))):
                     yield RawRecord(_copied, row)
                     position += 1
@@ -151,5 +175,11 @@ def _copied(row: Any) -> dict[str, Any]:
 
 
 def _plain(row: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """A row; where a format of the dataset made arrays or tensors of single numbers, they are numbers again."""
-    return {name: value.item() if getattr(value, "shape", None) == () else value for name, value in row}
+    """A row; where a table, or a function of the dataset, made arrays of single numbers or of strings, these."""
+    return {name: _plain_value(value) for name, value in row}
+
+
+def _plain_value(value: Any) -> Any:
+    if getattr(value, "shape", None) == ():
+        return value.item()
+    return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "OUT" else value

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 
-from ..errors import StateError, check_at_least, described, shortened
-from ..tokens import Cursor, OpenPiece, ReadReport
+from ..cursors import Cursor, OpenPiece
+from ..errors import ShardError, StateError, check_at_least, described, shortened
+from ..tokens import ReadReport
 from .bad_records import BadRecords
 from .lanes import LaneQueue
 from .layout import Layout
@@ -145,7 +147,7 @@ class StreamProgress:
     def end_reading(self) -> None:
         """All that this rank reads of the epoch was received. Does not move to the next epoch: see `set_epoch`."""
         self.advance([None] * self._world_size)
-        self.bad.check_some_were_good()
+        self._check_some_were_good()
 
     def end_epoch(self, epoch: int, *, received: bool = False) -> None:
         """All of the epoch was received; the next one follows, unless the loop has chosen another already.
@@ -154,13 +156,21 @@ class StreamProgress:
             epoch: that has ended.
             received: whether the loop got a batch, be it another rank's.
         Raises:
-            ShardError: every record was skipped, here and on the ranks that share batches.
+            ShardError: every record was skipped, here and on the ranks that share batches; or there was none.
         """
         if not received:
-            self.bad.check_some_were_good()
+            self._check_some_were_good()
         self._running = None
         if self.epoch == epoch:
             self.set_epoch(epoch + 1)
+
+    def _check_some_were_good(self) -> None:
+        self.bad.check_some_were_good()
+        # A worker of the user's own DataLoader, and one of several ranks, may have no record where others have some.
+        alone = self._world_size == 1 and get_worker_info() is None
+        if alone and not self.bad.read and self._running is not None:
+            path = self._running_layout.pieces[0][0].path
+            raise ShardError(f"{path}: no record in the whole epoch: did a filter drop every row?", path=path)
 
     def place(self) -> Place:
         """Where the loop is now, which `state_dict` turns into JSON."""

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import repeat
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from ..errors import ConfigError, EncoderError
+from ..paths import trail
 from ..tokens import (
     Indices,
     Int32Array,
@@ -41,36 +42,32 @@ _Part = tuple[npt.NDArray[Any], Indices]
 """The numbers of a column of lists, and where the list of each row begins in them."""
 
 
-def is_ids(value: Any, others: Iterable[str]) -> bool:
-    """Whether the value of a text's field is token ids, if only wrong ones.
-
-    Args:
-        value: of the text's field. An empty list is a text without words, unless `others` has fields of ids.
-        others: the names of the record's other fields.
-    """
-    if isinstance(value, list):
-        if not value:
-            return any(name in _LISTS for name in others)
-        return isinstance(value[0], (int, float, np.number, np.bool_))
-    if isinstance(value, np.ndarray):
-        return value.dtype.kind in "biuf"
-    return isinstance(value, (TokenizedText, Tensor))
-
-
-def take_ids(value: Any, values: dict[str, Any], field: str, kept: Sequence[str]) -> TokenizedText:
+def ids_of(value: Any, values: Mapping[str, Any], field: str) -> TokenizedText | None:
     """A record's ids as a text, with what the record says of them; padding is left out.
 
     Args:
-        value: of the text's field: numbers, or the text that `ParquetIds` made of them.
-        values: the record's other fields; those of ids are removed.
-        field: the text's, for messages.
-        kept: the names of fields of ids that stay in `values`.
+        value: of the text's field: numbers, or the text that `columns_of_ids` made of them.
+        values: the record's fields; those beside the text's, in the same object, are taken with it.
+        field: the text's name or path.
+    Returns:
+        None if the value is no list of numbers. An empty list is one of words, unless fields of ids are beside it.
     Raises:
         RecordError: an id is no whole number of 32 bits, or another field does not fit the ids.
     """
-    beside = {name: values[name] if name in kept else values.pop(name) for name in BESIDE_IDS if name in values}
     if isinstance(value, TokenizedText):
         return value
+    if isinstance(value, list):
+        if value and not isinstance(value[0], (int, float, np.number, np.bool_)):
+            return None
+    elif isinstance(value, np.ndarray):
+        if value.dtype.kind not in "biuf":
+            return None
+    elif not isinstance(value, Tensor):
+        return None
+    holder = values if field in values else trail(values, field)[-2][1]
+    beside = {name: holder[name] for name in BESIDE_IDS if isinstance(holder, Mapping) and name in holder}
+    if isinstance(value, list) and not value and not any(name in _LISTS for name in beside):
+        return None
     ids = _integers(value, field)
     lists = {name: _integers(beside[name], name) for name in _LISTS if beside.get(name) is not None}
     for name, entries in lists.items():
@@ -81,19 +78,18 @@ def take_ids(value: Any, values: dict[str, Any], field: str, kept: Sequence[str]
     return text
 
 
-def tokens_of(tokenizer: SupportsTokenize | None, texts: Sequence[Text | TokenizedText]) -> TokenBatch:
+def tokens_of(tokenizer: SupportsTokenize, texts: Sequence[Text | TokenizedText]) -> TokenBatch:
     """Texts, those that are ids among them, as one batch in their order, with hashes.
 
     Args:
-        tokenizer: takes texts; its method `ids`, if it has one, takes those that are ids, checks and cuts them. None
-            for ids alone.
+        tokenizer: takes texts; its method `ids`, if it has one, takes those that are ids, checks and cuts them.
         texts: any kinds, mixed.
     Raises:
         EncoderError: a text cannot be tokenized, or its ids are wrong; `.records` names it.
     """
     ready = [isinstance(text, TokenizedText) for text in texts]
     others = np.flatnonzero(~np.array(ready, np.bool_))
-    tokenize = partial(tokenize_batch, tokenizer) if tokenizer is not None else _refuse
+    tokenize = partial(tokenize_batch, tokenizer)
     if len(others) == len(texts):
         return _at(others, texts, tokenize)
     ids = np.flatnonzero(ready)
@@ -103,10 +99,6 @@ def tokens_of(tokenizer: SupportsTokenize | None, texts: Sequence[Text | Tokeniz
         return tokens
     rest = _at(others, texts, tokenize)
     return TokenBatch.concat([tokens, rest]).pick(np.argsort(np.concatenate([ids, others])))
-
-
-def _refuse(texts: Sequence[Text]) -> NoReturn:
-    raise EncoderError("the encoder has no tokenizer: it takes lists of token ids", records=range(len(texts)))
 
 
 def _at(indices: Indices, texts: Sequence[Any], tokenize: Callable[[list[Any]], TokenBatch]) -> TokenBatch:
@@ -235,7 +227,7 @@ def holds_ids(kind: Any) -> bool:
 def columns_of_ids(batch: Any, field: str, kept: Sequence[str]) -> tuple[list[str], list[Any]]:
     """The columns of an Arrow record batch, the ids as texts, and without those that are taken with ids.
 
-    Where a record's ids are wrong, all columns are as they were: `take_ids` then finds the record, and says what is
+    Where a record's ids are wrong, all columns are as they were: `ids_of` then finds the record, and says what is
     wrong.
 
     Args:

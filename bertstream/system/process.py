@@ -27,6 +27,21 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cpu_and_queue_s() -> tuple[float, float]:
+    """Seconds that this process's threads have run, and that they were ready to run while others held the cores.
+
+    Of the threads that are alive. Zeros where the system does not say: only Linux does.
+    """
+    ran = queued = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            on_core, waited, _ = path.read_text().split()
+        except (OSError, ValueError):
+            continue  # the thread has just ended
+        ran, queued = ran + int(on_core), queued + int(waited)
+    return ran / 1e9, queued / 1e9
+
+
 def release_openmp_threads() -> None:
     """End the worker threads that OpenMP keeps for the calling thread, before another thread computes.
 

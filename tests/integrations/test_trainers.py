@@ -504,7 +504,7 @@ def test_batches_are_not_skipped_by_another_loader(make: Make, count: int) -> No
 def test_a_whole_checkpoint_of_a_plain_loop_repeats_the_losses(
     streamed: Make, tmp_path: Path, num_workers: int, shuffle: bool
 ) -> None:
-    """As the README has it: model, optimizer, generator and loader in one file."""
+    """As the cookbook has it: model, optimizer, generator and loader in one file."""
     rows = [{"text": text, "id": i} for i, text in enumerate(TEXTS)]
 
     def wrapped() -> EmbeddingLoader:

@@ -310,7 +310,7 @@ def test_a_folder_begun_with_other_settings_is_refused_and_the_difference_named(
     bertstream.embed(shards, tiny(tokenizer), tmp_path, part_bytes=20_000, progress=False)
     encoder = tiny(tokenizer, **difference.pop("encoder", {}))
     others = shards[: difference.pop("shards", 3)]
-    with pytest.raises(StateError, match=f"{tmp_path} was begun with .*{key}") as caught:
+    with pytest.raises(StateError, match=f"{tmp_path} was started with .*{key}") as caught:
         bertstream.embed(others, encoder, tmp_path, **{"part_bytes": 20_000, "progress": False} | difference)
     assert caught.value.key == key
 

@@ -261,14 +261,16 @@ def test_what_cannot_be_written_is_refused_by_name(
     assert not list(tmp_path.glob("out/part*"))
 
 
-def test_a_folder_begun_otherwise_is_refused_and_the_difference_named(auto: Any, shard: str, tmp_path: Path) -> None:
+def test_a_folder_that_was_started_otherwise_is_refused_and_the_difference_named(
+    auto: Any, shard: str, tmp_path: Path
+) -> None:
     tokenized(shard, OnlyTokenizer(auto), tmp_path)
     for key, options in {
         "fields": {"fields": ()},
         "part_bytes": {"part_bytes": 1},
         "window": {"reading": IN_ORDER},
     }.items():
-        with pytest.raises(StateError, match=f"was begun with .*{key}"):
+        with pytest.raises(StateError, match=f"was started with .*{key}"):
             tokenized(shard, OnlyTokenizer(auto), tmp_path, **options)
-    with pytest.raises(StateError, match="was begun with tokenizer"):
+    with pytest.raises(StateError, match="was started with tokenizer"):
         tokenized(shard, OnlyTokenizer(auto, prompt="x: "), tmp_path)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertstream import TokenBatch
+from bertstream.cursors import Cursor
 from bertstream.errors import ConfigError, ShardError
 from bertstream.pipeline.groups import GroupBudget, gather
 from bertstream.pipeline.lockstep import in_lockstep
@@ -24,7 +25,7 @@ from bertstream.pipeline.progress import Entry
 from bertstream.pipeline.source import EpochStatus
 from bertstream.reading.lane_batches import LaneEnd
 from bertstream.testing import FakeEncoder
-from bertstream.tokens import Cursor, ReadReport
+from bertstream.tokens import ReadReport
 
 
 class Table:

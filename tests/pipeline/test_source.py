@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 import bertstream
 from bertstream import ConfigError, ShardError, StateError, TextStream, TokenBatch
 from bertstream.pipeline.clocks import StageClocks
-from bertstream.pipeline.progress import ProgressInSource, reading_items, text_stream
+from bertstream.pipeline.progress import reading_items, text_stream
 from bertstream.pipeline.source import Source, read, read_in_workers
+from bertstream.pipeline.source_progress import ProgressInSource
 from bertstream.testing import FakeEncoder, write_shards
 
 

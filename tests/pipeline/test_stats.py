@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 import bertstream
-from bertstream.pipeline.stats import LOOP, WORK, Stats, bottleneck
+from bertstream.pipeline.stats import LOOP, WORK, Since, Stats, bottleneck
 from bertstream.testing import FakeEncoder, write_shards
 
 BATCHES = [{"text": ["a b", "c"]} for _ in range(20)]
@@ -173,6 +173,35 @@ def test_a_loader_names_what_it_waits_for() -> None:
     for _ in training:
         time.sleep(0.1)
     assert training.bottleneck().startswith("The training step is the bottleneck")
+
+
+def test_a_loader_judges_its_last_iteration_alone() -> None:
+    loader = bertstream.wrap(BATCHES[:3], FakeEncoder(), text="text", prefetch=0)
+    for seconds in (0.1, 0.0):
+        for _ in loader:
+            time.sleep(seconds)
+        assert ("training step is the bottleneck" in loader.bottleneck()) == (seconds > 0)
+    iter(loader)
+    assert loader.bottleneck() == "No batch was received yet."
+
+
+def test_where_the_cache_lacks_texts_their_share_is_named() -> None:
+    stats = {"batches": 9.0, "wait_s": 9.0, "step_s": 1.0, "encode_s": 8.0}
+    cached = stats | {"cache_misses": 3.0, "cache_memory_hits": 1.0}
+    assert "if the cache holds all texts (it lacked 75% of those asked for)" in bottleneck(cached)
+    since = Since(cached | {"cache_misses": 0.0, "cache_memory_hits": 0.0, "batches": 0.0})
+    assert since.stats(cached)["cache_misses"] == 3.0 and since.stats(cached)["batches"] == 9.0
+
+
+def test_cores_that_others_hold_are_told() -> None:
+    stats = {"batches": 9.0, "wait_s": 9.0, "step_s": 1.0, "encode_s": 8.0}
+    assert bottleneck(stats, queued_share=0.5).endswith(
+        "waited for a core 50% of the time that they could have run: other processes hold the cores, or it has more "
+        "workers than cores."
+    )
+    assert "core" not in bottleneck(stats, queued_share=0.1)
+    assert "core" not in bottleneck(stats | {"batches": 0}, queued_share=0.5)
+    assert 0.0 <= Since(stats).queued_share() <= 1.0
 
 
 @pytest.mark.parametrize(

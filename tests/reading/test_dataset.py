@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-import bertstream
-from bertstream import ConfigError, EmbeddingLoader, Encoder, ShardError, StreamConfig, TextStream, TokenBatch
+from bertstream import ConfigError, Encoder, ShardError, StreamConfig, TextStream, TokenBatch
+from bertstream.cursors import Cursor
 from bertstream.reading.dataset import StreamItems
 from bertstream.reading.lane_batches import LaneEnd
-from bertstream.testing import FakeEncoder, assert_resumes_exactly
-from bertstream.tokens import Cursor
+from bertstream.testing import FakeEncoder
 
 
 def write_jsonl(path: Path, texts: list[str], first_id: int = 0) -> str:
@@ -340,127 +339,3 @@ def test_missing_and_empty_shards_are_named(tmp_path: Path, minilm: Encoder) -> 
     empty.touch()
     with pytest.raises(ShardError, match="holds no record"):
         list(TextStream(empty, minilm))
-
-
-@pytest.fixture
-def hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    datasets = pytest.importorskip("datasets")
-    return datasets.Dataset.from_list([{"text": text, "id": i} for i, text in enumerate(some_texts(403))])
-
-
-@pytest.mark.parametrize(
-    ("change", "ids"),
-    [
-        (lambda rows: rows.take(1), [0]),
-        (lambda rows: rows.skip(400), [100, 201, 302]),  # divided among the shards by Hugging Face, like take()
-        (lambda rows: rows.filter(lambda row: row["id"] in (3, 7)), [3, 7]),
-    ],
-)
-def test_shards_of_a_dataset_that_a_filter_leaves_empty_are_no_error(
-    hugging_face: Any, minilm: Encoder, change: Callable[[Any], Any], ids: list[int]
-) -> None:
-    rows = change(hugging_face.to_iterable_dataset(num_shards=4))
-    found = [i for batch in TextStream(rows, minilm) for i in batch.fields["id"].tolist()]
-    assert sorted(found) == ids
-
-
-@pytest.mark.parametrize("format", ["torch", "numpy"])
-@pytest.mark.parametrize("streamed", [False, True])
-def test_numbers_of_a_formatted_dataset_are_a_column_as_without_a_format(
-    hugging_face: Any, minilm: Encoder, format: str, streamed: bool
-) -> None:
-    def columns(rows: Any) -> list[Any]:
-        rows = rows.to_iterable_dataset(num_shards=2) if streamed else rows
-        return [batch.fields["id"].tolist() for batch in TextStream(rows, minilm, batch_size=32)]
-
-    assert columns(hugging_face.with_format(format)) == columns(hugging_face)
-
-
-def test_a_streaming_dataset_that_shuffles_itself_has_another_order_in_each_epoch(
-    hugging_face: Any, minilm: Encoder
-) -> None:
-    stream = TextStream(hugging_face.to_iterable_dataset(num_shards=2).shuffle(seed=1, buffer_size=500), minilm)
-
-    def order(epoch: int) -> list[int]:
-        stream.set_epoch(epoch)
-        return [i for batch in stream for i in batch.fields["id"].tolist()]
-
-    orders = [order(epoch) for epoch in (0, 1, 7, 1)]
-    assert orders[1] == orders[3] and len({tuple(found) for found in orders}) == 3
-    assert all(sorted(found) == list(range(403)) for found in orders)
-
-
-@pytest.mark.parametrize("kind", ["map-style", "streaming", "a list"])
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_rows_of_a_dataset_come_once_and_resume_exactly(hugging_face: Any, kind: str, num_workers: int) -> None:
-    rows = {
-        "map-style": lambda: hugging_face,
-        "streaming": lambda: hugging_face.to_iterable_dataset(num_shards=6),
-        "a list": lambda: list(hugging_face),
-    }[kind]()
-
-    def make(workers: int = num_workers) -> EmbeddingLoader:
-        reading = StreamConfig(lanes=3, bucket_size=40)
-        return bertstream.stream(rows, FakeEncoder(), batch_size=16, shuffle=True, num_workers=workers, reading=reading)
-
-    found = [i for batch in make() for i in batch["id"].tolist()]
-    assert sorted(found) == list(range(403)) and found != sorted(found)
-    assert_resumes_exactly(make, cuts=[2, 11], resume_with=lambda: make(0))
-
-
-def test_a_row_without_a_text_is_named(hugging_face: Any) -> None:
-    with pytest.raises(ShardError, match="field 'body'") as caught:
-        list(TextStream(hugging_face, FakeEncoder(), text="body"))
-    assert caught.value.path == "Dataset" and caught.value.index == 0
-
-
-class Uncounted(torch.utils.data.Dataset[Any]):
-    """A map-style dataset that does not say how many records it has."""
-
-    def __getitem__(self, index: int) -> dict[str, str]:
-        return {"text": "a bank"}
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (
-            "frame",
-            r"DataFrame of 403 rows with the columns \['text', 'id'\]: pass its rows as a list.*from_pandas",
-        ),
-        ("table", r"Table of 403 rows with the columns \['text', 'id'\]: pass its rows"),
-        ("empty", "Dataset of 0 rows with the columns"),
-        ("splits", r"DatasetDict with the keys \['train'\]: pass one of its splits, such as the one under 'train'"),
-        ("streamed splits", "IterableDatasetDict with the keys .*: pass one of its splits"),
-        ("dict", r"dict with the keys \['text'\].*or a list of dicts, one a record"),
-        ("empty dict", "dict with the keys .*or a list of dicts, one a record"),
-        ("set", "set, which has no order: pass a list"),
-        ("loader", "DataLoader, which has no positions to share out: use bertstream.wrap"),
-        ("uncounted", "Uncounted, which has no positions to share out: use bertstream.wrap"),
-    ],
-)
-def test_a_source_that_is_neither_shards_nor_rows_is_refused_with_the_way_out(
-    hugging_face: Any, source: str, message: str
-) -> None:
-    import datasets
-
-    make: dict[str, Callable[[], Any]] = {
-        "frame": lambda: hugging_face.to_pandas(),
-        "table": lambda: hugging_face.data.table,
-        "empty": lambda: hugging_face.select([]),
-        "splits": lambda: datasets.DatasetDict(train=hugging_face),
-        "streamed splits": lambda: datasets.IterableDatasetDict(train=hugging_face.to_iterable_dataset()),
-        "dict": lambda: {"text": ["a bank"]},
-        "empty dict": dict,
-        "set": lambda: {"a.jsonl", "b.jsonl"},
-        "loader": lambda: DataLoader([{"text": "a bank"}]),  # type: ignore[arg-type]
-        "uncounted": Uncounted,
-    }
-    with pytest.raises(ConfigError, match=f"shards is a {message}"):
-        bertstream.stream(make[source](), FakeEncoder())
-
-
-def test_names_in_a_series_are_shards_whatever_its_index(shards: list[str], hugging_face: Any) -> None:
-    names = hugging_face.to_pandas().head(2).assign(name=shards[:2], index=[7, 3]).set_index("index")["name"]
-    assert TextStream(names, FakeEncoder()).shards == shards[:2]

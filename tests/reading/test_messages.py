@@ -71,7 +71,7 @@ def test_an_error_comes_after_the_items_before_it(counts: list[int], before: int
 
 
 def test_the_first_batch_comes_alone_and_later_ones_together() -> None:
-    assert [len(message) for message in messages([0] * 12)] == [1, 2, MESSAGE, MESSAGE, 2]
+    assert [len(message) for message in messages([0] * 20)] == [1, 2, 4, MESSAGE, 6]
 
 
 def described(item: Any) -> tuple[Any, ...]:

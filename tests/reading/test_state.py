@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 import bertstream
 from bertstream import Encoder, StateError, StreamConfig
+from bertstream.cursors import Cursor, OpenPiece
 from bertstream.reading.bad_records import BadRecords
 from bertstream.reading.layout import Layout
 from bertstream.reading.state import StreamProgress, cursor_from_json, cursor_to_json
 from bertstream.testing import FakeEncoder
-from bertstream.tokens import Cursor, OpenPiece, ReadReport
+from bertstream.tokens import ReadReport
 
 ROOT = Path(__file__).parents[2]
 SAVED = json.loads((ROOT / "tests" / "states" / "version-0.1.0.json").read_text())
@@ -101,6 +102,7 @@ def test_an_epoch_that_is_chosen_within_the_loop_is_the_next_one() -> None:
     tried.end_epoch(0)
     assert tried.epoch == 7
     tried.begin([0])
+    tried.count(ReadReport(read=1))
     tried.end_epoch(7)
     assert tried.epoch == 8
 

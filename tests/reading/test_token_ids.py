@@ -20,7 +20,7 @@ from bertstream.reading.options import ReadOptions
 from bertstream.reading.raw import RecordError
 from bertstream.reading.records import read_records
 from bertstream.reading.shards import Piece
-from bertstream.reading.token_ids import columns_of_ids, take_ids
+from bertstream.reading.token_ids import columns_of_ids, ids_of
 from bertstream.testing import FakeEncoder, assert_resumes_exactly
 from bertstream.tokens import Record, TokenizedText
 
@@ -208,9 +208,10 @@ def test_whole_columns_give_what_each_record_gives(rows: list[dict[str, Any]]) -
 def outcome(record: dict[str, Any]) -> Any:
     """A record's text, or what is wrong with it; a list that is missing is said otherwise."""
     try:
-        return plain(take_ids(record.pop("input_ids"), record, "input_ids", ()))
+        ids = ids_of(record["input_ids"], record, "input_ids")
     except RecordError as error:
         return error.field if "belongs here" in str(error) else (str(error), error.field)
+    return None if ids is None else plain(ids)
 
 
 def records_of(count: int) -> list[dict[str, Any]]:
@@ -255,6 +256,23 @@ def test_two_ranks_share_out_the_ids_of_one_row_group(tmp_path: Path, monkeypatc
         labels += batch.fields["label"].tolist()
         assert len(batch) > 9
     assert sorted(labels) == list(range(21))
+
+
+def test_ids_in_a_nested_object_come_with_what_is_beside_them(tmp_path: Path) -> None:
+    nested = [{"data": {name: value for name, value in row.items() if name != "label"}} for row in RECORDS]
+    for path in (in_jsonl(tmp_path, nested), in_parquet(tmp_path, nested)):
+        assert [plain(text) for text in texts(read(path, ReadOptions(text="data.input_ids")))] == RIGHT
+
+
+def test_keep_and_map_see_plain_lists(tmp_path: Path) -> None:
+    options = ReadOptions(
+        text="input_ids",
+        keep=lambda row: row["label"] == 1,
+        map=lambda row: {"input_ids": row["input_ids"][1:3], "n": row["attention_mask"]},
+    )
+    for path in (in_jsonl(tmp_path, RECORDS), in_parquet(tmp_path, RECORDS)):
+        [record] = read(path, options)
+        assert record.text.input_ids.tolist() == [7, 8] and record.fields == {"n": [1, 1, 1, 1, 0]}
 
 
 def test_ids_with_pair_are_refused() -> None:

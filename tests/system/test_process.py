@@ -28,6 +28,24 @@ def test_usable_cores_counts_the_cores_this_process_may_run_on(monkeypatch: pyte
     assert usable_cores() == 1
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says how long threads waited for a core")
+def test_the_time_is_known_that_a_process_waits_for_a_core_which_another_holds() -> None:
+    program = """
+import os, threading, time
+from bertstream.system.process import cpu_and_queue_s
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+(ran, queued), started = cpu_and_queue_s(), time.thread_time()
+if not os.fork():
+    while time.thread_time() < started + 0.2: pass
+    os._exit(0)
+while time.thread_time() < started + 0.2: pass
+now = cpu_and_queue_s()
+print(now[0] - ran > 0.1, now[1] - queued > 0.05)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.split() == ["True", "True"], found
+
+
 def compute() -> float:
     return float(torch.ones(512, 512).matmul(torch.ones(512, 512)).add(1).mul_(0.5).sum())
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import plot_bench
 import pytest
+from conftest import ROOT
 from matplotlib import image
 from matplotlib import pyplot as plt
 
@@ -52,3 +53,21 @@ def test_bars_are_labelled_with_rate_error_and_share() -> None:
 
 def test_a_benchmark_without_a_plot_is_skipped(tmp_path: Path) -> None:
     assert plot_bench.draw({"benchmark": "mix", "machine": MACHINE}, tmp_path) == []
+
+
+def test_the_front_page_says_in_words_what_its_picture_shows() -> None:
+    """Its alternative text has each figure that is drawn of the results in the repository."""
+    results = ROOT / "tools" / "results"
+    (cpu,) = plot_bench.values_of((results / "cpu.jsonl").read_text(encoding="utf-8"))
+    (gpu,) = plot_bench.values_of((results / "nvidia-h100-80gb-hbm3.json").read_text(encoding="utf-8"))
+    figure = plt.figure()
+    plot_bench.draw_performance(cpu, gpu, figure, plot_bench.THEMES["light"])
+    drawn = [text.get_text() for axes in figure.axes for text in axes.texts]
+    plt.close(figure)
+    words = (ROOT / "README.md").read_text(encoding="utf-8").partition('alt="')[2].partition('"')[0]
+    assert len(drawn) == 9 and [figure for figure in drawn if figure not in words] == []
+
+
+def test_a_cpus_line_beside_a_gpus_file_makes_the_front_pages_picture(tmp_path: Path) -> None:
+    assert plot_bench.main([*map(str, (ROOT / "tools" / "results").glob("*.json*")), "--out", str(tmp_path)]) == 0
+    assert {f"performance-{theme}.png" for theme in plot_bench.THEMES} <= {path.name for path in tmp_path.iterdir()}

@@ -77,6 +77,8 @@ def stream(arguments: argparse.Namespace) -> dict[str, object]:
         "tokens_per_s": {name: round(statistics.median(times)) for name, times in rates.items()},
         "one_worker_times_bare_tokenizer": round(statistics.median(ratio), 2),
         "two_workers_times_one": round(statistics.median(scaling), 2),
-        "consumer_busy": {f"{workers} workers": round(statistics.median(shares), 2) for workers, shares in busy.items()},
+        "consumer_busy": {
+            f"{workers} workers": round(statistics.median(shares), 2) for workers, shares in busy.items()
+        },
         "rounds": arguments.rounds,
     }

@@ -1,0 +1,71 @@
+"""Tables of pandas, polars and Arrow as datasets of rows; none of the three packages is imported for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..errors import ConfigError, shortened, table_columns
+
+_AT_A_TIME = 256
+
+_ROWS: dict[tuple[str, str], Callable[[Any, int, int], list[dict[str, Any]]]] = {
+    ("pandas", "DataFrame"): lambda table, start, stop: table.iloc[start:stop].rename(columns=str).to_dict("records"),
+    ("polars", "DataFrame"): lambda table, start, stop: table[start:stop].to_dicts(),
+    ("pyarrow", "Table"): lambda table, start, stop: table.slice(start, stop - start).to_pylist(),
+    ("pyarrow", "RecordBatch"): lambda table, start, stop: table.slice(start, stop - start).to_pylist(),
+}
+"""By package and class: the rows from `start` to `stop`."""
+
+
+def is_table(value: object) -> bool:
+    """Whether this is a DataFrame of pandas or polars, or a Table or RecordBatch of Arrow."""
+    return _kind(value) is not None
+
+
+def _kind(value: object) -> tuple[str, str] | None:
+    names = ((kind.__module__.partition(".")[0], kind.__name__) for kind in type(value).__mro__)
+    return next((name for name in names if name in _ROWS), None)
+
+
+class TableRows:
+    """A table as a dataset of rows: dicts of Python's values, made when they are read.
+
+    Args:
+        table: something that `is_table`.
+    Attributes:
+        name: of the table's class.
+    Raises:
+        ConfigError: several columns have the same name.
+    """
+
+    def __init__(self, table: Any) -> None:
+        kind = _kind(table)
+        assert kind is not None
+        self.name = type(table).__name__
+        self._table, self._kind = table, kind
+        columns = self.column_names
+        if repeated := [name for name in columns if columns.count(name) > 1]:
+            raise ConfigError(
+                f"shards is a {self.name} with several columns named {repeated[0]!r} among {shortened(columns)}: "
+                "rename them, a row has one value of each name"
+            )
+
+    @property
+    def column_names(self) -> list[str]:
+        """The names of the columns, as those of Hugging Face's datasets."""
+        return table_columns(self._table) or []
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return self._rows(position, position + 1)[0]
+
+    def select(self, positions: range) -> Iterator[dict[str, Any]]:
+        """The rows of a run of positions."""
+        for start in range(positions.start, positions.stop, _AT_A_TIME):
+            yield from self._rows(start, min(start + _AT_A_TIME, positions.stop))
+
+    def _rows(self, start: int, stop: int) -> list[dict[str, Any]]:
+        return _ROWS[self._kind](self._table, start, stop)

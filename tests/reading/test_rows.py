@@ -1,0 +1,235 @@
+"""Datasets of rows are read like shards: each row once, in any format, resumed exactly, or refused with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import bertstream
+from bertstream import ConfigError, EmbeddingLoader, ShardError, StreamConfig, TextStream
+from bertstream.testing import FakeEncoder, assert_resumes_exactly
+
+datasets = pytest.importorskip("datasets")
+pandas = pytest.importorskip("pandas")
+
+COUNT = 103
+LANES = StreamConfig(lanes=3, bucket_size=20, open_shards=2)
+
+
+def row(i: int) -> dict[str, Any]:
+    words = ["bank"] * (i % 7)
+    return {"text": f"number {i} {' '.join(words)}", "id": i, "words": [f"w{i}", *words], "tags": [i, 2], "half": i / 2}
+
+
+ROWS = [row(i) for i in range(COUNT)]
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+
+
+@pytest.fixture(scope="module")
+def hugging_face() -> Any:
+    return datasets.Dataset.from_list(ROWS)
+
+
+def plain(value: Any) -> Any:
+    """A batch, or a column of it, with the types that its consumer meets."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return type(value), value.dtype, value.tolist()
+    return [plain(part) for part in value] if isinstance(value, list) else value
+
+
+def columns(rows: Any, **options: Any) -> list[dict[str, Any]]:
+    """The batches of a stream over rows, without their places."""
+    loader = bertstream.stream(rows, FakeEncoder(), batch_size=16, reading=LANES, **options)
+    return [
+        {
+            name: value.tokens.input_ids.tolist() if isinstance(value, bertstream.Embeddings) else plain(value)
+            for name, value in batch.items()
+            if name not in ("__key__", "__shard__")
+        }
+        for batch in loader
+    ]
+
+
+def ids(rows: Any) -> list[int]:
+    return [i for batch in TextStream(rows, FakeEncoder(), reading=LANES) for i in batch.fields["id"].tolist()]
+
+
+# --- Hugging Face's ---------------------------------------------------------------------------------------------------
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "as it is": lambda rows: rows,
+    "filtered": lambda rows: rows.filter(lambda row: int(row["id"]) % 3 == 0),
+    "mapped": lambda rows: rows.map(lambda row: {"next": int(row["id"]) + 1}),
+    "fewer columns": lambda rows: rows.select_columns(["text", "id"]),
+    "shuffled, taken, skipped": lambda rows: rows.shuffle(seed=3).take(60).skip(10),
+    "concatenated": lambda rows: datasets.concatenate_datasets([rows, rows]),
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_format_changes_nothing(hugging_face: Any, change: str, streamed: bool) -> None:
+    rows = hugging_face.to_iterable_dataset(num_shards=4) if streamed else hugging_face
+    right = columns(CHANGES[change](rows))
+    formats = ["torch", "numpy", "arrow", "pandas"]
+    for form in formats if change in ("as it is", "filtered") else formats[:1]:
+        assert columns(CHANGES[change](rows).with_format(form)) == right, form
+        if form in ("torch", "numpy"):  # functions of the dataset then see tensors or arrays of single numbers
+            assert columns(CHANGES[change](rows.with_format(form))) == right, form
+
+
+@pytest.mark.parametrize("form", [None, "torch", "numpy", "arrow"])
+def test_lists_of_words_are_texts_in_any_format(hugging_face: Any, form: str | None) -> None:
+    def words(rows: Any) -> list[dict[str, Any]]:
+        return columns(rows.with_format(form), text="words", fields=["id"])
+
+    right = columns(ROWS, text="words", fields=["id"])
+    assert words(hugging_face) == right
+    assert sorted(i for batch in words(hugging_face.to_iterable_dataset(4)) for i in batch["id"][2]) == [*range(COUNT)]
+
+
+def test_a_format_of_some_columns_leaves_out_the_others(hugging_face: Any) -> None:
+    found = columns(hugging_face.with_format("torch", columns=["text", "half"]))
+    assert found[0].keys() == {"text", "half", "__index__"}
+
+
+def test_a_transform_of_the_users_is_applied(hugging_face: Any) -> None:
+    rows = hugging_face.with_transform(
+        lambda batch: {"text": batch["text"], "id": [np.int64(i + 1) for i in batch["id"]]}
+    )
+    assert sorted(ids(rows)) == [i + 1 for i in range(COUNT)]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda rows: rows.take(1), [0]),
+        (lambda rows: rows.skip(100), [25, 51, 77]),  # divided among the shards by Hugging Face, like take()
+        (lambda rows: rows.filter(lambda row: row["id"] in (3, 7)), [3, 7]),
+    ],
+)
+def test_shards_of_a_dataset_that_a_filter_leaves_empty_are_no_error(
+    hugging_face: Any, change: Callable[[Any], Any], expected: list[int]
+) -> None:
+    assert sorted(ids(change(hugging_face.to_iterable_dataset(num_shards=4)))) == expected
+
+
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_a_filter_that_leaves_nothing_is_an_error(hugging_face: Any, workers: int | None) -> None:
+    rows = hugging_face.to_iterable_dataset(num_shards=4).filter(lambda row: row["id"] < 0)
+    stream = TextStream(rows, FakeEncoder())
+    loader = stream if workers is None else bertstream.stream(rows, FakeEncoder(), num_workers=workers)
+    with pytest.raises(ShardError, match=r"^IterableDataset shard 0 of 4: no record in the whole epoch: did a filter"):
+        list(loader)
+    with pytest.raises(
+        ConfigError, match=r"shards is a Dataset of 0 rows with the columns \['text', .*nothing to read"
+    ):
+        TextStream(hugging_face.filter(lambda row: row["id"] < 0), FakeEncoder())
+
+
+def test_a_worker_or_the_rest_of_an_epoch_may_have_no_record(hugging_face: Any) -> None:
+    rows = hugging_face.to_iterable_dataset(num_shards=4).filter(lambda row: row["id"] == 3)
+    assert len(list(DataLoader(TextStream(rows, FakeEncoder()), batch_size=None, num_workers=2))) == 1
+    assert_resumes_exactly(lambda: bertstream.stream(rows, FakeEncoder()))
+
+
+def test_a_streaming_dataset_that_shuffles_itself_has_another_order_in_each_epoch(hugging_face: Any) -> None:
+    stream = TextStream(hugging_face.to_iterable_dataset(num_shards=2).shuffle(seed=1, buffer_size=500), FakeEncoder())
+
+    def order(epoch: int) -> list[int]:
+        stream.set_epoch(epoch)
+        return [i for batch in stream for i in batch.fields["id"].tolist()]
+
+    orders = [order(epoch) for epoch in (0, 1, 7, 1)]
+    assert orders[1] == orders[3] and len({tuple(found) for found in orders}) == 3
+    assert all(sorted(found) == list(range(COUNT)) for found in orders)
+
+
+# --- any rows ---------------------------------------------------------------------------------------------------------
+
+SOURCES: dict[str, Callable[[Any], Any]] = {
+    "a list": list,
+    "map-style": lambda rows: rows.with_format("numpy"),
+    "filtered": lambda rows: rows.filter(lambda row: row["id"] != 7),
+    "streaming": lambda rows: rows.to_iterable_dataset(num_shards=6).with_format("torch"),
+    "streaming, shuffled, filtered": lambda rows: (
+        rows.to_iterable_dataset(num_shards=6).shuffle(seed=1, buffer_size=50).filter(lambda row: row["id"] != 7)
+    ),
+    "a DataFrame": lambda rows: rows.to_pandas(),
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "num_workers"),
+    [*((source, 0) for source in SOURCES), ("map-style", 2), ("streaming, shuffled, filtered", 2), ("a DataFrame", 2)],
+)
+def test_rows_of_a_dataset_come_once_and_resume_exactly(hugging_face: Any, source: str, num_workers: int) -> None:
+    rows = SOURCES[source](hugging_face)
+
+    def make(workers: int = num_workers) -> EmbeddingLoader:
+        return bertstream.stream(rows, FakeEncoder(), batch_size=16, shuffle=True, num_workers=workers, reading=LANES)
+
+    found = [i for batch in make() for i in batch["id"].tolist()]
+    assert sorted(found) == [i for i in range(COUNT) if i != 7 or "filtered" not in source] != found
+    assert_resumes_exactly(make, cuts=[4], resume_with=lambda: make(0))
+
+
+def test_a_row_without_a_text_is_named(hugging_face: Any) -> None:
+    with pytest.raises(ShardError, match="field 'body'") as caught:
+        list(TextStream(hugging_face, FakeEncoder(), text="body"))
+    assert caught.value.path == "Dataset" and caught.value.index == 0
+
+
+class Uncounted(torch.utils.data.Dataset[Any]):
+    """A map-style dataset that does not say how many records it has."""
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        return {"text": "a bank"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda rows: datasets.DatasetDict(train=rows), r"DatasetDict .*'train'\]: pass .*, as in data\['train'\]"),
+        (
+            lambda rows: datasets.IterableDatasetDict(dev=rows.to_iterable_dataset()),
+            r"IterableDatasetDict with the keys \['dev'\]: pass one of its splits, as in data\['dev'\]",
+        ),
+        (lambda rows: {"a": rows, "b": rows}, r"dict with the keys \['a', 'b'\]: pass .*, as in data\['a'\]"),
+        (
+            lambda rows: {"text": ["a bank"]},
+            r"dict with the keys \['text'\]: pass a list of dicts, one a record, as in",
+        ),
+        (lambda rows: {}, r"dict with the keys \[\]: pass a list of dicts, one a record$"),
+        (lambda rows: {"a.jsonl", "b.jsonl"}, "set, which has no order: pass a list"),
+        (lambda rows: DataLoader(ROWS), "DataLoader, which has no positions to share out: use bertstream.wrap"),  # type: ignore[arg-type]
+        (lambda rows: Uncounted(), "Uncounted, which has no positions to share out: use bertstream.wrap"),
+    ],
+)
+def test_a_source_that_is_neither_shards_nor_rows_is_refused_with_the_way_out(
+    hugging_face: Any, make: Callable[[Any], Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"shards is a {message}"):
+        bertstream.stream(make(hugging_face), FakeEncoder())
+
+
+def test_the_rows_that_a_refused_dict_of_columns_is_told_to_pass_are_rows() -> None:
+    data = {"text": ["a bank", "a river"], "id": [3, 4]}
+    assert sorted(ids([dict(zip(data, row)) for row in zip(*data.values())])) == [3, 4]  # noqa: B905
+
+
+def test_names_in_a_series_are_shards_whatever_its_index(tmp_path: Path) -> None:
+    names = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    for name in names:
+        Path(name).write_text('{"text": "a bank"}\n')
+    assert TextStream(pandas.Series(names, index=[7, 3]), FakeEncoder()).shards == names

@@ -1,0 +1,94 @@
+"""Tables of pandas, polars and Arrow are rows, as a list of dicts of the same values is."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+from test_rows import ROWS, columns
+
+import bertstream
+from bertstream import ConfigError, ShardError, StreamConfig
+from bertstream.reading.tables import TableRows, is_table
+from bertstream.testing import FakeEncoder, assert_resumes_exactly
+
+pandas = pytest.importorskip("pandas")
+pyarrow = pytest.importorskip("pyarrow")
+
+
+def table(kind: str) -> Any:
+    if kind == "polars":
+        return pytest.importorskip("polars").DataFrame(ROWS)
+    arrow = pyarrow.Table.from_pylist(ROWS)
+    return {
+        "pandas": lambda: pandas.DataFrame(ROWS),
+        "pandas, another index": lambda: pandas.DataFrame(ROWS, index=[f"r{i % 9}" for i in range(len(ROWS))]),
+        "pandas over Arrow": lambda: pandas.DataFrame(ROWS).convert_dtypes(dtype_backend="pyarrow"),
+        "pandas with arrays as words": lambda: arrow.to_pandas(),
+        "a Table": lambda: arrow,
+        "a RecordBatch": lambda: arrow.to_batches()[0],
+    }[kind]()
+
+
+KINDS = [
+    "pandas", "pandas, another index", "pandas over Arrow", "pandas with arrays as words", "polars", "a Table",
+    "a RecordBatch",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_gives_the_batches_of_its_rows_as_dicts(kind: str) -> None:
+    rows = table(kind)
+    assert is_table(rows)
+    assert columns(rows, shuffle=True) == columns(ROWS, shuffle=True)
+    assert columns(rows, text="words", fields=["id"]) == columns(ROWS, text="words", fields=["id"])
+
+
+@pytest.mark.parametrize("kind", ["polars", "a Table"])
+def test_a_stream_over_a_table_resumes_exactly(kind: str) -> None:
+    rows, reading = table(kind), StreamConfig(lanes=3, bucket_size=20, open_shards=2)
+    assert_resumes_exactly(
+        lambda: bertstream.stream(rows, FakeEncoder(), batch_size=16, shuffle=True, reading=reading), cuts=[4]
+    )
+
+
+def test_a_table_is_read_a_run_at_a_time_and_pickles() -> None:
+    rows = TableRows(pandas.DataFrame({"id": range(1000)}))
+    assert [row["id"] for row in rows.select(range(3, 999))] == [*range(3, 999)]
+    assert rows[7] == {"id": 7} and len(rows) == 1000 and rows.name == "DataFrame"
+    assert pickle.loads(pickle.dumps(rows))[999] == {"id": 999}
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), pandas.NA, pandas.NaT], ids=repr)
+def test_a_missing_text_is_a_broken_record_with_its_index(missing: Any) -> None:
+    rows = pandas.DataFrame({"text": pandas.Series(["a", "b", missing, "c"], [5, 6, 7, 8], dtype=object)})
+    with pytest.raises(ShardError, match=r"DataFrame, record 2, field 'text': a text is a string or .*, not") as caught:
+        list(bertstream.stream(rows, FakeEncoder()))
+    assert caught.value.index == 2
+    loader = bertstream.stream(rows, FakeEncoder(), reading=StreamConfig(max_bad_records=1))
+    assert [len(batch["text"]) for batch in loader] == [3] and loader.stats()["bad_records"] == 1
+
+
+def test_columns_without_a_name_are_named_by_their_number() -> None:
+    rows = pandas.DataFrame([["a bank", 3]])
+    [batch] = bertstream.stream(rows, FakeEncoder(), text="0")
+    assert batch["1"].tolist() == [3]
+
+
+def test_a_table_without_rows_or_with_a_name_twice_is_refused() -> None:
+    rows = pandas.DataFrame({"text": ["a bank"], "id": [3]})
+    with pytest.raises(ConfigError, match=r"shards is a DataFrame of 0 rows with the columns \['text', 'id'\]"):
+        bertstream.stream(rows[:0], FakeEncoder())
+    with pytest.raises(ConfigError, match="shards is a DataFrame with several columns named 'text'"):
+        bertstream.stream(pandas.concat([rows, rows], axis=1), FakeEncoder())
+    polars = pytest.importorskip("polars")
+    with pytest.raises(ConfigError, match=r"shards is a LazyFrame, .*what its collect\(\) returns"):
+        bertstream.stream(polars.from_dicts(ROWS).lazy(), FakeEncoder())
+
+
+@pytest.mark.parametrize(
+    "value", [None, [], {}, pandas.Series(["a"]), pyarrow.array(["a"])], ids=lambda v: type(v).__name__
+)
+def test_other_things_are_no_tables(value: Any) -> None:
+    assert not is_table(value)
