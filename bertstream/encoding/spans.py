@@ -220,7 +220,10 @@ def _word_ids(batch: TokenBatch) -> Int32Array:
 def _library(tokenizer: TextTokenizer) -> TokenizersBackend:
     if isinstance(tokenizer._backend, TokenizersBackend):
         return tokenizer._backend
-    raise ConfigError("this tokenizer is written in Python, and does not say which characters a token is")
+    raise ConfigError(
+        "the encoder's tokenizer is written in Python, and does not say which characters a token is: spans need one of "
+        "the tokenizers library, as AutoTokenizer gives for most models"
+    )
 
 
 def _tokens_of(rows: Embeddings) -> BoolArray:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Overflow: TypeAlias = Literal["error", "truncate", "windows"]
 WordSplitter: TypeAlias = Callable[[str], Sequence[str]]
 Framing: TypeAlias = Callable[[Sequence[Any], int, bool], Framed]
-"""With the arguments of `TokenizersBackend.framed`."""
+"""With the arguments of `Backend.framed`."""
 
 
 def check_cutting(
@@ -147,11 +147,6 @@ class TextTokenizer:
     def takes_texts(self) -> bool:
         """Whether there is a tokenizer; an encoder without one takes ids alone."""
         return self._backend.takes_texts
-
-    @property
-    def has_offsets(self) -> bool:
-        """Whether it can tell which characters a token is; tokenizers that are written in Python cannot."""
-        return self._backend.has_offsets
 
     @property
     def identity(self) -> tuple[Any, ...]:
