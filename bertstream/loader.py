@@ -123,6 +123,7 @@ def stream(
     prefetch: int | None = None,
     cache: EmbeddingCache | None = None,
     deterministic: bool = False,
+    steps_per_epoch: int | None = None,
     reading: StreamConfig | None = None,
 ) -> EmbeddingLoader:
     """Read text shards, bucket the records by length, and yield batches with embeddings.
@@ -161,6 +162,9 @@ def stream(
         prefetch: as for `wrap`.
         cache: as for `wrap`.
         deterministic: as for `wrap`.
+        steps_per_epoch: batches in an epoch, on each rank; None makes an epoch of a pass over the data. With it each
+            iteration continues after the last batch that was received, over as many passes as that takes, and a loop
+            that is left early ends its epoch. `loader.epoch` and `set_epoch` count epochs, `loader.passes` passes.
         reading: how shards are read, as in `StreamConfig(bucket_size=4096, lanes=16)`; None is `StreamConfig()`.
     Raises:
         ConfigError: an argument is out of range, or a rank would have no data.
@@ -195,4 +199,5 @@ def stream(
         prefetch=prefetch,
         cache=cache,
         deterministic=deterministic,
+        steps_per_epoch=steps_per_epoch,
     )

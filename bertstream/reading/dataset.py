@@ -106,7 +106,7 @@ class TextStream(IterableDataset[TokenBatch]):
             if value is not None:
                 check_at_least(name, value, 1)
         check_at_least("seed", seed, 0)
-        self._shuffle = shuffle
+        self.shuffle = shuffle
         self._seed = seed
         self._reading = reading = reading or StreamConfig()
         self.mixture = shards if isinstance(shards, Mixture) else None
@@ -162,7 +162,7 @@ class TextStream(IterableDataset[TokenBatch]):
         cut = self._batches
         size = f"max_tokens={cut.max_tokens}" if cut.max_tokens else f"batch_size={cut.batch_size}"
         return (
-            f"TextStream({len(self.shards)} shards, text={self.text!r}, {size}, shuffle={self._shuffle}, "
+            f"TextStream({len(self.shards)} shards, text={self.text!r}, {size}, shuffle={self.shuffle}, "
             f"epoch={self.epoch}, rank {self.rank} of {self.world_size})"
         )
 
@@ -176,7 +176,7 @@ class TextStream(IterableDataset[TokenBatch]):
         mixed = {} if mixture is None else {"weights": [*mixture.weights], "stopping": mixture.stopping}
         return {
             **mixed,  # causes first: the first difference is the one that is reported
-            "shuffle": self._shuffle,
+            "shuffle": self.shuffle,
             "seed": self._seed,
             "lanes": layout.lanes,
             "open_shards": layout.open_shards,
@@ -381,8 +381,8 @@ class TextStream(IterableDataset[TokenBatch]):
 
     def _laid_out_for(self, ranks: int) -> Layout:
         if self.mixture is not None:
-            return lay_out_mixture(self._sources, self._reading, shuffle=self._shuffle, ranks=ranks)
-        return lay_out(self.shards, self._options.rows, self._reading, shuffle=self._shuffle, ranks=ranks)
+            return lay_out_mixture(self._sources, self._reading, shuffle=self.shuffle, ranks=ranks)
+        return lay_out(self.shards, self._options.rows, self._reading, shuffle=self.shuffle, ranks=ranks)
 
     def _say_if_without_data(self) -> None:
         """After a state of another layout was loaded: it may leave this rank nothing to read in its epoch."""
@@ -401,7 +401,7 @@ class TextStream(IterableDataset[TokenBatch]):
         return sum(map(bool, self._dealt(self._layout, 0)[self.rank :: self.world_size]))
 
     def _dealt(self, layout: Layout, epoch: int) -> list[list[Piece]]:
-        return layout.deal(self._seed if self._shuffle else None, epoch)
+        return layout.deal(self._seed if self.shuffle else None, epoch)
 
     def _lane_batches(self, layout: Layout) -> LaneBatches:
         return replace(self._batches, num_lanes=layout.lanes, open_shards=layout.open_shards)

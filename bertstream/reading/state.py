@@ -95,6 +95,11 @@ class StreamProgress:
         start, self._loaded = self.start(), None
         return start
 
+    def continue_here(self) -> None:
+        """The next iteration continues after the batch received last, if one was left before its end."""
+        if (queues := self.running()) is not None:
+            self._loaded, self._running = (self.epoch, queues, self._running_layout), None
+
     def begin(self, ranks: Iterable[int]) -> None:
         """An iteration begins from `start`, which its reader has yet to take.
 
