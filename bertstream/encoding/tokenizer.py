@@ -76,6 +76,10 @@ def renamed_splitter(word_splitter: WordSplitter | None, split: WordSplitter | N
 class TextTokenizer:
     """Texts to token ids, special tokens included; light, and safe to send to worker processes.
 
+    An encoder's is `encoder.tokenizer`. Called with texts it gives a `TokenizedText` for each; `batch(texts)` gives all
+    of them as one `TokenBatch`, which the encoder takes in place of texts. `identity` is equal for tokenizers that make
+    the same tokens.
+
     Args:
         tokenizer: a transformers tokenizer, backed by the `tokenizers` library or written in Python (slower). It is
             read, never changed. None for ids alone: every text is refused.
@@ -183,14 +187,12 @@ class TextTokenizer:
             out |= dict(zip(indices, _one_by_one(batch), strict=True))
         return [out[i] for i in range(len(texts))]
 
-    def batch(self, texts: Sequence[Text], *, framing: Framing | None = None) -> TokenBatch:
-        """Tokenize texts into one batch, in their order: like `__call__`, without an object for each text.
+    def batch(self, texts: Sequence[Text]) -> TokenBatch:
+        """Tokenize texts into one batch, in their order: like `__call__`, without an object for each text."""
+        return self._batch(texts, self._backend.framed)
 
-        Args:
-            texts: as for `__call__`.
-            framing: makes ids of strings or words, in place of the tokenizer that was given (see `SpanFinder`).
-        """
-        return _in_order(self._tokenized(texts, framing or self._backend.framed))
+    def _batch(self, texts: Sequence[Text], framing: Framing) -> TokenBatch:
+        return _in_order(self._tokenized(texts, framing))
 
     def ids(self, texts: Sequence[TokenizedText]) -> TokenBatch:
         """Texts that are ids already as one batch, in their order, as if they were tokenized here.
