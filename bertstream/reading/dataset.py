@@ -33,7 +33,8 @@ from .state import StreamProgress, layout_ranks_of
 logger = logging.getLogger(__name__)
 
 _ROWS_OF_0_1_0 = {
-    option: str(getattr(DEFAULT_ACCESS, option)) for option in ("delimiter", "header", "encoding", "max_record_bytes")
+    option: str(getattr(DEFAULT_ACCESS, option))
+    for option in ("format", "delimiter", "header", "encoding", "max_record_bytes")
 } | {"quoting": "standard"}
 """How version 0.1.0 read rows. A state holds only what differs, so that the states of then fit."""
 
@@ -105,7 +106,7 @@ class TextStream(IterableDataset[TokenBatch]):
             if value is not None:
                 check_at_least(name, value, 1)
         check_at_least("seed", seed, 0)
-        self._shuffle = shuffle
+        self.shuffle = shuffle
         self._seed = seed
         self._reading = reading = reading or StreamConfig()
         self.mixture = shards if isinstance(shards, Mixture) else None
@@ -131,6 +132,11 @@ class TextStream(IterableDataset[TokenBatch]):
             if self.uneven != "leave" or self.world_size > layout.lanes:
                 raise ConfigError(refusal)
             logger.warning("some ranks have no data: %s", refusal)
+        if not getattr(encoder.tokenizer, "takes_texts", True):
+            raise ConfigError(
+                f"text={text!r}: the encoder has no tokenizer and takes ids alone; make it with its model's tokenizer, "
+                "Encoder(model, tokenizer)"
+            )
         self._batches = LaneBatches(
             tokenizer=encoder.tokenizer,
             options=self._options,
@@ -150,7 +156,7 @@ class TextStream(IterableDataset[TokenBatch]):
         cut = self._batches
         size = f"max_tokens={cut.max_tokens}" if cut.max_tokens else f"batch_size={cut.batch_size}"
         return (
-            f"TextStream({len(self.shards)} shards, text={self.text!r}, {size}, shuffle={self._shuffle}, "
+            f"TextStream({len(self.shards)} shards, text={self.text!r}, {size}, shuffle={self.shuffle}, "
             f"epoch={self.epoch}, rank {self.rank} of {self.world_size})"
         )
 
@@ -164,7 +170,7 @@ class TextStream(IterableDataset[TokenBatch]):
         mixed = {} if mixture is None else {"weights": [*mixture.weights], "stopping": mixture.stopping}
         return {
             **mixed,  # causes first: the first difference is the one that is reported
-            "shuffle": self._shuffle,
+            "shuffle": self.shuffle,
             "seed": self._seed,
             "lanes": layout.lanes,
             "open_shards": layout.open_shards,
@@ -369,8 +375,8 @@ class TextStream(IterableDataset[TokenBatch]):
 
     def _laid_out_for(self, ranks: int) -> Layout:
         if self.mixture is not None:
-            return lay_out_mixture(self._sources, self._reading, shuffle=self._shuffle, ranks=ranks)
-        return lay_out(self.shards, self._options.rows, self._reading, shuffle=self._shuffle, ranks=ranks)
+            return lay_out_mixture(self._sources, self._reading, shuffle=self.shuffle, ranks=ranks)
+        return lay_out(self.shards, self._options.rows, self._reading, shuffle=self.shuffle, ranks=ranks)
 
     def _say_if_without_data(self) -> None:
         """After a state of another layout was loaded: it may leave this rank nothing to read in its epoch."""
@@ -389,7 +395,7 @@ class TextStream(IterableDataset[TokenBatch]):
         return sum(map(bool, self._dealt(self._layout, 0)[self.rank :: self.world_size]))
 
     def _dealt(self, layout: Layout, epoch: int) -> list[list[Piece]]:
-        return layout.deal(self._seed if self._shuffle else None, epoch)
+        return layout.deal(self._seed if self.shuffle else None, epoch)
 
     def _lane_batches(self, layout: Layout) -> LaneBatches:
         return replace(self._batches, num_lanes=layout.lanes, open_shards=layout.open_shards)

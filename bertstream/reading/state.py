@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..tokens import ReadReport
 from .bad_records import BadRecords
 from .lanes import LaneQueue
 from .layout import Layout
+
+logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 
@@ -92,6 +95,11 @@ class StreamProgress:
         start, self._loaded = self.start(), None
         return start
 
+    def continue_here(self) -> None:
+        """The next iteration continues after the batch received last, if one was left before its end."""
+        if (queues := self.running()) is not None:
+            self._loaded, self._running = (self.epoch, queues, self._running_layout), None
+
     def begin(self, ranks: Iterable[int]) -> None:
         """An iteration begins from `start`, which its reader has yet to take.
 
@@ -168,9 +176,16 @@ class StreamProgress:
         self.bad.check_some_were_good()
         # A worker of the user's own DataLoader, and one of several ranks, may have no record where others have some.
         alone = self._world_size == 1 and get_worker_info() is None
-        if alone and not self.bad.read and self._running is not None:
-            path = self._running_layout.pieces[0][0].path
-            raise ShardError(f"{path}: no record in the whole epoch: did a filter drop every row?", path=path)
+        if self._running is None or self.bad.read > self.bad.records + self.bad.dropped:
+            return
+        path = self._running_layout.pieces[0][0].path
+        problem = f"{path}: no record in the whole epoch: did a filter drop every row?"
+        if self.bad.dropped:
+            problem = f"keep= and map= dropped each of the {self.bad.dropped} records that were read in the epoch"
+        if alone:
+            raise ShardError(problem, path=path)
+        if self.bad.dropped:
+            logger.warning("%s", problem)
 
     def place(self) -> Place:
         """Where the loop is now, which `state_dict` turns into JSON."""
