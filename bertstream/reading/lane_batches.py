@@ -125,7 +125,13 @@ class LaneBatches:
         open_shards, tolerant = self.open_shards, self._tolerant
         if self.mixing is not None:
             return MixtureReader(
-                pieces, self.mixing, start, num_lanes=self.num_lanes, open_shards=open_shards, tolerant=tolerant
+                pieces,
+                self.mixing,
+                start,
+                shuffle_seed=self.shuffle_seed,
+                num_lanes=self.num_lanes,
+                open_shards=open_shards,
+                tolerant=tolerant,
             )
         options = self.options if self.options.rows is None else replace(self.options, epoch=start.epoch)
         return LaneReader(pieces, options, start, open_shards=open_shards, tolerant=tolerant)
