@@ -29,6 +29,7 @@ from ..loader import stream
 from ..pipeline.embedding_loader import EmbeddingLoader
 from ..reading.config import StreamConfig
 from ..reading.dataset import Shards
+from ..reading.functions import Keep, Map
 from ..system.distributed import rank_and_world_size
 from .writers import Part, PartFormat, check_format, ending_of, whole_or_nothing, write_part
 
@@ -48,6 +49,8 @@ def embed(
     *,
     text: str = "text",
     pair: str | None = None,
+    keep: Keep | None = None,
+    map: Map | None = None,
     format: PartFormat = "parquet",
     part_bytes: int | str = "128MiB",
     num_workers: int = 0,
@@ -62,7 +65,7 @@ def embed(
     the same number of ranks. Records are not in the order of the shards: each bucket is sorted by length.
 
     Args:
-        shards, text, pair, num_workers, cache, reading: as for `bertstream.stream`.
+        shards, text, pair, keep, map, num_workers, cache, reading: as for `bertstream.stream`.
         encoder: computes the vectors, which are written in its `output_dtype`.
         out: a local folder, created if missing; empty, or of a run that was stopped.
         format: "parquet", "webdataset" or "safetensors"; see `bertstream.jobs.writers.write_part`.
@@ -71,7 +74,8 @@ def embed(
         progress: whether to show a bar; its total is known for Parquet and for uncompressed files on disk.
     Returns:
         Counts of this rank's share in the folder: `parts`, `texts`, `tokens`, `rows`, `cut_texts` that were truncated,
-        `bad_records` and `bad_shards` that were skipped; and `texts_before`, the texts of earlier runs.
+        `bad_records` and `bad_shards` that were skipped, and `dropped_records` that `keep` and `map` dropped; and
+        `texts_before`, the texts of earlier runs.
     Raises:
         ConfigError: an argument is out of range, a parameter of the encoder requires gradients, the folder holds other
             files, or another process is writing to it.
@@ -96,6 +100,8 @@ def embed(
         pair=pair,
         max_tokens=max(1, min(_BATCH_TOKENS, largest // (4 * row_bytes))),
         fields=(),
+        keep=keep,
+        map=map,
         num_workers=num_workers,
         cache=cache,
         reading=reading,
@@ -124,7 +130,7 @@ def _fill(folder: _Folder, loader: EmbeddingLoader, text: str, largest: int, *, 
 
     def write(*, done: bool = False) -> None:
         counts = {name: folder.counts[name] + gathered.counts[name] for name in gathered.counts}
-        for name in ("bad_records", "bad_shards"):
+        for name in ("bad_records", "bad_shards", "dropped_records"):
             counts[name] = before[name] + int(loader.stats()[name])
         folder.write(gathered.part() if gathered.counts["texts"] else None, counts, loader.state_dict(), done=done)
 
@@ -197,7 +203,7 @@ class _Folder:
         self._rank = f"-{rank:03d}-of-{world_size:03d}" if world_size > 1 else ""
         self._settings = {"version": _VERSION, "ranks": world_size, **settings}
         self._ending = ending
-        names = ("parts", "texts", "tokens", "rows", "cut_texts", "bad_records", "bad_shards")
+        names = ("parts", "texts", "tokens", "rows", "cut_texts", "bad_records", "bad_shards", "dropped_records")
         self.counts = dict.fromkeys(names, 0)
         self.state: dict[str, Any] = {}
         self.done = False
