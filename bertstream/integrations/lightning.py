@@ -26,7 +26,7 @@ class LoaderState(Callback):
     Args:
         loader: the one that `fit` trains on, or that a module's or datamodule's `train_dataloader` returns.
     Raises:
-        ConfigError: it is none of ours.
+        ConfigError: `wrap` or `stream` did not make it.
     """
 
     def __init__(self, loader: EmbeddingLoader) -> None:
@@ -50,14 +50,14 @@ class LoaderState(Callback):
         self._epoch_is_new = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Now it has begun."""
+        """The iteration has started."""
         if self._epoch_is_new:
             self._epoch_is_new, self._trained = False, 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """One batch more; Lightning calls the callbacks that save last."""
+        """Count the batch; Lightning calls the callbacks that save after this one."""
         self._trained += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,4 +66,4 @@ class LoaderState(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue there; Lightning calls this before it takes a batch."""
-        self._loader.load_state_dict(state_dict, trainer_epoch=state_dict.get("epoch"))
+        self._loader.load_state_dict(state_dict, trainer_epoch=state_dict.get("steps", state_dict).get("epoch"))

@@ -57,7 +57,7 @@ class LoaderState(TrainerCallback, ExportableState):
         """Load the loader's state, if the Trainer resumes.
 
         Raises:
-            ConfigError: the loader is none of ours, or the callback came too late.
+            ConfigError: `wrap` or `stream` did not make the loader, or the callback was added too late.
             StateError: the loader has no state, or the checkpoint has none of it.
         """
         loader = kwargs.get("train_dataloader")
@@ -99,7 +99,7 @@ class LoaderState(TrainerCallback, ExportableState):
         """The loader's state now, as `trainer_state.json` holds it.
 
         Raises:
-            StateError: what the loader wraps has a state that `torch.load` takes for unsafe.
+            StateError: what the loader wraps has a state that `torch.load` refuses as unsafe.
         """
         state = None if self._loader is None else _to_json(self._loader.state_dict())
         return {"args": {}, "attributes": {"saved": state}}

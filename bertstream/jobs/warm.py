@@ -15,6 +15,7 @@ from ..pipeline.source import read_in_workers
 from ..reading.config import StreamConfig
 from ..reading.dataset import TextStream
 from ..reading.functions import Keep, Map
+from ..reading.mixture import refuse_mixture
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def warm(
     sizes and order.
 
     Args:
-        shards, text, pair, keep, map, num_workers, reading: as for `bertstream.stream`.
+        shards, text, pair, keep, map, num_workers, reading: as for `bertstream.stream`; no `Mixture`.
         encoder: computes the vectors.
         cache: receives them. Without a disk they stay in this process's memory, and new ones evict earlier ones when
             it is full.
@@ -53,6 +54,7 @@ def warm(
             gradients.
         ShardError: a shard is missing, or one of its records is broken.
     """
+    refuse_mixture(shards, "warm")
     check_at_least("num_workers", num_workers, 0)
     if cache.read_only:
         raise ConfigError(f"{cache!r} is read-only: open it without read_only=True to fill it")

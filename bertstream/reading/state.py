@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
-from ..cursors import Cursor, OpenPiece
+from ..cursors import Cursor, OpenPiece, SourcePlace
 from ..errors import ShardError, StateError, check_at_least, described, shortened
 from ..tokens import ReadReport
 from .bad_records import BadRecords
@@ -94,6 +94,11 @@ class StreamProgress:
         """`start`, once: later iterations begin their epoch from the top again."""
         start, self._loaded = self.start(), None
         return start
+
+    def continue_here(self) -> None:
+        """The next iteration continues after the batch received last, if one was left before its end."""
+        if (queues := self.running()) is not None:
+            self._loaded, self._running = (self.epoch, queues, self._running_layout), None
 
     def begin(self, ranks: Iterable[int]) -> None:
         """An iteration begins from `start`, which its reader has yet to take.
@@ -307,10 +312,21 @@ def _deal(queues: Queues, rank: int, world_size: int) -> Queues:
 
 def cursor_to_json(cursor: Cursor) -> list[Any]:
     """A lane's cursor as JSON holds it; the epoch is said once for all."""
-    return [cursor.lane, cursor.next_piece, [list(piece) for piece in cursor.open], cursor.batch]
+    entry = [cursor.lane, cursor.next_piece, [list(piece) for piece in cursor.open], cursor.batch]
+    if cursor.sources:  # of a mixture only
+        entry.append([[*place[:-1], [list(piece) for piece in place.open]] for place in cursor.sources])
+    return entry
 
 
 def cursor_from_json(entry: list[Any], epoch: int) -> Cursor:
     """The cursor that `cursor_to_json` was given."""
-    lane, next_piece, pieces, batch = entry
-    return Cursor(epoch, lane, next_piece, tuple(OpenPiece(*piece) for piece in pieces), batch)
+    lane, next_piece, pieces, batch, *mixed = entry
+    sources = [
+        SourcePlace(drawn, passes, following, _opened(opened))
+        for drawn, passes, following, opened in (mixed[0] if mixed else ())
+    ]
+    return Cursor(epoch, lane, next_piece, _opened(pieces), batch, tuple(sources))
+
+
+def _opened(pieces: list[list[int]]) -> tuple[OpenPiece, ...]:
+    return tuple(OpenPiece(*piece) for piece in pieces)
