@@ -51,13 +51,16 @@ def cut_bucket(
     return batches
 
 
-def add_fields(batch: TokenBatch, records: Sequence[Record], *, keep_text_as: str | None) -> None:
+def add_fields(
+    batch: TokenBatch, records: Sequence[Record], *, keep_text_as: str | None, with_place: bool = True
+) -> None:
     """Put the records' fields into their batch as columns, with `__key__`, `__shard__` and `__index__`.
 
     Args:
         batch: changed in place.
         records: one a text.
         keep_text_as: the field under which the raw texts stay in the batch; None drops them.
+        with_place: whether to add these three; False if those that are wanted are among the records' fields.
     """
     names = dict.fromkeys(name for record in records for name in record.fields)
     batch.fields = {name: stack_column([record.fields.get(name) for record in records]) for name in names}
@@ -68,9 +71,10 @@ def add_fields(batch: TokenBatch, records: Sequence[Record], *, keep_text_as: st
         else:
             kept = (record.text for record in records)
             batch.fields[keep_text_as] = [text.input_ids if isinstance(text, TokenizedText) else text for text in kept]
-    batch.fields["__key__"] = [record.key for record in records]
-    batch.fields["__shard__"] = [record.shard for record in records]
-    batch.fields["__index__"] = np.array([record.index for record in records], np.int64)
+    if with_place:
+        batch.fields["__key__"] = [record.key for record in records]
+        batch.fields["__shard__"] = [record.shard for record in records]
+        batch.fields["__index__"] = np.array([record.index for record in records], np.int64)
 
 
 class Strings(list[str]):

@@ -189,7 +189,8 @@ class LaneBatches:
                 continue
             batch = tokens.pick(chosen)
             batch.drop_idle(may_be_idle)
-            add_fields(batch, [bucket.records[i] for i in chosen.tolist()], keep_text_as=self.keep_text_as)
+            records = [bucket.records[i] for i in chosen.tolist()]
+            add_fields(batch, records, keep_text_as=self.keep_text_as, with_place=not self.options.place)
             batch.cursor = bucket.end if number == len(batches) else replace(bucket.start, batch=number)
             yield batch
 
