@@ -6,28 +6,42 @@ Shapes: B texts, T tokens of the longest text, N rows in all, H hidden size.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from itertools import accumulate, pairwise
+from typing import Any, Literal, Protocol, TypeAlias, overload, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .errors import ConfigError, check_choice, shortened
+from .columns import axis, concatenated, picked
+from .errors import ConfigError, check_at_least, check_choice, shortened
 from .system.cuda import to_device
-from .tokens import Indices, Int32Array, SupportsTokenize, TokenBatch, axis, cumulate, picked, rows_of
+from .tokens import Indices, Int32Array, SupportsTokenize, TokenBatch, cumulate, rows_of
+from .word_tags import lay_out
 
 Output: TypeAlias = Literal["tokens", "words", "sentence"]
 Layout: TypeAlias = Literal["padded", "nested", "packed_sequence", "flat"]
+
+
+class SupportsSpans(Protocol):
+    """What finds the characters of rows: it pickles, and is asked only when a user asks."""
+
+    def spans(self, rows: Embeddings) -> Indices: ...
+
+    def strings(self, rows: Embeddings) -> list[str]: ...
 
 
 @dataclass(eq=False)
 class Embeddings:
     """A batch of texts as vectors, without padding.
 
-    It owns its tensors; on CUDA they are safe to use on the stream that was current when the loop received the batch.
+    `embeddings[i]` is the rows of one text; `embeddings[0:2]`, `split` and `concat` give `Embeddings`. It owns its
+    tensors; on CUDA they are safe to use on the stream that was current when the loop received the batch.
 
     Attributes:
         values: [N, H] one row a token or a word, texts one after the other, or [B, H] one row a text for sentence
@@ -41,6 +55,7 @@ class Embeddings:
         present: [N] bool, device of `values`: False for a word without a vector, because it was cut or has no
             token (such as " "); its row is zeros. None for tokens and sentences, which all have one.
         layers: the layers of the model that the rows were made of, counted from 0; empty if not known.
+        finder: finds the characters of the rows, for `spans`; None if no tokenizer is known.
     """
 
     values: Tensor = field(metadata=axis("rows"))
@@ -48,15 +63,33 @@ class Embeddings:
     lengths: Tensor
     tokens: TokenBatch
     output: Output
-    word_ids: Int32Array | None = field(default=None, metadata=axis("host rows"))
-    present: Tensor | None = field(default=None, metadata=axis("rows"))
+    word_ids: Int32Array | None = field(default=None, metadata=axis("host rows", np.int32(-1)))
+    present: Tensor | None = field(default=None, metadata=axis("rows", True))
     layers: tuple[int, ...] = ()
+    finder: SupportsSpans | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> Tensor:
-        """The rows of one text: [L, H], or [H] for sentence output; a view of `values`."""
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice | list[int] | list[bool] | npt.NDArray[Any] | Tensor) -> Embeddings: ...
+
+    def __getitem__(self, index: Any) -> Tensor | Embeddings:
+        """The rows of one text: [L, H], or [H] for sentence output; a view of `values`.
+
+        For a slice, or a list or array on the host of indices or of B booleans: `Embeddings` of these texts, a copy.
+        """
+        if isinstance(index, slice) or (isinstance(index, (list, np.ndarray, Tensor)) and np.ndim(index) == 1):
+            return self._chosen(index)
+        try:
+            index = operator.index(index)
+        except TypeError as error:
+            raise TypeError(
+                f"embeddings[{shortened(index)}]: write the index of a text, a slice such as [0:2], or a list or array"
+            ) from error
         if not -len(self) <= index < len(self):
             raise IndexError(f"text {index} of a batch of {len(self)}")
         if self.output == "sentence":
@@ -66,6 +99,15 @@ class Embeddings:
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.values if self.output == "sentence" else self.values.split(self.lengths.tolist()))
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """TypeError that names the tensors in here: torch's own says that it wants one, not where one is."""
+        name = getattr(function, "__name__", str(function))
+        raise TypeError(
+            f"torch's {name}() takes tensors, and was given Embeddings: pass .padded(), which is (vectors, mask), "
+            ".packed_sequence(), .nested(), or .vectors of sentence output; layout= makes a loader yield tensors"
+        )
 
     def __repr__(self) -> str:
         kind = f"{self.values.dtype}, {self.values.device}".replace("torch.", "")
@@ -182,37 +224,97 @@ class Embeddings:
             ConfigError: the texts were not lists of words, or a text has another number of words than of tags.
         """
         self._refuse_sentence("align")
-        word_ids = self.word_ids
-        if word_ids is None and not any(map(len, tags)):
-            word_ids = np.full(len(self.values), -1, np.int32)  # lists without a word
-        if word_ids is None:
-            raise ConfigError("align needs texts that are lists of words; these were plain strings")
-        if len(tags) != len(self):
-            raise ConfigError(f"{len(tags)} rows of tags for {len(self)} texts")
-        rows_of_tags = [_numbers(row, text) for text, row in enumerate(tags)]
-        counts = np.fromiter(map(len, rows_of_tags), np.int64, len(self))
-        wrong = np.flatnonzero(counts != self.tokens.num_words)
-        if len(wrong):
-            i = int(wrong[0])
-            fields = self.tokens.fields
-            source = f" (record {fields['__index__'][i]} of {fields['__shard__'][i]})" if "__shard__" in fields else ""
-            padded = (counts >= self.tokens.num_words).all() and len(set(counts.tolist())) == 1 < len(counts)
-            way_out = ": padded tags? Pass each text's own tags only" if padded else ""
-            words = self.tokens.num_words[i]
-            raise ConfigError(f"text {i} of the batch{source} has {words} words but {counts[i]} tags{way_out}")
-        # An empty list becomes float32, which would turn the other texts' integers into floats.
-        flat = torch.cat([row for row in rows_of_tags if len(row)] or [torch.zeros(0, dtype=torch.int64)])
-        whole = not flat.is_floating_point() and float(pad).is_integer()
-        flat = flat.to(torch.int64 if whole else torch.float32)
-        lengths = self.lengths.numpy()
-        texts = np.repeat(np.arange(len(self)), lengths)
-        word_of_row = np.where(word_ids < 0, -1, word_ids + (np.cumsum(counts) - counts)[texts])
-        first = word_of_row != np.concatenate([[-1], word_of_row[:-1]])
-        rows = np.flatnonzero(first & (word_of_row >= 0))
-        out = flat.new_full((len(self), lengths.max(initial=0)), pad)
-        steps = rows - (np.cumsum(lengths) - lengths)[texts[rows]]
-        out[torch.from_numpy(texts[rows]), torch.from_numpy(steps)] = flat[torch.from_numpy(word_of_row[rows])]
-        return to_device(out, self.values.device)
+        return to_device(lay_out(tags, pad, self.lengths.numpy(), self.word_ids, self.tokens), self.values.device)
+
+    def spans(self) -> Tensor:
+        """Which characters each row is of: `text[start:end]` of the text as it was given.
+
+        The texts are tokenized again for it, so it costs nothing until it is called. It needs the texts: an encoder
+        that is called with texts keeps them, and so does `wrap`; `stream` does with `into=`, and `TokenCollate` with
+        `keep_text=True`.
+
+        Returns:
+            [N, 4] int64 on the CPU. Of each row: the index of its text; the part of a pair, 0 or 1; its first
+            character; one past its last. In a list of words these are characters of the row's word, whose index is in
+            `word_ids`; in a string, of the string, also where a word splitter split it. The last three are -1 for
+            special tokens, a prompt's tokens, and words that truncation cut.
+        Raises:
+            ConfigError: the texts were not kept, or this is sentence output, whose rows are whole texts; or the place
+                of a splitter's words in their string is not clear.
+            EncoderError: a text has other tokens now: it was changed meanwhile.
+        """
+        return torch.from_numpy(self._finder("spans").spans(self))
+
+    def strings(self) -> list[str]:
+        """The string of each row, `text[start:end]` by `spans`; it raises what `spans` raises.
+
+        Rows without characters have their token's own string, such as "[CLS]"; words that truncation cut have "".
+        """
+        return self._finder("strings").strings(self)
+
+    def _finder(self, name: str) -> SupportsSpans:
+        self._refuse_sentence(name)
+        if self.tokens.texts is None:
+            raise ConfigError(
+                f"{name}() needs the texts, and these were not kept: call the encoder with texts, write into= in "
+                "stream (the text then stays in the batch too), or keep_text=True in TokenCollate"
+            )
+        if self.finder is None:
+            raise ConfigError(f"{name}() needs a tokenizer that says where tokens are: take vectors of an Encoder")
+        return self.finder
+
+    def split(self, sizes: int | Sequence[int]) -> list[Embeddings]:
+        """Cut the batch into consecutive ones, as `torch.split` does; each is a copy.
+
+        Args:
+            sizes: texts of each, which sum to B; or one number, with fewer texts in the last if that does not divide B.
+        Raises:
+            ConfigError: the sizes do not sum to B.
+        """
+        if isinstance(sizes, int):
+            check_at_least("sizes", sizes, 1)
+            sizes = [min(sizes, len(self) - start) for start in range(0, len(self), sizes)]
+        sizes = [operator.index(size) for size in sizes]
+        if sum(sizes) != len(self) or min(sizes, default=0) < 0:
+            raise ConfigError(
+                f"split(sizes={shortened(sizes)}) of {len(self)} texts: the sizes sum to {sum(sizes)}; write how many "
+                "texts each part has"
+            )
+        return [self[start:end] for start, end in pairwise(accumulate(sizes, initial=0))]
+
+    @classmethod
+    def concat(cls, parts: Sequence[Embeddings]) -> Embeddings:
+        """The texts of several batches as one; of `tokens.fields`, those that all have.
+
+        Args:
+            parts: at least one, all of one encoder and on one device.
+        Raises:
+            ConfigError: there are none, or their output, layers, sizes, dtypes or devices differ.
+        """
+        kinds = [(e.output, e.layers, list(e.values.shape[1:]), e.values.dtype, e.values.device) for e in parts]
+        other = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
+        if not parts or other is not None:
+            differ = "there are none" if other is None else f"part 0 has {kinds[0]}, part {other} has {kinds[other]}"
+            raise ConfigError(
+                f"concat takes Embeddings of the same (output, layers, shape of a row, dtype, device): {differ}"
+            )
+        counts = [len(part.values) for part in parts]
+        lengths = torch.cat([part.lengths for part in parts])
+        return dataclasses.replace(
+            parts[0],
+            cu_seqlens=to_device(cumulate(lengths.numpy()), parts[0].values.device),
+            lengths=lengths,
+            tokens=TokenBatch.concat([part.tokens for part in parts], with_fields=True),
+            **concatenated(cls, parts, {"rows": counts, "host rows": counts}),
+        )
+
+    def _chosen(self, index: Any) -> Embeddings:
+        if not isinstance(index, slice):
+            index = np.asarray(index) if len(index) else slice(0)
+        texts = np.arange(len(self))[index]
+        run = isinstance(index, slice) and len(texts) > 0 and index.step in (None, 1)
+        rows = slice(int(texts[0]), int(texts[-1]) + 1) if run else texts
+        return self.pick(rows, self.tokens.pick(texts, with_fields=True))
 
     def pick(self, indices: Indices | slice, tokens: TokenBatch) -> Embeddings:
         """A copy of the rows of these texts, as the embeddings of `tokens`; a text may come several times.
@@ -253,19 +355,13 @@ class Embeddings:
         present = None if self.present is None else move(self.present)
         return dataclasses.replace(self, values=move(self.values), cu_seqlens=move(self.cu_seqlens), present=present)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without texts nothing is found, so the finder's vocabulary stays out of the pickle."""
+        return self.__dict__ | ({"finder": None} if self.tokens.texts is None else {})
+
     def _refuse_sentence(self, name: str) -> None:
         if self.output == "sentence":
             raise ConfigError(f"sentence output is one vector a text: use .vectors, not .{name}()")
-
-
-def _numbers(row: Any, text: int) -> Tensor:
-    try:
-        numbers = torch.as_tensor(row, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        numbers = None
-    if numbers is None or numbers.dim() != 1:
-        raise ConfigError(f"tags of text {text} are {shortened(row)}: give a list of numbers, one a word")
-    return numbers
 
 
 class SupportsEncode(Protocol):

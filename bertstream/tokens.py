@@ -5,15 +5,16 @@ Shapes: B texts, T tokens of the longest text, N tokens in all, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from operator import attrgetter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NoReturn, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from .columns import ONE_WINDOW, axis, columns, concatenated, joined_fields, picked, picked_fields
 from .cursors import Cursor
 from .errors import ConfigError, ShardError
 
@@ -45,22 +46,6 @@ class Record:
     shard: str
     index: int
     offset: int = 0
-
-
-ONE_WINDOW = object()
-"""Absent entry of `window_lengths`: a text without any is one window."""
-
-
-def axis(name: str, absent: object = None) -> dict[str, object]:
-    """Metadata of a dataclass field that holds an array: what an entry of it belongs to.
-
-    `picked` and `concatenated` follow from it, so a new field is declared here and nowhere else.
-
-    Args:
-        name: "tokens", "words", "windows" or "texts"; of `Embeddings`, "rows" on the device or "host rows".
-        absent: the entry of a text that lacks the array where others have it; None if no text lacks it.
-    """
-    return {"axis": name, "absent": absent}
 
 
 @dataclass(slots=True)
@@ -116,6 +101,7 @@ class ReadReport:
 
 _ONLY_EMBEDDINGS_HAVE = frozenset(("values", "vectors", "output", "present", "layers", "padded", "padded_present"))
 _ONLY_EMBEDDINGS_HAVE |= {"key_padding_mask", "nested", "packed_sequence", "as_layout", "align", "to", "pin_memory"}
+_ONLY_EMBEDDINGS_HAVE |= {"spans", "strings", "split", "finder"}
 """Public names of `Embeddings` that `TokenBatch` lacks; a test compares them."""
 
 
@@ -138,6 +124,7 @@ class TokenBatch:
         cursor: the stream's cursor after this batch; None for a batch that no stream made.
         report: what reading the batch's bucket met, on the first batch of a bucket.
         hashes: [B] uint64 of `hash_texts`, which find texts that may be equal; None if nobody has made them yet.
+        texts: the B texts as they were given, which `Embeddings.spans` needs; None if they were not kept.
     """
 
     input_ids: Int32Array = field(metadata=axis("tokens"))
@@ -154,6 +141,7 @@ class TokenBatch:
     cursor: Cursor | None = None
     report: ReadReport | None = None
     hashes: UInt64Array | None = field(default=None, metadata=axis("texts", np.uint64(0)))
+    texts: list[Text] | None = None
 
     def __getattr__(self, name: str) -> NoReturn:
         """Explain why vectors are missing: a trained encoder's loader yields tokens, and the model embeds them."""
@@ -175,46 +163,61 @@ class TokenBatch:
             cu_seqlens=cumulate(lengths),
             num_words=num_words,
             cut_tokens=np.fromiter([text.cut_tokens for text in texts], np.int32, count),
-            **concatenated(texts, {"tokens": lengths, "words": num_words}, lambda i: lengths[i : i + 1]),
+            **concatenated(TokenizedText, texts, {"tokens": lengths, "words": num_words}, lambda i: lengths[i : i + 1]),
         )
 
     @classmethod
-    def concat(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
-        """The texts of several batches, without fields and cursors; a missing array is filled in as in `from_texts`.
+    def concat(cls, batches: Sequence[TokenBatch], *, with_fields: bool = False) -> TokenBatch:
+        """The texts of several batches, without cursors; a missing array is filled in as in `from_texts`.
 
         Except for special tokens and hashes: if one batch does not have them, the whole does not either.
 
         Args:
             batches: at least one.
+            with_fields: whether the fields that all have are kept, and the texts if all have them.
         """
         sizes = {
             "tokens": [batch.num_tokens for batch in batches],
             "words": [int(batch.num_words.sum()) for batch in batches],
             "texts": [len(batch) for batch in batches],
         }
-        columns = concatenated(batches, sizes, lambda i: batches[i].lengths)
+        arrays = concatenated(cls, batches, sizes, lambda i: batches[i].lengths)
         if any(batch.special is None and batch.num_tokens for batch in batches):
-            columns["special"] = None
+            arrays["special"] = None
         if any(batch.hashes is None for batch in batches):
-            columns["hashes"] = None
-        return cls(cu_seqlens=cumulate(np.concatenate([batch.lengths for batch in batches])), **columns)
+            arrays["hashes"] = None
+        out = cls(cu_seqlens=cumulate(np.concatenate([batch.lengths for batch in batches])), **arrays)
+        if with_fields:
+            out.fields = joined_fields([batch.fields for batch in batches])
+            kept = [batch.texts for batch in batches if batch.texts is not None]
+            out.texts = list(chain(*kept)) if len(kept) == len(batches) else None
+        return out
 
-    def pick(self, indices: npt.NDArray[np.integer[Any]]) -> TokenBatch:
-        """These of its texts, [b] indices, without fields and cursor; a text may come several times."""
+    def pick(self, indices: npt.NDArray[np.integer[Any]], *, with_fields: bool = False) -> TokenBatch:
+        """These of its texts, without cursor; a text may come several times.
+
+        Args:
+            indices: [b], counted from 0.
+            with_fields: whether the fields and the texts are kept.
+        """
         entries: dict[str, npt.NDArray[Any]] = {"tokens": rows_of(indices, self.cu_seqlens), "texts": indices}
         if self.words_cut is not None:
             entries["words"] = rows_of(indices, cumulate(self.num_words))
         if self.window_lengths is not None:
             counts = np.bincount(self._window_texts(), minlength=len(self))
             entries["windows"] = rows_of(indices, cumulate(counts))
-        return TokenBatch(cu_seqlens=cumulate(self.lengths[indices]), **picked(self, entries))
+        out = TokenBatch(cu_seqlens=cumulate(self.lengths[indices]), **picked(self, entries))
+        if with_fields:
+            out.fields = picked_fields(self.fields, indices)
+            out.texts = None if self.texts is None else [self.texts[i] for i in indices.tolist()]
+        return out
 
     def drop_idle(self, names: Collection[str]) -> None:
         """Set these arrays to None where they say no more than None does: no text of the batch needs them.
 
         A batch that was picked from many texts then has the arrays of one that was made of these texts alone.
         """
-        for name, _, absent, get in _columns(TokenBatch):
+        for name, _, absent, get in columns(TokenBatch):
             array = get(self) if name in names else None
             if array is not None and (len(array) == len(self) if absent is ONE_WINDOW else (array == absent).all()):
                 setattr(self, name, None)
@@ -283,66 +286,6 @@ class TokenBatch:
         return self.cu_seqlens[1:] - self.cu_seqlens[:-1]  # a tenth of `np.diff`'s time for a batch
 
 
-_COLUMNS: dict[type, list[tuple[str, str, Any, Callable[[Any], Any]]]] = {}
-
-
-def _columns(kind: type) -> list[tuple[str, str, Any, Callable[[Any], Any]]]:
-    """Name, axis, absent entry and getter of each field that has an axis."""
-    known = _COLUMNS.get(kind)
-    if known is None:
-        declared = [(f.name, f.metadata) for f in fields(kind) if "axis" in f.metadata]
-        known = [(name, about["axis"], about["absent"], attrgetter(name)) for name, about in declared]
-        _COLUMNS[kind] = known
-    return known
-
-
-def picked(owner: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """These entries of each field that has an axis; a field whose axis is not in `entries` is left out.
-
-    Args:
-        owner: a dataclass whose fields declare their `axis`.
-        entries: by axis, a mask or indices, on the device of its fields; or a slice.
-    Returns:
-        By name, copies.
-    """
-    return {
-        name: None if (array := get(owner)) is None else _take(array, entries[of])
-        for name, of, _, get in _columns(type(owner))
-        if of in entries
-    }
-
-
-def _take(array: Any, entries: Any) -> Any:
-    if isinstance(entries, slice):
-        return array[entries].clone() if isinstance(array, Tensor) else array[entries].copy()
-    return array.index_select(0, entries) if isinstance(array, Tensor) else array[entries]
-
-
-def concatenated(
-    parts: Sequence[Any], sizes: Mapping[str, Sequence[int] | Int32Array], window: Callable[[int], Int32Array]
-) -> dict[str, Any]:
-    """Each field that has an axis, of all parts one after the other; a field that all parts lack is None.
-
-    Args:
-        parts: dataclasses of one kind whose fields declare their `axis`.
-        sizes: by axis, how many entries each part has.
-        window: lengths of the windows of part i where it has none, but others do: each of its texts is one window.
-    """
-    out: dict[str, Any] = {}
-    for name, of, absent, get in _columns(type(parts[0]) if parts else TokenizedText):
-        arrays = list(map(get, parts))
-        if absent is not None:
-            missing = [array is None for array in arrays]
-            if all(missing):
-                out[name] = None
-                continue
-            if any(missing):
-                for i in np.flatnonzero(missing).tolist():
-                    arrays[i] = window(i) if absent is ONE_WINDOW else np.full(sizes[of][i], absent)
-        out[name] = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
-    return out
-
-
 def cumulate(lengths: npt.NDArray[Any]) -> Int32Array:
     """[B + 1] int32: where each text begins, and where the last one ends."""
     cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
@@ -377,11 +320,18 @@ class SupportsTokenize(Protocol):
     def __call__(self, texts: Sequence[Text]) -> list[TokenizedText]: ...
 
 
-def tokenize_batch(tokenizer: SupportsTokenize, texts: Sequence[Text]) -> TokenBatch:
-    """Texts as one batch, in their order, with their hashes: the one way from texts to a batch."""
+def tokenize_batch(tokenizer: SupportsTokenize, texts: Sequence[Text], *, keep_text: bool = False) -> TokenBatch:
+    """Texts as one batch, in their order, with their hashes: the one way from texts to a batch.
+
+    Args:
+        tokenizer: makes the tokens.
+        texts: strings, lists of words, or pairs of either as tuples.
+        keep_text: whether they stay in the batch.
+    """
     batch = getattr(tokenizer, "batch", None)
     tokens = TokenBatch.from_texts(tokenizer(texts)) if batch is None else batch(texts)
     tokens.hashes = hash_texts(tokens)
+    tokens.texts = list(texts) if keep_text else None
     return tokens
 
 

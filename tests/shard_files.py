@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import gzip
 import io
 import itertools
+import lzma
 import os
 import tarfile
 from collections.abc import Callable, Iterator
@@ -23,7 +25,13 @@ from bertstream.tokens import Record
 
 LINES = ReadOptions(text="text")
 TAR = ReadOptions(text="txt")
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 
 
 def write(path: Path, data: bytes | str) -> str:

@@ -17,8 +17,9 @@ PACKAGE = ROOT / "bertstream"
 
 ROOMS = (
     ("errors", "paths"),
-    ("system", "cursors"),
+    ("system", "cursors", "columns"),
     ("tokens",),
+    ("word_tags",),
     ("embeddings", "repeats"),
     ("reading",),
     ("encoding",),
@@ -45,6 +46,7 @@ PUBLIC_NAMES = [
     "Encoder",
     "EncoderError",
     "LoaderClosedError",
+    "Mixture",
     "ScalarMix",
     "ShardError",
     "StateError",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -460,3 +461,132 @@ def test_a_run_of_texts_is_picked_as_by_its_indices(texts: list[TokenizedText], 
 
 def test_lists_without_a_word_align_to_no_tag() -> None:
     assert tokens_of([2]).align([[]]).tolist() == [[-100, -100]]
+
+
+# Some of the texts, and several batches as one.
+
+
+@st.composite
+def mixed_batches(draw: st.DrawFn) -> Embeddings:
+    """Texts of words or of none, with a label each, and a word without a vector here and there."""
+    embeddings = embeddings_of(draw(st.lists(st.one_of(texts_of_words(), st.builds(text_of, st.integers(0, 4))))))
+    count = len(embeddings)
+    embeddings.tokens.fields = {"label": np.arange(count), "name": [f"text {i}" for i in range(count)]}
+    embeddings.tokens.texts = [f"text {i}" for i in range(count)]
+    embeddings.present = torch.arange(len(embeddings.values)) % 3 > 0 if draw(st.booleans()) else None
+    return embeddings
+
+
+def assert_same(found: Embeddings, right: Embeddings) -> None:
+    for name in ("values", "cu_seqlens", "lengths"):
+        assert torch.equal(getattr(found, name), getattr(right, name)), name
+    assert found.present is None if right.present is None else torch.equal(found.present, right.present)  # type: ignore[arg-type]
+    # A batch of strings alone has no word ids; picked from a larger one, they are all -1.
+    words = [np.full(len(e.values), -1) if e.word_ids is None else e.word_ids for e in (found, right)]
+    assert np.array_equal(*words)
+    assert found.tokens.input_ids.tolist() == right.tokens.input_ids.tolist()
+    assert found.tokens.fields["label"].tolist() == right.tokens.fields["label"].tolist()
+    assert found.tokens.fields["name"] == right.tokens.fields["name"] == found.tokens.texts == right.tokens.texts
+
+
+SLICES = st.builds(slice, *[st.none() | st.integers(-7, 7)] * 2, st.none() | st.integers(-3, 3).filter(bool))
+
+
+@given(mixed_batches(), SLICES, st.data())
+@example(tokens_of([]), slice(None), None)
+def test_texts_are_chosen_as_from_a_list(embeddings: Embeddings, texts: slice, data: st.DataObject | None) -> None:
+    if data is None:
+        assert len(embeddings[texts]) == len(embeddings[[]]) == 0
+        return
+    numbers = list(range(len(embeddings)))[texts]
+    found = embeddings[texts]
+    assert same(list(found), [embeddings[i] for i in numbers])
+    assert found.tokens.texts == [f"text {i}" for i in numbers] == found.tokens.fields["name"]
+    assert found.tokens.fields["label"].tolist() == numbers
+    assert found.lengths.tolist() == [len(embeddings[i]) for i in numbers]
+    mask = np.isin(np.arange(len(embeddings)), numbers)
+    for way in (numbers, np.array(numbers, np.int64), torch.tensor(numbers, dtype=torch.int64)):
+        assert_same(embeddings[way], found)
+    assert_same(embeddings[mask], embeddings[sorted(numbers)])
+    if len(mask):
+        assert_same(embeddings[mask.tolist()], embeddings[mask])
+
+
+@given(mixed_batches(), st.data())
+@example(tokens_of([]), None)
+def test_parts_of_a_batch_make_up_the_whole(embeddings: Embeddings, data: st.DataObject | None) -> None:
+    cuts = [] if data is None else sorted(data.draw(st.lists(st.integers(0, len(embeddings)), max_size=4)))
+    sizes = np.diff([0, *cuts, len(embeddings)])
+    parts = embeddings.split(sizes.tolist())
+    assert list(map(len, parts)) == sizes.tolist()
+    if data is None:
+        assert len(Embeddings.concat(parts)) == 0 and embeddings.split(3) == []
+        return
+    whole = Embeddings.concat(parts)
+    assert_same(whole, embeddings)
+    for part, start in zip(parts, np.cumsum(sizes) - sizes, strict=True):
+        assert_same(part, embeddings[start : start + len(part)])
+        assert_same(part, whole[start : start + len(part)])
+
+
+@given(mixed_batches(), st.integers(1, 5))
+def test_split_by_one_size_cuts_as_torch_does(embeddings: Embeddings, size: int) -> None:
+    right = torch.arange(len(embeddings)).split(size) if len(embeddings) else []
+    found = embeddings.split(size)
+    assert [part.tokens.fields["label"].tolist() for part in found] == [part.tolist() for part in right]
+
+
+def test_gradients_flow_through_slices_and_concat() -> None:
+    values = torch.randn(6, H, requires_grad=True)
+    parts = tokens_of([1, 2, 3], values)
+    Embeddings.concat([parts[2:], parts[:1], parts[2:]]).values.sum().backward()
+    assert values.grad is not None and values.grad[:, 0].tolist() == [1, 0, 0, 2, 2, 2]
+
+
+def test_sentences_are_sliced_and_joined_too() -> None:
+    whole = sentences_of(torch.randn(5, H))
+    assert torch.equal(whole[1:4].vectors, whole.values[1:4])
+    assert torch.equal(Embeddings.concat(whole.split([4, 1])).vectors, whole.values)
+
+
+@pytest.mark.parametrize("index", [(0, 1), "a", 1.0, None, [[0]]], ids=repr)
+def test_an_index_that_is_none_is_refused(index: Any) -> None:
+    with pytest.raises(TypeError, match=r"embeddings\[.*\]: write the index of a text, a slice such as \[0:2\]"):
+        tokens_of([1, 2])[index]
+
+
+@pytest.mark.parametrize("index", [[0, 2], np.array([True]), [0.5]], ids=repr)
+def test_a_list_that_does_not_fit_the_batch_is_refused(index: Any) -> None:
+    with pytest.raises(IndexError):
+        tokens_of([1, 2])[index]
+
+
+@pytest.mark.parametrize("sizes", [[1, 2], [3, -1], [1], []], ids=repr)
+def test_sizes_that_do_not_sum_to_the_batch_are_named(sizes: list[int]) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"split\(sizes={re.escape(repr(sizes))}\) of 2 texts: .* sum to {sum(sizes)}"
+    ):
+        tokens_of([1, 2]).split(sizes)
+    with pytest.raises(ConfigError, match="sizes=0"):
+        tokens_of([1, 2]).split(0)
+
+
+def test_batches_that_are_not_alike_are_not_joined() -> None:
+    a, wide, half = tokens_of([1]), tokens_of([1], torch.zeros(1, 4)), tokens_of([1], torch.zeros(1, H).half())
+    for other in (wide, half, sentences_of(torch.zeros(1, H)), dataclasses.replace(a, layers=(2,))):
+        with pytest.raises(ConfigError, match=r"part 0 has .*'tokens'.*, part 2 has "):
+            Embeddings.concat([a, a, other])
+    with pytest.raises(ConfigError, match="there are none"):
+        Embeddings.concat([])
+    b = dataclasses.replace(tokens_of([1]))
+    a.tokens.fields, b.tokens.fields = {"label": np.ones(1), "x": [1]}, {"x": [2], "y": [0]}
+    assert Embeddings.concat([a, b]).tokens.fields == {"x": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "run", [torch.nn.Linear(2, 1), torch.stack, lambda e: torch.nn.functional.mse_loss(torch.ones(2), e)]
+)
+def test_a_layer_or_loss_that_is_given_embeddings_names_the_tensors_in_them(run: Callable[[Any], Any]) -> None:
+    embeddings = tokens_of([1, 2])
+    with pytest.raises(TypeError, match=r"takes tensors, and was given Embeddings: pass \.padded\(\)"):
+        run(embeddings)

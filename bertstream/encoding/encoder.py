@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,9 +40,10 @@ from .rows import check_segments
 from .self_test import probe_batching
 from .sentence_folder import SentenceFolder, remove_sentence_folder, write_sentence_folder
 from .sentence_head import HEAD, with_head
+from .texts import text_list
 from .tokenizer import Overflow, TextTokenizer, WordSplitter, check_cutting, renamed_splitter
 from .upper import UpperEncoder, cannot_split, keep_apart, upper_half
-from .vocabulary import check_batch, check_vocabulary
+from .vocabulary import check_batch, check_vocabulary, num_ids
 from .word_cache import LIMIT
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Encoder(CalibratedForward):
 
     Args:
         model: a transformers encoder (`AutoModel`) with its weights, or a PeftModel around one.
-        tokenizer: the model's transformers tokenizer.
+        tokenizer: the model's transformers tokenizer, fast or written in Python; None takes ids alone.
         output: "tokens" for a vector a token; "words" for a vector a word; "sentence" for a vector a text.
         layers: the layer or layers that vectors are made of: 0 is the embedding layer, -1 the last. The forward stops
             at the highest.
@@ -161,7 +162,7 @@ class Encoder(CalibratedForward):
             prompt=prompt or "",
             overflow=overflow,
             stride=stride,
-            word_splitter=(word_splitter or str.split) if output == "words" else None,
+            word_splitter=word_splitter or (str.split if output == "words" and tokenizer is not None else None),
             segments="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
             word_cache=word_cache,
         )
@@ -388,7 +389,7 @@ class Encoder(CalibratedForward):
             EncoderError: as for `encode`.
         """
         batch = texts if isinstance(texts, TokenBatch) else self._tokenized(texts)
-        check_batch(batch, self.tokenizer, cast(Any, self.model.config).vocab_size)
+        check_batch(batch, self.tokenizer, num_ids(self.model.config) or 0)
         check_segments(batch, self.model.config)
         self._check_marks(batch)
         found = self._vectors(batch, max_forward_tokens=max_forward_tokens)
@@ -397,7 +398,9 @@ class Encoder(CalibratedForward):
         return found
 
     def _tokenized(self, texts: Sequence[Text]) -> TokenBatch:
+        texts = text_list(texts)
         batch = self.tokenizer.batch(texts)
+        batch.texts = list(texts)
         if not self._warned_of_cut and batch.cut_tokens.any():
             self._warned_of_cut = True
             counts = int((batch.cut_tokens > 0).sum()), len(batch), int(batch.cut_words.sum())

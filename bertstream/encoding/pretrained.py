@@ -24,7 +24,7 @@ from .output_spec import OutputSpec
 from .sentence_folder import SentenceFolder, read_sentence_folder
 from .sentence_head import HEAD, load_head
 from .tokenizer import TextTokenizer
-from .vocabulary import check_vocabulary
+from .vocabulary import check_vocabulary, num_ids
 
 DType: TypeAlias = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -170,9 +170,18 @@ class Followed:
             )
 
     def lowercase(self, tokenizer: Any) -> None:
-        """Have a tokenizer lowercase texts first, as sentence-transformers does, if the folder says so."""
-        backend = tokenizer.backend_tokenizer
-        if self.folder.lowercase and "Lowercase()" not in repr(backend.normalizer):
+        """Have a tokenizer lowercase texts first, as sentence-transformers does, if the folder says so.
+
+        Raises:
+            EncoderError: it is written in Python, and does not do so itself.
+        """
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self.folder.lowercase and backend is None and not getattr(tokenizer, "do_lower_case", False):
+            raise EncoderError(
+                f"the folder lowercases texts, which its {type(tokenizer).__name__} does not do: load model and "
+                "tokenizer with transformers, lowercase the texts yourself, and pass both to Encoder()"
+            )
+        if self.folder.lowercase and backend is not None and "Lowercase()" not in repr(backend.normalizer):
             others = [] if backend.normalizer is None else [backend.normalizer]
             backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
 
@@ -218,7 +227,8 @@ def check_config(config: Any, whose: str) -> None:
     Raises:
         ConfigError: with `whose` in the message.
     """
-    lacking = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(config, name)]
+    lacking = [name for name in ("hidden_size", "num_hidden_layers") if not hasattr(config, name)]
+    lacking = ["vocab_size"] * (num_ids(config) is None) + lacking
     if lacking:
         raise ConfigError(f"{whose} is not a transformers text encoder: its config has no {lacking[0]}")
 
@@ -343,7 +353,8 @@ def save_model(folder: str | os.PathLike[str], model: nn.Module, tokenizer: Any)
             f"transformers cannot write this {type(model).__name__} without its upper layers: {error}; to save it, "
             "make the encoder with layers=-1"
         ) from error
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _find(source: str, file: str, hub: HubOptions, root: str) -> str | None:

@@ -14,6 +14,7 @@ from ..errors import EncoderError
 from ..tokens import BoolArray, Int32Array, TokenBatch, cumulate, steps
 from .forward import BatchedForward
 from .pooling import SentencePooling, WordPooling, combine_layers, pool_runs
+from .spans import SpanFinder
 
 
 class RowForward(BatchedForward):
@@ -36,6 +37,7 @@ class RowForward(BatchedForward):
                 in `output_dtype`. They are not copied.
             batch: the texts.
         """
+        tokenizer = getattr(self, "tokenizer", None)  # an upper half has none
         lengths = self.row_counts(batch)
         word_ids, present = None, None
         if self.output == "words":
@@ -55,6 +57,7 @@ class RowForward(BatchedForward):
             word_ids=word_ids,
             present=present,
             layers=self.layers,
+            finder=None if tokenizer is None else SpanFinder(tokenizer),
         )
 
     def _vectors(

@@ -13,16 +13,18 @@ import numpy.typing as npt
 
 from ..errors import ConfigError, EncoderError, check_at_least, check_choice, shortened
 from ..tokens import Int32Array, Text, TokenBatch, TokenizedText, cumulate
+from .backend import find_backend
 from .cutting import kept, owners
 from .frame import Framed
-from .texts import check_texts
-from .tokenizers_backend import TokenizersBackend
+from .texts import text_list
 from .word_cache import LIMIT, WordCount
 
 logger = logging.getLogger(__name__)
 
 Overflow: TypeAlias = Literal["error", "truncate", "windows"]
 WordSplitter: TypeAlias = Callable[[str], Sequence[str]]
+Framing: TypeAlias = Callable[[Sequence[Any], int, bool], Framed]
+"""With the arguments of `TokenizersBackend.framed`."""
 
 
 def check_cutting(
@@ -71,7 +73,8 @@ class TextTokenizer:
     """Texts to token ids, special tokens included; light, and safe to send to worker processes.
 
     Args:
-        tokenizer: a transformers tokenizer that is backed by the `tokenizers` library. It is read, never changed.
+        tokenizer: a transformers tokenizer, backed by the `tokenizers` library or written in Python (slower). It is
+            read, never changed. None for ids alone: every text is refused.
         max_length: tokens of the longest text the model takes, special tokens included.
         overflow: for a longer text: "error" raises; "truncate" drops its end (its start, with the tokenizer's
             `truncation_side="left"`) and counts the dropped tokens; "windows" covers it with overlapping windows. Of a
@@ -86,7 +89,7 @@ class TextTokenizer:
             same. A tokenizer for which no cut of texts is known to be exact gets every text whole; the log says so.
         split: deprecated alias of `word_splitter`, removed in the next version.
     Raises:
-        ConfigError: the tokenizer has no Rust backend, or an argument is out of range.
+        ConfigError: an argument is out of range, or has no effect without a tokenizer.
     """
 
     def __init__(
@@ -105,13 +108,11 @@ class TextTokenizer:
         split: WordSplitter | None = None,
     ) -> None:
         word_splitter = renamed_splitter(word_splitter, split)
-        if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise ConfigError(
-                f"{type(tokenizer).__name__} is not backed by the tokenizers library: pass a fast tokenizer "
-                "(AutoTokenizer gives one for every BERT family)"
-            )
         check_cutting("words", word_splitter, overflow, stride, max_length, word_cache=word_cache)
-        self._backend = TokenizersBackend(tokenizer, int(word_cache))
+        self._backend = find_backend(tokenizer, int(word_cache))
+        for name, value in (("prompt", prompt), ("word_splitter", word_splitter)):
+            if value and tokenizer is None:
+                raise ConfigError(f"{name}={shortened(value)} has no effect without a tokenizer")
         least = max(1, self._backend.special_of_pair)
         if max_length < least:
             raise ConfigError(f"max_length={max_length}: a pair's special tokens alone take {least}")
@@ -133,6 +134,16 @@ class TextTokenizer:
         self._keeps_end = overflow == "truncate" and side == "left"
         self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()) if prompt else ())
         self._warned = False
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether there is a tokenizer; an encoder without one takes ids alone."""
+        return self._backend.takes_texts
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether it can tell which characters a token is; tokenizers that are written in Python cannot."""
+        return self._backend.has_offsets
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -165,13 +176,18 @@ class TextTokenizer:
             ConfigError: `texts` is no list of texts.
         """
         out: dict[int, TokenizedText] = {}
-        for indices, batch in self._tokenized(texts):
+        for indices, batch in self._tokenized(texts, self._backend.framed):
             out |= dict(zip(indices, _one_by_one(batch), strict=True))
         return [out[i] for i in range(len(texts))]
 
-    def batch(self, texts: Sequence[Text]) -> TokenBatch:
-        """Tokenize texts into one batch, in their order: like `__call__`, without an object for each text."""
-        groups = list(self._tokenized(texts))
+    def batch(self, texts: Sequence[Text], *, framing: Framing | None = None) -> TokenBatch:
+        """Tokenize texts into one batch, in their order: like `__call__`, without an object for each text.
+
+        Args:
+            texts: as for `__call__`.
+            framing: makes ids of strings or words, in place of the tokenizer that was given (see `SpanFinder`).
+        """
+        groups = list(self._tokenized(texts, framing or self._backend.framed))
         if not groups:
             return TokenBatch.from_texts([])
         if len(groups) == 1:
@@ -184,11 +200,9 @@ class TextTokenizer:
         """How many words were looked up in this process so far, and how many of them were found."""
         return self._backend.word_count
 
-    def _tokenized(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], TokenBatch]]:
+    def _tokenized(self, texts: Sequence[Text], framing: Framing) -> Iterator[tuple[list[int], TokenBatch]]:
         """The texts of each kind, those that fit and those that are cut, with their indices."""
-        if not isinstance(texts, (list, tuple)):
-            check_texts(texts)
-        parts = [_parts(text, i) for i, text in enumerate(texts)]
+        parts = [_parts(text, i) for i, text in enumerate(text_list(texts))]
         if self.word_splitter is not None:
             parts = [[self._words(part, i) for part in text] for i, text in enumerate(parts)]
         if self.prompt:
@@ -197,7 +211,11 @@ class TextTokenizer:
         for i, text in enumerate(parts):
             kinds.setdefault((len(text), isinstance(text[0], list)), []).append(i)
         for (count, in_words), indices in kinds.items():
-            framed = self._backend.framed([self._marked(part) for i in indices for part in parts[i]], count, in_words)
+            try:
+                framed = framing([self._marked(part) for i in indices for part in parts[i]], count, in_words)
+            except EncoderError as error:
+                records = [indices[i] for i in error.records]
+                raise EncoderError(f"text {records[0]}: {error}" if records else str(error), records=records) from error
             tokens = framed.tokens
             if count == 1 or not self.segments:
                 tokens.token_type_ids = None

@@ -25,17 +25,15 @@ _IMPORTED_IN = os.getpid()
 
 
 class TokenizersBackend:
-    """What a `TextTokenizer` asks of a tokenizer of the tokenizers library; light, and safe to send to workers.
+    """The `Backend` of a tokenizer of the tokenizers library.
 
     Args:
         tokenizer: a transformers tokenizer that is backed by that library. It is read, never changed.
         word_cache: bytes in each process for the ids of words; 0 keeps none.
-    Attributes:
-        content: all that its tokens depend on, apart from `splits_special` and `blanks`.
-        splits_special: whether special tokens that are written out in a text are taken for text.
-        blanks: which words of a list get a blank before them.
-        special_of_pair: how many special tokens a pair gets.
     """
+
+    takes_texts = True
+    has_offsets = True
 
     def __init__(self, tokenizer: Any, word_cache: int) -> None:
         backend = tokenizer.backend_tokenizer
@@ -53,33 +51,35 @@ class TokenizersBackend:
 
     @property
     def word_count(self) -> WordCount:
-        """How many words were looked up in this process so far, and how many of them were found."""
+        """As `Backend.word_count`."""
         return WordCount() if self._built is None or self._built.process != os.getpid() else self._built.ids.count
 
     def framed(self, parts: Sequence[Any], texts: int, in_words: bool) -> Framed:
-        """Strings, or lists of words, or pairs of either, with their special tokens.
-
-        Args:
-            parts: of B texts; of 2 B for pairs, each pair's one after the other.
-            texts: 1, or 2 for pairs.
-            in_words: whether they are lists.
-        """
+        """As `Backend.framed`."""
         built = self._build()
-        if built.frame is not None:
-            if in_words:
-                return built.frame.lists(built.ids.lists(parts), texts)
-            return built.frame.texts(built.ids.texts(parts), texts)
+        if built.frame is None:
+            return self.encoded(parts, texts, in_words)[1]
+        if in_words:
+            return built.frame.lists(built.ids.lists(parts), texts)
+        return built.frame.texts(built.ids.texts(parts), texts)
+
+    def encoded(self, parts: Sequence[Any], texts: int, in_words: bool) -> tuple[list[Any], Framed]:
+        """The library's own encodings, which have offsets, and the same as arrays; arguments as for `framed`."""
         inputs = [tuple(parts[i : i + texts]) for i in range(0, len(parts), texts)]
-        encodings = built.backend.encode_batch([one if texts == 2 else one[0] for one in inputs], in_words)
-        return Framed.of(encodings, [[len(part) for part in one] if in_words else [] for one in inputs])
+        encodings = self._build().backend.encode_batch([one if texts == 2 else one[0] for one in inputs], in_words)
+        return encodings, Framed.of(encodings, [[len(part) for part in one] if in_words else [] for one in inputs])
+
+    def token(self, number: int) -> str:
+        """The string of a token, such as "[CLS]"; "" if there is no token of this number."""
+        return self._build().backend.id_to_token(number) or ""
 
     def ids(self, text: str) -> list[int]:
-        """The ids of one string, with its special tokens."""
+        """As `Backend.ids`."""
         ids: list[int] = self._build().backend.encode(text).ids
         return ids
 
     def with_blanks(self, words: list[str]) -> list[str]:
-        """A list of words with the blanks that give it the tokens of the running text."""
+        """As `Backend.with_blanks`."""
         if not self.blanks.others:
             return words
         backend = self._build().backend

@@ -72,7 +72,8 @@ class UpperEncoder(RowForward):
                 f"{vectors.layers}: use the lower half of the same split"
             )
         self._check_marks(vectors.tokens)
-        return self._vectors(vectors.tokens, vectors.values.to(self.device, self.dtype))
+        found = self._vectors(vectors.tokens, vectors.values.to(self.device, self.dtype))
+        return dataclasses.replace(found, finder=vectors.finder)
 
     def extra_repr(self) -> str:
         """The settings that `print(upper)` shows beside the model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,13 @@ from .tokenizer import TextTokenizer
 logger = logging.getLogger(__name__)
 
 
+def num_ids(config: Any) -> int | None:
+    """How many ids a model takes, from 0 on; None where its config does not say."""
+    if getattr(config, "model_type", None) == "canine":
+        return sys.maxunicode + 1  # it takes characters, and hashes them in place of a table
+    return getattr(config, "vocab_size", None)
+
+
 def check_vocabulary(tokenizer: Any, config: Any, whose: str, *, saved_together: bool) -> None:
     """Refuse a tokenizer that cannot be the model's.
 
@@ -21,7 +29,7 @@ def check_vocabulary(tokenizer: Any, config: Any, whose: str, *, saved_together:
     no such reason is left.
 
     Args:
-        tokenizer: a transformers tokenizer; without a Rust backend nothing is checked.
+        tokenizer: a transformers tokenizer; None for ids alone, of which each batch is checked.
         config: the model's.
         whose: the model, for messages.
         saved_together: whether both are of one folder; else a vocabulary below half of the table only gives a warning.
@@ -30,26 +38,30 @@ def check_vocabulary(tokenizer: Any, config: Any, whose: str, *, saved_together:
             embedding table has no row for.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if backend is None and not hasattr(tokenizer, "vocab_size"):
         return
-    rows = int(config.vocab_size)
-    known = backend.get_vocab_size(with_added_tokens=True)
+    rows = num_ids(config) or 0
+    if backend is None:  # written in Python, where every special token has an id
+        known, own, added = len(tokenizer), tokenizer.vocab_size, tokenizer.added_tokens_decoder
+    else:
+        known = backend.get_vocab_size(with_added_tokens=True)
+        own = backend.get_vocab_size(with_added_tokens=False)
+        added = backend.get_added_tokens_decoder()
     special = set(getattr(tokenizer, "all_special_tokens", ()))
     belongs = "save the model's tokenizer beside it with tokenizer.save_pretrained(), or pass both to Encoder()"
-    if special and known <= len(special) + 64 and not _ordinary(backend, special):
+    if special and known <= len(special) + 64 and not _ordinary(backend or tokenizer, special):
         raise EncoderError(
             f"{whose} comes without its tokenizer: the one found knows {known} tokens, none but special ones "
             f"({shortened(sorted(special))}), so every word would be unknown; {belongs}"
         )
-    if special and all(backend.token_to_id(token) is None for token in special):
+    if special and backend and all(backend.token_to_id(token) is None for token in special):
         raise EncoderError(
             f"{whose}: the tokenizer knows none of its special tokens {shortened(sorted(special))}; {belongs}"
         )
-    unknown = getattr(backend.model, "unk_token", None)
-    needs_unknown = type(backend.model).__name__ in ("WordPiece", "WordLevel")
-    if needs_unknown and unknown is not None and backend.model.token_to_id(unknown) is None:
+    model = getattr(backend, "model", None)
+    unknown = getattr(model, "unk_token", None) if type(model).__name__ in ("WordPiece", "WordLevel") else None
+    if model is not None and unknown is not None and model.token_to_id(unknown) is None:
         raise EncoderError(f"{whose}: the tokenizer's vocabulary lacks its unknown token {unknown!r}; {belongs}")
-    own = backend.get_vocab_size(with_added_tokens=False)
     if own > rows:
         raise EncoderError(
             f"{whose}: the tokenizer's vocabulary has {own} entries, the model's embedding table {rows} rows: it is "
@@ -57,8 +69,7 @@ def check_vocabulary(tokenizer: Any, config: Any, whose: str, *, saved_together:
         )
     # Nothing is padded here, so a padding token that was added for that purpose is never looked up.
     padding = getattr(tokenizer, "pad_token", None)
-    added = backend.get_added_tokens_decoder().items()
-    beyond = {number: token.content for number, token in added if number >= rows and token.content != padding}
+    beyond = {number: token.content for number, token in added.items() if number >= rows and token.content != padding}
     if beyond:
         raise EncoderError(
             f"{whose}: the tokenizer's added tokens {shortened(list(beyond.values()))} have ids up to {max(beyond)}, "
@@ -75,9 +86,9 @@ def check_vocabulary(tokenizer: Any, config: Any, whose: str, *, saved_together:
         logger.warning("%s", message)
 
 
-def _ordinary(backend: Any, special: set[str]) -> list[str]:
+def _ordinary(tokenizer: Any, special: set[str]) -> list[str]:
     """The tokens of a small vocabulary that are neither special nor the mark of a blank alone."""
-    return [token for token in backend.get_vocab() if token not in special and token.strip("▁Ġ ")]
+    return [token for token in tokenizer.get_vocab() if token not in special and token.strip("▁Ġ ")]
 
 
 def check_batch(batch: TokenBatch, tokenizer: TextTokenizer, vocab_size: int) -> None:

@@ -72,19 +72,35 @@ def find_blanks(backend: Any) -> Blanks:
     adds_blanks = _ADDS_BLANKS.search(repr(backend.pre_tokenizer)) is not None
     before = Blanks(adds_blanks, adds_blanks)  # as in 0.1.0, which judged by the name alone; it wins if both are right
     other = Blanks() if adds_blanks else Blanks(others=True)
-    wrong = {way: [words for words in _SAMPLES if not _is_like_text(backend, way, words)] for way in (before, other)}
-    found = min(wrong, key=lambda way: len(wrong[way]))
-    unlike = " ".join(wrong[found][0]) if 2 * len(wrong[found]) > len(_SAMPLES) else ""
-    news = [] if found == before else ["found by trying"]
+    found = better_blanks(
+        (before, other),
+        of_text=lambda text: backend.encode(text, add_special_tokens=False).ids,
+        of_words=lambda words: backend.encode(words, is_pretokenized=True, add_special_tokens=False).ids,
+    )
+    news = [] if found._replace(unlike="") == before else ["found by trying"]
     if found.others and any(_is_odd(token, backend) for token in backend.get_added_tokens_decoder().values()):
         news.append("added tokens as they match")
-    return found._replace(unlike=unlike, news=tuple(news))
+    return found._replace(news=tuple(news))
 
 
-def _is_like_text(backend: Any, way: Blanks, words: Sequence[str]) -> bool:
-    text = " ".join(["", *words] if way.first else words)
-    in_words = backend.encode(way.put(words), is_pretokenized=True, add_special_tokens=False)
-    return bool(in_words.ids == backend.encode(text, add_special_tokens=False).ids)
+def better_blanks(
+    ways: Sequence[Blanks], of_text: Callable[[str], list[Any]], of_words: Callable[[list[str]], list[Any]]
+) -> Blanks:
+    """The way in which more samples have the tokens of the running text, the first of equals.
+
+    Args:
+        ways: to put blanks before words.
+        of_text: gives the tokens of a string, without special ones.
+        of_words: gives those of a list of words, which have their blanks.
+    """
+
+    def is_like_text(way: Blanks, words: Sequence[str]) -> bool:
+        text = " ".join(["", *words] if way.first else words)
+        return of_words(way.put(words)) == of_text(text)
+
+    wrong = {way: [words for words in _SAMPLES if not is_like_text(way, words)] for way in ways}
+    found = min(wrong, key=lambda way: len(wrong[way]))
+    return found._replace(unlike=" ".join(wrong[found][0]) if 2 * len(wrong[found]) > len(_SAMPLES) else "")
 
 
 def _is_odd(token: Any, backend: Any) -> bool:

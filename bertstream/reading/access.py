@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from ..errors import ConfigError, check_at_least, check_choice
+from .endings import parse_format
 
 Quoting: TypeAlias = Literal["auto", "standard", "none"]
 
@@ -27,6 +28,8 @@ class Access:
             remotely. Its size is not bounded. A copy is named by its URL and never compared with the original again:
             delete it to download it again. Workers and ranks may share the folder.
         stall_warning_s: seconds a read of a URL or pipe may wait before a warning names it; None never warns.
+        format: of all shards, whatever their names: an ending such as "jsonl" or "txt.gz"; None is what each name says.
+            Without a compression it is that of the name, or of the content.
         delimiter: between the fields of csv and tsv; None is "," for csv and a tab for tsv.
         quoting: whether quotes enclose fields of csv and tsv. "standard": as in RFC 4180. "none": a quote is a
             character like others. "auto": "standard" where the delimiter is no tab, else what the header and first
@@ -45,6 +48,7 @@ class Access:
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold passwords
     shard_cache: str | os.PathLike[str] | None = None
     stall_warning_s: float | None = 30.0
+    format: str | None = None
     delimiter: str | None = None
     quoting: Quoting = "auto"
     header: bool | Sequence[str] = True
@@ -61,6 +65,8 @@ class Access:
         seconds = self.stall_warning_s
         if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
             raise ConfigError(f"stall_warning_s={seconds!r}: write a number of seconds above 0, or None")
+        if self.format is not None:
+            parse_format(self.format)
         if self.delimiter is not None and not (
             isinstance(self.delimiter, str)
             and len(self.delimiter) == 1

@@ -42,6 +42,9 @@ class StreamConfig(Access):
             it. Where there are fewer remote shards than lanes, they are downloaded at the start, to be cut into pieces.
         stall_warning_s: seconds after which a read of a URL or pipe that is still waiting is named in the log; None is
             never.
+        format: of all shards, whatever their names, for endings such as "data.txt.1" and "part-0000": an ending without
+            its dot, such as "jsonl" or "txt.gz". None is what each name says. Without a compression, it is that of the
+            name, or the one that the first bytes show.
         delimiter: between the fields of csv and tsv; None is "," for csv and a tab for tsv.
         quoting: whether quotes enclose fields of csv and tsv. "standard": as in RFC 4180, with inner quotes doubled.
             "none": a quote is a character like others, and a line is a row. "auto": "standard" for csv; for tsv what

@@ -194,7 +194,7 @@ class Table:
 
 def first_rows_decide(path: str, access: Access) -> bool:
     """Whether the first rows of this shard say how it is quoted."""
-    kind = shard_kind(path)
+    kind = shard_kind(path, access)
     return kind.format in DELIMITERS and _asks_first_rows(access, DELIMITERS[kind.format])
 
 
@@ -206,7 +206,7 @@ def reads_unquoted(path: str, access: Access) -> bool:
     """
     if not first_rows_decide(path, access):
         return False
-    kind = shard_kind(path)
+    kind = shard_kind(path, access)
     try:
         with open_bytes(path, access, kind.compression) as stream:
             sample = _FirstLines(read_lines(stream, 0, access.max_record_bytes))

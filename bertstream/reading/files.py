@@ -7,7 +7,6 @@ another OSError.
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import signal
@@ -19,13 +18,11 @@ from typing import Any, BinaryIO, cast
 from fsspec.core import url_to_fs
 
 from ..errors import ShardError, described
-from .access import BUFFER_BYTES, DEFAULT_ACCESS, Access, check_installed, check_pipe, is_local, is_pipe
+from .access import BUFFER_BYTES, DEFAULT_ACCESS, Access, check_pipe, is_local, is_pipe
+from .compression import compression_in, decompressed
 from .faults import Version, unchanged
 from .remote import RemoteFile, copy_path, local_copy, with_retries
 from .stall_watch import Watch
-
-# Compressed bytes per decompression step: the most extreme zstd data grows 32,000 times.
-_ZSTD_CHUNK_BYTES = 1 << 10
 
 
 def shard_size(path: str, access: Access = DEFAULT_ACCESS) -> int:
@@ -71,13 +68,16 @@ def local_path(path: str, access: Access) -> str | None:
 
 
 @contextmanager
-def open_bytes(path: str, access: Access, compression: str = "", version: Version | None = None) -> Iterator[BinaryIO]:
+def open_bytes(
+    path: str, access: Access, compression: str | None = None, version: Version | None = None
+) -> Iterator[BinaryIO]:
     """Open a shard's bytes, decompressed and buffered; leaving the context closes everything.
 
     Args:
         path: a path, URL or `pipe:` command.
         access: how it is opened.
-        compression: "gz", "zst", or "" for none.
+        compression: "gz", "zst", "bz2" or "xz"; "" for one of them if the first bytes show it, such as those of a
+            gzipped tar that is named .tar; None for the bytes as stored.
         version: of a local shard, the version it must have; None for the present one.
     Yields:
         A binary stream. It is seekable unless it is a pipe or compressed; from a server without Range, seeking reads
@@ -99,64 +99,17 @@ def open_bytes(path: str, access: Access, compression: str = "", version: Versio
             source = open(file, "rb", buffering=0)  # noqa: SIM115 - the stack closes it
         else:
             source = RemoteFile(path, access)
-        stream = stack.enter_context(io.BufferedReader(source, BUFFER_BYTES))
+        stream: BinaryIO = stack.enter_context(io.BufferedReader(source, BUFFER_BYTES))
+        if compression == "":
+            compression = compression_in(stream)
         if compression:
-            if compression == "zst":
-                check_installed(path, "zstandard", "zstd")
-            decompressed: Any = stack.enter_context(_GzipFile(fileobj=stream) if compression == "gz" else _Zstd(stream))
-            stream = stack.enter_context(io.BufferedReader(decompressed, BUFFER_BYTES))
+            stream = stack.enter_context(decompressed(stream, compression, path))
         yield stream
 
 
-# --- compressed files and commands ------------------------------------------------------------------------------------
-
-
-class _GzipFile(gzip.GzipFile):
-    """Returns the bytes it has instead of filling the buffer first, so all records before a cut are read."""
-
-    def readinto(self, buffer: Any) -> int:
-        return self.readinto1(buffer)
-
-
-class _Zstd(io.RawIOBase):
-    """The decompressed bytes of zstd frames; raises where a file is cut off. zstandard's own readers silently end."""
-
-    def __init__(self, source: BinaryIO) -> None:
-        self._source = cast(io.BufferedReader, source)
-        self._frame: Any = None  # the decompressor of the current frame
-        self._compressed = b""
-        self._decompressed = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._decompressed:
-            self._compressed = self._compressed or self._source.read1(_ZSTD_CHUNK_BYTES)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("the file is cut off: it ends inside a zstd frame")
-                return 0
-            self._decompressed = memoryview(self._decompress())
-        count = min(len(buffer), len(self._decompressed))
-        buffer[:count] = self._decompressed[:count]
-        self._decompressed = self._decompressed[count:]
-        return count
-
-    def _decompress(self) -> bytes:
-        import zstandard
-
-        if self._frame is None:
-            self._frame = zstandard.ZstdDecompressor().decompressobj()
-        try:
-            decompressed: bytes = self._frame.decompress(self._compressed)
-        except zstandard.ZstdError as error:
-            raise OSError(f"the file is damaged, or not zstd: {error}") from error
-        self._compressed = b""
-        if self._frame.eof:
-            self._compressed = self._frame.unused_data
-            self._frame = None
-        return decompressed
+def is_file(stream: BinaryIO) -> bool:
+    """Whether a stream of `open_bytes` gives a file's own bytes, so that a place in it is one in the file."""
+    return isinstance(getattr(stream, "raw", None), io.FileIO)
 
 
 class _CommandOutput(io.RawIOBase):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias, cast
 
 from ..errors import ShardError
 from .options import ReadOptions
@@ -45,6 +47,31 @@ def read_jsonl(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator
     for offset, line in read_lines(stream, piece.offset, limit):
         if line.strip(BLANKS):
             yield RawRecord(parse, line, None, offset)
+
+
+def read_json(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[RawRecord]:
+    """As `read_jsonl`.
+
+    Raises:
+        ShardError: the file is one array, or one object over several lines.
+    """
+    if not piece.offset:
+        check_json_lines(stream, piece.path)
+    return read_jsonl(stream, piece, options)
+
+
+def check_json_lines(stream: BinaryIO, path: str) -> None:
+    """Refuse a .json file, at its beginning, that is one JSON value over several lines.
+
+    Raises:
+        ShardError: with a command that makes lines of it.
+    """
+    begin = cast(io.BufferedReader, stream).peek(1).removeprefix(BOM).lstrip(BLANKS)
+    name = re.split(r"[/\\]", path)[-1]
+    for pattern, what, each in ((rb"\[", "an array", ".[]"), (rb"\{[ \t\r]*\n", "an object over several lines", ".")):
+        if re.match(pattern, begin):
+            message = f"it is {what}, but a record is an object on a line: jq -c '{each}' {name} > {name}l makes lines"
+            raise ShardError(f"{path}: {message}", path=path)
 
 
 def _parse_object(limit: int, line: bytes) -> dict[str, Any]:

@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 from ..errors import ConfigError, ShardError, check_at_least, described
 from .access import BUFFER_BYTES, DEFAULT_ACCESS, Access, is_local, is_pipe
+from .compression import compression_in
 from .delimited import DELIMITERS, Table, read_csv
 from .faults import file_version
-from .files import local_path, open_bytes
-from .lines import BLANKS
+from .files import is_file, local_path, open_bytes
+from .lines import BLANKS, check_json_lines
 from .options import ReadOptions
 from .parquet import ParquetReader
 from .raw import BOM
@@ -47,7 +48,7 @@ def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[
         ShardError: the shard cannot be read.
     """
     check_at_least("parts", parts, 1)
-    kind = shard_kind(path)
+    kind = shard_kind(path, access)
     cuts = [(0, 0)]  # (index, offset) of each piece's first record
     version = None
     if parts > 1 and not kind.compression and not is_pipe(path):
@@ -60,7 +61,8 @@ def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[
             elif (file := local_path(path, access)) is not None:
                 with open(file, "rb", buffering=BUFFER_BYTES) as stream:
                     size = os.fstat(stream.fileno()).st_size
-                    cuts.extend(_cuts(_record_starts(stream, kind.format, path, access), size, parts))
+                    if not compression_in(stream):
+                        cuts.extend(_cuts(_record_starts(stream, kind.format, path, access), size, parts))
         except (ShardError, ConfigError):
             raise
         except read_errors(path, kind) as error:
@@ -84,14 +86,16 @@ def count_records(path: str, options: ReadOptions) -> int | None:
         ConfigError: the shard's ending is unknown, or it needs a package that is not installed.
         ShardError: the shard cannot be read, or its header lacks a required field.
     """
-    kind = shard_kind(path)
+    kind = shard_kind(path, options.access)
     if kind.compression or not is_local(path):
         return None
     check_packages(path, kind)
     try:
-        with open_bytes(path, options.access) as stream:
+        with open_bytes(path, options.access, None if kind.format == "parquet" else "") as stream:
             if kind.format == "parquet":
                 return ParquetReader(stream).first_rows[-1]
+            if not is_file(stream):
+                return None
             if (delimiter := DELIMITERS.get(kind.format)) is not None:  # with odd quotes, only a parser finds the rows
                 return sum(1 for _ in read_csv(stream, Piece(path), options, delimiter=delimiter))
             if kind.format == "tar":
@@ -146,6 +150,8 @@ def _record_starts(stream: BinaryIO, kind: str, path: str, access: Access) -> It
                 yield np.array([next(members).info.offset])
         return
     quoted: Table | None = None
+    if kind == "json":
+        check_json_lines(stream, path)
     if (delimiter := DELIMITERS.get(kind)) is not None:
         table = Table(stream, path, access, delimiter)
         table.seek_rows()

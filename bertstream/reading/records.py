@@ -3,13 +3,14 @@
     ending                 a record                                                 its key
     .tar .tgz              consecutive members that share a name up to its first    the members' common name
                            dot; a field is named by the rest of the member's name
-    .jsonl .ndjson         a line: one JSON object; blank lines are no records      <file name>:<index>
+    .jsonl .ndjson .json   a line: one JSON object; blank lines are no records      <file name>:<index>
     .csv .tsv              a row; blank lines are no records                        <file name>:<index>
     .txt                   a line, blank ones too; its only field is "text"         <file name>:<index>
     .parquet               a row                                                    <file name>:<index>
 
-`.gz` or `.zst` may follow any ending but .tgz and .parquet, which are compressed already. tar.py says how the members
-of a tar are decoded. Of a Parquet file only the wanted columns are read, one row group at a time.
+`.gz`, `.zst`, `.bz2` or `.xz` may follow any ending but .tgz and its like, and .parquet, which is compressed already.
+Without one, a compression is known by the first bytes. tar.py says how the members of a tar are decoded. Of a Parquet
+file only the wanted columns are read, one row group at a time.
 
 `pipe:command` is a shard that a shell command writes to its standard output. The ending of the command's last word
 names the format, also in a comment: `pipe:zcat a.gz # .tar`.
@@ -28,8 +29,8 @@ from ..tokens import Record
 from .access import is_local
 from .delimited import DELIMITERS, read_csv
 from .faults import outside_fault
-from .files import open_bytes
-from .lines import read_jsonl, read_txt
+from .files import is_file, open_bytes
+from .lines import read_json, read_jsonl, read_txt
 from .options import ReadOptions, take_text_and_fields
 from .parquet import read_parquet
 from .raw import RawRecord, RecordError
@@ -44,6 +45,7 @@ _READERS: dict[str, _Reader] = {
     "tar": read_tar,
     "jsonl": read_jsonl,
     "ndjson": read_jsonl,
+    "json": read_json,
     "csv": partial(read_csv, delimiter=DELIMITERS["csv"]),
     "tsv": partial(read_csv, delimiter=DELIMITERS["tsv"]),
     "txt": read_txt,
@@ -79,10 +81,10 @@ def read_records(
             `skippable` if the machine or network failed, or the shard changed while it was read.
     """
     check_at_least("skip", skip, 0)
-    kind = shard_kind(piece.path) if options.rows is None else ShardKind("rows", "", piece.path)
+    kind = shard_kind(piece.path, options.access) if options.rows is None else ShardKind("rows", "", piece.path)
     first = piece.start if piece.offset else 0
     wanted = replace(piece, start=piece.start + skip)
-    seekable = options.rows is None and is_local(piece.path) and not kind.compression
+    seekable = False
     index = first
     check_packages(piece.path, kind)
     try:
@@ -90,8 +92,10 @@ def read_records(
             if options.rows is not None:
                 raw_records = read_rows(options.rows, wanted, options.epoch)
             else:
-                opened = open_bytes(piece.path, options.access, kind.compression, piece.version)
+                compression = None if kind.format == "parquet" else kind.compression
+                opened = open_bytes(piece.path, options.access, compression, piece.version)
                 stream = stack.enter_context(opened)
+                seekable = is_local(piece.path) and is_file(stream)
                 raw_records = _READERS[kind.format](stream, wanted, options)
             while piece.stop is None or index < piece.stop:  # checked before reading: a record after it may be broken
                 raw = next(raw_records, None)

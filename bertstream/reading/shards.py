@@ -15,14 +15,10 @@ from braceexpand import braceexpand
 
 from ..errors import ConfigError, ShardError
 from .access import DEFAULT_ACCESS, Access, check_installed, check_pipe, is_local, is_pipe, is_url
+from .endings import ENDINGS, parse_format, split_compression, split_ending
 from .faults import Version
 from .remote import list_url
 
-_ENDING = re.compile(
-    r"\.(?:(?P<format>tar|jsonl|ndjson|csv|tsv|txt)(?:\.(?P<compression>gz|zst))?|(?P<whole>tgz|parquet))$",
-    re.IGNORECASE,
-)
-_ENDINGS = ".tar, .jsonl, .ndjson, .csv, .tsv, .txt, each also with .gz or .zst, .tgz and .parquet"
 READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
 """What reading a local shard may raise if the shard is missing or broken."""
 
@@ -39,6 +35,8 @@ class Piece:
             `start` are skipped; Parquet always has 0, and is read from the row group that holds `start`.
         share, shares: of these records, only every `shares`-th is this piece's: those whose index in the shard leaves
             the rest `share`.
+        source: the number of its source in a mixture.
+        lane: the only lane that may read it; None for any, or of a share, for any of its rank.
         version: of the local file that was cut; reading another one at these places would lose or join records.
     """
 
@@ -48,6 +46,8 @@ class Piece:
     offset: int = 0
     share: int = 0
     shares: int = 1
+    source: int = 0
+    lane: int | None = None
     version: Version | None = field(default=None, compare=False, repr=False)
 
 
@@ -80,7 +80,7 @@ def expand_shards(
             raise ConfigError(f"the name of a shard is a str or a path; got {pattern!r}")
         paths.extend(_expand(name, access))
     for path in paths:
-        check_packages(path, shard_kind(path))
+        check_packages(path, shard_kind(path, access))
         if is_pipe(path):
             check_pipe(path, access)
         elif is_local(path) and not os.path.exists(path):
@@ -95,8 +95,8 @@ class ShardKind(NamedTuple):
     """What the name of a shard says.
 
     Attributes:
-        format: "tar", "jsonl", "ndjson", "csv", "tsv", "txt" or "parquet"; "rows" for a dataset that is no shard.
-        compression: "gz", "zst", or "" for none.
+        format: "tar", "jsonl", "ndjson", "json", "csv", "tsv", "txt" or "parquet"; "rows" for a dataset, no shard.
+        compression: "gz", "zst", "bz2", "xz", or "" for none.
         stem: the file's name without its endings.
     """
 
@@ -105,8 +105,8 @@ class ShardKind(NamedTuple):
     stem: str
 
 
-def shard_kind(path: str) -> ShardKind:
-    """Read format, compression and stem from the name of a shard.
+def shard_kind(path: str, access: Access = DEFAULT_ACCESS) -> ShardKind:
+    """Read format, compression and stem from the name of a shard; `access.format` takes precedence.
 
     Raises:
         ConfigError: the ending is unknown.
@@ -119,13 +119,16 @@ def shard_kind(path: str) -> ShardKind:
         if name.startswith(("http://", "https://")):  # elsewhere ? and # are part of a name
             name = re.split("[?#]", name)[0]
     base = re.split(r"[/\\]", name)[-1]
-    match = _ENDING.search(base)
-    if match is None:
-        raise ConfigError(f"the ending of {path!r} is unknown; known are {_ENDINGS}")
-    shard_format, compression = (match["format"] or match["whole"]).lower(), (match["compression"] or "").lower()
-    if shard_format == "tgz":
-        shard_format, compression = "tar", "gz"
-    return ShardKind(shard_format, compression, base[: match.start()])
+    found = split_ending(base)
+    if access.format is None:
+        if found is None:
+            way_out = "StreamConfig(format=) names the format of files with another"
+            raise ConfigError(f"the ending of {path!r} is unknown; known are {ENDINGS}; {way_out}")
+        stem, shard_format, compression = found
+        return ShardKind(shard_format, compression, stem)
+    _, shard_format, compression = parse_format(access.format)
+    stem, of_name = (found[0], found[2]) if found is not None else split_compression(base)
+    return ShardKind(shard_format, "" if shard_format == "parquet" else compression or of_name, stem)
 
 
 def check_packages(path: str, kind: ShardKind) -> None:

@@ -3,7 +3,8 @@
 Consecutive members that share a name up to its first dot are a record. Members are decoded by name, never by a look at
 their bytes, and never unpickled: txt, text, transcript to str; cls, cls2, class, count, index, inx, id to int; float,
 score, weight to float; json, jsn parsed. The keys of a member called just `json` or `jsn` that is an object become
-fields of the record. All other members stay bytes, except the text, which is always UTF-8. Folders, hidden members,
+fields of the record. All other members stay bytes, except the text, which is always UTF-8. One of those that are
+decoded may be compressed: `txt.gz` is read as `txt`, unless `fields` names it as it is. Folders, hidden members,
 members without an ending and, as in webdataset, members such as `__meta__` belong to no record.
 """
 
@@ -12,15 +13,23 @@ from __future__ import annotations
 import itertools
 import re
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from ..errors import described
+from .compression import decompress_member
+from .endings import COMPRESSIONS
 from .options import ReadOptions, check_required
 from .raw import BOM, RawRecord, RecordError, check_size, excerpt, parse_json, parse_text
 from .shards import Piece
 
 _BUFFER_BYTES = 1 << 20
+
+_TEXTS, _JSON = ("txt", "text", "transcript"), ("json", "jsn")
+_INTS, _FLOATS = ("cls", "cls2", "class", "count", "index", "inx", "id"), ("float", "score", "weight")
+_DECODED = frozenset((*_TEXTS, *_JSON, *_INTS, *_FLOATS))
 
 
 def read_tar(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[RawRecord]:
@@ -49,7 +58,8 @@ def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMe
     objects: list[dict[str, Any]] = []
     size = 0
     for member in members:
-        if wanted is not None and member.field not in wanted:
+        name, compression = _field_of(member.field, options)
+        if wanted is not None and name not in wanted:
             unread.append(member.field)
             continue
         if not member.info.isreg() or member.info.issparse():
@@ -57,13 +67,18 @@ def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMe
             raise RecordError(message, member.field)
         size += member.info.size
         check_size(size, options.access.max_record_bytes, f"its members up to {member.info.name!r}", member.field)
-        value = _decode(member.field, tar.payload(member))
-        if member.field in ("json", "jsn") and isinstance(value, dict):
+        payload = tar.payload(member)
+        if compression:
+            payload = _decompressed(payload, compression, options.access.max_record_bytes, member.field)
+            name_in_archive = f"member {member.info.name!r}"
+            check_size(len(payload), options.access.max_record_bytes, name_in_archive, member.field)
+        value = _decode(name, payload)
+        if name in ("json", "jsn") and isinstance(value, dict):
             objects.append(value)
-        elif member.field in fields:
-            raise RecordError(f"two members of record {member.key!r} have this name", member.field)
+        elif name in fields:
+            raise RecordError(f"two members of record {member.key!r} have this name", name)
         else:
-            fields[member.field] = value
+            fields[name] = value
     for keys in objects:
         for name in keys:
             if name in fields:
@@ -74,17 +89,35 @@ def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMe
     return fields
 
 
+def _field_of(member: str, options: ReadOptions) -> tuple[str, str]:
+    """The field that a member becomes, and the compression to remove, or ""."""
+    inner, _, ending = member.rpartition(".")
+    if ending not in COMPRESSIONS or not inner:
+        return member, ""
+    if member in options.texts:
+        return member, ending
+    read = inner in options.texts or inner.rpartition(".")[2] in _DECODED
+    return (inner, ending) if read and member not in options.required else (member, "")
+
+
+def _decompressed(payload: bytes, compression: str, limit: int, name: str) -> bytes:
+    try:
+        return decompress_member(payload, compression, limit)
+    except (OSError, EOFError, zlib.error) as error:
+        raise RecordError(f"it cannot be decompressed: {described(error)}", name) from error
+
+
 def _decode(name: str, payload: bytes) -> Any:
     ending = name.rpartition(".")[2]
     text = payload.removeprefix(BOM)
-    if ending in ("txt", "text", "transcript"):
+    if ending in _TEXTS:
         return parse_text(text, name)
-    if ending in ("json", "jsn"):
+    if ending in _JSON:
         return parse_json(text, name)
     number: type[int] | type[float]
-    if ending in ("cls", "cls2", "class", "count", "index", "inx", "id"):
+    if ending in _INTS:
         number = int
-    elif ending in ("float", "score", "weight"):
+    elif ending in _FLOATS:
         number = float
     else:
         return payload

@@ -17,12 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-import bertstream
-from bertstream import ConfigError, EmbeddingLoader, Encoder, ShardError, StreamConfig, TextStream, TokenBatch
+from bertstream import ConfigError, Encoder, ShardError, StreamConfig, TextStream, TokenBatch
 from bertstream.cursors import Cursor
 from bertstream.reading.dataset import StreamItems
 from bertstream.reading.lane_batches import LaneEnd
-from bertstream.testing import FakeEncoder, assert_resumes_exactly
+from bertstream.testing import FakeEncoder
 
 
 def write_jsonl(path: Path, texts: list[str], first_id: int = 0) -> str:

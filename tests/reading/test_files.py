@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import os
 import time
-import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import zstandard
 from shard_files import children, open_files, processes, texts, texts_tar, write
 
 from bertstream.errors import ShardError
@@ -27,48 +24,6 @@ MIB = 1 << 20
 def content(path: str, access: Access = DEFAULT_ACCESS, compression: str = "") -> bytes:
     with open_bytes(path, access, compression) as stream:
         return stream.read()
-
-
-# --- zstd -------------------------------------------------------------------------------------------------------------
-
-
-def test_several_frames_and_skippable_frames_are_read(tmp_path: Path) -> None:
-    skip = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
-    frames = zstandard.compress(b"one\n") + skip + zstandard.compress(b"")
-    frames += zstandard.compress(b"two\n" * 100_000) + skip
-    (tmp_path / "a.txt.zst").write_bytes(frames)
-    assert content(str(tmp_path / "a.txt.zst"), compression="zst") == b"one\n" + b"two\n" * 100_000
-
-
-def test_a_zst_cut_off_at_any_byte_raises(tmp_path: Path) -> None:
-    whole = zstandard.ZstdCompressor(write_checksum=True).compress(os.urandom(50)) + zstandard.compress(b"b" * 1000)
-    first = len(whole) - len(zstandard.compress(b"b" * 1000))
-    for cut in range(1, len(whole)):
-        (tmp_path / "a.zst").write_bytes(whole[:cut])
-        if cut == first:  # between two frames: this is a valid file
-            continue
-        with pytest.raises(EOFError, match="inside a zstd frame"):
-            content(str(tmp_path / "a.zst"), compression="zst")
-
-
-def test_a_damaged_zst_and_a_file_that_is_not_zst_are_os_errors(tmp_path: Path) -> None:
-    damaged = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(b"abc" * 100))
-    damaged[-1] ^= 1
-    for data in (bytes(damaged), b"this is no zstd at all"):
-        (tmp_path / "a.zst").write_bytes(data)
-        with pytest.raises(OSError, match="damaged, or not zstd"):
-            content(str(tmp_path / "a.zst"), compression="zst")
-
-
-def test_a_tiny_zst_of_large_contents_is_never_held_whole(tmp_path: Path) -> None:
-    (tmp_path / "a.zst").write_bytes(zstandard.compress(bytes(200 * MIB)))
-    tracemalloc.start()
-    try:
-        with open_bytes(str(tmp_path / "a.zst"), Access(), "zst") as file:
-            assert sum(len(part) for part in iter(lambda: file.read(MIB), b"")) == 200 * MIB
-        assert tracemalloc.get_traced_memory()[1] < 100 * MIB
-    finally:
-        tracemalloc.stop()
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from shard_files import read, read_until_error, texts, write
+import torch
+from shard_files import read, read_until_error, tar_bytes, texts, write
 
+import bertstream
+from bertstream import ShardError, StreamConfig
 from bertstream.errors import ConfigError
 from bertstream.reading.access import Access
 from bertstream.reading.options import ReadOptions
+from bertstream.testing import FakeEncoder
 from bertstream.tokens import Record
 
 
@@ -73,3 +81,92 @@ def test_a_field_that_would_be_replaced_by_the_batchs_own_is_refused_unless_it_i
     _, error = read_until_error(path)
     assert error.field == name and "rename it, or name others with fields=" in str(error)
     assert read(path, ReadOptions(fields=["n"]))[0].fields == {"n": 1}
+
+
+# --- nested places ----------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"data": {"text": f"text {i}", "about": {"label": i}}, "turns": [{"said": f"turn {i}"}], "n": i} for i in range(9)
+]
+
+
+def nested(folder: Path, kind: str) -> Any:
+    """The rows, and where in them the text is."""
+    if kind == "jsonl":
+        return write(folder / "a.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS))
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), folder / "a.parquet", row_group_size=4)
+        return str(folder / "a.parquet")
+    if kind == "tar":
+        members = [(f"{i}.json", json.dumps(row).encode()) for i, row in enumerate(ROWS)]
+        return write(folder / "a.tar", tar_bytes(members))
+    return datasets.Dataset.from_list(ROWS) if kind == "dataset" else ROWS
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar", "dataset", "rows"])
+def test_a_nested_text_reads_as_a_flat_one(tmp_path: Path, kind: str) -> None:
+    flat = write(
+        tmp_path / "flat.jsonl",
+        "".join(json.dumps({"text": f"text {i}", "pair": f"turn {i}", "label": i}) + "\n" for i in range(9)),
+    )
+    encoder, shards = FakeEncoder(), nested(tmp_path, kind)
+    right = next(iter(bertstream.stream(flat, encoder, pair="pair")))
+    batch = next(
+        iter(bertstream.stream(shards, encoder, text="data.text", pair="turns.0.said", fields=["data.about.label"]))
+    )
+    assert torch.equal(batch["data.text"].values, right["text"].values)
+    assert batch["data.about.label"].tolist() == right["label"].tolist()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar", "rows"])
+def test_without_fields_what_holds_the_text_stays_whole(tmp_path: Path, kind: str) -> None:
+    batch = next(iter(bertstream.stream(nested(tmp_path, kind), FakeEncoder(), text="data.text")))
+    assert sorted(batch["n"].tolist()) == list(range(9))
+    assert all(data["text"] == f"text {data['about']['label']}" for data in batch["data"])
+    assert ROWS[0]["data"] == {"text": "text 0", "about": {"label": 0}}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar", "rows"])
+@pytest.mark.parametrize("field", ["data.txt", "text", "data.about.label.x", "turns.1.said"])
+def test_a_place_that_is_missing_names_the_fields_that_are_there(tmp_path: Path, kind: str, field: str) -> None:
+    with pytest.raises(
+        ShardError, match=rf"field '{field}': the (record|file) has no such (field|column); it has .*data"
+    ) as caught:
+        next(iter(bertstream.stream(nested(tmp_path, kind), FakeEncoder(), text=field)))
+    assert caught.value.field == field
+
+
+def test_a_column_that_has_the_dot_itself_wins(tmp_path: Path) -> None:
+    rows = [{"data.text": "flat", "data": {"text": "nested"}}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for path in (
+        str(tmp_path / "a.parquet"),
+        write(tmp_path / "a.jsonl", json.dumps(rows[0])),
+        write(tmp_path / "a.csv", "data.text,data\nflat,nested\n"),
+        write(tmp_path / "a.tar", tar_bytes([("0.data.text", b"flat"), ("0.data", b"nested")])),
+    ):
+        assert texts(read(path, ReadOptions(text="data.text", fields=[]))) == ["flat"]
+
+
+def test_only_the_columns_of_nested_places_are_read(tmp_path: Path) -> None:
+    assert ReadOptions(text="a.b.c", fields=["d"]).wanted == {"a.b.c", "a.b", "a", "d"}
+    assert ReadOptions(text="a").wanted is None
+
+
+@pytest.mark.parametrize("column", [pa.binary(), pa.large_binary(), pa.dictionary(pa.int32(), pa.binary())])
+def test_binary_texts_are_decoded_and_invalid_ones_are_broken_records(tmp_path: Path, column: Any) -> None:
+    values = ["außen".encode(), b"\xef\xbb\xbfmark", b"bad \xff", b"last"]
+    if isinstance(column, pa.DictionaryType):
+        array = pa.array(values, pa.binary()).dictionary_encode()
+    else:
+        array = pa.array(values, column)
+    pq.write_table(pa.table({"text": array, "raw": array}), tmp_path / "a.parquet")
+    for shards in (str(tmp_path / "a.parquet"), [{"text": value, "raw": value} for value in values]):
+        reading = StreamConfig(max_bad_records=1)
+        with bertstream.stream(shards, FakeEncoder(), into="vectors", reading=reading) as loader:
+            batch = next(iter(loader))
+            assert sorted(batch["text"]) == ["außen", "last", "mark"]
+            assert all(isinstance(value, bytes) for value in batch["raw"])
+            assert loader.stats()["bad_records"] == 1
+        with pytest.raises(ShardError, match="record 2, field 'text': not UTF-8: byte 0xff in b'bad"):
+            list(bertstream.stream(shards, FakeEncoder()))

@@ -199,7 +199,7 @@ def test_counting_agrees_with_reading(
         assert count_records(path, options) == len(good) + len(bad)
 
 
-@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("compression", [".gz", ".xz"])
 def test_records_of_compressed_or_remote_shards_are_not_counted(tmp_path: Path, compression: str) -> None:
     assert count_records(write(tmp_path / f"a.txt{compression}", COMPRESS[compression](b"one")), LINES) is None
     assert count_records("http://nowhere.invalid/a.txt", LINES) is None

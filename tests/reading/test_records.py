@@ -34,12 +34,13 @@ from bertstream.reading.shards import Piece
 from bertstream.tokens import Record
 
 
-@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("compression", COMPRESS)
 @pytest.mark.parametrize(
     ("ending", "data", "text"),
     [
         ("txt", b"one\ntwo\r\n", "text"),
         ("jsonl", b'{"text": "one"}\n{"text": "two"}', "text"),
+        ("json", b'{"text": "one"}\n{"text": "two"}\n', "text"),
         ("ndjson", b'{"text": "one"}\r\n\r\n{"text": "two"}\n\n', "text"),
         ("csv", b"text\none\ntwo\n", "text"),
         ("tsv", b"id\ttext\n1\tone\n2\ttwo", "text"),
@@ -233,7 +234,9 @@ def test_a_missing_shard_and_a_folder_are_shard_errors(tmp_path: Path) -> None:
 # --- closing files ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.csv", "a.tar", "a.tar.gz", "a.tar.zst", "pipe"])
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.jsonl.gz", "a.csv", "a.tar", "a.tar.gz", "a.tar.zst", "a.csv.bz2", "a.jsonl.xz", "pipe"]
+)
 @pytest.mark.parametrize("ending", ["closed", "exhausted", "broken", "stopped", "missing field"])
 def test_files_are_closed_however_reading_ends(tmp_path: Path, name: str, ending: str) -> None:
     broken = ending == "broken"

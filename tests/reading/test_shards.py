@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from shard_files import TAR, read, texts, texts_tar, write
+from shard_files import COMPRESS, TAR, read, texts, texts_tar, write
 
 from bertstream.errors import ConfigError, ShardError
 from bertstream.reading.access import Access
@@ -75,13 +74,14 @@ def test_a_missing_local_shard_is_named(tmp_path: Path) -> None:
 
 def test_endings_may_be_in_capitals_and_tgz_is_a_compressed_tar(tmp_path: Path) -> None:
     assert texts(read(write(tmp_path / "A.TXT", "x"))) == ["x"]
-    assert texts(read(write(tmp_path / "a.tgz", gzip.compress(texts_tar("x"))), TAR)) == ["x"]
+    for name, compress in {"a.tgz": ".gz", "a.tzst": ".zst", "a.TBZ2": ".bz2", "a.txz": ".xz"}.items():
+        assert texts(read(write(tmp_path / name, COMPRESS[compress](texts_tar("x"))), TAR)) == ["x"]
 
 
 def test_the_error_for_an_unknown_ending_lists_the_known_ones(tmp_path: Path) -> None:
     path = write(tmp_path / "a.arrow", "x")
     for call in (lambda: expand_shards(path), lambda: split_shard(path, 2), lambda: read(path)):
-        with pytest.raises(ConfigError, match=r"a\.arrow.*\.tar, .*\.txt"):
+        with pytest.raises(ConfigError, match=r"a\.arrow.*\.tar, .*\.txt.*\.bz2.*StreamConfig\(format=\)"):
             call()
 
 

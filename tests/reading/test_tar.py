@@ -45,12 +45,12 @@ def test_a_tar_of_webdataset_reads_as_webdataset_reads_it(tmp_path: Path) -> Non
 def test_members_are_decoded_by_name_only(tmp_path: Path) -> None:
     members = {
         "txt": b"t", "en.text": b"u", "cls": b" 7\n", "class.id": b"-1", "score": b"0.5", "jsn": b"[1]",
-        "meta.json": b'{"a": 1}', "npy": b"\x93NUMPY", "PNG": b"p", "txt.gz": b"q",
+        "meta.json": b'{"a": 1}', "npy": b"\x93NUMPY", "PNG": b"p", "bin.gz": b"q",
     }  # fmt: skip
     path = write(tmp_path / "a.tar", tar_bytes([(f"k.{name}", payload) for name, payload in members.items()]))
     assert read(path, TAR)[0].fields == {
         "en.text": "u", "cls": 7, "class.id": -1, "score": 0.5, "jsn": [1],
-        "meta.json": {"a": 1}, "npy": b"\x93NUMPY", "png": b"p", "txt.gz": b"q",
+        "meta.json": {"a": 1}, "npy": b"\x93NUMPY", "png": b"p", "bin.gz": b"q",
     }  # fmt: skip
 
 
