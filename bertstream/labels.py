@@ -29,9 +29,7 @@ class NumberOf:
         self._numbers = {label: number for number, label in enumerate(labels)}
         if len(self._numbers) < len(labels):
             twice = next(label for label in labels if list(labels).count(label) > 1)
-            raise ConfigError(
-                f"{option}={shortened(labels)}: the label {twice!r} comes twice, so it has no clear number"
-            )
+            raise ConfigError(f"{option}={shortened(labels)}: the label {twice!r} comes twice: which number is its?")
 
     def __call__(self, value: Any) -> Any:
         """The number, or list of numbers.
