@@ -158,7 +158,7 @@ def stream(
             record alone. `stats()` counts `dropped_records`.
         num_workers: processes that read and tokenize; 0 does both in the thread that encodes. The batches and their
             order do not depend on it.
-        into: the key for the vectors; the text then stays under its own.
+        into: the key for the vectors; the text then stays under its own, and `Embeddings.spans` knows it.
         layout: as for `wrap`.
         prefetch: as for `wrap`.
         cache: as for `wrap`.

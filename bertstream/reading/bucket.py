@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import shortened
-from ..tokens import Indices, Record, TokenBatch
+from ..tokens import Indices, Record, TokenBatch, TokenizedText
 
 # What torch's default collate makes of Python's numbers.
 _DTYPES: dict[type, type] = {bool: np.bool_, int: np.int64, float: np.float64}
@@ -65,7 +65,12 @@ def add_fields(
     names = dict.fromkeys(name for record in records for name in record.fields)
     batch.fields = {name: stack_column([record.fields.get(name) for record in records]) for name in names}
     if keep_text_as is not None:
-        batch.texts = batch.fields[keep_text_as] = [record.text for record in records]
+        texts = [record.text for record in records if not isinstance(record.text, TokenizedText)]
+        if len(texts) == len(records):  # ids have no characters
+            batch.texts = batch.fields[keep_text_as] = texts
+        else:
+            kept = (record.text for record in records)
+            batch.fields[keep_text_as] = [text.input_ids if isinstance(text, TokenizedText) else text for text in kept]
     if with_place:
         batch.fields["__key__"] = [record.key for record in records]
         batch.fields["__shard__"] = [record.shard for record in records]

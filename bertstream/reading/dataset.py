@@ -24,9 +24,10 @@ from .delimited import first_rows_decide, reads_unquoted
 from .functions import Keep, Map, name_of
 from .lane_batches import LaneBatches, LaneEnd
 from .layout import Layout, lay_out, lay_out_mixture
-from .mixture import Mixing, Mixture, open_sources
+from .mixture import Mixture, open_sources
 from .options import RESERVED, SOURCE, Fields, ReadOptions
 from .pieces import count_records
+from .records import begins_with_ids
 from .shards import Piece
 from .state import StreamProgress, layout_ranks_of
 
@@ -64,7 +65,7 @@ class TextStream(IterableDataset[TokenBatch]):
         shards: paths or URLs, with braces and globs, or a list of them, or a dataset of rows, or a `Mixture`; see
             `bertstream.stream`.
         encoder: anything with the tokenizer to use; the model itself is neither kept nor sent to workers.
-        text: the field that holds the text, a string or a list of words.
+        text: the field that holds the text: a string, a list of words, or a list of token ids.
         pair: the field that holds the second text, where a record is a pair of texts.
         batch_size: texts in a batch; 32 if neither this nor `max_tokens` is given.
         max_tokens: real tokens in a batch at most, special tokens included and padding not. A longer text is a batch of
@@ -110,12 +111,19 @@ class TextStream(IterableDataset[TokenBatch]):
         self._seed = seed
         self._reading = reading = reading or StreamConfig()
         self.mixture = shards if isinstance(shards, Mixture) else None
-        self._sources = open_sources(shards, reading)
-        rows = self._sources[0][1] if self.mixture is None else None
-        reserved = RESERVED if self.mixture is None else (*RESERVED, SOURCE)
-        self._options = options = ReadOptions(
-            text=text, pair=pair, fields=fields, keep=keep, map=map, access=reading, rows=rows, reserved=reserved
+        options = ReadOptions(
+            text=text,
+            pair=pair,
+            fields=fields,
+            keep=keep,
+            map=map,
+            access=reading,
+            reserved=RESERVED if self.mixture is None else (*RESERVED, SOURCE),
+            tokenizer=getattr(encoder.tokenizer, "ids_identity", None),
         )
+        self._sources = open_sources(shards, reading)
+        rows = None if self.mixture is not None else self._sources[0][1]
+        self._options = replace(options, rows=rows)
         self.text = text
         self.uneven, self.rank_timeout_s = reading.uneven, reading.rank_timeout_s
         self.shards = [name for names, _ in self._sources for name in names]
@@ -131,10 +139,12 @@ class TextStream(IterableDataset[TokenBatch]):
             if self.uneven != "leave" or self.world_size > layout.lanes:
                 raise ConfigError(refusal)
             logger.warning("some ranks have no data: %s", refusal)
-        if not getattr(encoder.tokenizer, "takes_texts", True):
+        if not getattr(encoder.tokenizer, "takes_texts", True) and not begins_with_ids(
+            layout.pieces[0][0], self._options
+        ):
             raise ConfigError(
                 f"text={text!r}: the encoder has no tokenizer and takes ids alone; make it with its model's tokenizer, "
-                "Encoder(model, tokenizer)"
+                "Encoder(model, tokenizer), or name a field of ids, such as 'input_ids'"
             )
         self._batches = LaneBatches(
             tokenizer=encoder.tokenizer,
@@ -146,14 +156,7 @@ class TextStream(IterableDataset[TokenBatch]):
             num_lanes=self.num_lanes,
             open_shards=self.open_shards,
             keep_text_as=keep_text_as,
-            mixing=None
-            if self.mixture is None
-            else Mixing(
-                options=tuple(replace(options, rows=rows) for _, rows in self._sources),
-                weights=self.mixture.weights,
-                stopping=self.mixture.stopping,
-                seed=seed if shuffle else None,
-            ),
+            mixing=None if self.mixture is None else self.mixture.mixing(options, self._sources),
         )
         self.progress = StreamProgress(layout, self.rank, self.world_size, BadRecords(reading.max_bad_records))
         self._loaded_in_worker = False

@@ -11,13 +11,14 @@ import numpy as np
 
 from ..cursors import Cursor
 from ..errors import BertstreamError, EncoderError, ShardError
-from ..tokens import Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch, tokenize_batch
+from ..tokens import Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch, TokenizedText
 from .bucket import add_fields, cut_bucket
 from .config import StreamConfig
 from .lanes import LaneReader
 from .mixture import Mixing, MixtureReader
 from .options import ReadOptions
 from .shards import Piece
+from .token_ids import tokens_of
 
 # Texts per call of the tokenizer: enough to use its threads, few enough that the first batch comes soon.
 _TOKENIZE_CHUNK = 256
@@ -124,7 +125,13 @@ class LaneBatches:
         open_shards, tolerant = self.open_shards, self._tolerant
         if self.mixing is not None:
             return MixtureReader(
-                pieces, self.mixing, start, num_lanes=self.num_lanes, open_shards=open_shards, tolerant=tolerant
+                pieces,
+                self.mixing,
+                start,
+                shuffle_seed=self.shuffle_seed,
+                num_lanes=self.num_lanes,
+                open_shards=open_shards,
+                tolerant=tolerant,
             )
         options = self.options if self.options.rows is None else replace(self.options, epoch=start.epoch)
         return LaneReader(pieces, options, start, open_shards=open_shards, tolerant=tolerant)
@@ -192,7 +199,7 @@ class LaneBatches:
         refused: list[ShardError] = []
         while records:
             try:
-                return records, [tokenize_batch(self.tokenizer, [record.text for record in records])], refused
+                return records, [tokens_of(self.tokenizer, [record.text for record in records])], refused
             except EncoderError as error:
                 if not error.records:
                     raise
@@ -243,6 +250,9 @@ class _Bucket:
         return TokenBatch.concat(chunks) if chunks else TokenBatch.from_texts([])
 
     def kinds(self) -> Iterator[tuple[type, ...]]:
-        """Of each record, whether its text is a string, a list of words, or a pair of either."""
-        texts = (record.text for record in self.records)
-        return ((type(text), type(text[0])) if isinstance(text, tuple) else (type(text),) for text in texts)
+        """Of each record, whether its text is a string, a list of words, a pair of either, or ids, and with what."""
+        for text in (record.text for record in self.records):
+            if isinstance(text, TokenizedText):
+                yield type(text), type(text.word_ids), type(text.token_type_ids)
+            else:
+                yield (type(text), type(text[0])) if isinstance(text, tuple) else (type(text),)

@@ -8,10 +8,11 @@ from typing import Any, TypeAlias, cast
 
 from ..errors import ConfigError, described
 from ..paths import find, splits
-from ..tokens import Text
+from ..tokens import Text, TokenizedText
 from .access import DEFAULT_ACCESS, Access
 from .functions import Keep, Map, NumberOf, check_functions, kept_and_mapped
 from .raw import BOM, RecordError, excerpt, parse_text
+from .token_ids import BESIDE_IDS, ids_of
 
 Fields: TypeAlias = Mapping[str, Callable[[Any], Any] | Sequence[str]] | Sequence[str] | None
 """The option `fields`, see `ReadOptions`."""
@@ -31,8 +32,8 @@ class ReadOptions:
     """What is read of each record, and how shards are opened. Pickles if its functions do.
 
     Attributes:
-        text: the field that holds the text: a str, UTF-8 bytes, or a list of str (words). A path such as "data.text"
-            leads to what nested objects hold; so do the names of the other options.
+        text: the field that holds the text: a str, UTF-8 bytes, a list of str (words), or a list of int (token ids). A
+            path such as "data.text" leads to what nested objects hold; so do the names of the other options.
         pair: the field that holds the second text of a pair; None if records are single texts.
         fields: the other fields to keep. None keeps all; names keep only these; a mapping from names to functions keeps
             these, each passed through its function; a list of labels in place of a function makes numbers of them.
@@ -43,6 +44,8 @@ class ReadOptions:
         rows: a dataset to read instead of shards, see `split_rows`; None for shards.
         epoch: of the stream; a streaming dataset that shuffles itself has another order in each.
         reserved: names that no other field may have.
+        tokenizer: what token ids depend on, by name, to refuse Parquet files that `bertstream.tokenize` wrote with
+            another tokenizer; None refuses none.
         place: those of `PLACE` that `fields` names.
         required: the fields that every record must have in the end: the texts, and the other names in `fields`.
         stored: those of them that shards must hold: none where `map` may make them.
@@ -60,6 +63,7 @@ class ReadOptions:
     rows: Any = field(default=None, repr=False)
     epoch: int = 0
     reserved: tuple[str, ...] = field(default=RESERVED, repr=False)
+    tokenizer: Mapping[str, Any] | None = field(default=None, repr=False)
     place: tuple[str, ...] = field(init=False, repr=False)
     required: tuple[str, ...] = field(init=False, repr=False)
     stored: tuple[str, ...] = field(init=False, repr=False)
@@ -114,7 +118,7 @@ def _as_function(name: str, function: Callable[[Any], Any] | Sequence[str]) -> C
 
 def take_text_and_fields(
     values: dict[str, Any], options: ReadOptions, place: Sequence[Any] = ()
-) -> tuple[Text, dict[str, Any]] | None:
+) -> tuple[Text | TokenizedText, dict[str, Any]] | None:
     """Separate a record's text from its other fields, and keep the wanted ones.
 
     Args:
@@ -136,8 +140,10 @@ def take_text_and_fields(
             return None
         values = chosen
     check_required(options, values)
-    text: Text = _checked_text(_value(values, options.text), options.text)
+    text = _text_in(values, options)
     if options.pair is not None:
+        if isinstance(text, TokenizedText):
+            raise RecordError("ids are of both texts of a pair: leave out pair=, or name fields of text", options.text)
         second = _checked_text(_value(values, options.pair), options.pair)
         if type(second) is not type(text):
             raise RecordError("the two texts of a pair must both be strings, or both lists of words", options.pair)
@@ -146,6 +152,9 @@ def take_text_and_fields(
         if name in values:
             raise RecordError("each batch has a field of this name: rename it, or name others with fields=", name)
     if options.fields is None:
+        if isinstance(text, TokenizedText) and options.text in values:
+            for name in BESIDE_IDS:
+                values.pop(name, None)
         for name in options.texts:
             values.pop(name, None)  # an object that holds a text further down stays whole: it may be the user's own
         return text, values
@@ -165,6 +174,12 @@ def take_text_and_fields(
                 f"the function for this field raised {described(error)} on {excerpt(value)}", name
             ) from error
     return text, fields
+
+
+def _text_in(values: Mapping[str, Any], options: ReadOptions) -> Text | TokenizedText:
+    text = _value(values, options.text)
+    ids = None if isinstance(text, str) else ids_of(text, values, options.text)
+    return _checked_text(text, options.text) if ids is None else ids
 
 
 def _value(values: Mapping[str, Any], name: str) -> Any:

@@ -19,13 +19,13 @@ names the format, also in a comment: `pipe:zcat a.gz # .tar`.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import BinaryIO, TypeAlias
 
 from ..errors import ConfigError, ShardError, check_at_least, described
-from ..tokens import Record
+from ..tokens import Record, TokenizedText
 from .access import is_local
 from .delimited import DELIMITERS, read_csv
 from .faults import outside_fault
@@ -137,6 +137,14 @@ def read_records(
         piece.stop is None and index == first and options.rows is None
     ):  # a filter may leave nothing of a dataset's shard
         raise _from_record(wanted, index, f"it holds no record{f' from {first} on' if first else ''}")
+
+
+def begins_with_ids(piece: Piece, options: ReadOptions) -> bool:
+    """Whether the text of the piece's first good record is token ids; True if there is none, which reading reports."""
+    with closing(read_records(piece, options, on_bad=lambda error: None)) as records, suppress(ShardError):
+        record = next(records, None)
+        return record is None or isinstance(record.text, TokenizedText)
+    return True
 
 
 def _from_record(wanted: Piece, index: int, problem: str, *, skippable: bool = True) -> ShardError:
