@@ -14,6 +14,7 @@ from .pipeline.collate import TokenCollate
 from .pipeline.embedding_loader import EmbeddingLoader
 from .reading.config import StreamConfig
 from .reading.dataset import TextStream
+from .reading.mixture import Mixture
 from .tokens import TokenBatch
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "Encoder",
     "EncoderError",
     "LoaderClosedError",
+    "Mixture",
     "ScalarMix",
     "ShardError",
     "StateError",

@@ -46,6 +46,7 @@ PUBLIC_NAMES = [
     "Encoder",
     "EncoderError",
     "LoaderClosedError",
+    "Mixture",
     "ScalarMix",
     "ShardError",
     "StateError",

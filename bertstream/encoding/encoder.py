@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,9 +40,10 @@ from .rows import check_segments
 from .self_test import probe_batching
 from .sentence_folder import SentenceFolder, remove_sentence_folder, write_sentence_folder
 from .sentence_head import HEAD, with_head
+from .texts import text_list
 from .tokenizer import Overflow, TextTokenizer, WordSplitter, check_cutting, renamed_splitter
 from .upper import UpperEncoder, cannot_split, keep_apart, upper_half
-from .vocabulary import check_batch, check_vocabulary
+from .vocabulary import check_batch, check_vocabulary, num_ids
 from .word_cache import LIMIT
 
 logger = logging.getLogger(__name__)
@@ -389,7 +390,7 @@ class Encoder(CalibratedForward):
             EncoderError: as for `encode`.
         """
         batch = texts if isinstance(texts, TokenBatch) else self._tokenized(texts)
-        check_batch(batch, self.tokenizer, cast(Any, self.model.config).vocab_size)
+        check_batch(batch, self.tokenizer, num_ids(self.model.config) or 0)
         check_segments(batch, self.model.config)
         self._check_marks(batch)
         found = self._vectors(batch, max_forward_tokens=max_forward_tokens)
@@ -398,6 +399,7 @@ class Encoder(CalibratedForward):
         return found
 
     def _tokenized(self, texts: Sequence[Text]) -> TokenBatch:
+        texts = text_list(texts)
         batch = self.tokenizer.batch(texts)
         batch.texts = list(texts)
         if not self._warned_of_cut and batch.cut_tokens.any():

@@ -20,7 +20,7 @@ from .backend import find_backend
 from .cutting import kept, owners
 from .frame import Framed
 from .given_ids import GivenIds, sequence_ids_of
-from .texts import check_texts
+from .texts import text_list
 from .word_cache import LIMIT, WordCount
 
 logger = logging.getLogger(__name__)
@@ -245,9 +245,7 @@ class TextTokenizer:
 
     def _tokenized(self, texts: Sequence[Text], framing: Framing) -> Iterator[tuple[list[int], TokenBatch]]:
         """The texts of each kind, those that fit and those that are cut, with their indices."""
-        if not isinstance(texts, (list, tuple)):
-            check_texts(texts)
-        parts = [_parts(text, i) for i, text in enumerate(texts)]
+        parts = [_parts(text, i) for i, text in enumerate(text_list(texts))]
         if self.word_splitter is not None:
             parts = [[self._words(part, i) for part in text] for i, text in enumerate(parts)]
         if self.prompt:

@@ -66,4 +66,4 @@ class LoaderState(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue there; Lightning calls this before it takes a batch."""
-        self._loader.load_state_dict(state_dict, trainer_epoch=state_dict.get("epoch"))
+        self._loader.load_state_dict(state_dict, trainer_epoch=state_dict.get("steps", state_dict).get("epoch"))

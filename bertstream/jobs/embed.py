@@ -21,6 +21,7 @@ from ..loader import stream
 from ..pipeline.embedding_loader import EmbeddingLoader
 from ..reading.config import StreamConfig
 from ..reading.dataset import Shards
+from ..reading.mixture import refuse_mixture
 from .parts import PartFolder, local_folder
 from .writers import Part, PartFormat, check_format, ending_of, write_part
 
@@ -54,7 +55,7 @@ def embed(
     the same number of ranks. Records are not in the order of the shards: each bucket is sorted by length.
 
     Args:
-        shards, text, pair, num_workers, cache, reading: as for `bertstream.stream`.
+        shards, text, pair, num_workers, cache, reading: as for `bertstream.stream`; no `Mixture`.
         encoder: computes the vectors, which are written in its `output_dtype`.
         out: a local folder, created if missing; empty, or of a run that was stopped.
         format: "parquet", "webdataset" or "safetensors"; see `bertstream.jobs.writers.write_part`.
@@ -71,6 +72,7 @@ def embed(
         ShardError: a shard is missing, or one of its records is broken.
         OSError: the folder cannot be written to.
     """
+    refuse_mixture(shards, "embed")
     check_format(format, encoder.output_dtype)
     largest = as_bytes("part_bytes", part_bytes)
     check_at_least("part_bytes", largest, 1)

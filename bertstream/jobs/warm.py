@@ -14,6 +14,7 @@ from ..errors import ConfigError, check_at_least
 from ..pipeline.source import read_in_workers
 from ..reading.config import StreamConfig
 from ..reading.dataset import TextStream
+from ..reading.mixture import refuse_mixture
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def warm(
     sizes and order.
 
     Args:
-        shards, text, pair, num_workers, reading: as for `bertstream.stream`.
+        shards, text, pair, num_workers, reading: as for `bertstream.stream`; no `Mixture`.
         encoder: computes the vectors.
         cache: receives them. Without a disk they stay in this process's memory, and new ones evict earlier ones when
             it is full.
@@ -49,6 +50,7 @@ def warm(
             gradients.
         ShardError: a shard is missing, or one of its records is broken.
     """
+    refuse_mixture(shards, "warm")
     check_at_least("num_workers", num_workers, 0)
     if cache.read_only:
         raise ConfigError(f"{cache!r} is read-only: open it without read_only=True to fill it")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, get_args
@@ -16,13 +15,14 @@ from ..reading.state import STATE_VERSION
 from .checks import check_cacheable, check_encoder
 from .clocks import Stage, StageClocks
 from .encode import BatchEncoder
-from .epoch import Epoch, Parts
+from .epoch import Counts, Epochs, Parts
 from .fields import Field
 from .lightning_calls import asked_by_lightning, within_lightning
 from .plots import plot_step
 from .progress import OwnLoader, Progress, ProgressInStream, text_stream
 from .source_progress import ProgressInSource, has_state
 from .stats import LOOP, WORK, KnownWords, Since, Stats, bottleneck
+from .steps import ProgressInSteps, StepEpochs
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,12 @@ class EmbeddingLoader(OwnLoader):
         into: tuple[Field, ...] | None,
         layout: Layout | None,
         pair: Field | None = None,
+        mask: tuple[Field, ...] | None = None,
+        token_type_ids: tuple[Field, ...] | None = None,
         prefetch: int | None = None,
         cache: EmbeddingCache | None = None,
         deterministic: bool = False,
+        steps_per_epoch: int | None = None,
     ) -> None:
         check_encoder(encoder)
         if layout is not None:
@@ -82,9 +85,14 @@ class EmbeddingLoader(OwnLoader):
             check_cacheable(encoder, self._cached)
         self._stages = StageClocks()
         self._batch_encoder = BatchEncoder(encoder, self._cached, self._stages, deterministic=deterministic)
-        self._progress: Progress = (
-            ProgressInSource(source) if self._stream is None else ProgressInStream(source, self._stream)
-        )
+        self._progress: Progress
+        if self._stream is None:
+            self._progress = ProgressInSource(source)
+        elif steps_per_epoch is None:
+            self._progress = ProgressInStream(source, self._stream)
+        else:
+            self._progress = ProgressInSteps(source, self._stream, steps_per_epoch)
+        mixture = None if self._stream is None else self._stream.mixture
         self._parts = Parts(
             progress=self._progress,
             stream=self._stream,
@@ -92,16 +100,23 @@ class EmbeddingLoader(OwnLoader):
             tokenizer=encoder.tokenizer,
             text=text,
             pair=pair,
+            mask=mask,
+            token_type_ids=token_type_ids,
             into=into,
             layout=layout,
             prefetch=prefetch,
             deterministic=deterministic,
             clocks=self._stages,
+            counts=Counts(source_texts=[0] * (len(mixture.sources) if mixture else 0)),
         )
         self._join_ranks()
+        self._epochs = (
+            StepEpochs(self._parts, self._progress)
+            if isinstance(self._progress, ProgressInSteps)
+            else Epochs(self._parts)
+        )
         self._since = Since(self.stats())
         self._closed = False
-        self._running: weakref.ref[Epoch] | None = None
         self._resumed_by_trainer = False
         self._epochs_before = 0  # that a trainer does not count
         self._may_warn = True  # that checkpoints cannot resume
@@ -122,19 +137,14 @@ class EmbeddingLoader(OwnLoader):
         """
         if self._closed:
             raise LoaderClosedError("this EmbeddingLoader was closed: make a new one with wrap or stream")
-        self._stop("another iteration of this loader began: for two loops, make two loaders")
+        self._epochs.make_way()
         self._join_ranks()
         if isinstance(self.encoder, SupportsTraining) and not self._parts.deterministic:
             self.encoder.calibrate()
         self._progress.await_iteration()
         self._since = Since(self.stats())
         self._held_epoch = self.epoch if asked_by_lightning() and not self._has_length() else None
-        return self._not_empty(self._new_epoch()) if self._resumed_by_trainer else self._new_epoch()
-
-    def _new_epoch(self) -> Generator[Any, None, None]:
-        epoch = Epoch(self._parts)
-        self._running = weakref.ref(epoch)
-        return epoch.batches()
+        return self._not_empty(self._epochs.begin()) if self._resumed_by_trainer else self._epochs.begin()
 
     def _not_empty(self, rest: Generator[Any, None, None]) -> Generator[Any, None, None]:
         """The rest of an epoch, or the next epoch if nothing is left: trainers cope badly with an empty epoch.
@@ -146,10 +156,12 @@ class EmbeddingLoader(OwnLoader):
         yield from rest
         if self._parts.counts.batches == received:
             self._epochs_before += 1
-            yield from self._new_epoch()
+            yield from self._epochs.begin()
 
     def __len__(self) -> int:
         """The number of batches in an epoch, if the wrapped loader knows it; TypeError otherwise."""
+        if isinstance(self._progress, ProgressInSteps):
+            return self._progress.steps
         if self._stream is not None:
             raise TypeError(
                 "the number of a stream's batches is not known before its shards are read; count_records() counts its "
@@ -168,9 +180,18 @@ class EmbeddingLoader(OwnLoader):
     def epoch(self) -> int:
         """The epoch of the next iteration, counted from 0; each full iteration advances it by one.
 
-        A `TextStream` follows it. A wrapped DataLoader's samplers do not: call `set_epoch`, as without bertstream.
+        A `TextStream` follows it. A wrapped DataLoader's samplers do not: call `set_epoch`, as without bertstream. With
+        `steps_per_epoch` each iteration of at least one batch advances it, and nothing follows it.
         """
         return self._progress.epoch
+
+    @property
+    def passes(self) -> int:
+        """How many passes over the data are complete, those before a loaded state included: the number of this one.
+
+        That is `epoch`, except with `steps_per_epoch`.
+        """
+        return self._progress.epoch if self._stream is None else self._stream.epoch
 
     @property
     def can_resume(self) -> bool:
@@ -205,7 +226,8 @@ class EmbeddingLoader(OwnLoader):
     def set_epoch(self, epoch: int) -> None:
         """Choose the next iteration's epoch, and pass it to every part of the wrapped loader that has `set_epoch`.
 
-        During iteration it applies to the next epoch. A loaded state is kept only if its epoch matches.
+        During iteration it applies to the next epoch. A loaded state is kept only if its epoch matches. With
+        `steps_per_epoch` it is a number alone: what is read continues where the last iteration stopped.
         """
         check_at_least("epoch", epoch, 0)
         self._progress.set_epoch(epoch + self._epochs_before)
@@ -252,7 +274,7 @@ class EmbeddingLoader(OwnLoader):
                 return
             raise StateError(state["unusable"], key="unusable")
         load = self._progress.loading(state)
-        self._stop("a state was loaded while this loop ran")
+        self._epochs.stop("a state was loaded while this loop ran")
         load()
         self._held_epoch = None
         self._resumed_by_trainer = trainer_epoch is not None
@@ -265,15 +287,16 @@ class EmbeddingLoader(OwnLoader):
     def stats(self) -> Stats:
         """Counts and seconds since the loader was made: a dict of numbers, which `print` shows as a table.
 
-        The loop received `epochs`, `batches`, `texts` and `tokens`. Of the texts, `cut_texts` were truncated, by
-        `cut_words` (known where texts are lists of words) and `cut_tokens` in all. `bad_records` and `bad_shards` were
-        skipped, as `max_bad_records` allows; the log names them. `dropped_records` were dropped by `keep=` or `map=`.
-        `left_texts` reached no loop, because another rank had finished and `uneven="stop"`; they are counted for two
-        seconds, so there may be more. `encoded_tokens` went to the encoder in `encode_calls`. Not in them are texts
-        found in a cache, and `repeated_texts`, which were in the same call already (a cache counts its own).
-        `padding_share` is the share of padding if each batch were padded to its longest text. `known_words_share` of
-        the words came from the word cache (those of `TokenCollate` are not counted). A stream has `workers`, and
-        `lanes` of this rank: no more workers than lanes have work.
+        The loop received `epochs`, `batches`, `texts` and `tokens`, with `steps_per_epoch` in so many `passes`. Of the
+        texts, `cut_texts` were truncated, by `cut_words` (known where texts are lists of words) and `cut_tokens` in
+        all. `bad_records` and `bad_shards` were skipped, as `max_bad_records` allows; the log names them.
+        `dropped_records` were dropped by `keep=` or `map=`. `left_texts` reached no loop, because another rank had
+        finished and `uneven="stop"`; they are counted for two seconds, so there may be more. `encoded_tokens` went to
+        the encoder in `encode_calls`. Not in them are texts found in a cache, and `repeated_texts`, which were in the
+        same call already (a cache counts its own). `padding_share` is the share of padding if each batch were padded to
+        its longest text. `known_words_share` of the words came from the word cache (those of `TokenCollate` are not
+        counted). A stream has `workers`, and `lanes` of this rank: no more workers than lanes have work. Of a
+        `Mixture`, `source_0_texts` is how many of the texts are of the first source, and so on.
 
         Seconds: `read_s` waiting for the wrapped loader, or for the shards, which are tokenized as they are read;
         `tokenize_s` tokenizing a wrapped loader's texts; `lookup_s` in the cache; `encode_s` encoding (on CUDA:
@@ -285,7 +308,11 @@ class EmbeddingLoader(OwnLoader):
         Entries named `cache_` are those of `EmbeddingCache.stats`, and cover all loaders that share the cache.
         """
         seconds = self._stages.seconds
-        stats = Stats(asdict(self._parts.counts) | asdict(self._batch_encoder.counts))
+        counts = asdict(self._parts.counts)
+        of_sources = {f"source_{number}_texts": texts for number, texts in enumerate(counts.pop("source_texts"))}
+        stats = Stats(counts | of_sources | asdict(self._batch_encoder.counts))
+        if isinstance(self._progress, ProgressInSteps):
+            stats["passes"], stats["epochs"] = stats["epochs"], self._progress.finished
         bad = None if self._stream is None else self._stream.progress.bad
         if self._stream is not None:
             own = range(self._stream.rank, self._stream.num_lanes, self._stream.world_size)
@@ -359,7 +386,7 @@ class EmbeddingLoader(OwnLoader):
         May be called from any thread, and more than once.
         """
         self._closed = True
-        self._stop("the loader was closed while this loop ran")
+        self._epochs.stop("the loader was closed while this loop ran")
 
     def __enter__(self) -> EmbeddingLoader:
         return self
@@ -378,12 +405,6 @@ class EmbeddingLoader(OwnLoader):
             return len(self) >= 0
         except TypeError:
             return False
-
-    def _stop(self, reason: str) -> None:
-        epoch = self._running() if self._running is not None else None
-        if epoch is not None:
-            epoch.close(reason)
-        self._running = None
 
     def _join_ranks(self) -> None:
         """Connect to a stream's other ranks once they can be reached: torch.distributed may be initialised late."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from ..embeddings import Layout
 from ..encoding.cutting import warn_of_cut
 from ..errors import LoaderClosedError, described
 from ..reading.dataset import TextStream
+from ..reading.options import SOURCE
 from ..system.distributed import Peers
 from ..system.process import release_openmp_threads, torch_modes, usable_cores
 from ..system.threads import Prefetcher
@@ -46,6 +48,8 @@ T = TypeVar("T")
 _LEFT_WAIT_S = 10.0
 """How long a loop that was left waits for the item that its worker has in progress."""
 
+ANOTHER_BEGAN = "another iteration of this loader began: for two loops, make two loaders"
+
 _PREFETCH = {"cpu": 8}
 """Forwards' worth of tokens that the encoder runs ahead in its thread; 2 on other devices. Encoding times vary more
 from batch to batch than steps do: on a CPU with 2, an epoch whose steps sleep as long as encoding takes was 1.25 times
@@ -54,7 +58,11 @@ as long."""
 
 @dataclass
 class Counts:
-    """What the loop received, over the loader's life."""
+    """What the loop received, over the loader's life.
+
+    Attributes:
+        source_texts: of each source of a mixture, how many texts; empty for anything else.
+    """
 
     epochs: int = 0
     batches: int = 0
@@ -67,6 +75,7 @@ class Counts:
     padded_tokens: int = 0
     room_wait_s: float = 0.0
     peak_ahead_tokens: int = 0
+    source_texts: list[int] = field(default_factory=list)
 
     def received(self, batches: list[TokenBatch]) -> None:
         """Add the texts of one batch."""
@@ -74,6 +83,9 @@ class Counts:
         for tokens in batches:
             self.texts += len(tokens)
             self.tokens += tokens.num_tokens
+            if self.source_texts:
+                counts = np.bincount(tokens.fields[SOURCE], minlength=len(self.source_texts)).tolist()
+                self.source_texts = [before + new for before, new in zip(self.source_texts, counts, strict=True)]
             self.padded_tokens += len(tokens) * int(tokens.lengths.max(initial=0))
             if tokens.cut_tokens.any():
                 self.cut_texts += np.count_nonzero(tokens.cut_tokens)
@@ -94,7 +106,7 @@ class Parts:
         stream: the `TextStream` that is read; None for any other source.
         encoder: makes the vectors.
         tokenizer: for texts that are not tokenized yet.
-        text, pair, into, layout, prefetch, deterministic: as for `wrap`.
+        text, pair, mask, token_type_ids, into, layout, prefetch, deterministic: as for `wrap`.
         peers: the other ranks of a stream; None where there are none, or they need not end together.
         clocks, counts: what `stats` reports.
     """
@@ -105,6 +117,8 @@ class Parts:
     tokenizer: SupportsTokenize
     text: tuple[Field, ...] | None
     pair: Field | None
+    mask: tuple[Field, ...] | None
+    token_type_ids: tuple[Field, ...] | None
     into: tuple[Field, ...] | None
     layout: Layout | None
     prefetch: int | None
@@ -130,6 +144,7 @@ class Epoch:
         self._worker: Prefetcher[Ready | Entry] | None = None
         self._ended = False
         self._ended_by: int | None = None
+        self._step_started: float | None = None
 
     def batches(self) -> Generator[Any, None, None]:
         """The epoch's batches with their vectors. However the loop ends, everything else ends here.
@@ -173,7 +188,14 @@ class Epoch:
         # point of the user's program whatever is prefetched.
         self._source.open()
 
-        texts = partial(texts_of, fields=parts.text, tokenizer=parts.tokenizer, pair=parts.pair)
+        texts = partial(
+            texts_of,
+            fields=parts.text,
+            tokenizer=parts.tokenizer,
+            pair=parts.pair,
+            mask=parts.mask,
+            token_type_ids=parts.token_type_ids,
+        )
         budget: GroupBudget[Entry] = GroupBudget(
             attrgetter("weight"), limit=self._group_limit(), by_the_clock=not parts.deterministic
         )
@@ -187,7 +209,7 @@ class Epoch:
         if status.closed_by is None:
             parts.progress.end_epoch(number)
             parts.counts.epochs += 1
-            _report_truncation(before, parts.counts)
+            _report_truncation(before, parts.counts, parts.progress.round)
 
     def close(self, closed_by: str) -> None:
         """End the epoch from outside its loop, in any thread: its next batch raises `LoaderClosedError`.
@@ -287,19 +309,54 @@ class Epoch:
                 del item, entry  # their memory is the consumer's now, not ours until the next batch
                 parts.clocks.add("wait", started, 1)
                 self._status.waits_since = None
-                step_started = time.perf_counter()
+                self._step_started = time.perf_counter()
                 self._clock.begin()
                 yield batch
-                self._clock.end()
                 del batch
-                parts.clocks.add("step", step_started, 1)
+                self.end_step()
                 started = self._waits()
             else:
                 parts.progress.received(entry)
 
+    def end_step(self) -> None:
+        """The loop's step is over; what the loop does until it asks for the next batch is no step."""
+        if self._step_started is not None:
+            self._clock.end()
+            self._parts.clocks.add("step", self._step_started, 1)
+            self._step_started = None
+
     def _waits(self) -> float:
         self._status.waits_since = time.monotonic()
         return time.perf_counter()
+
+
+class Epochs:
+    """The epochs of a loader, one at a time.
+
+    Args:
+        parts: what they share.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._running: weakref.ref[Epoch] | None = None
+
+    def begin(self) -> Generator[Any, None, None]:
+        """The batches of the next epoch."""
+        epoch = Epoch(self._parts)
+        self._running = weakref.ref(epoch)
+        return epoch.batches()
+
+    def make_way(self) -> None:
+        """Another iteration was asked for: end the one that is running."""
+        self.stop(ANOTHER_BEGAN)
+
+    def stop(self, reason: str) -> None:
+        """End what is running, in any thread: its loop gets a `LoaderClosedError` with this reason."""
+        epoch = self._running() if self._running is not None else None
+        if epoch is not None:
+            epoch.close(reason)
+        self._running = None
 
 
 def _within(
@@ -314,11 +371,11 @@ def _within(
         source.close()
 
 
-def _report_truncation(before: Counts, after: Counts) -> None:
+def _report_truncation(before: Counts, after: Counts, where: str) -> None:
     texts = after.cut_texts - before.cut_texts
     if texts:
         warn_of_cut(
-            "in this epoch",
+            f"in this {where}",
             texts,
             after.texts - before.texts,
             after.cut_words - before.cut_words,

@@ -99,7 +99,10 @@ class Progress(ABC):
 
     Attributes:
         resumes: the next iteration continues from a state that was loaded.
+        round: what one reading of the source is called, for messages.
     """
+
+    round = "epoch"
 
     def __init__(self) -> None:
         self.resumes = False
@@ -212,6 +215,8 @@ class ProgressInStream(Progress):
         self._stream = stream
         self._knows_all_ranks = False
         self._settings: dict[str, Any] = {}  # of the iteration
+        self._unfinished: int | None = None  # the epoch of the last batch, unless the loop has received all of it
+        self._said_it_starts_over = False
         self._say_if_workers_are_idle(getattr(loader, "num_workers", 0))
 
     @property
@@ -221,7 +226,7 @@ class ProgressInStream(Progress):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the next iteration's epoch."""
-        self.resumes = self.resumes and epoch == self.epoch
+        self.resumes, self._unfinished = self.resumes and epoch == self.epoch, None
         self._stream.set_epoch(epoch)
 
     def join_ranks(self) -> Peers | None:
@@ -257,6 +262,7 @@ class ProgressInStream(Progress):
     def end_epoch(self, epoch: int) -> None:
         """Move to the next epoch; ShardError if none of this one's records was good, on any rank."""
         self._stream.progress.end_epoch(epoch, received=self._received > 0)
+        self._unfinished = None
 
     def loading(self, state: Any) -> Callable[[], None]:
         """See `EmbeddingLoader.load_state_dict`."""
@@ -264,7 +270,7 @@ class ProgressInStream(Progress):
 
         def load_here() -> None:
             load()
-            self.resumes = True
+            self.resumes, self._unfinished = True, None
             self.await_iteration()
             # Workers that are kept between epochs hold the stream as it was; the next iteration starts new ones.
             kept = getattr(self._reader, "_iterator", None)
@@ -278,6 +284,7 @@ class ProgressInStream(Progress):
     def _begin(self) -> Iterable[Any]:
         """What yields the stream's items, here or in workers."""
         self.resumes = False
+        self._say_if_it_starts_over()
         self._stream.progress.begin(self._stream.ranks if self._knows_all_ranks else [self._stream.rank])
         self._settings = self._stream.settings
         return self._reader  # type: ignore[no-any-return]
@@ -286,6 +293,7 @@ class ProgressInStream(Progress):
         """Advance by a batch, or drop a lane that has ended."""
         if not isinstance(entry.item, LaneEnd):
             self._stream.progress.advance(entry.cursors)
+            self._unfinished = self.epoch
         elif not self._knows_all_ranks and entry.item.lane is not None:
             # With the cursors of all ranks every rank has the same state, and `LaneEnd`s are not exchanged: there the
             # next batch drops the lanes ahead of its own.
@@ -299,6 +307,17 @@ class ProgressInStream(Progress):
 
     def _state_now(self) -> dict[str, Any]:
         return self._stream.progress.state_dict(self._stream.settings)
+
+    def _say_if_it_starts_over(self) -> None:
+        """Of an order that was chosen to be another each time, a loop that is left sees the same part each time."""
+        if self._unfinished == self.epoch and self._stream.shuffle and not self._said_it_starts_over:
+            self._said_it_starts_over = True
+            logger.warning(
+                "epoch %d starts over after its loop was left: it yields the same batches in the same order. Write "
+                "steps_per_epoch= for epochs that continue where the last one stopped, or load the state, or call "
+                "set_epoch",
+                self.epoch,
+            )
 
     def _say_if_workers_are_idle(self, num_workers: int) -> None:
         busy, ranks = self._stream.lanes_with_data(), self._stream.world_size

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import shortened
 from ..tokens import Indices, Record, TokenBatch, TokenizedText
 
 # What torch's default collate makes of Python's numbers.
@@ -71,6 +72,20 @@ def add_fields(batch: TokenBatch, records: Sequence[Record], *, keep_text_as: st
     batch.fields["__index__"] = np.array([record.index for record in records], np.int64)
 
 
+class Strings(list[str]):
+    """A field of strings, which says in a loss that labels have to be numbers."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """TypeError that says how strings become numbers: torch's own says that it wants a tensor."""
+        strings = next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, cls))
+        name = getattr(function, "__name__", str(function))
+        raise TypeError(
+            f"torch's {name}() takes tensors, and was given strings, {shortened([*strings])}: where they are labels, "
+            'list them, as in stream(..., fields={"label": ["ham", "spam"]}), and they become numbers'
+        )
+
+
 def stack_column(values: list[Any]) -> Any:
     """One field of a batch: an array if every record has a number, else a list with one entry a record.
 
@@ -86,7 +101,7 @@ def stack_column(values: list[Any]) -> Any:
             return [np.array(value, dtype) if isinstance(value, list) else value for value in values]
     except OverflowError:  # an integer beyond 64 bits stays what it is
         pass
-    return values
+    return Strings(values) if all(isinstance(value, str) for value in values) else values
 
 
 def _number_dtype(values: list[Any]) -> np.dtype[Any] | None:

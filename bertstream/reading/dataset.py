@@ -23,12 +23,12 @@ from .config import StreamConfig
 from .delimited import first_rows_decide, reads_unquoted
 from .functions import Keep, Map, name_of
 from .lane_batches import LaneBatches, LaneEnd
-from .layout import Layout, lay_out
-from .options import Fields, ReadOptions
+from .layout import Layout, lay_out, lay_out_mixture
+from .mixture import Mixing, Mixture, open_sources
+from .options import RESERVED, SOURCE, Fields, ReadOptions
 from .pieces import count_records
 from .records import begins_with_ids
-from .rows import find_rows, name_of_rows
-from .shards import Piece, expand_shards
+from .shards import Piece
 from .state import StreamProgress, layout_ranks_of
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ _ROWS_OF_0_1_0 = {
 } | {"quoting": "standard"}
 """How version 0.1.0 read rows. A state holds only what differs, so that the states of then fit."""
 
-Shards: TypeAlias = Any  # paths and URLs, str or PathLike, one or several; or a dataset of rows
+Shards: TypeAlias = Any  # paths and URLs, str or PathLike, one or several; or a dataset of rows; or a `Mixture`
 StreamItem: TypeAlias = TokenBatch | LaneEnd | BertstreamError
 Start: TypeAlias = list[Cursor | None]
 """The cursors from which one process reads its lanes in turn; None for a lane that it only pads its rounds with."""
@@ -62,7 +62,8 @@ class TextStream(IterableDataset[TokenBatch]):
     seed, the epoch and the number of ranks, never on the number of workers.
 
     Args:
-        shards: paths or URLs, with braces and globs, or a list of them, or a dataset of rows; see `bertstream.stream`.
+        shards: paths or URLs, with braces and globs, or a list of them, or a dataset of rows, or a `Mixture`; see
+            `bertstream.stream`.
         encoder: anything with the tokenizer to use; the model itself is neither kept nor sent to workers.
         text: the field that holds the text: a string, a list of words, or a list of token ids.
         pair: the field that holds the second text, where a record is a pair of texts.
@@ -106,11 +107,14 @@ class TextStream(IterableDataset[TokenBatch]):
             if value is not None:
                 check_at_least(name, value, 1)
         check_at_least("seed", seed, 0)
-        self._shuffle = shuffle
+        self.shuffle = shuffle
         self._seed = seed
         self._reading = reading = reading or StreamConfig()
-        rows = find_rows(shards)
-        self._options = ReadOptions(
+        self.mixture = shards if isinstance(shards, Mixture) else None
+        self._sources = open_sources(shards, reading)
+        rows = self._sources[0][1] if self.mixture is None else None
+        reserved = RESERVED if self.mixture is None else (*RESERVED, SOURCE)
+        self._options = options = ReadOptions(
             text=text,
             pair=pair,
             fields=fields,
@@ -119,11 +123,12 @@ class TextStream(IterableDataset[TokenBatch]):
             access=reading,
             rows=rows,
             tokenizer=getattr(encoder.tokenizer, "ids_identity", None),
+            reserved=reserved,
         )
         self.text = text
         self.uneven, self.rank_timeout_s = reading.uneven, reading.rank_timeout_s
-        self.shards = [name_of_rows(rows)] if rows is not None else expand_shards(shards, reading)
-        if repeated := [path for path, times in Counter(self.shards).items() if times > 1]:
+        self.shards = [name for names, _ in self._sources for name in names]
+        if repeated := [path for names, _ in self._sources for path, times in Counter(names).items() if times > 1]:
             logger.warning(
                 "%d shards are named more than once and are read as many times: %s", len(repeated), repeated[0]
             )
@@ -135,8 +140,8 @@ class TextStream(IterableDataset[TokenBatch]):
             if self.uneven != "leave" or self.world_size > layout.lanes:
                 raise ConfigError(refusal)
             logger.warning("some ranks have no data: %s", refusal)
-        if not getattr(encoder.tokenizer, "takes_texts", True) and not begins_with_ids(
-            layout.pieces[0][0], self._options
+        if not getattr(encoder.tokenizer, "takes_texts", True) and not all(
+            begins_with_ids(names[0], replace(options, rows=rows)) for names, rows in self._sources
         ):
             raise ConfigError(
                 f"text={text!r}: the encoder has no tokenizer and takes ids alone; make it with its model's tokenizer, "
@@ -152,6 +157,14 @@ class TextStream(IterableDataset[TokenBatch]):
             num_lanes=self.num_lanes,
             open_shards=self.open_shards,
             keep_text_as=keep_text_as,
+            mixing=None
+            if self.mixture is None
+            else Mixing(
+                options=tuple(replace(options, rows=rows) for _, rows in self._sources),
+                weights=self.mixture.weights,
+                stopping=self.mixture.stopping,
+                seed=seed if shuffle else None,
+            ),
         )
         self.progress = StreamProgress(layout, self.rank, self.world_size, BadRecords(reading.max_bad_records))
         self._loaded_in_worker = False
@@ -160,7 +173,7 @@ class TextStream(IterableDataset[TokenBatch]):
         cut = self._batches
         size = f"max_tokens={cut.max_tokens}" if cut.max_tokens else f"batch_size={cut.batch_size}"
         return (
-            f"TextStream({len(self.shards)} shards, text={self.text!r}, {size}, shuffle={self._shuffle}, "
+            f"TextStream({len(self.shards)} shards, text={self.text!r}, {size}, shuffle={self.shuffle}, "
             f"epoch={self.epoch}, rank {self.rank} of {self.world_size})"
         )
 
@@ -170,8 +183,11 @@ class TextStream(IterableDataset[TokenBatch]):
         return self._settings_in(self.progress.layout)
 
     def _settings_in(self, layout: Layout) -> dict[str, Any]:
+        mixture = self.mixture
+        mixed = {} if mixture is None else {"weights": [*mixture.weights], "stopping": mixture.stopping}
         return {
-            "shuffle": self._shuffle,  # causes first: the first difference is the one that is reported
+            **mixed,  # causes first: the first difference is the one that is reported
+            "shuffle": self.shuffle,
             "seed": self._seed,
             "lanes": layout.lanes,
             "open_shards": layout.open_shards,
@@ -194,10 +210,14 @@ class TextStream(IterableDataset[TokenBatch]):
     def _format_settings(self) -> dict[str, str]:
         """How rows are read, where that is not as in version 0.1.0, whose states have no such entries."""
         options = {option: str(getattr(self._reading, option)) for option in _ROWS_OF_0_1_0}
-        shards = self.shards if self._options.rows is None else ()
-        if options["quoting"] == "auto" and not any(first_rows_decide(path, self._reading) for path in shards):
+        if options["quoting"] == "auto" and not any(first_rows_decide(path, self._reading) for path in self._files):
             options["quoting"] = "standard"
         return {option: value for option, value in options.items() if value != _ROWS_OF_0_1_0[option]}
+
+    @property
+    def _files(self) -> list[str]:
+        """The shards that are no datasets of rows."""
+        return [path for paths, rows in self._sources if rows is None for path in paths]
 
     @cached_property
     def _tokenizer_digest(self) -> str:
@@ -257,7 +277,7 @@ class TextStream(IterableDataset[TokenBatch]):
             if (
                 settings["quoting"] == "auto" and "quoting" not in saved
             ):  # of version 0.1.0: does it read the same rows?
-                unquoted = any(reads_unquoted(path, self._reading) for path in self.shards)
+                unquoted = any(reads_unquoted(path, self._reading) for path in self._files)
                 settings["quoting"] = "auto" if unquoted else "standard"
             state = state | {"settings": _ROWS_OF_0_1_0 | saved}
         load = self.progress.loading(state, settings, layout)
@@ -274,9 +294,10 @@ class TextStream(IterableDataset[TokenBatch]):
         """Records of an epoch, broken ones included, where counting is much faster than reading; else None.
 
         That is for one rank, and Parquet shards, uncompressed files on a local disk, or rows that have a length;
-        without `keep=` and `map=`, which may drop any number.
+        without `keep=` and `map=`, which may drop any number; not for a mixture.
         """
-        if self.world_size > 1 or self._options.keep is not None or self._options.map is not None:
+        unknown = self.mixture is not None or self._options.keep is not None or self._options.map is not None
+        if self.world_size > 1 or unknown:
             return None
         if (rows := self._options.rows) is not None:
             return len(rows) if hasattr(rows, "__len__") else None
@@ -370,7 +391,9 @@ class TextStream(IterableDataset[TokenBatch]):
                     lane.close()
 
     def _laid_out_for(self, ranks: int) -> Layout:
-        return lay_out(self.shards, self._options.rows, self._reading, shuffle=self._shuffle, ranks=ranks)
+        if self.mixture is not None:
+            return lay_out_mixture(self._sources, self._reading, shuffle=self.shuffle, ranks=ranks)
+        return lay_out(self.shards, self._options.rows, self._reading, shuffle=self.shuffle, ranks=ranks)
 
     def _say_if_without_data(self) -> None:
         """After a state of another layout was loaded: it may leave this rank nothing to read in its epoch."""
@@ -389,7 +412,7 @@ class TextStream(IterableDataset[TokenBatch]):
         return sum(map(bool, self._dealt(self._layout, 0)[self.rank :: self.world_size]))
 
     def _dealt(self, layout: Layout, epoch: int) -> list[list[Piece]]:
-        return layout.deal(self._seed if self._shuffle else None, epoch)
+        return layout.deal(self._seed if self.shuffle else None, epoch)
 
     def _lane_batches(self, layout: Layout) -> LaneBatches:
         return replace(self._batches, num_lanes=layout.lanes, open_shards=layout.open_shards)

@@ -15,6 +15,7 @@ from ..tokens import Indices, Int32Array, ReadReport, Record, SupportsTokenize, 
 from .bucket import add_fields, cut_bucket
 from .config import StreamConfig
 from .lanes import LaneReader
+from .mixture import Mixing, MixtureReader
 from .options import ReadOptions
 from .shards import Piece
 from .token_ids import tokens_of
@@ -53,6 +54,7 @@ class LaneBatches:
         num_lanes: of the stream.
         open_shards: pieces that a lane reads in turn.
         keep_text_as: the field under which the raw text stays in the batch; None drops it.
+        mixing: how the sources of a mixture are mixed; None for a stream of one source.
     """
 
     tokenizer: SupportsTokenize
@@ -64,6 +66,7 @@ class LaneBatches:
     num_lanes: int
     open_shards: int
     keep_text_as: str | None
+    mixing: Mixing | None = None
 
     def read(self, pieces: Sequence[Piece], start: Cursor) -> Generator[TokenBatch | LaneEnd, None, None]:
         """A lane's batches from a cursor on, and finally a `LaneEnd` with the report that no batch could carry.
@@ -75,10 +78,9 @@ class LaneBatches:
             pieces: the lane's in this epoch, in order.
             start: where to begin.
         """
-        options = self.options if self.options.rows is None else replace(self.options, epoch=start.epoch)
-        reader = LaneReader(pieces, options, start, open_shards=self.open_shards, tolerant=self._tolerant)
+        reader = self._reader(pieces, start)
         size = self.reading.bucket_size
-        if not (start.next_piece or start.open):
+        if not (start.next_piece or start.open or start.sources):
             # The first bucket of each lane has another size, or all lanes would refill in the same moment.
             size = max(1, size * (start.lane + 1) // self.num_lanes)
         bucket = _Bucket(start, size)
@@ -119,6 +121,15 @@ class LaneBatches:
         finally:
             reader.close()
 
+    def _reader(self, pieces: Sequence[Piece], start: Cursor) -> LaneReader | MixtureReader:
+        open_shards, tolerant = self.open_shards, self._tolerant
+        if self.mixing is not None:
+            return MixtureReader(
+                pieces, self.mixing, start, num_lanes=self.num_lanes, open_shards=open_shards, tolerant=tolerant
+            )
+        options = self.options if self.options.rows is None else replace(self.options, epoch=start.epoch)
+        return LaneReader(pieces, options, start, open_shards=open_shards, tolerant=tolerant)
+
     @property
     def _tolerant(self) -> bool:
         return self.reading.max_bad_records > 0
@@ -129,7 +140,7 @@ class LaneBatches:
         limit = self.reading.max_bad_records
         return limit if limit >= 1 else math.inf
 
-    def _fill(self, bucket: _Bucket, reader: LaneReader, count: int) -> None:
+    def _fill(self, bucket: _Bucket, reader: LaneReader | MixtureReader, count: int) -> None:
         """Read and tokenize until the bucket has `count` records; an error is kept until the bucket's turn."""
         try:
             while bucket.read < count and not bucket.at_end and bucket.error is None:
@@ -159,6 +170,7 @@ class LaneBatches:
         if self.shuffle_seed is not None:
             # Without byte offsets: the order is the same whether or not a shard can be sought.
             opened = [number for piece in start.open for number in (piece.piece, piece.records)]
+            opened += [place.drawn for place in start.sources]
             shuffle = np.random.default_rng((self.shuffle_seed, start.epoch, start.lane, start.next_piece, *opened))
         return cut_bucket(lengths, batch_size=self.batch_size, max_tokens=self.max_tokens, shuffle=shuffle)
 

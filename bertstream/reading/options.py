@@ -20,6 +20,9 @@ Fields: TypeAlias = Mapping[str, Callable[[Any], Any] | Sequence[str]] | Sequenc
 RESERVED = ("__key__", "__shard__", "__index__", "__repeated__")
 """Fields that a batch has of its own."""
 
+SOURCE = "__source__"
+"""The number of a record's source, a field that batches of a mixture have of their own too."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadOptions:
@@ -38,11 +41,12 @@ class ReadOptions:
         epoch: of the stream; a streaming dataset that shuffles itself has another order in each.
         tokenizer: what token ids depend on, by name, to refuse Parquet files that `bertstream.tokenize` wrote with
             another tokenizer; None refuses none.
+        reserved: names that no other field may have.
         required: the fields that every record must have in the end: the texts, and the names in `fields`.
         stored: those of them that shards must hold: none where `map` may make them.
         wanted: the keys and columns to read; None for all.
     Raises:
-        ConfigError: an argument has the wrong type, `fields` names a text, or a name is one of `RESERVED`.
+        ConfigError: an argument has the wrong type, `fields` names a text, or a name is `reserved`.
     """
 
     text: str = "text"
@@ -54,6 +58,7 @@ class ReadOptions:
     rows: Any = field(default=None, repr=False)
     epoch: int = 0
     tokenizer: Mapping[str, Any] | None = field(default=None, repr=False)
+    reserved: tuple[str, ...] = field(default=RESERVED, repr=False)
     required: tuple[str, ...] = field(init=False, repr=False)
     stored: tuple[str, ...] = field(init=False, repr=False)
     wanted: frozenset[str] | None = field(init=False, repr=False)
@@ -72,7 +77,7 @@ class ReadOptions:
         if not all(isinstance(name, str) for name in names):
             raise ConfigError(f"fields takes names of fields; got {names!r}")
         for name in (*self.texts, *names):
-            if name in RESERVED:
+            if name in self.reserved:
                 raise ConfigError(f"{name!r} is a field that each batch has of its own: rename it in the data")
         for text in self.texts:
             if text in names:
@@ -139,7 +144,7 @@ def take_text_and_fields(
                 values.pop(name, None)
         for name in options.texts:
             values.pop(name, None)  # an object that holds a text further down stays whole: it may be the user's own
-        for name in RESERVED:
+        for name in options.reserved:
             if name in values:
                 raise RecordError("each batch has a field of this name: rename it, or name others with fields=", name)
         return text, values

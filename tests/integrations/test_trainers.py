@@ -59,6 +59,14 @@ def streamed(tmp_path: Path) -> Make:
 
 
 @pytest.fixture
+def stepped(tmp_path: Path) -> Make:
+    """Of five steps an epoch, so that passes and epochs end apart."""
+    shards = write_shards(tmp_path / "shards", TEXTS, shards=2)
+    options: dict[str, Any] = {"shuffle": True, "layout": "padded", "reading": StreamConfig(lanes=2)}
+    return lambda: bertstream.stream(shards, FakeEncoder(), batch_size=2, steps_per_epoch=5, **options)
+
+
+@pytest.fixture
 def wrapped() -> Make:
     """With a length."""
     rows = [{"text": text, "id": i} for i, text in enumerate(TEXTS)]
@@ -146,6 +154,15 @@ def test_a_trainer_resumes_exactly_from_each_of_its_checkpoints(
     for stop in STOPS:
         rest = trained(make, tmp_path, resume=stop, ignore_data_skip=ignore_data_skip)
         same_steps(whole[:stop], rest, whole, stop)
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_steps": -1, "num_train_epochs": 4}], ids=["max_steps", "epochs"])
+def test_a_trainer_resumes_epochs_of_n_steps_exactly(stepped: Make, tmp_path: Path, limit: Any) -> None:
+    whole = trained(stepped, tmp_path, **limit)
+    assert len(whole) == (20 if limit else STEPS)
+    assert sorted(i for ids, _ in whole[:BATCHES] for i in ids) == list(range(len(TEXTS)))
+    for stop in STOPS:
+        assert trained(stepped, tmp_path, resume=stop, **limit) == whole[stop:], stop
 
 
 def test_a_state_that_could_not_be_loaded_is_refused_when_it_is_saved(tmp_path: Path) -> None:
@@ -312,6 +329,15 @@ def test_lightning_resumes_exactly_from_each_of_its_checkpoints(make: Make, tmp_
     assert len(whole) == (3 * BATCHES if limit else STEPS)
     for stop in STOPS:
         assert fitted(make, tmp_path, resume=stop, **limit) == whole[stop:], stop
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_steps": -1, "max_epochs": 4}], ids=["max_steps", "max_epochs"])
+def test_lightning_resumes_epochs_of_n_steps_exactly(stepped: Make, tmp_path: Path, limit: Any) -> None:
+    whole = fitted(stepped, tmp_path, **limit)
+    assert len(whole) == (20 if limit else STEPS)
+    assert sorted(i for ids, _ in whole[:BATCHES] for i in ids) == list(range(len(TEXTS)))
+    for stop in STOPS:
+        assert fitted(stepped, tmp_path, resume=stop, **limit) == whole[stop:], stop
 
 
 def test_lightning_without_the_callback_says_so_when_it_resumes(make: Make, tmp_path: Path) -> None:
@@ -484,6 +510,12 @@ def test_accelerate_resumes_a_registered_loader_exactly(make: Make, tmp_path: Pa
     whole = accelerated(make, tmp_path / "whole", stop=STEPS + 1)
     first = accelerated(make, tmp_path / "first", stop=stop)
     same_steps(first, accelerated(make, tmp_path / "first", resume=True), whole, stop)
+
+
+def test_accelerate_resumes_epochs_of_n_steps_exactly(stepped: Make, tmp_path: Path) -> None:
+    whole = accelerated(stepped, tmp_path / "whole", stop=STEPS + 1)
+    first = accelerated(stepped, tmp_path / "first", stop=9)
+    same_steps(first, accelerated(stepped, tmp_path / "first", resume=True), whole, 9)
 
 
 @pytest.mark.parametrize("count", [1, 3])
