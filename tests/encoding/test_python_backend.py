@@ -182,11 +182,10 @@ def test_vectors_are_those_of_the_librarys_own_call(kind: str, tokenizers: dict[
         assert (found[i] - alone).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("dictionary", ["ipadic", "unidic_lite"])
-def test_japanese_words_come_from_mecab(dictionary: str, tmp_path: Path) -> None:
+def test_japanese_words_come_from_mecab(tmp_path: Path) -> None:
     pytest.importorskip("fugashi")
-    pytest.importorskip(dictionary)
-    tokenizer = japanese(tmp_path, word_tokenizer_type="mecab", mecab_kwargs={"mecab_dic": dictionary})
+    pytest.importorskip("ipadic")
+    tokenizer = japanese(tmp_path, word_tokenizer_type="mecab", mecab_kwargs={"mecab_dic": "ipadic"})
     tokenizer.save_pretrained(tmp_path / "saved")
     make_model("japanese", tokenizer).save_pretrained(tmp_path / "saved")  # type: ignore[operator]
     encoder = Encoder.from_pretrained(tmp_path / "saved")
