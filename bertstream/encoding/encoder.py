@@ -165,7 +165,7 @@ class Encoder(CalibratedForward):
             word_splitter=word_splitter or (str.split if output == "words" and tokenizer is not None else None),
             segments="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
             word_cache=word_cache,
-            vocab_size=config.vocab_size,
+            vocab_size=num_ids(config),
         )
         self._pretrained_tokenizer = tokenizer
         self._checked_finite = self.dtype != torch.float16

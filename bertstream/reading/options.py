@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 from ..errors import ConfigError, described
+from ..labels import NumberOf, UnknownLabelError
 from ..paths import find, splits
 from ..tokens import Text, TokenizedText
 from .access import DEFAULT_ACCESS, Access
-from .functions import Keep, Map, NumberOf, check_functions, kept_and_mapped
+from .functions import Keep, Map, check_functions, kept_and_mapped
 from .raw import BOM, RecordError, excerpt, parse_text
 from .token_ids import BESIDE_IDS, ids_of
 
@@ -111,9 +112,9 @@ class ReadOptions:
 def _as_function(name: str, function: Callable[[Any], Any] | Sequence[str]) -> Callable[[Any], Any]:
     if callable(function):
         return function
-    if isinstance(function, str) or not isinstance(function, Sequence):
-        raise ConfigError(f"fields maps names to functions, or to lists of labels; got {name!r}: {function!r}")
-    return NumberOf(function, name)
+    if isinstance(function, (list, tuple)):
+        return NumberOf(function, f"fields[{name!r}]")
+    raise ConfigError(f"fields maps names to functions, or to lists of labels; got {name!r}: {function!r}")
 
 
 def take_text_and_fields(
@@ -140,19 +141,22 @@ def take_text_and_fields(
             return None
         values = chosen
     check_required(options, values)
-    text = _text_in(values, options)
+    value = _value(values, options.text)
+    ids = None if isinstance(value, str) else ids_of(value, values, options.text)
+    text: Text | TokenizedText = _checked_text(value, options.text) if ids is None else ids
     if options.pair is not None:
-        if isinstance(text, TokenizedText):
+        if ids is not None:
             raise RecordError("ids are of both texts of a pair: leave out pair=, or name fields of text", options.text)
         second = _checked_text(_value(values, options.pair), options.pair)
         if type(second) is not type(text):
             raise RecordError("the two texts of a pair must both be strings, or both lists of words", options.pair)
         text = cast(Text, (text, second))
-    for name in options.reserved if options.fields is None else options.place:
-        if name in values:
-            raise RecordError("each batch has a field of this name: rename it, or name others with fields=", name)
+    taken = options.reserved if options.fields is None else options.place
+    if not values.keys().isdisjoint(taken):
+        name = next(name for name in taken if name in values)
+        raise RecordError("each batch has a field of this name: rename it, or name others with fields=", name)
     if options.fields is None:
-        if isinstance(text, TokenizedText) and options.text in values:
+        if ids is not None and ids is not value and options.text in values:
             for name in BESIDE_IDS:
                 values.pop(name, None)
         for name in options.texts:
@@ -167,19 +171,13 @@ def take_text_and_fields(
         value = _value(values, name)
         try:
             fields[name] = cast(Callable[[Any], Any], function)(value)
-        except RecordError as error:
-            raise RecordError(str(error), name) from error.__cause__
+        except UnknownLabelError as error:
+            raise RecordError(str(error), name) from None
         except Exception as error:  # a user's function may raise anything; it stays attached as the cause
             raise RecordError(
                 f"the function for this field raised {described(error)} on {excerpt(value)}", name
             ) from error
     return text, fields
-
-
-def _text_in(values: Mapping[str, Any], options: ReadOptions) -> Text | TokenizedText:
-    text = _value(values, options.text)
-    ids = None if isinstance(text, str) else ids_of(text, values, options.text)
-    return _checked_text(text, options.text) if ids is None else ids
 
 
 def _value(values: Mapping[str, Any], name: str) -> Any:
