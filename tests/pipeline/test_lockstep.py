@@ -179,11 +179,12 @@ def test_an_epoch_in_which_no_rank_has_a_record_is_refused_unless_it_resumed(une
     assert groups(from_the_top=False) == []
 
 
+@pytest.mark.parametrize("report", [ReadReport(3, (ShardError("broken"),)), ReadReport(3, dropped=3)])
 @pytest.mark.parametrize("uneven", ["pad", "stop"])
-def test_a_rank_with_only_broken_records_repeats_a_batch_or_is_named(
-    uneven: str, caplog: pytest.LogCaptureFixture
+def test_a_rank_with_only_broken_or_dropped_records_repeats_a_batch_or_is_named(
+    uneven: str, report: ReadReport, caplog: pytest.LogCaptureFixture
 ) -> None:
-    end = LaneEnd(0, ReadReport(3, (ShardError("broken"),)))
+    end = LaneEnd(0, report)
 
     def run(rank: int) -> list[list[Entry]]:
         entries = [Entry(end)] if rank == 0 else [own_entry(1, number, 1) for number in range(3)]
