@@ -17,7 +17,7 @@ PACKAGE = ROOT / "bertstream"
 
 ROOMS = (
     ("errors", "paths"),
-    ("system", "cursors", "columns"),
+    ("system", "cursors", "columns", "labels"),
     ("tokens",),
     ("word_tags",),
     ("embeddings", "repeats"),
@@ -57,6 +57,7 @@ PUBLIC_NAMES = [
     "UnfreezeSchedule",
     "embed",
     "stream",
+    "tokenize",
     "warm",
     "wrap",
 ]

@@ -27,6 +27,7 @@ from .layout import Layout, lay_out, lay_out_mixture
 from .mixture import Mixture, open_sources
 from .options import RESERVED, SOURCE, Fields, ReadOptions
 from .pieces import count_records
+from .records import begins_with_ids
 from .shards import Piece
 from .state import StreamProgress, layout_ranks_of
 
@@ -64,7 +65,7 @@ class TextStream(IterableDataset[TokenBatch]):
         shards: paths or URLs, with braces and globs, or a list of them, or a dataset of rows, or a `Mixture`; see
             `bertstream.stream`.
         encoder: anything with the tokenizer to use; the model itself is neither kept nor sent to workers.
-        text: the field that holds the text, a string or a list of words.
+        text: the field that holds the text: a string, a list of words, or a list of token ids.
         pair: the field that holds the second text, where a record is a pair of texts.
         batch_size: texts in a batch; 32 if neither this nor `max_tokens` is given.
         max_tokens: real tokens in a batch at most, special tokens included and padding not. A longer text is a batch of
@@ -110,9 +111,15 @@ class TextStream(IterableDataset[TokenBatch]):
         self._seed = seed
         self._reading = reading = reading or StreamConfig()
         self.mixture = shards if isinstance(shards, Mixture) else None
-        reserved = RESERVED if self.mixture is None else (*RESERVED, SOURCE)
         options = ReadOptions(
-            text=text, pair=pair, fields=fields, keep=keep, map=map, access=reading, reserved=reserved
+            text=text,
+            pair=pair,
+            fields=fields,
+            keep=keep,
+            map=map,
+            access=reading,
+            reserved=RESERVED if self.mixture is None else (*RESERVED, SOURCE),
+            tokenizer=getattr(encoder.tokenizer, "ids_identity", None),
         )
         self._sources = open_sources(shards, reading)
         rows = None if self.mixture is not None else self._sources[0][1]
@@ -132,10 +139,12 @@ class TextStream(IterableDataset[TokenBatch]):
             if self.uneven != "leave" or self.world_size > layout.lanes:
                 raise ConfigError(refusal)
             logger.warning("some ranks have no data: %s", refusal)
-        if not getattr(encoder.tokenizer, "takes_texts", True):
+        if not getattr(encoder.tokenizer, "takes_texts", True) and not all(
+            begins_with_ids(names[0], replace(options, rows=rows)) for names, rows in self._sources
+        ):
             raise ConfigError(
                 f"text={text!r}: the encoder has no tokenizer and takes ids alone; make it with its model's tokenizer, "
-                "Encoder(model, tokenizer)"
+                "Encoder(model, tokenizer), or name a field of ids, such as 'input_ids'"
             )
         self._batches = LaneBatches(
             tokenizer=encoder.tokenizer,

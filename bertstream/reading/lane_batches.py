@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 
 from ..cursors import Cursor
 from ..errors import BertstreamError, EncoderError, ShardError
-from ..tokens import Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch, tokenize_batch
+from ..tokens import Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch, TokenizedText
 from .bucket import add_fields, cut_bucket
 from .config import StreamConfig
 from .lanes import LaneReader
 from .mixture import Mixing, MixtureReader
 from .options import ReadOptions
 from .shards import Piece
+from .token_ids import tokens_of
 
 # Texts per call of the tokenizer: enough to use its threads, few enough that the first batch comes soon.
 _TOKENIZE_CHUNK = 256
@@ -150,7 +150,7 @@ class LaneBatches:
         try:
             while bucket.read < count and not bucket.at_end and bucket.error is None:
                 dropped = reader.dropped
-                chunk = list(islice(iter(reader.read, None), min(_TOKENIZE_CHUNK, count - bucket.read)))
+                chunk = _chunk(reader, min(_TOKENIZE_CHUNK, count - bucket.read))
                 bucket.at_end = not chunk
                 bucket.read += len(chunk)
                 bucket.end = reader.cursor(bucket.start)
@@ -188,7 +188,8 @@ class LaneBatches:
                 continue
             batch = tokens.pick(chosen)
             batch.drop_idle(may_be_idle)
-            add_fields(batch, [bucket.records[i] for i in chosen.tolist()], keep_text_as=self.keep_text_as)
+            records = [bucket.records[i] for i in chosen.tolist()]
+            add_fields(batch, records, keep_text_as=self.keep_text_as, with_place=not self.options.place)
             batch.cursor = bucket.end if number == len(batches) else replace(bucket.start, batch=number)
             yield batch
 
@@ -197,7 +198,7 @@ class LaneBatches:
         refused: list[ShardError] = []
         while records:
             try:
-                return records, [tokenize_batch(self.tokenizer, [record.text for record in records])], refused
+                return records, [tokens_of(self.tokenizer, [record.text for record in records])], refused
             except EncoderError as error:
                 if not error.records:
                     raise
@@ -213,6 +214,14 @@ class LaneBatches:
                 refused.append(refusal)
                 records = [record for record in records if record is not at]
         return [], [], refused
+
+
+def _chunk(reader: LaneReader | MixtureReader, count: int) -> list[Record]:
+    """The next records, as many as there are up to a number."""
+    records: list[Record] = []
+    while len(records) < count and (record := reader.read()) is not None:  # `iter` would compare the fields of each
+        records.append(record)
+    return records
 
 
 def _pair(words: Indices) -> tuple[int, int]:
@@ -248,6 +257,9 @@ class _Bucket:
         return TokenBatch.concat(chunks) if chunks else TokenBatch.from_texts([])
 
     def kinds(self) -> Iterator[tuple[type, ...]]:
-        """Of each record, whether its text is a string, a list of words, or a pair of either."""
-        texts = (record.text for record in self.records)
-        return ((type(text), type(text[0])) if isinstance(text, tuple) else (type(text),) for text in texts)
+        """Of each record, whether its text is a string, a list of words, a pair of either, or ids, and with what."""
+        for text in (record.text for record in self.records):
+            if isinstance(text, TokenizedText):
+                yield type(text), type(text.word_ids), type(text.token_type_ids)
+            else:
+                yield (type(text), type(text[0])) if isinstance(text, tuple) else (type(text),)
