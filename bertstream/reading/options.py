@@ -87,7 +87,8 @@ class ReadOptions:
         names = [name for name in names if name not in PLACE]
         for name in (*self.texts, *names):
             if name in self.reserved:
-                raise ConfigError(f"{name!r} is a field that each batch has of its own: rename it in the data")
+                way_out = "leave it out of fields=, or rename it in the data"
+                raise ConfigError(f"{name!r} is a field that each batch has of its own: {way_out}")
         for text in self.texts:
             if text in names:
                 raise ConfigError(f"fields lists the other fields: leave out {text!r}, which is the text")
