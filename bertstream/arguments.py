@@ -59,7 +59,9 @@ def encoder_of(options: argparse.Namespace) -> Encoder:
 def reading_of(options: argparse.Namespace) -> StreamConfig:
     """How shards are read."""
     names = ("max_bad_records", "shard_cache", "delimiter", "quoting", "header", "encoding", "max_record_bytes")
-    return StreamConfig(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+    # `--format` is that of the files that `embed` writes.
+    chosen = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    return StreamConfig(format=options.shard_format, **chosen)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -164,7 +166,7 @@ def make_parser(verbs: Mapping[str, Callable[[argparse.Namespace], Any]]) -> arg
 def _add_shards(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("shards", nargs="+", metavar="SHARDS", help="paths or URLs; quoted braces and globs are expanded")
     verb.add_argument(
-        "--text", default="text", metavar="FIELD", help="field that holds the text (default: %(default)s)"
+        "--text", default="text", metavar="FIELD", help="field of the text, or data.text in data (default: %(default)s)"
     )
     verb.add_argument("--pair", metavar="FIELD", help="field that holds the second text, if records are pairs")
     verb.add_argument(
@@ -174,6 +176,7 @@ def _add_shards(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="broken records to skip: a count, or a share below 1 (default: 0)",
     )
+    verb.add_argument("--shard-format", metavar="ENDING", help="jsonl, txt.gz ... (default: what each name says)")
     verb.add_argument("--shard-cache", metavar="FOLDER", help="download each remote shard once, to here")
     rows = verb.add_argument_group("csv and tsv", argument_default=argparse.SUPPRESS)
     rows.add_argument(

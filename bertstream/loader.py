@@ -149,7 +149,8 @@ def stream(
         seed: of the shuffle.
         fields: which other fields a batch carries: names, or name -> function of the raw value (`{"label": int}`), or
             a list of labels in its place, which become numbers from 0 (`{"label": ["ham", "spam"]}`); None carries all
-            as they are.
+            as they are. `__key__`, `__shard__` and `__index__` come along, unless some of them are among the names:
+            then only these do (`["label", "__index__"]` leaves out the two lists of strings).
         keep: a function of a record, a dict of all its fields, that says whether to read it. It is called in the
             workers, so where those are spawned it must be importable.
         map: a function from a record that is kept to the one to read instead, a dict with the fields that `text` and
@@ -157,7 +158,7 @@ def stream(
             record alone. `stats()` counts `dropped_records`.
         num_workers: processes that read and tokenize; 0 does both in the thread that encodes. The batches and their
             order do not depend on it.
-        into: the key for the vectors; the text then stays under its own.
+        into: the key for the vectors; the text then stays under its own, and `Embeddings.spans` knows it.
         layout: as for `wrap`.
         prefetch: as for `wrap`.
         cache: as for `wrap`.

@@ -259,3 +259,16 @@ def test_csv_is_read_as_the_arguments_say_from_the_home_folder(
     assert status == 0 and call("cache", "~/cache")[0] == 0, err
     assert not (tmp_path / "~").exists()
     assert call("inspect", "~/a.csv", "--delimiter", "||", *MODEL)[0] == 2
+
+
+def test_odd_endings_and_nested_texts_are_read_by_every_verb(call: Call, tmp_path: Path, minilm: Encoder) -> None:
+    shard = tmp_path / "part-0000"
+    shard.write_bytes(gzip.compress(b"".join(b'{"data": {"text": "text %d"}}\n' % i for i in range(5))))
+    where = (shard, "--shard-format", "jsonl", "--text", "data.text", *MODEL)
+    assert json.loads(call("inspect", *where, "--json")[1])["texts"] == 5
+    assert "5 texts" in call("embed", *where, "--out", tmp_path / "out", "--format", "parquet")[1]
+    assert "5 texts" in call("warm", *where, "--cache", tmp_path / "cache", "--limit", "64MiB")[1]
+    status, _, err = call("inspect", shard, *MODEL)
+    assert status == 2 and "StreamConfig(format=)" in err
+    status, _, err = call("inspect", shard, "--shard-format", "yaml", *MODEL)
+    assert status == 2 and "format='yaml': write an ending" in err

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Overflow: TypeAlias = Literal["error", "truncate", "windows"]
 WordSplitter: TypeAlias = Callable[[str], Sequence[str]]
 Framing: TypeAlias = Callable[[Sequence[Any], int, bool], Framed]
-"""With the arguments of `TokenizersBackend.framed`."""
+"""With the arguments of `Backend.framed`."""
 
 
 def check_cutting(
@@ -75,6 +75,10 @@ def renamed_splitter(word_splitter: WordSplitter | None, split: WordSplitter | N
 
 class TextTokenizer:
     """Texts to token ids, special tokens included; light, and safe to send to worker processes.
+
+    An encoder's is `encoder.tokenizer`. Called with texts it gives a `TokenizedText` for each; `batch(texts)` gives all
+    of them as one `TokenBatch`, which the encoder takes in place of texts. `identity` is equal for tokenizers that make
+    the same tokens.
 
     Args:
         tokenizer: a transformers tokenizer, backed by the `tokenizers` library or written in Python (slower). It is
@@ -149,11 +153,6 @@ class TextTokenizer:
         return self._backend.takes_texts
 
     @property
-    def has_offsets(self) -> bool:
-        """Whether it can tell which characters a token is; tokenizers that are written in Python cannot."""
-        return self._backend.has_offsets
-
-    @property
     def identity(self) -> tuple[Any, ...]:
         """Equal for two tokenizers that make the same tokens of a text; a word splitter counts by its name.
 
@@ -188,14 +187,12 @@ class TextTokenizer:
             out |= dict(zip(indices, _one_by_one(batch), strict=True))
         return [out[i] for i in range(len(texts))]
 
-    def batch(self, texts: Sequence[Text], *, framing: Framing | None = None) -> TokenBatch:
-        """Tokenize texts into one batch, in their order: like `__call__`, without an object for each text.
+    def batch(self, texts: Sequence[Text]) -> TokenBatch:
+        """Tokenize texts into one batch, in their order: like `__call__`, without an object for each text."""
+        return self._batch(texts, self._backend.framed)
 
-        Args:
-            texts: as for `__call__`.
-            framing: makes ids of strings or words, in place of the tokenizer that was given (see `SpanFinder`).
-        """
-        return _in_order(self._tokenized(texts, framing or self._backend.framed))
+    def _batch(self, texts: Sequence[Text], framing: Framing) -> TokenBatch:
+        return _in_order(self._tokenized(texts, framing))
 
     def ids(self, texts: Sequence[TokenizedText]) -> TokenBatch:
         """Texts that are ids already as one batch, in their order, as if they were tokenized here.
@@ -222,11 +219,14 @@ class TextTokenizer:
         return self._ids
 
     @property
-    def ids_identity(self) -> dict[str, Any]:
+    def ids_identity(self) -> dict[str, Any] | None:
         """Equal for two tokenizers whose ids of a text are the same before it is cut, with a name for each difference.
 
-        Parquet files of `bertstream.tokenize` hold it: another name or spelling refuses all of them.
+        Parquet files of `bertstream.tokenize` hold it: another name or spelling refuses all of them. None without a
+        tokenizer.
         """
+        if not self.takes_texts:
+            return None
         content = (self._backend.content, *self._backend.blanks.news, self._backend.splits_special)
         digest = hashlib.sha256(repr(content).encode()).hexdigest()
         return {"vocabulary": digest[:16], "segments": self.segments, "prompt": self.prompt}

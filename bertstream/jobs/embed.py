@@ -21,6 +21,7 @@ from ..loader import stream
 from ..pipeline.embedding_loader import EmbeddingLoader
 from ..reading.config import StreamConfig
 from ..reading.dataset import Shards
+from ..reading.functions import Keep, Map
 from ..reading.mixture import refuse_mixture
 from .parts import PartFolder, local_folder
 from .writers import Part, PartFormat, check_format, ending_of, write_part
@@ -31,7 +32,7 @@ _BATCH_TOKENS = 16384
 _PART_S = 120.0
 """Seconds after which a part is written, however small; a kill loses at most this much work."""
 
-_COUNTED = ("texts", "tokens", "rows", "cut_texts", "bad_records", "bad_shards")
+_COUNTED = ("texts", "tokens", "rows", "cut_texts", "bad_records", "bad_shards", "dropped_records")
 
 
 def embed(
@@ -41,6 +42,8 @@ def embed(
     *,
     text: str = "text",
     pair: str | None = None,
+    keep: Keep | None = None,
+    map: Map | None = None,
     format: PartFormat = "parquet",
     part_bytes: int | str = "128MiB",
     num_workers: int = 0,
@@ -55,7 +58,7 @@ def embed(
     the same number of ranks. Records are not in the order of the shards: each bucket is sorted by length.
 
     Args:
-        shards, text, pair, num_workers, cache, reading: as for `bertstream.stream`; no `Mixture`.
+        shards, text, pair, keep, map, num_workers, cache, reading: as for `bertstream.stream`; no `Mixture`.
         encoder: computes the vectors, which are written in its `output_dtype`.
         out: a local folder, created if missing; empty, or of a run that was stopped.
         format: "parquet", "webdataset" or "safetensors"; see `bertstream.jobs.writers.write_part`.
@@ -64,7 +67,8 @@ def embed(
         progress: whether to show a bar; its total is known for Parquet and for uncompressed files on disk.
     Returns:
         Counts of this rank's share in the folder: `parts`, `texts`, `tokens`, `rows`, `cut_texts` that were truncated,
-        `bad_records` and `bad_shards` that were skipped; and `texts_before`, the texts of earlier runs.
+        `bad_records` and `bad_shards` that were skipped, and `dropped_records` that `keep` and `map` dropped; and
+        `texts_before`, the texts of earlier runs.
     Raises:
         ConfigError: an argument is out of range, a parameter of the encoder requires gradients, the folder holds other
             files, or another process is writing to it.
@@ -89,6 +93,8 @@ def embed(
         pair=pair,
         max_tokens=max(1, min(_BATCH_TOKENS, largest // (4 * row_bytes))),
         fields=(),
+        keep=keep,
+        map=map,
         num_workers=num_workers,
         cache=cache,
         reading=reading,
@@ -112,7 +118,7 @@ def _fill(
 
     def write(*, done: bool = False) -> None:
         counts = {name: folder.counts[name] + gathered.counts[name] for name in gathered.counts}
-        for name in ("bad_records", "bad_shards"):
+        for name in ("bad_records", "bad_shards", "dropped_records"):
             counts[name] = before[name] + int(loader.stats()[name])
         part = partial(write_part, part=gathered.part(), format=format) if gathered.counts["texts"] else None
         folder.write(part, counts, loader.state_dict(), done=done)

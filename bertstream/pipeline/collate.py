@@ -53,6 +53,8 @@ class TokenCollate:
         self._tokenizer = encoder.tokenizer
         self._fields = as_fields(text)
         self._pair = pair
+        if not isinstance(keep_text, bool):
+            raise ConfigError(f"keep_text={keep_text!r}: write True or False; tokens.texts holds the texts")
         self._keep_text = keep_text
         check_pair(pair, self._fields)
 

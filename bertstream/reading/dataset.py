@@ -24,7 +24,7 @@ from .delimited import first_rows_decide, reads_unquoted
 from .functions import Keep, Map, name_of
 from .lane_batches import LaneBatches, LaneEnd
 from .layout import Layout, lay_out, lay_out_mixture
-from .mixture import Mixing, Mixture, open_sources
+from .mixture import Mixture, open_sources
 from .options import RESERVED, SOURCE, Fields, ReadOptions
 from .pieces import count_records
 from .records import begins_with_ids
@@ -111,20 +111,19 @@ class TextStream(IterableDataset[TokenBatch]):
         self._seed = seed
         self._reading = reading = reading or StreamConfig()
         self.mixture = shards if isinstance(shards, Mixture) else None
-        self._sources = open_sources(shards, reading)
-        rows = self._sources[0][1] if self.mixture is None else None
-        reserved = RESERVED if self.mixture is None else (*RESERVED, SOURCE)
-        self._options = options = ReadOptions(
+        options = ReadOptions(
             text=text,
             pair=pair,
             fields=fields,
             keep=keep,
             map=map,
             access=reading,
-            rows=rows,
+            reserved=RESERVED if self.mixture is None else (*RESERVED, SOURCE),
             tokenizer=getattr(encoder.tokenizer, "ids_identity", None),
-            reserved=reserved,
         )
+        self._sources = open_sources(shards, reading)
+        rows = None if self.mixture is not None else self._sources[0][1]
+        self._options = replace(options, rows=rows)
         self.text = text
         self.uneven, self.rank_timeout_s = reading.uneven, reading.rank_timeout_s
         self.shards = [name for names, _ in self._sources for name in names]
@@ -157,14 +156,7 @@ class TextStream(IterableDataset[TokenBatch]):
             num_lanes=self.num_lanes,
             open_shards=self.open_shards,
             keep_text_as=keep_text_as,
-            mixing=None
-            if self.mixture is None
-            else Mixing(
-                options=tuple(replace(options, rows=rows) for _, rows in self._sources),
-                weights=self.mixture.weights,
-                stopping=self.mixture.stopping,
-                seed=seed if shuffle else None,
-            ),
+            mixing=None if self.mixture is None else self.mixture.mixing(options, self._sources),
         )
         self.progress = StreamProgress(layout, self.rank, self.world_size, BadRecords(reading.max_bad_records))
         self._loaded_in_worker = False

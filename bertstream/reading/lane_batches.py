@@ -124,7 +124,13 @@ class LaneBatches:
         open_shards, tolerant = self.open_shards, self._tolerant
         if self.mixing is not None:
             return MixtureReader(
-                pieces, self.mixing, start, num_lanes=self.num_lanes, open_shards=open_shards, tolerant=tolerant
+                pieces,
+                self.mixing,
+                start,
+                shuffle_seed=self.shuffle_seed,
+                num_lanes=self.num_lanes,
+                open_shards=open_shards,
+                tolerant=tolerant,
             )
         options = self.options if self.options.rows is None else replace(self.options, epoch=start.epoch)
         return LaneReader(pieces, options, start, open_shards=open_shards, tolerant=tolerant)
@@ -182,7 +188,8 @@ class LaneBatches:
                 continue
             batch = tokens.pick(chosen)
             batch.drop_idle(may_be_idle)
-            add_fields(batch, [bucket.records[i] for i in chosen.tolist()], keep_text_as=self.keep_text_as)
+            records = [bucket.records[i] for i in chosen.tolist()]
+            add_fields(batch, records, keep_text_as=self.keep_text_as, with_place=not self.options.place)
             batch.cursor = bucket.end if number == len(batches) else replace(bucket.start, batch=number)
             yield batch
 

@@ -103,8 +103,9 @@ def read_records(
                     break
                 end = index + raw.records
                 if end > wanted.start and (piece.shares == 1 or _own(wanted, index, end)):
+                    key = raw.key or f"{kind.stem}:{index}"
                     try:
-                        taken = take_text_and_fields(raw.parse(raw.source), options)
+                        taken = take_text_and_fields(raw.parse(raw.source), options, (key, piece.path, index))
                     except RecordError as broken:
                         error = _at_records(broken, wanted.path, _own(wanted, index, end))
                         if on_bad is None or not error.skippable:
@@ -114,7 +115,7 @@ def read_records(
                     else:
                         if taken is not None:
                             offset = raw.offset if seekable else 0
-                            yield Record(*taken, raw.key or f"{kind.stem}:{index}", piece.path, index, offset)
+                            yield Record(*taken, key, piece.path, index, offset)
                         elif on_drop is not None:
                             on_drop()
                 index = end

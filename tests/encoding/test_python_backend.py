@@ -359,3 +359,9 @@ def test_a_vocabulary_of_another_model_is_refused(tmp_path: Path, tokenizers: di
     tokenizer.add_tokens(["new"])
     with pytest.raises(EncoderError, match=r"added tokens \['new'\] have ids up to 20, .* 20 rows: .*resize_token"):
         Encoder(make_model("phobert", tokenizers["phobert"]), tokenizer)
+
+
+def test_spans_are_refused_in_words(tokenizers: dict[str, Any]) -> None:
+    found = Encoder(make_model("phobert", tokenizers["phobert"]), tokenizers["phobert"])(["the"])
+    with pytest.raises(ConfigError, match="written in Python, and does not say which characters a token is"):
+        found.spans()
