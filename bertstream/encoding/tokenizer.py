@@ -219,11 +219,14 @@ class TextTokenizer:
         return self._ids
 
     @property
-    def ids_identity(self) -> dict[str, Any]:
+    def ids_identity(self) -> dict[str, Any] | None:
         """Equal for two tokenizers whose ids of a text are the same before it is cut, with a name for each difference.
 
-        Parquet files of `bertstream.tokenize` hold it: another name or spelling refuses all of them.
+        Parquet files of `bertstream.tokenize` hold it: another name or spelling refuses all of them. None without a
+        tokenizer.
         """
+        if not self.takes_texts:
+            return None
         content = (self._backend.content, *self._backend.blanks.news, self._backend.splits_special)
         digest = hashlib.sha256(repr(content).encode()).hexdigest()
         return {"vocabulary": digest[:16], "segments": self.segments, "prompt": self.prompt}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,9 @@ from ..errors import ConfigError, check_at_least, described
 from ..pipeline.source import read_in_workers
 from ..reading.config import StreamConfig
 from ..reading.dataset import HasTokenizer, Shards, TextStream
+from ..reading.functions import Keep, Map
 from ..reading.mixture import refuse_mixture
-from ..reading.options import RESERVED
+from ..reading.options import RESERVED, Fields
 from ..reading.token_ids import BESIDE_IDS, metadata_of
 from ..tokens import TokenBatch
 from .parts import PartFolder, local_folder
@@ -39,7 +40,9 @@ def tokenize(
     *,
     text: str = "text",
     pair: str | None = None,
-    fields: Mapping[str, Callable[[Any], Any]] | Sequence[str] | None = None,
+    fields: Fields = None,
+    keep: Keep | None = None,
+    map: Map | None = None,
     part_bytes: int | str = "128MiB",
     num_workers: int = 0,
     reading: StreamConfig | None = None,
@@ -61,7 +64,7 @@ def tokenize(
     out in it). The files name the tokenizer, and a stream with another one refuses them.
 
     Args:
-        shards, text, pair, fields, num_workers, reading: as for `bertstream.stream`; no `Mixture`.
+        shards, text, pair, fields, keep, map, num_workers, reading: as for `bertstream.stream`; no `Mixture`.
         encoder: anything with the tokenizer to use, also its prompt and its way to split strings into words.
         out: a local folder, created if missing; empty, or of a run that was stopped.
         part_bytes: bytes of a file before compression, and so in memory; a number or a string such as "1GiB". A file
@@ -69,7 +72,8 @@ def tokenize(
         progress: whether to show a bar; its total is known for Parquet and for uncompressed files on disk.
     Returns:
         Counts of this rank's share in the folder: `parts`, `texts`, `tokens`, `long_texts` that are longer than the
-        encoder takes, `bad_records` and `bad_shards` that were skipped; and `texts_before`, the texts of earlier runs.
+        encoder takes, `bad_records` and `bad_shards` that were skipped, `dropped_records`, which `keep` and `map`
+        dropped; and `texts_before`, the texts of earlier runs.
     Raises:
         ConfigError: an argument is out of range, a field has the name of a column of ids or cannot be a column, the
             folder holds other files, or another process is writing to it.
@@ -79,8 +83,9 @@ def tokenize(
     """
     refuse_mixture(shards, "tokenize")
     tokenizer = encoder.tokenizer
-    if not isinstance(tokenizer, TextTokenizer):
-        raise ConfigError(f"the encoder's tokenizer is a {type(tokenizer).__name__}, which cannot be named in files")
+    if not isinstance(tokenizer, TextTokenizer) or tokenizer.ids_identity is None:
+        kind = "none" if isinstance(tokenizer, TextTokenizer) else f"a {type(tokenizer).__name__}"
+        raise ConfigError(f"the encoder's tokenizer is {kind}: files name the tokenizer, pass an Encoder that has one")
     largest = as_bytes("part_bytes", part_bytes)
     check_at_least("part_bytes", largest, 1)
     check_at_least("num_workers", num_workers, 0)
@@ -93,6 +98,8 @@ def tokenize(
         pair=pair,
         batch_size=reading.bucket_size,  # a bucket is one batch, in the order of its records
         fields=fields,
+        keep=keep,
+        map=map,
         reading=reading,
     )
     settings = {
@@ -100,7 +107,7 @@ def tokenize(
         "part_bytes": largest,
         "fields": None if fields is None else list(fields),
     }
-    counted = ("texts", "tokens", "long_texts", "bad_records", "bad_shards")
+    counted = ("texts", "tokens", "long_texts", "bad_records", "bad_shards", "dropped_records")
     folder_of = PartFolder(path, settings, ".parquet", counted=counted, made_by=repr(tokenizer))
     with folder_of.opened(dataset.state_dict()) as folder:
         before = folder.counts["texts"]
@@ -122,7 +129,7 @@ def _fill(
 
     def write(*, done: bool = False) -> None:
         bad = dataset.progress.bad
-        counts.update(bad_records=bad.records, bad_shards=len(bad.given_up))
+        counts.update(bad_records=bad.records, bad_shards=len(bad.given_up), dropped_records=bad.dropped)
         part = _Part(batches, tokenizer).write if batches else None
         folder.write(part, counts, dataset.state_dict(), done=done)
 
@@ -171,7 +178,7 @@ class _Part:
         import pyarrow.parquet
 
         table = pyarrow.table(self._columns_of_ids() | self._fields())
-        table = table.replace_schema_metadata(metadata_of(self._tokenizer.ids_identity))
+        table = table.replace_schema_metadata(metadata_of(self._tokenizer.ids_identity or {}))
         group = max(256, _GROUP_TOKENS * len(self._tokens) // max(1, self._tokens.num_tokens))
         pyarrow.parquet.write_table(table, path, row_group_size=group)
 

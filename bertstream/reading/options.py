@@ -152,9 +152,9 @@ def take_text_and_fields(
         if type(second) is not type(text):
             raise RecordError("the two texts of a pair must both be strings, or both lists of words", options.pair)
         text = cast(Text, (text, second))
-    taken = options.reserved if options.fields is None else options.place
-    if not values.keys().isdisjoint(taken):
-        name = next(name for name in taken if name in values)
+    reserved = options.reserved if options.fields is None else options.place
+    if not values.keys().isdisjoint(reserved):
+        name = next(name for name in reserved if name in values)
         raise RecordError("each batch has a field of this name: rename it, or name others with fields=", name)
     if options.fields is None:
         if ids is not None and ids is not value and options.text in values:

@@ -223,6 +223,26 @@ def test_each_rank_writes_its_share(auto: Any, shard: str, tmp_path: Path, monke
     assert sorted(labels) == list(range(300))
 
 
+def test_records_that_keep_drops_are_counted_and_map_makes_fields(auto: Any, tmp_path: Path) -> None:
+    options = {"keep": lambda row: row["label"] % 2, "map": lambda row: {"text": row["text"], "n": row["label"] * 10}}
+    counts = tokenized(CASES["strings"][0], OnlyTokenizer(auto), tmp_path, **options)
+    assert (counts["texts"], counts["dropped_records"]) == (35, 35)
+    assert pq.read_table(tmp_path / "part-000000.parquet")["n"].to_pylist() == list(range(10, 700, 20))
+
+
+def test_an_encoder_without_a_tokenizer_reads_ids_and_no_texts(minilm: Encoder, auto: Any, tmp_path: Path) -> None:
+    rows = CASES["strings"][0]
+    tokenized(rows, OnlyTokenizer(auto), tmp_path)
+    alone, settings = Encoder(minilm.model, None), {"batch_size": 8, "shuffle": True}
+    for shards in (str(tmp_path / "*.parquet"), [{"input_ids": auto(row["text"])["input_ids"]} for row in rows]):
+        found = list(bertstream.stream(shards, alone, text="input_ids", **settings))
+        assert sum(len(batch["input_ids"]) for batch in found) == 70
+    with pytest.raises(ConfigError, match=r"text='text': the encoder has no tokenizer .* or name a field of ids"):
+        bertstream.stream(rows, alone)
+    with pytest.raises(bertstream.ShardError, match=r"record 1, field 'input_ids': .*30522"):
+        list(bertstream.stream([{"input_ids": [1]}, {"input_ids": [30522]}], alone, text="input_ids"))
+
+
 def test_another_tokenizer_and_another_prompt_are_refused_by_name(
     auto: Any, minilm_folder: str, tmp_path: Path
 ) -> None:
@@ -246,7 +266,7 @@ def test_another_tokenizer_and_another_prompt_are_refused_by_name(
         ({"part_bytes": 0}, ConfigError, "part_bytes=0"),
         ({"num_workers": -1}, ConfigError, "num_workers=-1"),
         ({"out": "s3://bucket/x"}, ConfigError, "is a URL"),
-        ({"encoder": FakeEncoder()}, ConfigError, "tokenizer is a FakeTokenizer"),
+        ({"encoder": FakeEncoder()}, ConfigError, "tokenizer is a FakeTokenizer: files name the tokenizer"),
         ({"shards": [{"text": "a", "word_ids": 1}]}, ConfigError, "own field 'word_ids' would be taken"),
         ({"shards": [{"text": "a", "x": 1}, {"text": "a", "x": "b"}]}, ConfigError, "field 'x' cannot be a column"),
     ],
