@@ -83,6 +83,11 @@ class ProgressInSteps(ProgressInStream):
             self._places.append(self._place())
         return reader
 
+    @property
+    def has_all(self) -> bool:
+        """Of a pass nobody asks for the length."""
+        return False
+
     def end_epoch(self, epoch: int) -> None:
         """A pass has ended: move to the next one.
 

@@ -25,7 +25,7 @@ class BadRecords:
         given_up: shards given up in this epoch: the rest of each, or of some of its pieces, was skipped. What a shard
             holds beyond its last cut is not known, nor is anything of one that was not cut.
         first: messages of the first ten.
-        dropped: records that `keep=` and `map=` dropped in this epoch, which no limit counts.
+        dropped: records that `keep=`, `map=` and `drop_last` dropped in this epoch, which no limit counts.
         all_records: as `records`, over all epochs of this process.
         all_shards: as the number of `given_up`, over all epochs of this process.
         all_dropped: as `dropped`, over all epochs of this process.
@@ -92,7 +92,9 @@ class BadRecords:
         if self.first and self.read == self.records:
             raise ShardError("every record of the epoch was broken: " + "; ".join(self.first))
         if self.dropped and self.read == self.records + self.dropped:
-            logger.warning("keep= and map= dropped all of the epoch's records, %d: it has no batch", self.dropped)
+            logger.warning(
+                "keep=, map= or drop_last= dropped all of the epoch's records, %d: it has no batch", self.dropped
+            )
 
     def to_json(self) -> dict[str, Any]:
         """This epoch's counts, which do not change with later ones."""

@@ -334,10 +334,9 @@ def test_an_error_within_a_pass_leaves_the_place(tmp_path: Path) -> None:
 
 
 def test_data_without_a_batch_is_an_error_and_no_endless_loop(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    empty = datasets.Dataset.from_dict({"text": ["a"]}).to_iterable_dataset().filter(lambda row: False)
+    shards = write_shards(tmp_path, TEXTS)
     with (
-        bertstream.stream(empty, FakeEncoder(), steps_per_epoch=5) as loader,
+        bertstream.stream(shards, FakeEncoder(), steps_per_epoch=5, keep=lambda record: False) as loader,
         pytest.raises(ShardError, match="no batch, so steps_per_epoch=5"),
     ):
         list(loader)

@@ -220,7 +220,7 @@ def test_an_epoch_whose_records_are_all_dropped_is_empty_and_the_log_says_so(
             assert list(stream) == []
             assert stream.stats()["dropped_records"] == COUNT
         assert [record.getMessage() for record in caplog.records] == [
-            f"keep= and map= dropped all of the epoch's records, {COUNT}: it has no batch"
+            f"keep=, map= or drop_last= dropped all of the epoch's records, {COUNT}: it has no batch"
         ]
 
 
