@@ -6,6 +6,7 @@ from .encoding.encoder import Encoder
 from .encoding.pooling import ScalarMix
 from .errors import BertstreamError, CacheError, ConfigError, EncoderError, LoaderClosedError, ShardError, StateError
 from .jobs.embed import embed
+from .jobs.tokenize import tokenize
 from .jobs.warm import warm
 from .loader import stream, wrap
 from .module import BertEmbedding, UnfreezeSchedule
@@ -13,6 +14,7 @@ from .pipeline.collate import TokenCollate
 from .pipeline.embedding_loader import EmbeddingLoader
 from .reading.config import StreamConfig
 from .reading.dataset import TextStream
+from .reading.mixture import Mixture
 from .tokens import TokenBatch
 
 __version__ = "0.1.0"
@@ -28,6 +30,7 @@ __all__ = [
     "Encoder",
     "EncoderError",
     "LoaderClosedError",
+    "Mixture",
     "ScalarMix",
     "ShardError",
     "StateError",
@@ -38,6 +41,7 @@ __all__ = [
     "UnfreezeSchedule",
     "embed",
     "stream",
+    "tokenize",
     "warm",
     "wrap",
 ]

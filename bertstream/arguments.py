@@ -24,7 +24,7 @@ _EXIT_CODES = """exit status:
   0  done
   1  the data, the model, the cache or the disk is at fault, or a check found something
   2  an argument is at fault
-  130  interrupted (Ctrl-C); call `embed` or `warm` again to continue
+  130  interrupted (Ctrl-C); call `embed`, `tokenize` or `warm` again to continue
 """
 
 
@@ -59,7 +59,9 @@ def encoder_of(options: argparse.Namespace) -> Encoder:
 def reading_of(options: argparse.Namespace) -> StreamConfig:
     """How shards are read."""
     names = ("max_bad_records", "shard_cache", "delimiter", "quoting", "header", "encoding", "max_record_bytes")
-    return StreamConfig(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+    # `--format` is that of the files that `embed` writes.
+    chosen = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    return StreamConfig(format=options.shard_format, **chosen)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -121,6 +123,19 @@ def make_parser(verbs: Mapping[str, Callable[[argparse.Namespace], Any]]) -> arg
     _add_encoder(verb)
 
     verb = add(
+        "tokenize",
+        "write the token ids of all texts to Parquet; continues a stopped run",
+        "SHARDS... --model NAME_OR_FOLDER --out FOLDER [options]",
+    )
+    _add_shards(verb)
+    verb.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, or the folder of a stopped run")
+    verb.add_argument("--fields", nargs="+", metavar="FIELD", help="other fields to keep (default: all)")
+    verb.add_argument("--part-size", default="128MiB", metavar="SIZE", help="of one file (default: %(default)s)")
+    _add_workers(verb)
+    _add_encoder(verb)
+    verb.set_defaults(dtype="float32", device="cpu")  # nothing is encoded
+
+    verb = add(
         "warm",
         "fill a cache before training; continues a stopped run",
         "SHARDS... --model NAME_OR_FOLDER --cache FOLDER [options]",
@@ -151,7 +166,7 @@ def make_parser(verbs: Mapping[str, Callable[[argparse.Namespace], Any]]) -> arg
 def _add_shards(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("shards", nargs="+", metavar="SHARDS", help="paths or URLs; quoted braces and globs are expanded")
     verb.add_argument(
-        "--text", default="text", metavar="FIELD", help="field that holds the text (default: %(default)s)"
+        "--text", default="text", metavar="FIELD", help="field of the text, or data.text in data (default: %(default)s)"
     )
     verb.add_argument("--pair", metavar="FIELD", help="field that holds the second text, if records are pairs")
     verb.add_argument(
@@ -161,6 +176,7 @@ def _add_shards(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="broken records to skip: a count, or a share below 1 (default: 0)",
     )
+    verb.add_argument("--shard-format", metavar="ENDING", help="jsonl, txt.gz ... (default: what each name says)")
     verb.add_argument("--shard-cache", metavar="FOLDER", help="download each remote shard once, to here")
     rows = verb.add_argument_group("csv and tsv", argument_default=argparse.SUPPRESS)
     rows.add_argument(

@@ -22,6 +22,21 @@ class OpenPiece(NamedTuple):
     offset: int = 0
 
 
+class SourcePlace(NamedTuple):
+    """How far a lane of a mixture has read one of its sources.
+
+    Attributes:
+        drawn: how many good records it took of the source since the start of the epoch.
+        passes: how many times it had read all of its share before.
+        next_piece, open: as of a `Cursor`, in the pass that is running.
+    """
+
+    drawn: int = 0
+    passes: int = 0
+    next_piece: int = 0
+    open: tuple[OpenPiece, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Cursor:
     """Where a lane is: what it yields next is a pure function of this and of the stream's settings.
@@ -32,6 +47,8 @@ class Cursor:
         next_piece: the first of the lane's pieces that was not begun before the bucket.
         open: the pieces that were open at the start of the bucket, the next one to read first.
         batch: how many of the bucket's batches the loop has received.
+        sources: of a mixture, where the lane was in each source at the start of the bucket; `next_piece` and `open` are
+            then unused. Empty at the start of an epoch.
     """
 
     epoch: int
@@ -39,14 +56,24 @@ class Cursor:
     next_piece: int = 0
     open: tuple[OpenPiece, ...] = ()
     batch: int = 0
+    sources: tuple[SourcePlace, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As numbers: the loop's thread unpickles one for each batch, and those of a bucket have the same pieces."""
-        return _cursor, (self.epoch, self.lane, self.next_piece, tuple(chain.from_iterable(self.open)), self.batch)
+        numbers = tuple(chain.from_iterable(self.open))
+        sources = (self.sources,) if self.sources else ()
+        return _cursor, (self.epoch, self.lane, self.next_piece, numbers, self.batch, *sources)
 
 
-def _cursor(epoch: int, lane: int, next_piece: int, numbers: tuple[int, ...], batch: int) -> Cursor:
-    return Cursor(epoch, lane, next_piece, _open_pieces(numbers), batch)
+def _cursor(
+    epoch: int,
+    lane: int,
+    next_piece: int,
+    numbers: tuple[int, ...],
+    batch: int,
+    sources: tuple[SourcePlace, ...] = (),
+) -> Cursor:
+    return Cursor(epoch, lane, next_piece, _open_pieces(numbers), batch, sources)
 
 
 @lru_cache(64)

@@ -100,6 +100,15 @@ class Embeddings:
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.values if self.output == "sentence" else self.values.split(self.lengths.tolist()))
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """TypeError that names the tensors in here: torch's own says that it wants one, not where one is."""
+        name = getattr(function, "__name__", str(function))
+        raise TypeError(
+            f"torch's {name}() takes tensors, and was given Embeddings: pass .padded(), which is (vectors, mask), "
+            ".packed_sequence(), .nested(), or .vectors of sentence output; layout= makes a loader yield tensors"
+        )
+
     def __repr__(self) -> str:
         kind = f"{self.values.dtype}, {self.values.device}".replace("torch.", "")
         return f"Embeddings({len(self)} texts, {self.output} {list(self.values.shape)}, {kind})"

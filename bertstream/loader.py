@@ -8,7 +8,7 @@ from typing import Any
 from .caching.cache import EmbeddingCache
 from .embeddings import Layout, SupportsEncode
 from .errors import ConfigError, check_at_least, shortened
-from .pipeline.checks import check_encoder, check_not_replicated
+from .pipeline.checks import check_batches, check_encoder, check_not_replicated
 from .pipeline.embedding_loader import EmbeddingLoader
 from .pipeline.fields import Field, as_fields, check_pair
 from .pipeline.progress import text_stream
@@ -25,6 +25,8 @@ def wrap(
     *,
     text: Field | Sequence[Field] | None = None,
     pair: Field | None = None,
+    mask: Field | Sequence[Field] | None = None,
+    token_type_ids: Field | Sequence[Field] | None = None,
     into: Field | Sequence[Field] | None = None,
     layout: Layout | None = None,
     prefetch: int | None = None,
@@ -38,13 +40,18 @@ def wrap(
 
     Args:
         loader: a DataLoader, or any iterable of batches: dicts, tuples, lists, namedtuples or dataclasses that hold
-            texts, or bare lists of texts. A text is a string or a list of words. Texts that `TokenCollate` has already
-            tokenized are used as they are. Padded `input_ids` [B, T] work in a dict that also holds their
-            `attention_mask` (and `token_type_ids`, for pairs).
+            texts, or bare lists of texts. A text is a string or a list of words; arrays of strings (numpy, Arrow) and
+            columns of pandas or polars are lists too. Texts that `TokenCollate` has already tokenized are used as they
+            are. Padded `input_ids` [B, T] work in a dict that also holds their `attention_mask` (and `token_type_ids`,
+            for pairs), and anywhere with `mask`.
         encoder: turns the texts into vectors.
-        text: the key, position or attribute of the texts, or several; None if a batch is the bare texts.
+        text: the key, position or attribute of the texts, or a path of them ("in.text", "0.text"), or several; None if
+            a batch is the bare texts. A key that has a dot itself wins over a path.
         pair: the field of the second texts, if they form pairs with those at `text`; they stay in the batch.
-        into: where the vectors go instead (a new key of a dict), one for each of `text`; the texts then stay.
+        mask: the field of the mask [B, T] of padded ids at `text`, 0 for padding; one for each of `text`.
+        token_type_ids: the field of their segment ids [B, T], likewise.
+        into: where the vectors go instead, one for each of `text`: a new key of the dict that holds the texts, which
+            then stay.
         layout: None yields `Embeddings`; "padded", "nested", "packed_sequence" or "flat" yield plain tensors. In a dict
             the padded mask is under the vectors' key plus `_mask`; elsewhere the field holds (values, mask). "flat" is
             (values, cu_seqlens). Sentence output is one tensor [B, H] in every layout.
@@ -64,16 +71,20 @@ def wrap(
     Raises:
         ConfigError: an argument is out of range, or several ranks would each read all of the data.
     """
-    if hasattr(loader, "encode"):
-        raise ConfigError("the first argument is an encoder: write wrap(loader, encoder)")
-    if not isinstance(loader, Iterable):
-        raise ConfigError(f"loader is a {type(loader).__name__}: pass an iterable of batches")
+    check_batches(loader)
     fields, targets = as_fields(text), as_fields(into, "into")
+    masks, segments = as_fields(mask, "mask"), as_fields(token_type_ids, "token_type_ids")
     check_pair(pair, fields)
-    if pair is not None and text_stream(loader) is not None:
-        raise ConfigError(f"pair={pair!r} has no effect on a TextStream, which tokenizes: pass it there")
-    if targets is not None and fields is None and text_stream(loader) is None:
+    if text_stream(loader) is not None:
+        for name, value in (("pair", pair), ("mask", masks), ("token_type_ids", segments)):
+            if value is not None:
+                way_out = "pass it there" if name == "pair" else "leave it out"
+                raise ConfigError(f"{name}={value!r} has no effect on a TextStream, which tokenizes: {way_out}")
+    elif targets is not None and fields is None:
         raise ConfigError(f"into={into!r} has no effect on batches of bare texts: name the texts' field with text=")
+    for name, named in (("mask", masks), ("token_type_ids", segments)):
+        if named is not None and (pair is not None or len(named) != len(fields or ())):
+            raise ConfigError(f"{name}={named!r} for text={text!r}: name one field for each field of padded ids")
     if targets is not None and len(targets) != len(fields or (None,)):
         raise ConfigError(f"into={into!r} for text={text!r}: name one key for each text")
     if not allow_replicated:
@@ -83,6 +94,8 @@ def wrap(
         encoder,
         text=fields,
         pair=pair,
+        mask=masks,
+        token_type_ids=segments,
         into=targets,
         layout=layout,
         prefetch=prefetch,
@@ -122,7 +135,8 @@ def stream(
     Args:
         shards: paths or URLs of WebDataset tars, jsonl, csv, tsv, txt or Parquet files, all but Parquet also with
             `.gz` or `.zst`; braces (`train-{000..146}.tar`), globs, or a list of them. Or a dataset of rows: a Hugging
-            Face `Dataset` or `IterableDataset`, or a list or map-style dataset of dicts.
+            Face `Dataset` or `IterableDataset`, a DataFrame of pandas or polars, an Arrow table, or a list or map-style
+            dataset of dicts. Or a `bertstream.Mixture` of several of these by weight.
         encoder: turns texts into vectors.
         text: the field that holds the text: a member of a tar or a key of its json member, a key of a json line, a
             column; lines of a txt file have the one field "text". A path with dots leads into nested objects, as in
@@ -138,7 +152,8 @@ def stream(
         seed: of the shuffle.
         fields: which other fields a batch carries: names, or name -> function of the raw value (`{"label": int}`), or
             a list of labels in its place, which become numbers from 0 (`{"label": ["ham", "spam"]}`); None carries all
-            as they are.
+            as they are. `__key__`, `__shard__` and `__index__` come along, unless some of them are among the names:
+            then only these do (`["label", "__index__"]` leaves out the two lists of strings).
         keep: a function of a record, a dict of all its fields, that says whether to read it. It is called in the
             workers, so where those are spawned it must be importable.
         map: a function from a record that is kept to the one to read instead, a dict with the fields that `text` and
@@ -146,7 +161,7 @@ def stream(
             record alone. `stats()` counts `dropped_records`.
         num_workers: processes that read and tokenize; 0 does both in the thread that encodes. The batches and their
             order do not depend on it.
-        into: the key for the vectors; the text then stays under its own.
+        into: the key for the vectors; the text then stays under its own, and `Embeddings.spans` knows it.
         layout: as for `wrap`.
         prefetch: as for `wrap`.
         cache: as for `wrap`.

@@ -46,7 +46,11 @@ def lay_out(
     if len(wrong):
         i = int(wrong[0])
         fields = tokens.fields
-        source = f" (record {fields['__index__'][i]} of {fields['__shard__'][i]})" if "__shard__" in fields else ""
+        source = (
+            f" (record {fields['__index__'][i]} of {fields['__shard__'][i]})"
+            if {"__shard__", "__index__"} <= fields.keys()
+            else ""
+        )
         padded = (counts >= tokens.num_words).all() and len(set(counts.tolist())) == 1 < len(counts)
         way_out = ": padded tags? Pass each text's own tags only" if padded else ""
         words = tokens.num_words[i]

@@ -46,6 +46,7 @@ PUBLIC_NAMES = [
     "Encoder",
     "EncoderError",
     "LoaderClosedError",
+    "Mixture",
     "ScalarMix",
     "ShardError",
     "StateError",
@@ -56,6 +57,7 @@ PUBLIC_NAMES = [
     "UnfreezeSchedule",
     "embed",
     "stream",
+    "tokenize",
     "warm",
     "wrap",
 ]

@@ -26,7 +26,7 @@ from bertstream.testing import write_shards
 
 ROOT = Path(__file__).parents[1]
 MODEL = ("--model", "all-MiniLM-L6-v2", "--dtype", "float32")
-VERBS = ("inspect", "embed", "warm", "cache", "doctor")
+VERBS = ("inspect", "embed", "tokenize", "warm", "cache", "doctor")
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -90,6 +90,17 @@ def test_embed_writes_and_continues(call: Call, shard: str, tmp_path: Path, mini
     assert (tmp_path / "out" / "part-000000.safetensors").exists()
     status, _, err = call(*command, "--progress")
     assert status == 0
+
+
+def test_tokenize_writes_and_continues(call: Call, shard: str, tmp_path: Path, minilm: Encoder) -> None:
+    command = ("tokenize", shard, "--out", tmp_path / "out", *MODEL, "--fields", "id", "--max-length", 16)
+    status, out, err = call(*command)
+    assert (status, err) == (0, "") and re.search(
+        r"^40 texts, [\d,]+ tokens in 1 file in .* \(text='input_ids' reads them\); texts .* takes: \d", out
+    )
+    assert json.loads(call(*command, "--json")[1])["texts_before"] == 40
+    loader = bertstream.stream(str(tmp_path / "out" / "*.parquet"), minilm, text="input_ids")
+    assert sum(len(batch["id"]) for batch in loader) == 40
 
 
 def test_cut_texts_and_skipped_records_are_reported(call: Call, tmp_path: Path) -> None:
@@ -248,3 +259,16 @@ def test_csv_is_read_as_the_arguments_say_from_the_home_folder(
     assert status == 0 and call("cache", "~/cache")[0] == 0, err
     assert not (tmp_path / "~").exists()
     assert call("inspect", "~/a.csv", "--delimiter", "||", *MODEL)[0] == 2
+
+
+def test_odd_endings_and_nested_texts_are_read_by_every_verb(call: Call, tmp_path: Path, minilm: Encoder) -> None:
+    shard = tmp_path / "part-0000"
+    shard.write_bytes(gzip.compress(b"".join(b'{"data": {"text": "text %d"}}\n' % i for i in range(5))))
+    where = (shard, "--shard-format", "jsonl", "--text", "data.text", *MODEL)
+    assert json.loads(call("inspect", *where, "--json")[1])["texts"] == 5
+    assert "5 texts" in call("embed", *where, "--out", tmp_path / "out", "--format", "parquet")[1]
+    assert "5 texts" in call("warm", *where, "--cache", tmp_path / "cache", "--limit", "64MiB")[1]
+    status, _, err = call("inspect", shard, *MODEL)
+    assert status == 2 and "StreamConfig(format=)" in err
+    status, _, err = call("inspect", shard, "--shard-format", "yaml", *MODEL)
+    assert status == 2 and "format='yaml': write an ending" in err

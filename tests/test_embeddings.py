@@ -581,3 +581,12 @@ def test_batches_that_are_not_alike_are_not_joined() -> None:
     b = dataclasses.replace(tokens_of([1]))
     a.tokens.fields, b.tokens.fields = {"label": np.ones(1), "x": [1]}, {"x": [2], "y": [0]}
     assert Embeddings.concat([a, b]).tokens.fields == {"x": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "run", [torch.nn.Linear(2, 1), torch.stack, lambda e: torch.nn.functional.mse_loss(torch.ones(2), e)]
+)
+def test_a_layer_or_loss_that_is_given_embeddings_names_the_tensors_in_them(run: Callable[[Any], Any]) -> None:
+    embeddings = tokens_of([1, 2])
+    with pytest.raises(TypeError, match=r"takes tensors, and was given Embeddings: pass \.padded\(\)"):
+        run(embeddings)

@@ -73,8 +73,9 @@ if options.get("talks_late"):
 else:
     talk()
 reading = bertstream.StreamConfig(**{"lanes": 7, "bucket_size": 40} | options.get("reading", {}))
+shards = bertstream.Mixture(options["mixture"], stopping="all") if "mixture" in options else options["shards"]
 loader = bertstream.stream(
-    options["shards"], Failing(), batch_size=8, shuffle=True, seed=options.get("seed", 0),
+    shards, Failing(), batch_size=8, shuffle=True, seed=options.get("seed", 0),
     num_workers=options["workers"], reading=reading,
     deterministic=not options["workers"],  # so that groups grow, which by the clock they hardly do with this encoder
 )
@@ -152,6 +153,46 @@ def test_three_ranks_share_one_compressed_file_and_resume(tmp_path: Path) -> Non
     batches = [batch for lines, _, _ in first for batch in lines[:-1]]
     batches += [batch for lines, _, _ in rest for batch in lines]
     assert sorted(i for batch in batches for i in batch) == list(range(200))
+
+
+MIXED = """
+import sys
+import torch.distributed as dist
+import bertstream
+from bertstream.testing import FakeEncoder, assert_resumes_exactly
+
+stopping, large, small = sys.argv[3:]
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
+reading = bertstream.StreamConfig(lanes=5, bucket_size=17, uneven="stop")
+
+
+def make(workers=0):
+    shards = bertstream.Mixture([(large, 2), (small, 1)], stopping=stopping)
+    return bertstream.stream(shards, FakeEncoder(), batch_size=9, shuffle=True, num_workers=workers, reading=reading)
+
+
+assert_resumes_exactly(make, cuts=[4], resume_with=lambda: make(2))
+"""
+
+
+@pytest.mark.parametrize("stopping", ["first", "all"])
+def test_a_mixture_resumes_exactly_on_two_ranks(tmp_path: Path, stopping: str) -> None:
+    large, small = write_shards(tmp_path, TEXTS[:150])[0], gz(tmp_path, 60)[0]
+    programs = [RANKS.start(MIXED, str(tmp_path / "store"), str(rank), stopping, large, small) for rank in range(2)]
+    assert [program.finish() for program in programs] == [("", "", 0)] * 2
+
+
+def test_a_mixture_leaves_no_record_out_when_ranks_and_workers_change(tmp_path: Path) -> None:
+    small = gz(tmp_path, 200)[0]  # the ids below 200, more often than those above
+    rows = [{"text": text, "id": 200 + i} for i, text in enumerate(TEXTS[:200])]
+    options = {"mixture": [[small, 2], [rows, 1]], "reading": {"lanes": None}}
+    first = run(tmp_path, 2, workers=2, stop=5, **options)
+    rest = run(tmp_path, 3, workers=0, state=first[-1][0][-1], **options)
+    assert [status for _, _, status in first + rest] == [0] * 5, rest
+    ids = [i for lines, _, _ in first for batch in lines[:-1] for i in batch]
+    ids += [i for lines, _, _ in rest for batch in lines for i in batch]
+    counts = Counter(ids)
+    assert counts.keys() == set(range(400)) and all(counts[i] == 1 for i in range(200, 400))
 
 
 def test_fewer_records_than_ranks_are_an_error_on_every_rank(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,9 +40,10 @@ from .rows import check_segments
 from .self_test import probe_batching
 from .sentence_folder import SentenceFolder, remove_sentence_folder, write_sentence_folder
 from .sentence_head import HEAD, with_head
+from .texts import text_list
 from .tokenizer import Overflow, TextTokenizer, WordSplitter, check_cutting, renamed_splitter
 from .upper import UpperEncoder, cannot_split, keep_apart, upper_half
-from .vocabulary import check_batch, check_vocabulary
+from .vocabulary import check_batch, check_vocabulary, num_ids
 from .word_cache import LIMIT
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class Encoder(CalibratedForward):
             250,000 words, and are little beside a worker's 300 MB. False or 0 keeps none. Tokens are the same.
         split: deprecated alias of `word_splitter`, removed in the next version.
     Attributes:
-        tokenizer: the `TextTokenizer`, light enough for worker processes.
+        tokenizer: the `TextTokenizer`, light enough for worker processes; its `batch(texts)` is what `encode` takes.
         spec: what it returns, as one `OutputSpec`; its fields are attributes of the encoder too.
         batching: the self-test's result: whether texts run fused, packed, padded or grouped by length (`way`), and why
             (`reason`).
@@ -164,6 +165,7 @@ class Encoder(CalibratedForward):
             word_splitter=word_splitter or (str.split if output == "words" and tokenizer is not None else None),
             segments="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
             word_cache=word_cache,
+            vocab_size=config.vocab_size,
         )
         self._pretrained_tokenizer = tokenizer
         self._checked_finite = self.dtype != torch.float16
@@ -388,7 +390,7 @@ class Encoder(CalibratedForward):
             EncoderError: as for `encode`.
         """
         batch = texts if isinstance(texts, TokenBatch) else self._tokenized(texts)
-        check_batch(batch, self.tokenizer, cast(Any, self.model.config).vocab_size)
+        check_batch(batch, self.tokenizer, num_ids(self.model.config) or 0)
         check_segments(batch, self.model.config)
         self._check_marks(batch)
         found = self._vectors(batch, max_forward_tokens=max_forward_tokens)
@@ -397,6 +399,7 @@ class Encoder(CalibratedForward):
         return found
 
     def _tokenized(self, texts: Sequence[Text]) -> TokenBatch:
+        texts = text_list(texts)
         batch = self.tokenizer.batch(texts)
         batch.texts = list(texts)
         if not self._warned_of_cut and batch.cut_tokens.any():

@@ -24,7 +24,7 @@ from .output_spec import OutputSpec
 from .sentence_folder import SentenceFolder, read_sentence_folder
 from .sentence_head import HEAD, load_head
 from .tokenizer import TextTokenizer
-from .vocabulary import check_vocabulary
+from .vocabulary import check_vocabulary, num_ids
 
 DType: TypeAlias = torch.dtype | Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -227,7 +227,8 @@ def check_config(config: Any, whose: str) -> None:
     Raises:
         ConfigError: with `whose` in the message.
     """
-    lacking = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(config, name)]
+    lacking = [name for name in ("hidden_size", "num_hidden_layers") if not hasattr(config, name)]
+    lacking = ["vocab_size"] * (num_ids(config) is None) + lacking
     if lacking:
         raise ConfigError(f"{whose} is not a transformers text encoder: its config has no {lacking[0]}")
 

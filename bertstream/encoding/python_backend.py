@@ -65,7 +65,6 @@ class PythonBackend:
     """
 
     takes_texts = True
-    has_offsets = False
     word_count = WordCount()
 
     def __init__(self, tokenizer: Any) -> None:

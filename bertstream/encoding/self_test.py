@@ -30,6 +30,7 @@ from .model_state import ModelState
 from .output_spec import OutputSpec
 from .own_model import own_copy
 from .pretrained import most_positions
+from .vocabulary import num_ids
 
 Run: TypeAlias = Callable[[Sequence[Int32Array], Sequence[Int32Array] | None], list[list[Tensor]]]
 """From texts and their segment ids to the vectors [T, H] of each layer and, within it, of each text."""
@@ -400,7 +401,7 @@ def _entry(config: Any, name: str) -> Any:
 
 
 def _vocab_size(model: nn.Module) -> int:
-    size = int(cast(Any, model.config).vocab_size)
+    size = num_ids(model.config) or 0
     try:
         return min(size, int(cast(Any, model).get_input_embeddings().num_embeddings))
     except (AttributeError, NotImplementedError):
@@ -420,7 +421,7 @@ def _fill_id(config: Any, skipped_id: int | None) -> int:
     """An id for the padding: the one that positions skip, else the config's if it is one; never the mask's."""
     mask = getattr(config, "mask_token_id", None)
     for fill in (skipped_id, getattr(config, "pad_token_id", None), 0, 1):
-        if isinstance(fill, int) and 0 <= fill < config.vocab_size and fill != mask:
+        if isinstance(fill, int) and 0 <= fill < (num_ids(config) or 0) and fill != mask:
             return fill
     return 0
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..errors import ConfigError, shortened, table_columns
+
+
+def text_list(texts: Any) -> Sequence[Any]:
+    """Texts as Python's values: a list or tuple as it is; an array of numpy or Arrow, or a table's column, as a list.
+
+    Raises:
+        ConfigError: as for `check_texts`.
+    """
+    if isinstance(texts, (list, tuple)):
+        return texts
+    check_texts(texts)
+    for name in ("to_pylist", "to_list", "tolist"):  # Arrow's; pandas' and polars'; numpy's
+        if hasattr(texts, name):
+            texts = getattr(texts, name)()
+            break
+    return [text.tolist() if isinstance(text, np.ndarray) else text for text in texts]
 
 
 def check_texts(texts: Any) -> None:

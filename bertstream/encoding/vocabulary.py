@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,13 @@ from ..tokens import TokenBatch
 from .tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
+
+
+def num_ids(config: Any) -> int | None:
+    """How many ids a model takes, from 0 on; None where its config does not say."""
+    if getattr(config, "model_type", None) == "canine":
+        return sys.maxunicode + 1  # it takes characters, and hashes them in place of a table
+    return getattr(config, "vocab_size", None)
 
 
 def check_vocabulary(tokenizer: Any, config: Any, whose: str, *, saved_together: bool) -> None:
@@ -32,7 +40,7 @@ def check_vocabulary(tokenizer: Any, config: Any, whose: str, *, saved_together:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None and not hasattr(tokenizer, "vocab_size"):
         return
-    rows = int(config.vocab_size)
+    rows = num_ids(config) or 0
     if backend is None:  # written in Python, where every special token has an id
         known, own, added = len(tokenizer), tokenizer.vocab_size, tokenizer.added_tokens_decoder
     else:

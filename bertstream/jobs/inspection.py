@@ -27,6 +27,7 @@ from ..reading.config import StreamConfig
 from ..reading.dataset import Shards, TextStream
 from ..reading.files import shard_size
 from ..reading.lanes import LaneReader
+from ..reading.mixture import refuse_mixture
 from ..reading.options import ReadOptions
 from ..reading.rows import find_rows, split_rows
 from ..reading.shards import Piece
@@ -126,7 +127,7 @@ def inspect_shards(
     """Read and tokenize all texts of these shards once, and encode some of them for a few seconds.
 
     Args:
-        shards, text, pair, batch_size, max_tokens, reading: as for `bertstream.stream`.
+        shards, text, pair, batch_size, max_tokens, reading: as for `bertstream.stream`; no `Mixture`.
         encoder: gives tokens, limits, speed and row sizes. Texts that are too long are counted, whatever its
             `overflow`; with "windows" the repeated tokens count as well.
         timed_s: approximate seconds of encoding; 0 measures nothing.
@@ -135,6 +136,7 @@ def inspect_shards(
         ConfigError: an argument is out of range.
         ShardError: a shard is missing, or one of its records is broken.
     """
+    refuse_mixture(shards, "inspect_shards")
     reading = replace(reading or StreamConfig(), uneven="leave")
     tokenizer = _counting(encoder.tokenizer)
     stream = TextStream(

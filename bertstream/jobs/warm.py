@@ -14,6 +14,8 @@ from ..errors import ConfigError, check_at_least
 from ..pipeline.source import read_in_workers
 from ..reading.config import StreamConfig
 from ..reading.dataset import TextStream
+from ..reading.functions import Keep, Map
+from ..reading.mixture import refuse_mixture
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ def warm(
     *,
     text: str = "text",
     pair: str | None = None,
+    keep: Keep | None = None,
+    map: Map | None = None,
     num_workers: int = 0,
     reading: StreamConfig | None = None,
     progress: bool = True,
@@ -36,26 +40,36 @@ def warm(
     sizes and order.
 
     Args:
-        shards, text, pair, num_workers, reading: as for `bertstream.stream`.
+        shards, text, pair, keep, map, num_workers, reading: as for `bertstream.stream`; no `Mixture`.
         encoder: computes the vectors.
         cache: receives them. Without a disk they stay in this process's memory, and new ones evict earlier ones when
             it is full.
         progress: whether to show a bar; its total is known for Parquet and for uncompressed files on disk.
     Returns:
         `texts` read, and how many of them were `computed` (repeated texts once); `not_kept`, how many texts found no
-        room in the cache or evicted others, which the log also says; `bad_records` and `bad_shards` that were skipped.
+        room in the cache or evicted others, which the log also says; `bad_records` and `bad_shards` that were skipped;
+        `dropped_records`, which `keep` and `map` dropped.
     Raises:
         ConfigError: an argument is out of range, the cache is read-only, or a parameter of the encoder requires
             gradients.
         ShardError: a shard is missing, or one of its records is broken.
     """
+    refuse_mixture(shards, "warm")
     check_at_least("num_workers", num_workers, 0)
     if cache.read_only:
         raise ConfigError(f"{cache!r} is read-only: open it without read_only=True to fill it")
     cached = cache.of(encoder)
     # A token budget fills every forward.
     dataset = TextStream(
-        shards, encoder, text=text, pair=pair, max_tokens=encoder.max_forward_tokens, fields=(), reading=reading
+        shards,
+        encoder,
+        text=text,
+        pair=pair,
+        max_tokens=encoder.max_forward_tokens,
+        fields=(),
+        keep=keep,
+        map=map,
+        reading=reading,
     )
     done = {"texts": 0, "computed": 0}
     before = cache.stats()
@@ -69,7 +83,7 @@ def warm(
     cache.flush()
     done["not_kept"] = _not_kept(cache, before, done["computed"])
     bad = dataset.progress.bad
-    return done | {"bad_records": bad.records, "bad_shards": len(bad.given_up)}
+    return done | {"bad_records": bad.records, "bad_shards": len(bad.given_up), "dropped_records": bad.dropped}
 
 
 def _not_kept(cache: EmbeddingCache, before: dict[str, float], computed: int) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
 
 from ..caching.cached_encoder import CachedEncoder
 from ..embeddings import SupportsEncode, SupportsTraining
-from ..errors import ConfigError
+from ..errors import ConfigError, shortened
+from ..reading.tables import is_table
 from ..system.distributed import rank_and_world_size
 
 
@@ -25,6 +27,23 @@ def check_encoder(encoder: Any) -> None:
     if missing:
         kind = type(encoder).__name__
         raise ConfigError(f"encoder is a {kind} without {', '.join(missing)}: pass a bertstream.Encoder")
+
+
+def check_batches(loader: Any) -> None:
+    """Refuse what yields no batches.
+
+    Raises:
+        ConfigError: it is an encoder, a table, a mapping, or cannot be iterated.
+    """
+    if hasattr(loader, "encode"):
+        raise ConfigError("the first argument is an encoder: write wrap(loader, encoder)")
+    kind = type(loader).__name__
+    if is_table(loader):
+        raise ConfigError(f"loader is a {kind}, which holds rows, not batches: write bertstream.stream(...) for it")
+    if isinstance(loader, Mapping):
+        raise ConfigError(f"loader is a {kind} with the keys {shortened(list(loader))}: pass a DataLoader over one")
+    if not isinstance(loader, Iterable):
+        raise ConfigError(f"loader is a {kind}: pass an iterable of batches")
 
 
 def check_cacheable(encoder: SupportsEncode, cached: CachedEncoder) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from ..embeddings import SupportsEncode
 from ..errors import BertstreamError, ConfigError, EncoderError
 from ..reading.bucket import stack_column
 from ..tokens import TokenBatch, tokenize_batch
-from .fields import Field, as_fields, as_tensors, check_pair, describe, get_field, put_fields
+from .fields import Field, as_fields, as_tensors, check_pair, describe, get_field, position, put_fields, way_to
 
 
 class TokenCollate:
@@ -53,6 +53,8 @@ class TokenCollate:
         self._tokenizer = encoder.tokenizer
         self._fields = as_fields(text)
         self._pair = pair
+        if not isinstance(keep_text, bool):
+            raise ConfigError(f"keep_text={keep_text!r}: write True or False; tokens.texts holds the texts")
         self._keep_text = keep_text
         check_pair(pair, self._fields)
 
@@ -81,16 +83,13 @@ class TokenCollate:
     def _batch(self, records: Sequence[Any]) -> Any:
         if self._fields is None:
             return self._tokenize(records, None)
-        tokens = {
-            field: self._tokenize([self._text(record, field) for record in records], field) for field in self._fields
-        }
-        first, columns = records[0], _columns(records)
-        if isinstance(first, Sequence):
-            tokens = {_position(first, field): batch for field, batch in tokens.items()}
-        rest = {name: tensor_column(values) for name, values in columns.items() if name not in tokens}
-        if isinstance(first, Mapping):
-            return {name: tokens[name] if name in tokens else rest[name] for name in columns}
-        return put_fields(first, tokens | rest)
+        return _collated(
+            records,
+            {
+                way_to(records[0], field): self._tokenize([self._text(record, field) for record in records], field)
+                for field in self._fields
+            },
+        )
 
     def _text(self, record: Any, field: Field) -> Any:
         text = get_field(record, field)
@@ -136,23 +135,50 @@ def _in_one_storage(column: list[Any]) -> list[Any]:
     return [next(views) if isinstance(value, Tensor) else value for value in column]
 
 
-def _columns(records: Sequence[Any]) -> dict[Field, list[Any]]:
+def _collated(records: Sequence[Any], tokens: Mapping[tuple[Field, ...], TokenBatch], path: str = "") -> Any:
+    """A batch with the structure of a record, and of the parts of it on the ways to its texts.
+
+    Args:
+        records: of one structure.
+        tokens: by the way to the texts within a record.
+        path: to the records within the user's, for messages.
+    """
+    first, columns = records[0], _columns(records, path)
+    inside: dict[Field, dict[tuple[Field, ...], TokenBatch]] = {}
+    for way, batch in tokens.items():
+        inside.setdefault(position(first, way[0]), {})[way[1:]] = batch
+    values: dict[Field, Any] = {}
+    for name, column in columns.items():
+        own = inside.get(name, {})
+        if () in own:
+            values[name] = own[()]
+        else:
+            values[name] = _collated(column, own, f"{path}{name}.") if own else tensor_column(column)
+    return values if isinstance(first, Mapping) else put_fields(first, values)
+
+
+def _columns(records: Sequence[Any], path: str) -> dict[Field, list[Any]]:
     """All fields of records of one structure: name or position -> one entry per record."""
-    first = records[0]
+    first: Any = records[0]
+    if not isinstance(first, (Mapping, Sequence)) and not dataclasses.is_dataclass(first):
+        kinds = "dicts, tuples, lists, namedtuples and dataclasses"
+        raise ConfigError(f"{_named('a record', path)} is {describe(first)}: TokenCollate takes {kinds}")
+    length = len(first) if isinstance(first, Sequence) else None
+    for i, record in enumerate(records):
+        alike = isinstance(record, Mapping) if isinstance(first, Mapping) else type(record) is type(first)
+        if not alike or (length is not None and len(record) != length):
+            where = _named(f"record {i} of the batch", path)
+            raise ConfigError(f"{where} is {describe(record)}, the first {describe(first)}")
     if isinstance(first, Mapping):
         names = dict.fromkeys(name for record in records for name in record)
         return {name: [record.get(name) for record in records] for name in names}
-    if dataclasses.is_dataclass(first):
-        return {field.name: [getattr(record, field.name) for record in records] for field in dataclasses.fields(first)}
-    if not isinstance(first, Sequence):
-        kinds = "dicts, tuples, lists, namedtuples and dataclasses"
-        raise ConfigError(f"a record is {describe(first)}: TokenCollate takes {kinds}")
-    odd = next((i for i, r in enumerate(records) if type(r) is not type(first) or len(r) != len(first)), None)
-    if odd is not None:
-        raise ConfigError(f"record {odd} of the batch is {describe(records[odd])}, the first {describe(first)}")
-    return dict(enumerate(map(list, zip(*records, strict=True))))
+    if length is not None:
+        return dict(enumerate(map(list, zip(*records, strict=True))))
+    return {
+        field.name: [getattr(record, field.name) for record in records]
+        for field in dataclasses.fields(cast(Any, first))
+    }
 
 
-def _position(record: Any, field: Field) -> Field:
-    """The position, counted from the front, of a field of a namedtuple, tuple or list."""
-    return record._fields.index(field) if isinstance(field, str) else field % len(record)
+def _named(record: str, path: str) -> str:
+    return f"{path[:-1]!r} of {record}" if path else record

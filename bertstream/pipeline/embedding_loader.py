@@ -15,7 +15,7 @@ from ..reading.state import STATE_VERSION
 from .checks import check_cacheable, check_encoder
 from .clocks import Stage, StageClocks
 from .encode import BatchEncoder
-from .epoch import Epochs, Parts
+from .epoch import Counts, Epochs, Parts
 from .fields import Field
 from .plots import plot_step
 from .progress import OwnLoader, Progress, ProgressInStream, text_stream
@@ -59,6 +59,8 @@ class EmbeddingLoader(OwnLoader):
         into: tuple[Field, ...] | None,
         layout: Layout | None,
         pair: Field | None = None,
+        mask: tuple[Field, ...] | None = None,
+        token_type_ids: tuple[Field, ...] | None = None,
         prefetch: int | None = None,
         cache: EmbeddingCache | None = None,
         deterministic: bool = False,
@@ -90,6 +92,7 @@ class EmbeddingLoader(OwnLoader):
             self._progress = ProgressInStream(source, self._stream)
         else:
             self._progress = ProgressInSteps(source, self._stream, steps_per_epoch)
+        mixture = None if self._stream is None else self._stream.mixture
         self._parts = Parts(
             progress=self._progress,
             stream=self._stream,
@@ -97,11 +100,14 @@ class EmbeddingLoader(OwnLoader):
             tokenizer=encoder.tokenizer,
             text=text,
             pair=pair,
+            mask=mask,
+            token_type_ids=token_type_ids,
             into=into,
             layout=layout,
             prefetch=prefetch,
             deterministic=deterministic,
             clocks=self._stages,
+            counts=Counts(source_texts=[0] * (len(mixture.sources) if mixture else 0)),
         )
         self._join_ranks()
         self._epochs = (
@@ -299,7 +305,8 @@ class EmbeddingLoader(OwnLoader):
         went to the encoder in `encode_calls`. Not in them are texts found in a cache, and `repeated_texts`, which were
         in the same call already (a cache counts its own). `padding_share` is the share of padding if each batch were
         padded to its longest text. `known_words_share` of the words came from the word cache (those of `TokenCollate`
-        are not counted). A stream has `workers`, and `lanes` of this rank: no more workers than lanes have work.
+        are not counted). A stream has `workers`, and `lanes` of this rank: no more workers than lanes have work. Of a
+        `Mixture`, `source_0_texts` is how many of the texts are of the first source, and so on.
 
         Seconds: `read_s` waiting for the wrapped loader, or for the shards, which are tokenized as they are read;
         `tokenize_s` tokenizing a wrapped loader's texts; `lookup_s` in the cache; `encode_s` encoding (on CUDA:
@@ -311,7 +318,9 @@ class EmbeddingLoader(OwnLoader):
         Entries named `cache_` are those of `EmbeddingCache.stats`, and cover all loaders that share the cache.
         """
         seconds = self._stages.seconds
-        stats = Stats(asdict(self._parts.counts) | asdict(self._batch_encoder.counts))
+        counts = asdict(self._parts.counts)
+        of_sources = {f"source_{number}_texts": texts for number, texts in enumerate(counts.pop("source_texts"))}
+        stats = Stats(counts | of_sources | asdict(self._batch_encoder.counts))
         if isinstance(self._progress, ProgressInSteps):
             stats["passes"], stats["epochs"] = stats["epochs"], self._progress.finished
         bad = None if self._stream is None else self._stream.progress.bad

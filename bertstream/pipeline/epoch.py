@@ -29,6 +29,7 @@ from ..embeddings import Layout
 from ..encoding.cutting import warn_of_cut
 from ..errors import LoaderClosedError, described
 from ..reading.dataset import TextStream
+from ..reading.options import SOURCE
 from ..system.distributed import Peers
 from ..system.process import release_openmp_threads, torch_modes, usable_cores
 from ..system.threads import Prefetcher
@@ -57,7 +58,11 @@ as long."""
 
 @dataclass
 class Counts:
-    """What the loop received, over the loader's life."""
+    """What the loop received, over the loader's life.
+
+    Attributes:
+        source_texts: of each source of a mixture, how many texts; empty for anything else.
+    """
 
     epochs: int = 0
     batches: int = 0
@@ -70,6 +75,7 @@ class Counts:
     padded_tokens: int = 0
     room_wait_s: float = 0.0
     peak_ahead_tokens: int = 0
+    source_texts: list[int] = field(default_factory=list)
 
     def received(self, batches: list[TokenBatch]) -> None:
         """Add the texts of one batch."""
@@ -77,6 +83,9 @@ class Counts:
         for tokens in batches:
             self.texts += len(tokens)
             self.tokens += tokens.num_tokens
+            if self.source_texts:
+                counts = np.bincount(tokens.fields[SOURCE], minlength=len(self.source_texts)).tolist()
+                self.source_texts = [before + new for before, new in zip(self.source_texts, counts, strict=True)]
             self.padded_tokens += len(tokens) * int(tokens.lengths.max(initial=0))
             if tokens.cut_tokens.any():
                 self.cut_texts += np.count_nonzero(tokens.cut_tokens)
@@ -97,7 +106,7 @@ class Parts:
         stream: the `TextStream` that is read; None for any other source.
         encoder: makes the vectors.
         tokenizer: for texts that are not tokenized yet.
-        text, pair, into, layout, prefetch, deterministic: as for `wrap`.
+        text, pair, mask, token_type_ids, into, layout, prefetch, deterministic: as for `wrap`.
         peers: the other ranks of a stream; None where there are none, or they need not end together.
         clocks, counts: what `stats` reports.
     """
@@ -108,6 +117,8 @@ class Parts:
     tokenizer: SupportsTokenize
     text: tuple[Field, ...] | None
     pair: Field | None
+    mask: tuple[Field, ...] | None
+    token_type_ids: tuple[Field, ...] | None
     into: tuple[Field, ...] | None
     layout: Layout | None
     prefetch: int | None
@@ -180,7 +191,14 @@ class Epoch:
         # point of the user's program whatever is prefetched.
         self._source.open()
 
-        texts = partial(texts_of, fields=parts.text, tokenizer=parts.tokenizer, pair=parts.pair)
+        texts = partial(
+            texts_of,
+            fields=parts.text,
+            tokenizer=parts.tokenizer,
+            pair=parts.pair,
+            mask=parts.mask,
+            token_type_ids=parts.token_type_ids,
+        )
         budget: GroupBudget[Entry] = GroupBudget(
             attrgetter("weight"), limit=self._group_limit(), by_the_clock=not parts.deterministic
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor
 
 from ..embeddings import Embeddings, Layout
-from ..errors import BertstreamError, ConfigError, described
+from ..encoding.texts import text_list
+from ..errors import BertstreamError, ConfigError, described, shortened, table_columns
+from ..paths import find, splits, trail
+from ..reading.tables import is_table
 from ..tokens import SupportsTokenize, TokenBatch, tokenize_batch
 
 Field: TypeAlias = str | int
-"""A part of a record or batch: a key, a position, or an attribute."""
+"""A part of a record or batch: a key, a position, an attribute, or a path of them such as "in.text"."""
 
 
 def as_fields(text: Field | Sequence[Field] | None, option: str = "text") -> tuple[Field, ...] | None:
@@ -45,40 +49,104 @@ def check_pair(pair: Field | None, fields: tuple[Field, ...] | None) -> None:
 
 
 def get_field(holder: Any, field: Field, option: str = "text") -> Any:
-    """The value at a key of a mapping, a position of a sequence, or an attribute of anything else.
+    """The value at a key of a mapping, a position of a sequence, an attribute of anything else, or a path of these.
 
     Args:
         holder: a record or batch.
-        field: which value.
+        field: which value; "in.text" is the field "text" of the field "in", unless a field itself is named so.
         option: the argument that named the field, for the message.
     Raises:
         ConfigError: there is no such field.
     """
     try:
-        if isinstance(holder, Mapping):
-            return holder[field]
-        if isinstance(field, int) and isinstance(holder, Sequence) and not isinstance(holder, str):
-            return holder[field]
-        if isinstance(field, str) and (hasattr(holder, "_fields") or not isinstance(holder, Sequence)):
-            return getattr(holder, field)
-    except (KeyError, IndexError, AttributeError):
-        pass
-    in_sequence = isinstance(holder, Sequence) and not isinstance(holder, str) and not hasattr(holder, "_fields")
-    way_out = f": its fields are positions, {option}=0 is the first" if isinstance(field, str) and in_sequence else ""
-    raise ConfigError(f"{option}={field!r} names nothing in {describe(holder)}{way_out}")
+        return find(holder, field, _part) if isinstance(field, str) else _part(holder, field)
+    except KeyError:
+        raise _missing(holder, field, option) from None
 
 
-def put_fields(holder: Any, values: Mapping[Any, Any]) -> Any:
+def way_to(holder: Any, field: Field, option: str = "text") -> tuple[Field, ...]:
+    """The fields that lead to a field, one a level; ConfigError as `get_field`."""
+    try:
+        if isinstance(field, str):
+            return tuple(step for step, _ in trail(holder, field, _part))
+        _part(holder, field)
+    except KeyError:
+        raise _missing(holder, field, option) from None
+    return (field,)
+
+
+def follow(holder: Any, way: Iterable[Field]) -> Any:
+    """What a way of `way_to` leads to."""
+    for step in way:
+        holder = _part(holder, step)
+    return holder
+
+
+def position(holder: Any, field: Field) -> Field:
+    """The field as `put_fields` and columns of records name it: in a tuple, list or namedtuple its position, from 0."""
+    if not _has_positions(holder):
+        return field
+    if field in getattr(holder, "_fields", ()):
+        return int(holder._fields.index(field))
+    return int(field) % len(holder)
+
+
+def _part(holder: Any, field: Field) -> Any:
+    """One level down; KeyError if there is nothing."""
+    named = getattr(holder, "_fields", None)
+    if isinstance(holder, Mapping):
+        if field in holder:  # a defaultdict would make it
+            return holder[field]
+    elif isinstance(field, str) and (field in named if named is not None else not _has_positions(holder)):
+        found = getattr(holder, field, _NOTHING)
+        if found is not _NOTHING:
+            return found
+    elif _has_positions(holder) and (isinstance(field, int) or field.isdecimal()):
+        with suppress(IndexError):
+            return holder[int(field)]
+    raise KeyError(field)
+
+
+_NOTHING = object()
+
+
+def _has_positions(holder: Any) -> bool:
+    return isinstance(holder, Sequence) and not isinstance(holder, str)
+
+
+def _missing(holder: Any, field: Field, option: str) -> ConfigError:
+    """The error for a field that is not there: what is, as far as the path leads."""
+    prefix = ""
+    for head, rest in splits(field) if isinstance(field, str) else ():
+        if rest:
+            with suppress(KeyError):
+                holder, prefix = find(holder, head, _part), head
+                break
+    named = isinstance(field, str) and _has_positions(holder) and not hasattr(holder, "_fields")
+    first = repr(f"{prefix}.0") if prefix else "0"
+    way_out = f": its fields are positions, {option}={first} is the first" if named else ""
+    if prefix:
+        return ConfigError(f"{option}={field!r} names nothing: {prefix!r} is {describe(holder)}{way_out}")
+    return ConfigError(f"{option}={field!r} names nothing in {describe(holder)}{way_out}")
+
+
+def put_fields(holder: Any, values: Mapping[Any, Any], way: Sequence[Field] = ()) -> Any:
     """A shallow copy of the same type with these values in these fields; the holder is unchanged.
 
+    Args:
+        holder: a record or batch.
+        values: by field.
+        way: of `way_to`, to the holder within it that has these fields; those on the way are copied likewise.
     Raises:
         ConfigError: the fields of such a holder cannot be set.
     """
+    if way:
+        values = {way[0]: put_fields(_part(holder, way[0]), values, way[1:])}
+    values = {position(holder, field): value for field, value in values.items()}
     if hasattr(holder, "_fields"):  # a namedtuple
-        names = holder._fields
-        return holder._replace(**{names[f] if isinstance(f, int) else f: value for f, value in values.items()})
+        return holder._replace(**{holder._fields[field]: value for field, value in values.items()})
     if isinstance(holder, tuple):
-        return type(holder)(values.get(i, values.get(i - len(holder), part)) for i, part in enumerate(holder))
+        return type(holder)(values.get(i, part) for i, part in enumerate(holder))
     try:
         if isinstance(holder, Mapping) and not isinstance(holder, MutableMapping):
             # A mappingproxy and frozen dicts are made of a dict.
@@ -107,7 +175,13 @@ def as_tensors(column: Any) -> Any:
 
 
 def texts_of(
-    batch: Any, fields: tuple[Field, ...] | None, tokenizer: SupportsTokenize, pair: Field | None = None
+    batch: Any,
+    fields: tuple[Field, ...] | None,
+    tokenizer: SupportsTokenize,
+    pair: Field | None = None,
+    *,
+    mask: tuple[Field, ...] | None = None,
+    token_type_ids: tuple[Field, ...] | None = None,
 ) -> dict[Field | None, TokenBatch]:
     """The texts in these fields of the user's batch, as tokens.
 
@@ -118,6 +192,8 @@ def texts_of(
         fields: of the texts; None if the batch is the texts.
         tokenizer: for texts that are not tokens yet.
         pair: the field of the second texts, which form pairs with those in the one field of `fields`.
+        mask, token_type_ids: for each of `fields`, which then hold padded ids, the fields of their masks and segment
+            ids; None for those of the usual names in the same dict.
     Returns:
         Tokens by field; by None if the batch is the texts.
     Raises:
@@ -133,8 +209,13 @@ def texts_of(
                 f"pair={pair!r}: the batches are tokenized already, give it to TokenCollate or TextStream"
             )
         return {None: batch}
+    if is_table(batch):
+        raise ConfigError(
+            f"a batch is a {type(batch).__name__} with the columns {shortened(table_columns(batch))}, where vectors "
+            "cannot be put: yield dicts of columns, as in df.to_dict('list')"
+        )
     out = {}
-    for field in fields or (None,):
+    for i, field in enumerate(fields or (None,)):
         texts = batch if field is None else get_field(batch, field)
         if isinstance(texts, BertstreamError):  # from a `TokenCollate` within the user's own collate_fn
             raise texts
@@ -143,7 +224,18 @@ def texts_of(
                 tokenizer, _paired(texts, get_field(batch, pair, "pair"), field, pair), keep_text=True
             )
             continue
-        out[field] = texts if isinstance(texts, TokenBatch) else _tokenized(texts, field, batch, tokenizer)
+        beside = {
+            name: (named[i], get_field(batch, named[i], option))
+            for name, option, named in (
+                ("attention_mask", "mask", mask),
+                ("token_type_ids", "token_type_ids", token_type_ids),
+            )
+            if named is not None
+        }
+        if isinstance(texts, TokenBatch) and not beside:
+            out[field] = texts
+        else:
+            out[field] = _tokenized(texts, field, batch, tokenizer, beside)
     return out
 
 
@@ -155,40 +247,60 @@ def with_vectors(
     into: tuple[Field, ...] | None,
     layout: Layout | None,
 ) -> Any:
-    """The batch with vectors in place of its texts, or at `into`; a `TokenBatch` becomes a dict of its fields.
+    """The batch with vectors in place of its texts, or at `into` beside them; a `TokenBatch` becomes a dict.
 
     Args:
         batch: the user's, unchanged by this.
         embeddings: by the field of the texts, as `texts_of` names it.
         text, into, layout: as for `wrap`.
     Raises:
-        ConfigError: `into` is given and the batch is no dict, or another field already has the name.
+        ConfigError: `into` is given and the texts are in no dict, or another field already has the name.
     """
-    vectors: dict[Any, Any] = {
-        field: found if layout is None or isinstance(found, TokenBatch) else found.as_layout(layout)
-        for field, found in embeddings.items()
-    }
+    vectors: list[Any] = [
+        found if layout is None or isinstance(found, TokenBatch) else found.as_layout(layout)
+        for found in embeddings.values()
+    ]
     if isinstance(batch, TokenBatch):
         if not batch.fields:
-            return vectors[None]
-        vectors = {(text or ("text",))[0]: vectors[None]}
+            return vectors[0]
+        ways: list[tuple[Field, ...]] = [(text or ("text",))[:1]]
         batch = {name: as_tensors(column) for name, column in batch.fields.items()}
     elif text is None:
-        return vectors[None]
-    if into is not None:
-        vectors = dict(zip(into, vectors.values(), strict=True))
-        if not isinstance(batch, Mapping):
-            raise ConfigError(f"into={into!r} needs batches that are dicts; this is a {type(batch).__name__}")
-        _check_new(into, batch, text, f"into={into!r}")
-    if isinstance(batch, Mapping) and layout == "padded":
-        masks = {f"{name}_mask": value[1] for name, value in vectors.items() if isinstance(value, tuple)}
-        _check_new(masks, batch, text, "layout='padded'")
-        vectors = {name: value[0] if isinstance(value, tuple) else value for name, value in vectors.items()} | masks
-    return put_fields(batch, vectors)
+        return vectors[0]
+    else:
+        ways = [way_to(batch, field) for field in text]
+    for place in dict.fromkeys(way[:-1] for way in ways):
+        here = [i for i, way in enumerate(ways) if way[:-1] == place]
+        texts = [ways[i][-1] for i in here]
+        names = texts if into is None else [into[i] for i in here]
+        found = dict(zip(names, (vectors[i] for i in here), strict=True))
+        holder = follow(batch, place)
+        if into is not None:
+            _check_into(into, names, holder, place)
+            _check_new(found, holder, texts, f"into={into!r}")
+        if isinstance(holder, Mapping) and layout == "padded":
+            masks: dict[Any, Any] = {
+                f"{name}_mask": value[1] for name, value in found.items() if isinstance(value, tuple)
+            }
+            _check_new(masks, holder, texts, "layout='padded'")
+            found = {name: value[0] if isinstance(value, tuple) else value for name, value in found.items()} | masks
+        batch = put_fields(batch, found, place)
+    return batch
 
 
-def _check_new(names: Iterable[Any], batch: Mapping[Any, Any], text: tuple[Field, ...] | None, option: str) -> None:
-    taken = [name for name in names if name in batch and name not in (text or ())]
+def _check_into(into: tuple[Field, ...], names: Sequence[Field], holder: Any, place: tuple[Field, ...]) -> None:
+    path = ".".join(map(str, place))
+    if not isinstance(holder, Mapping):
+        seen = f"this is a {type(holder).__name__}" if not place else f"{path!r} is {describe(holder)}"
+        raise ConfigError(f"into={into!r} needs batches that are dicts; {seen}")
+    for name in names:
+        if place and str(name).startswith(f"{path}."):
+            key = str(name)[len(path) + 1 :]
+            raise ConfigError(f"into={name!r}: the vectors go beside the text, into {path!r}: write into={key!r}")
+
+
+def _check_new(names: Iterable[Any], batch: Mapping[Any, Any], texts: Sequence[Field], option: str) -> None:
+    taken = [name for name in names if name in batch and name not in texts]
     if taken:
         raise ConfigError(f"{option} would overwrite the batch's own {taken[0]!r}: choose another into=")
 
@@ -208,40 +320,71 @@ def describe(holder: Any) -> str:
 
 
 def _paired(first: Any, second: Any, field: Field | None, pair: Field) -> list[tuple[Any, Any]]:
+    parts = []
     for where, texts in ((f"text={field!r}", first), (f"pair={pair!r}", second)):
         if isinstance(texts, TokenBatch):
             raise ConfigError(f"{where} is tokenized already: give pair= to TokenCollate instead")
-        _check_texts(texts, where)
-    if len(first) != len(second):
-        raise ConfigError(f"text={field!r} holds {len(first)} texts, pair={pair!r} {len(second)}")
-    return list(zip(first, second, strict=True))
+        parts.append(_checked_texts(texts, where))
+    if len(parts[0]) != len(parts[1]):
+        raise ConfigError(f"text={field!r} holds {len(parts[0])} texts, pair={pair!r} {len(parts[1])}")
+    return list(zip(*parts, strict=True))
 
 
-def _tokenized(texts: Any, field: Field | None, batch: Any, tokenizer: SupportsTokenize) -> TokenBatch:
+def _tokenized(
+    texts: Any, field: Field | None, batch: Any, tokenizer: SupportsTokenize, beside: Mapping[str, tuple[Field, Any]]
+) -> TokenBatch:
     where = "the batch" if field is None else f"text={field!r}"
-    if isinstance(texts, Tensor) and not (isinstance(batch, Mapping) and "attention_mask" in batch):
-        raise ConfigError(f"{where} is a tensor: padded ids need their attention_mask in the same dict")
-    if isinstance(texts, Tensor):
-        return TokenBatch.from_padded(texts, batch["attention_mask"], batch.get("token_type_ids"))
+    ids = as_tensors(texts) if isinstance(texts, np.ndarray) else texts
+    if isinstance(ids, Tensor) and field is not None:
+        return _from_padded(ids, where, follow(batch, way_to(batch, field)[:-1]), beside)
+    if beside:
+        (named, _), kind = next(iter(beside.values())), type(texts).__name__
+        raise ConfigError(f"{where} is a {kind}: the field {named!r} is for padded ids, a tensor [B, T]")
     if isinstance(texts, Mapping) and field is None:
         raise ConfigError(f"a batch is a {type(texts).__name__}: name its texts with text=, one of {list(texts)}")
     bare = field is None and isinstance(texts, (list, tuple))
     if bare and any(isinstance(entry, (Tensor, np.ndarray)) for entry in texts):
         raise ConfigError(f"the batch is {describe(batch)}, one entry per field: say where the texts are, with text=0")
-    _check_texts(texts, where)
-    return tokenize_batch(tokenizer, texts, keep_text=True)
+    return tokenize_batch(tokenizer, _checked_texts(texts, where), keep_text=True)
 
 
-def _check_texts(texts: Any, where: str) -> None:
-    if not isinstance(texts, Sequence) or isinstance(texts, str):
+def _from_padded(ids: Tensor, where: str, holder: Any, beside: Mapping[str, tuple[Field, Any]]) -> TokenBatch:
+    """Padded ids with the mask and segment ids that were named, or are in the same dict under their usual names."""
+    usual = ("attention_mask", "token_type_ids")
+    parts = {name: holder[name] for name in usual if isinstance(holder, Mapping) and name in holder}
+    parts |= {name: as_tensors(value) for name, (_, value) in beside.items()}
+    mask = parts.get("attention_mask")
+    if mask is None:
+        raise ConfigError(
+            f"{where} is a tensor: padded ids need their attention_mask in the same dict, or its field named, as in "
+            "wrap(loader, encoder, text=0, mask=1)"
+        )
+    if ids.is_floating_point():
+        raise ConfigError(f"{where} holds {ids.dtype}, no ids of tokens: padded ids are integers [B, T]")
+    if isinstance(mask, Tensor) and bool((mask < 0).any()):
+        raise ConfigError(
+            f"the mask of {where} has {float(mask.min()):g} where nothing is to be added: pass one that is 1 where a "
+            "token is real and 0 for padding"
+        )
+    return TokenBatch.from_padded(ids, mask, parts.get("token_type_ids"))
+
+
+def _checked_texts(texts: Any, where: str) -> Sequence[Any]:
+    """A batch of texts as a list, whatever array or column it comes in."""
+    try:
+        listed = text_list(texts)
+    except ConfigError as error:
         kind = type(texts).__name__
-        raise ConfigError(f"{where} is a {kind}: a batch of texts is a list of strings or of lists of words")
-    if any(isinstance(entry, tuple) for entry in texts):
+        raise ConfigError(
+            f"{where} is a {kind}: a batch of texts is a list of strings or of lists of words, or such a column"
+        ) from error
+    if any(isinstance(entry, tuple) for entry in listed):
         raise ConfigError(
             f"{where} holds tuples: torch's default collate transposes lists, which puts the first words of all texts "
             "together. Give the DataLoader collate_fn=bertstream.TokenCollate(encoder, text=...), which also takes "
             "pairs of texts as tuples; for several texts per record, write a collate_fn that joins them into one list"
         )
+    return listed
 
 
 def _as_tensor(value: Any) -> Any:

@@ -84,30 +84,19 @@ class BadRecords:
             )
 
     def check_some_were_good(self) -> None:
-        """At the end of an epoch, refuse one without a good record; one whose records were all dropped is only logged.
+        """At the end of an epoch, refuse one without a good record.
 
         Raises:
             ShardError: every record was skipped: no fraction of nothing is exceeded, and the epoch would be empty.
         """
         if self.first and self.read == self.records:
             raise ShardError("every record of the epoch was broken: " + "; ".join(self.first))
-        if self.dropped and self.read == self.records + self.dropped:
-            logger.warning(
-                "keep=, map= or drop_last= dropped all of the epoch's records, %d: it has no batch", self.dropped
-            )
 
     def to_json(self) -> dict[str, Any]:
         """This epoch's counts, which do not change with later ones."""
-        dropped = (
-            {"dropped": self.dropped} if self.dropped else {}
-        )  # so that states are as before there was such a count
-        return {
-            "read": self.read,
-            "records": self.records,
-            "given_up": [*self.given_up],
-            "first": [*self.first],
-            **dropped,
-        }
+        counts = {"read": self.read, "records": self.records, "given_up": [*self.given_up], "first": [*self.first]}
+        # Without it, states are as before there was this count.
+        return counts | ({"dropped": self.dropped} if self.dropped else {})
 
     def load(self, counts: dict[str, Any]) -> None:
         """Continue from `to_json`'s counts."""

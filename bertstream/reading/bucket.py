@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..tokens import Indices, Record, TokenBatch
+from ..errors import shortened
+from ..tokens import Indices, Record, TokenBatch, TokenizedText
 
 # What torch's default collate makes of Python's numbers.
 _DTYPES: dict[type, type] = {bool: np.bool_, int: np.int64, float: np.float64}
@@ -50,21 +51,44 @@ def cut_bucket(
     return batches
 
 
-def add_fields(batch: TokenBatch, records: Sequence[Record], *, keep_text_as: str | None) -> None:
+def add_fields(
+    batch: TokenBatch, records: Sequence[Record], *, keep_text_as: str | None, with_place: bool = True
+) -> None:
     """Put the records' fields into their batch as columns, with `__key__`, `__shard__` and `__index__`.
 
     Args:
         batch: changed in place.
         records: one a text.
         keep_text_as: the field under which the raw texts stay in the batch; None drops them.
+        with_place: whether to add these three; False if those that are wanted are among the records' fields.
     """
     names = dict.fromkeys(name for record in records for name in record.fields)
     batch.fields = {name: stack_column([record.fields.get(name) for record in records]) for name in names}
     if keep_text_as is not None:
-        batch.texts = batch.fields[keep_text_as] = [record.text for record in records]
-    batch.fields["__key__"] = [record.key for record in records]
-    batch.fields["__shard__"] = [record.shard for record in records]
-    batch.fields["__index__"] = np.array([record.index for record in records], np.int64)
+        texts = [record.text for record in records if not isinstance(record.text, TokenizedText)]
+        if len(texts) == len(records):  # ids have no characters
+            batch.texts = batch.fields[keep_text_as] = texts
+        else:
+            kept = (record.text for record in records)
+            batch.fields[keep_text_as] = [text.input_ids if isinstance(text, TokenizedText) else text for text in kept]
+    if with_place:
+        batch.fields["__key__"] = [record.key for record in records]
+        batch.fields["__shard__"] = [record.shard for record in records]
+        batch.fields["__index__"] = np.array([record.index for record in records], np.int64)
+
+
+class Strings(list[str]):
+    """A field of strings, which says in a loss that labels have to be numbers."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """TypeError that says how strings become numbers: torch's own says that it wants a tensor."""
+        strings = next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, cls))
+        name = getattr(function, "__name__", str(function))
+        raise TypeError(
+            f"torch's {name}() takes tensors, and was given strings, {shortened([*strings])}: where they are labels, "
+            'list them, as in stream(..., fields={"label": ["ham", "spam"]}), and they become numbers'
+        )
 
 
 def stack_column(values: list[Any]) -> Any:
@@ -82,7 +106,7 @@ def stack_column(values: list[Any]) -> Any:
             return [np.array(value, dtype) if isinstance(value, list) else value for value in values]
     except OverflowError:  # an integer beyond 64 bits stays what it is
         pass
-    return values
+    return Strings(values) if all(isinstance(value, str) for value in values) else values
 
 
 def _number_dtype(values: list[Any]) -> np.dtype[Any] | None:

@@ -19,16 +19,16 @@ from ..system.process import collect_garbage_rarely, exit_with_parent
 from ..tokens import SupportsTokenize, TokenBatch
 from .access import DEFAULT_ACCESS
 from .bad_records import BadRecords
-from .batch_counts import BatchCounts
 from .config import StreamConfig
+from .counts import Counts
 from .delimited import first_rows_decide, reads_unquoted
 from .functions import Keep, Map, name_of
 from .lane_batches import LaneBatches, LaneEnd
-from .layout import Layout, lay_out
-from .options import Fields, ReadOptions
-from .pieces import count_records
-from .rows import find_rows, name_of_rows
-from .shards import Piece, expand_shards
+from .layout import Layout, lay_out, lay_out_mixture
+from .mixture import Mixture, open_sources
+from .options import RESERVED, SOURCE, Fields, ReadOptions
+from .records import begins_with_ids
+from .shards import Piece
 from .state import Queues, StreamProgress, layout_ranks_of
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _ROWS_OF_0_1_0 = {
 """How version 0.1.0 read rows. A state holds only what differs, so that the states of then fit."""
 _DEFAULTS = {"drop_last": False, **_ROWS_OF_0_1_0}
 
-Shards: TypeAlias = Any  # paths and URLs, str or PathLike, one or several; or a dataset of rows
+Shards: TypeAlias = Any  # paths and URLs, str or PathLike, one or several; or a dataset of rows; or a `Mixture`
 StreamItem: TypeAlias = TokenBatch | LaneEnd | BertstreamError
 Start: TypeAlias = list[Cursor | None]
 """The cursors from which one process reads its lanes in turn; None for a lane that it only pads its rounds with."""
@@ -63,9 +63,10 @@ class TextStream(IterableDataset[TokenBatch]):
     seed, the epoch and the number of ranks, never on the number of workers.
 
     Args:
-        shards: paths or URLs, with braces and globs, or a list of them, or a dataset of rows; see `bertstream.stream`.
+        shards: paths or URLs, with braces and globs, or a list of them, or a dataset of rows, or a `Mixture`; see
+            `bertstream.stream`.
         encoder: anything with the tokenizer to use; the model itself is neither kept nor sent to workers.
-        text: the field that holds the text, a string or a list of words.
+        text: the field that holds the text: a string, a list of words, or a list of token ids.
         pair: the field that holds the second text, where a record is a pair of texts.
         batch_size: texts in a batch; 32 if neither this nor `max_tokens` is given.
         max_tokens: real tokens in a batch at most, special tokens included and padding not. A longer text is a batch of
@@ -117,12 +118,24 @@ class TextStream(IterableDataset[TokenBatch]):
         self.shuffle = shuffle
         self._seed = seed
         self._reading = reading = reading or StreamConfig()
-        rows = find_rows(shards)
-        self._options = ReadOptions(text=text, pair=pair, fields=fields, keep=keep, map=map, access=reading, rows=rows)
+        self.mixture = shards if isinstance(shards, Mixture) else None
+        options = ReadOptions(
+            text=text,
+            pair=pair,
+            fields=fields,
+            keep=keep,
+            map=map,
+            access=reading,
+            reserved=RESERVED if self.mixture is None else (*RESERVED, SOURCE),
+            tokenizer=getattr(encoder.tokenizer, "ids_identity", None),
+        )
+        self._sources = open_sources(shards, reading)
+        rows = None if self.mixture is not None else self._sources[0][1]
+        self._options = replace(options, rows=rows)
         self.text = text
         self.uneven, self.rank_timeout_s = reading.uneven, reading.rank_timeout_s
-        self.shards = [name_of_rows(rows)] if rows is not None else expand_shards(shards, reading)
-        if repeated := [path for path, times in Counter(self.shards).items() if times > 1]:
+        self.shards = [name for names, _ in self._sources for name in names]
+        if repeated := [path for names, _ in self._sources for path, times in Counter(names).items() if times > 1]:
             logger.warning(
                 "%d shards are named more than once and are read as many times: %s", len(repeated), repeated[0]
             )
@@ -134,10 +147,12 @@ class TextStream(IterableDataset[TokenBatch]):
             if self.uneven != "leave" or self.world_size > layout.lanes:
                 raise ConfigError(refusal)
             logger.warning("some ranks have no data: %s", refusal)
-        if not getattr(encoder.tokenizer, "takes_texts", True):
+        if not getattr(encoder.tokenizer, "takes_texts", True) and not begins_with_ids(
+            layout.pieces[0][0], self._options
+        ):
             raise ConfigError(
                 f"text={text!r}: the encoder has no tokenizer and takes ids alone; make it with its model's tokenizer, "
-                "Encoder(model, tokenizer)"
+                "Encoder(model, tokenizer), or name a field of ids, such as 'input_ids'"
             )
         self._batches = LaneBatches(
             tokenizer=encoder.tokenizer,
@@ -150,10 +165,11 @@ class TextStream(IterableDataset[TokenBatch]):
             num_lanes=self.num_lanes,
             open_shards=self.open_shards,
             keep_text_as=keep_text_as,
+            mixing=None if self.mixture is None else self.mixture.mixing(options, self._sources),
         )
         self.progress = StreamProgress(layout, self.rank, self.world_size, BadRecords(reading.max_bad_records))
         self._loaded_in_worker = False
-        self._counts = BatchCounts()
+        self._counts = Counts()
 
     def __repr__(self) -> str:
         cut = self._batches
@@ -169,8 +185,11 @@ class TextStream(IterableDataset[TokenBatch]):
         return self._settings_in(self.progress.layout)
 
     def _settings_in(self, layout: Layout) -> dict[str, Any]:
+        mixture = self.mixture
+        mixed = {} if mixture is None else {"weights": [*mixture.weights], "stopping": mixture.stopping}
         return {
-            "shuffle": self.shuffle,  # causes first: the first difference is the one that is reported
+            **mixed,  # causes first: the first difference is the one that is reported
+            "shuffle": self.shuffle,
             "seed": self._seed,
             "lanes": layout.lanes,
             "open_shards": layout.open_shards,
@@ -194,10 +213,14 @@ class TextStream(IterableDataset[TokenBatch]):
     def _format_settings(self) -> dict[str, str]:
         """How rows are read, where that is not as in version 0.1.0, whose states have no such entries."""
         options = {option: str(getattr(self._reading, option)) for option in _ROWS_OF_0_1_0}
-        shards = self.shards if self._options.rows is None else ()
-        if options["quoting"] == "auto" and not any(first_rows_decide(path, self._reading) for path in shards):
+        if options["quoting"] == "auto" and not any(first_rows_decide(path, self._reading) for path in self._files):
             options["quoting"] = "standard"
         return {option: value for option, value in options.items() if value != _ROWS_OF_0_1_0[option]}
+
+    @property
+    def _files(self) -> list[str]:
+        """The shards that are no datasets of rows."""
+        return [path for paths, rows in self._sources if rows is None for path in paths]
 
     @cached_property
     def _tokenizer_digest(self) -> str:
@@ -257,7 +280,7 @@ class TextStream(IterableDataset[TokenBatch]):
             if (
                 settings["quoting"] == "auto" and "quoting" not in saved
             ):  # of version 0.1.0: does it read the same rows?
-                unquoted = any(reads_unquoted(path, self._reading) for path in self.shards)
+                unquoted = any(reads_unquoted(path, self._reading) for path in self._files)
                 settings["quoting"] = "auto" if unquoted else "standard"
             state = state | {"settings": _DEFAULTS | saved}
         load = self.progress.loading(state, settings, layout)
@@ -274,19 +297,12 @@ class TextStream(IterableDataset[TokenBatch]):
         """Records of an epoch, broken ones included, where counting is much faster than reading; else None.
 
         That is for one rank, and Parquet shards, uncompressed files on a local disk, or rows that have a length;
-        without `keep=` and `map=`, which may drop any number.
+        without `keep=` and `map=`, which may drop any number; not for a mixture.
         """
-        if self.world_size > 1 or self._options.keep is not None or self._options.map is not None:
+        unknown = self.mixture is not None or self._options.keep is not None or self._options.map is not None
+        if self.world_size > 1 or unknown:
             return None
-        if (rows := self._options.rows) is not None:
-            return len(rows) if hasattr(rows, "__len__") else None
-        total = 0
-        for path in self.shards:
-            count = count_records(path, self._options)
-            if count is None:
-                return None
-            total += count
-        return total
+        return self._counts.records(self.shards, self._options)
 
     def count_batches(self) -> int:
         """Batches of the epoch on this rank, with those that it repeats while others have more; nothing is parsed.
@@ -305,13 +321,10 @@ class TextStream(IterableDataset[TokenBatch]):
         return self._count(self.progress.next_layout, self.progress.start()) if self._counts.were_asked else None
 
     def _count(self, layout: Layout, queues: Queues) -> int:
-        together = self.uneven != "leave" and can_talk()
-        dealt, batches = self._dealt(layout, self.epoch), self._lane_batches(layout)
-        counts = [
-            self._counts.of(batches, layout, dealt, queue or ())
-            for rank, queue in enumerate(queues)
-            if together or rank == self.rank
-        ]
+        if self.uneven == "leave" or not can_talk():
+            queues = [queues[self.rank]]
+        dealt = self._dealt(layout, self.epoch)
+        counts = self._counts.batches(self._lane_batches(layout), layout, dealt, queues)
         return min(counts) if self.uneven == "stop" else max(counts)
 
     def any_batch(self) -> TokenBatch | None:
@@ -396,6 +409,8 @@ class TextStream(IterableDataset[TokenBatch]):
                     lane.close()
 
     def _laid_out_for(self, ranks: int) -> Layout:
+        if self.mixture is not None:
+            return lay_out_mixture(self._sources, self._reading, shuffle=self.shuffle, ranks=ranks)
         return lay_out(self.shards, self._options.rows, self._reading, shuffle=self.shuffle, ranks=ranks)
 
     def _say_if_without_data(self) -> None:

@@ -62,7 +62,7 @@ class NumberOf:
     """Turns names into their numbers, counted from 0; of a list of names, each.
 
     Args:
-        names: each another.
+        names: all different.
         field: whose values they are, for messages.
     Raises:
         ConfigError: they are no strings, none at all, or one comes twice.

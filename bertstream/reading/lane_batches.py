@@ -11,12 +11,14 @@ import numpy as np
 
 from ..cursors import Cursor
 from ..errors import BertstreamError, EncoderError, ShardError
-from ..tokens import Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch, tokenize_batch
+from ..tokens import Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch, TokenizedText
 from .bucket import add_fields, cut_bucket
 from .config import StreamConfig
 from .lanes import LaneReader
+from .mixture import Mixing, MixtureReader
 from .options import ReadOptions
 from .shards import Piece
+from .token_ids import tokens_of
 
 # Texts per call of the tokenizer: enough to use its threads, few enough that the first batch comes soon.
 _TOKENIZE_CHUNK = 256
@@ -54,6 +56,7 @@ class LaneBatches:
         num_lanes: of the stream.
         open_shards: pieces that a lane reads in turn.
         keep_text_as: the field under which the raw text stays in the batch; None drops it.
+        mixing: how the sources of a mixture are mixed; None for a stream of one source.
     """
 
     tokenizer: SupportsTokenize
@@ -65,6 +68,7 @@ class LaneBatches:
     num_lanes: int
     open_shards: int
     keep_text_as: str | None
+    mixing: Mixing | None = None
     drop_last: bool = False
 
     def count(self, records: int, start: Cursor) -> int:
@@ -88,7 +92,7 @@ class LaneBatches:
     def _bucket_sizes(self, start: Cursor) -> tuple[int, int]:
         """How many records the bucket at a cursor holds when full, and each after it."""
         first = later = self.reading.bucket_size
-        if not (start.next_piece or start.open):
+        if not (start.next_piece or start.open or start.sources):
             # The first bucket of each lane has another size, or all lanes would refill in the same moment.
             first = max(1, later * (start.lane + 1) // self.num_lanes)
         if self.drop_last and self.batch_size is not None:
@@ -105,8 +109,7 @@ class LaneBatches:
             pieces: the lane's in this epoch, in order.
             start: where to begin.
         """
-        options = self.options if self.options.rows is None else replace(self.options, epoch=start.epoch)
-        reader = LaneReader(pieces, options, start, open_shards=self.open_shards, tolerant=self._tolerant)
+        reader = self._reader(pieces, start)
         size, later_size = self._bucket_sizes(start)
         bucket = _Bucket(start, size)
         if not start.batch:  # as for `read` below
@@ -150,6 +153,21 @@ class LaneBatches:
         finally:
             reader.close()
 
+    def _reader(self, pieces: Sequence[Piece], start: Cursor) -> LaneReader | MixtureReader:
+        open_shards, tolerant = self.open_shards, self._tolerant
+        if self.mixing is not None:
+            return MixtureReader(
+                pieces,
+                self.mixing,
+                start,
+                shuffle_seed=self.shuffle_seed,
+                num_lanes=self.num_lanes,
+                open_shards=open_shards,
+                tolerant=tolerant,
+            )
+        options = self.options if self.options.rows is None else replace(self.options, epoch=start.epoch)
+        return LaneReader(pieces, options, start, open_shards=open_shards, tolerant=tolerant)
+
     @property
     def _tolerant(self) -> bool:
         return self.reading.max_bad_records > 0
@@ -160,7 +178,7 @@ class LaneBatches:
         limit = self.reading.max_bad_records
         return limit if limit >= 1 else math.inf
 
-    def _fill(self, bucket: _Bucket, reader: LaneReader, count: int) -> None:
+    def _fill(self, bucket: _Bucket, reader: LaneReader | MixtureReader, count: int) -> None:
         """Read and tokenize until the bucket has `count` records; an error is kept until the bucket's turn."""
         try:
             while bucket.read < count and not bucket.at_end and bucket.error is None:
@@ -190,6 +208,7 @@ class LaneBatches:
         if self.shuffle_seed is not None:
             # Without byte offsets: the order is the same whether or not a shard can be sought.
             opened = [number for piece in start.open for number in (piece.piece, piece.records)]
+            opened += [place.drawn for place in start.sources]
             shuffle = np.random.default_rng((self.shuffle_seed, start.epoch, start.lane, start.next_piece, *opened))
         return cut_bucket(lengths, batch_size=self.batch_size, max_tokens=self.max_tokens, shuffle=shuffle)
 
@@ -202,7 +221,8 @@ class LaneBatches:
                 continue
             batch = tokens.pick(chosen)
             batch.drop_idle(may_be_idle)
-            add_fields(batch, [bucket.records[i] for i in chosen.tolist()], keep_text_as=self.keep_text_as)
+            records = [bucket.records[i] for i in chosen.tolist()]
+            add_fields(batch, records, keep_text_as=self.keep_text_as, with_place=not self.options.place)
             batch.cursor = bucket.end if number == len(batches) else replace(bucket.start, batch=number)
             yield batch
 
@@ -211,7 +231,7 @@ class LaneBatches:
         refused: list[ShardError] = []
         while records:
             try:
-                return records, [tokenize_batch(self.tokenizer, [record.text for record in records])], refused
+                return records, [tokens_of(self.tokenizer, [record.text for record in records])], refused
             except EncoderError as error:
                 if not error.records:
                     raise
@@ -262,6 +282,9 @@ class _Bucket:
         return TokenBatch.concat(chunks) if chunks else TokenBatch.from_texts([])
 
     def kinds(self) -> Iterator[tuple[type, ...]]:
-        """Of each record, whether its text is a string, a list of words, or a pair of either."""
-        texts = (record.text for record in self.records)
-        return ((type(text), type(text[0])) if isinstance(text, tuple) else (type(text),) for text in texts)
+        """Of each record, whether its text is a string, a list of words, a pair of either, or ids, and with what."""
+        for text in (record.text for record in self.records):
+            if isinstance(text, TokenizedText):
+                yield type(text), type(text.word_ids), type(text.token_type_ids)
+            else:
+                yield (type(text), type(text[0])) if isinstance(text, tuple) else (type(text),)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import ConfigError, counted
 from .config import StreamConfig
 from .files import shard_size
 from .pieces import split_shard
@@ -26,6 +27,10 @@ _LANE_BYTES = 4 << 20
 _OPEN_SHARDS, _OPEN_IN_ALL = 4, 64
 _ROW_BYTES = 256  # of a dataset that does not say how large its rows are
 _SHARED_BYTES = 64 << 20
+# Of a mixture: a lane that gets fewer bytes of a source might have no record of it.
+_SOURCE_BYTES = 4 << 10
+# Of a mixture: pieces open in all lanes, as many as a plain stream of 32 lanes has; and at most, whatever the weights.
+_OPEN_IN_MIXTURE, _MOST_OPEN = 128, 512
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Layout:
     Attributes:
         pieces: each with its size in bytes as stored; in rows, of a dataset.
         lanes: how many there are.
-        open_shards: how many pieces a lane reads in turn.
+        open_shards: how many pieces a lane reads in turn; in a mixture, of each source.
+        sources: of how many they are; more than 1 in a mixture only.
         ranks: the number of ranks that it was made for, where it depends on that; else 1.
     """
 
@@ -43,6 +49,7 @@ class Layout:
     lanes: int
     open_shards: int
     ranks: int = 1
+    sources: int = 1
 
     @cached_property
     def digest(self) -> str:
@@ -50,15 +57,17 @@ class Layout:
         pieces = [
             (re.split(r"[/\\]", piece.path)[-1], piece.start, piece.stop, size)
             + ((piece.share, piece.shares) if piece.shares > 1 else ())  # as before there were shares
+            + ((piece.source,) if self.sources > 1 else ())
             for piece, size in self.pieces
         ]
         digest = hashlib.sha256(repr(pieces).encode()).hexdigest()[:16]
         return f"{len({piece.path for piece, _ in self.pieces})} by the digest {digest}"
 
     def deal(self, seed: int | None, epoch: int) -> list[list[Piece]]:
-        """The pieces by lane, each dealt to the lane with the fewest bytes so far.
+        """The pieces by lane, each dealt to the lane with the fewest bytes so far, of its source.
 
-        Shares of a piece are dealt to the lanes of the rank of that number, so no rank reads a piece twice.
+        Shares of a piece are dealt to the lanes of the rank of that number, so no rank reads a piece twice; those
+        of a mixture to the lane that each is for.
 
         Args:
             seed: of the shuffle; None does not shuffle.
@@ -68,12 +77,15 @@ class Layout:
         if seed is not None:
             order = np.random.default_rng((seed, epoch)).permutation(len(self.pieces)).tolist()
         dealt: list[list[Piece]] = [[] for _ in range(self.lanes)]
-        loads = [0] * self.lanes
+        loads = [[0] * self.lanes for _ in range(self.sources)]
         for i in order:
             piece, size = self.pieces[i]
-            lane = min(range(piece.share, self.lanes, piece.shares), key=loads.__getitem__)
+            load = loads[piece.source]
+            lane = piece.lane
+            if lane is None:
+                lane = min(range(piece.share, self.lanes, piece.shares), key=load.__getitem__)
             dealt[lane].append(piece)
-            loads[lane] += max(1, size)
+            load[lane] += max(1, size)
         return dealt
 
     def refusal(self, ranks: int, *, is_rows: bool) -> str | None:
@@ -132,6 +144,91 @@ def lay_out(shards: Sequence[str], rows: Any, reading: StreamConfig, *, shuffle:
         for number in range(ranks)
     ]
     return replace(layout, pieces=shared, ranks=ranks)
+
+
+def lay_out_mixture(
+    sources: Sequence[tuple[Sequence[str], Any]], reading: StreamConfig, *, shuffle: bool, ranks: int
+) -> Layout:
+    """Cut the sources of a mixture into pieces for lanes that each have a share of every source.
+
+    A source of fewer pieces than lanes is shared out record by record if it is small. Otherwise there are fewer lanes.
+
+    Args:
+        sources: of each its shards and None, or its name and its dataset.
+        reading, shuffle, ranks: as for `lay_out`.
+    Raises:
+        ConfigError: a source cannot be shared among as many ranks, or lanes where their number is given.
+        ShardError: a shard is missing or cannot be read.
+    """
+    sizes = [_stored(shards, rows, reading) for shards, rows in sources]
+    most = min(_MOST_LANES, _MOST_OPEN // len(sources), *(lanes for _, lanes in sizes))
+    by_size = max(1, min(most, sum(size for size, _ in sizes) // _LANE_BYTES))
+    lanes = reading.lanes or max(by_size, ranks)
+
+    def open_in(lanes: int) -> int:
+        return reading.open_shards or (max(1, _OPEN_IN_MIXTURE // (lanes * len(sources))) if shuffle else 1)
+
+    cutting = replace(reading, lanes=lanes, open_shards=open_in(lanes))
+    cut = [_cut(shards, rows, cutting, shuffle=shuffle, ranks=ranks).pieces for shards, rows in sources]
+    depends = reading.lanes is None and lanes > by_size
+    if reading.lanes is None:
+        uncut = [
+            len(pieces) for pieces, (_, rows) in zip(cut, sources, strict=True) if not _may_be_shared(pieces, rows)
+        ]
+        lanes = max(ranks, min(lanes, *uncut)) if uncut else lanes
+    pieces: list[tuple[Piece, int]] = []
+    for number, (own, (shards, rows)) in enumerate(zip(cut, sources, strict=True)):
+        if len(own) < lanes and not _may_be_shared(own, rows):
+            raise ConfigError(_refused_source(number, shards[0], rows, len(own), lanes, ranks))
+        for i, (piece, size) in enumerate(own):
+            piece = replace(piece, source=number)
+            if len(own) >= lanes:
+                pieces.append((piece, size))
+                continue
+            # Turned from piece to piece: the records of many small shards would all be in the first lanes.
+            turned = i * lanes // len(own)
+            pieces += [
+                (replace(piece, share=(lane - turned) % lanes, shares=lanes, lane=lane), max(1, size // lanes))
+                for lane in range(lanes)
+            ]
+    return Layout(pieces, lanes, open_in(lanes), ranks=ranks if depends else 1, sources=len(sources))
+
+
+def _stored(shards: Sequence[str], rows: Any, reading: StreamConfig) -> tuple[int, int]:
+    """About how many bytes a source of a mixture has, and how many lanes can each have a share of it."""
+    if rows is not None:
+        if hasattr(rows, "__len__"):
+            return len(rows) * _ROW_BYTES, len(rows)
+        return rows.num_shards * _LANE_BYTES, rows.num_shards
+    if len(shards) >= _MOST_LANES:  # enough for each lane; asking a server for thousands of sizes would take long
+        return _MOST_LANES * _LANE_BYTES, _MOST_LANES
+    sizes = [shard_size(path, reading) for path in shards]
+    return sum(sizes), sum(sizes) // _SOURCE_BYTES if all(sizes) else _MOST_LANES
+
+
+def _may_be_shared(pieces: Sequence[tuple[Piece, int]], rows: Any) -> bool:
+    """Whether lanes may each read all of a source for every n-th record of it."""
+    sizes = [size for _, size in pieces]
+    return rows is None and all(sizes) and sum(sizes) <= _SHARED_BYTES
+
+
+def _refused_source(number: int, name: str, rows: Any, count: int, lanes: int, ranks: int) -> str:
+    what = "piece" if rows is None else "row" if hasattr(rows, "__len__") else "shard"
+    if ranks > count:
+        way = {
+            "piece": f"write it to at least {ranks} shards (tools/make_shards.py), uncompressed, or as Parquet with a "
+            f"smaller row_group_size (only up to {_SHARED_BYTES >> 20} MiB are shared out record by record)",
+            "row": "give it more rows",
+            "shard": f"give it as many, as in to_iterable_dataset(num_shards={ranks})",
+        }[what]
+        return (
+            f"source {number} of the mixture, {name}, has {counted(count, what)} for {ranks} ranks, each of which "
+            f"takes a share of every source: {way}, or use fewer ranks"
+        )
+    return (
+        f"source {number} of the mixture, {name}, has {counted(count, what)} for {lanes} lanes, each of which takes a "
+        f"share of every source: write reading=StreamConfig(lanes={max(1, count)}), or leave lanes out"
+    )
 
 
 def _cut(shards: Sequence[str], rows: Any, reading: StreamConfig, *, shuffle: bool, ranks: int) -> Layout:

@@ -19,13 +19,13 @@ names the format, also in a comment: `pipe:zcat a.gz # .tar`.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import BinaryIO, TypeAlias
 
 from ..errors import ConfigError, ShardError, check_at_least, described
-from ..tokens import Record
+from ..tokens import Record, TokenizedText
 from .access import is_local
 from .delimited import DELIMITERS, read_csv
 from .faults import outside_fault
@@ -103,8 +103,9 @@ def read_records(
                     break
                 end = index + raw.records
                 if end > wanted.start and (piece.shares == 1 or wanted.own(index, end)):
+                    key = raw.key or f"{kind.stem}:{index}"
                     try:
-                        taken = take_text_and_fields(raw.parse(raw.source), options)
+                        taken = take_text_and_fields(raw.parse(raw.source), options, (key, piece.path, index))
                     except RecordError as broken:
                         error = _at_records(broken, wanted.path, wanted.own(index, end))
                         if on_bad is None or not error.skippable:
@@ -114,7 +115,7 @@ def read_records(
                     else:
                         if taken is not None:
                             offset = raw.offset if seekable else 0
-                            yield Record(*taken, raw.key or f"{kind.stem}:{index}", piece.path, index, offset)
+                            yield Record(*taken, key, piece.path, index, offset)
                         elif on_drop is not None:
                             on_drop()
                 index = end
@@ -136,6 +137,14 @@ def read_records(
         piece.stop is None and index == first and options.rows is None
     ):  # a filter may leave nothing of a dataset's shard
         raise _from_record(wanted, index, f"it holds no record{f' from {first} on' if first else ''}")
+
+
+def begins_with_ids(piece: Piece, options: ReadOptions) -> bool:
+    """Whether the text of the piece's first good record is token ids; True if there is none, which reading reports."""
+    with closing(read_records(piece, options, on_bad=lambda error: None)) as records, suppress(ShardError):
+        record = next(records, None)
+        return record is None or isinstance(record.text, TokenizedText)
+    return True
 
 
 def _from_record(wanted: Piece, index: int, problem: str, *, skippable: bool = True) -> ShardError:

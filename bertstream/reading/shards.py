@@ -35,6 +35,8 @@ class Piece:
             `start` are skipped; Parquet always has 0, and is read from the row group that holds `start`.
         share, shares: of these records, only every `shares`-th is this piece's: those whose index in the shard leaves
             the rest `share`.
+        source: the number of its source in a mixture.
+        lane: the only lane that may read it; None for any, or of a share, for any of its rank.
         version: of the local file that was cut; reading another one at these places would lose or join records.
     """
 
@@ -44,6 +46,8 @@ class Piece:
     offset: int = 0
     share: int = 0
     shares: int = 1
+    source: int = 0
+    lane: int | None = None
     version: Version | None = field(default=None, compare=False, repr=False)
 
     def own(self, start: int, stop: int) -> range:

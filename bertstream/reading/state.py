@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import get_worker_info
 
-from ..cursors import Cursor, OpenPiece
+from ..cursors import Cursor, OpenPiece, SourcePlace
 from ..errors import ShardError, StateError, check_at_least, described, shortened
 from ..tokens import ReadReport
 from .bad_records import BadRecords
 from .lanes import LaneQueue
 from .layout import Layout
+
+logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 
@@ -173,9 +176,18 @@ class StreamProgress:
         self.bad.check_some_were_good()
         # A worker of the user's own DataLoader, and one of several ranks, may have no record where others have some.
         alone = self._world_size == 1 and get_worker_info() is None
-        if alone and not self.bad.read and self._running is not None:
-            path = self._running_layout.pieces[0][0].path
-            raise ShardError(f"{path}: no record in the whole epoch: did a filter drop every row?", path=path)
+        if self._running is None or self.bad.read > self.bad.records + self.bad.dropped:
+            return
+        path = self._running_layout.pieces[0][0].path
+        problem = f"{path}: no record in the whole epoch: did a filter drop every row?"
+        if self.bad.dropped:
+            problem = (
+                f"keep=, map= or drop_last dropped each of the {self.bad.dropped} records that were read in the epoch"
+            )
+        if alone:
+            raise ShardError(problem, path=path)
+        if self.bad.dropped:
+            logger.warning("%s", problem)
 
     def place(self) -> Place:
         """Where the loop is now, which `state_dict` turns into JSON."""
@@ -302,10 +314,21 @@ def _deal(queues: Queues, rank: int, world_size: int) -> Queues:
 
 def cursor_to_json(cursor: Cursor) -> list[Any]:
     """A lane's cursor as JSON holds it; the epoch is said once for all."""
-    return [cursor.lane, cursor.next_piece, [list(piece) for piece in cursor.open], cursor.batch]
+    entry = [cursor.lane, cursor.next_piece, [list(piece) for piece in cursor.open], cursor.batch]
+    if cursor.sources:  # of a mixture only
+        entry.append([[*place[:-1], [list(piece) for piece in place.open]] for place in cursor.sources])
+    return entry
 
 
 def cursor_from_json(entry: list[Any], epoch: int) -> Cursor:
     """The cursor that `cursor_to_json` was given."""
-    lane, next_piece, pieces, batch = entry
-    return Cursor(epoch, lane, next_piece, tuple(OpenPiece(*piece) for piece in pieces), batch)
+    lane, next_piece, pieces, batch, *mixed = entry
+    sources = [
+        SourcePlace(drawn, passes, following, _opened(opened))
+        for drawn, passes, following, opened in (mixed[0] if mixed else ())
+    ]
+    return Cursor(epoch, lane, next_piece, _opened(pieces), batch, tuple(sources))
+
+
+def _opened(pieces: list[list[int]]) -> tuple[OpenPiece, ...]:
+    return tuple(OpenPiece(*piece) for piece in pieces)

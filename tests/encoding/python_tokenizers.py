@@ -43,16 +43,17 @@ def byt5(folder: Path) -> Any:
 
 
 KINDS = {make.__name__: make for make in (japanese, phobert, bertweet, esm, canine, byt5)}
-MODELS = {"japanese": "Bert", "phobert": "Roberta", "bertweet": "Roberta", "esm": "Esm"}
+MODELS = {"japanese": "Bert", "phobert": "Roberta", "bertweet": "Roberta", "esm": "Esm", "canine": "Canine"}
 
 
 def make_model(kind: str, tokenizer: Any) -> nn.Module:
     """The family's model, with random weights, for this tokenizer's ids."""
     torch.manual_seed(0)
     family = MODELS[kind]
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {} if kind == "canine" else {"vocab_size": len(tokenizer)}
+    sizes |= {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": tokenizer.pad_token_id}
-    more = {"mask_token_id": tokenizer.mask_token_id} if kind == "esm" else {}
+    more = {"esm": {"mask_token_id": tokenizer.mask_token_id}, "canine": {"num_hash_buckets": 64}}.get(kind, {})
     config = getattr(transformers, f"{family}Config")(**sizes, **more)
     model: nn.Module = getattr(transformers, f"{family}Model")(config).eval()
     return model

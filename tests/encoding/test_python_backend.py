@@ -47,7 +47,7 @@ WORDS = st.sampled_from(
 STRINGS = st.lists(WORDS, max_size=8).map(" ".join) | st.text(st.characters(codec="utf-8"), max_size=20)
 LISTS = st.lists(WORDS, max_size=8)
 TEXTS: st.SearchStrategy[Text] = STRINGS | LISTS | st.tuples(STRINGS, STRINGS) | st.tuples(LISTS, LISTS)
-ROWS = ["東京は夜の七時です。", "the bank", "tôi là sinh_viên", "LAGV", "", "a b a b a b"]
+ROWS = ["東京は夜の七時です。", "the bank", "tôi là sinh_viên", "LAGV", "a  b", "a b a b a b"]
 
 
 @pytest.fixture(scope="module")
@@ -167,14 +167,18 @@ def plain(text: TokenizedText) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_vectors_are_those_of_the_librarys_padded_call(kind: str, tokenizers: dict[str, Any]) -> None:
+def test_vectors_are_those_of_the_librarys_own_call(kind: str, tokenizers: dict[str, Any]) -> None:
     tokenizer = tokenizers[kind]
     model = make_model(kind, tokenizer)
-    padded = tokenizer(ROWS, padding=True, return_tensors="pt")
-    right = model(**padded).last_hidden_state.detach()
-    found, mask = Encoder(model, tokenizer)(ROWS).padded()
-    assert mask.tolist() == padded["attention_mask"].bool().tolist()
-    assert (found - right)[mask].abs().max() < 1e-5
+    found = Encoder(model, tokenizer)(ROWS)
+    if kind != "canine":  # whose vectors depend on the padding
+        padded = tokenizer(ROWS, padding=True, return_tensors="pt")
+        right = model(**padded).last_hidden_state.detach()
+        assert found.padded()[1].tolist() == padded["attention_mask"].bool().tolist()
+        assert (found.padded()[0] - right)[found.padded()[1]].abs().max() < 1e-5
+    for i, text in enumerate(ROWS):
+        alone = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].detach()
+        assert (found[i] - alone).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("dictionary", ["ipadic", "unidic_lite"])
@@ -209,16 +213,21 @@ def test_a_stream_resumes_exactly(workers: int, shards: list[str], tokenizers: d
     assert_resumes_exactly(make, cuts=[0, 3])
 
 
-@pytest.mark.parametrize(("kind", "context"), [("japanese", "fork"), ("bertweet", "spawn")])
-def test_workers_tokenize_as_the_loop_does(kind: str, context: str, tokenizers: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", ["japanese", "bertweet"])
+def test_workers_tokenize_as_the_loop_does(kind: str, tokenizers: dict[str, Any]) -> None:
     encoder = Encoder(make_model(kind, tokenizers[kind]), tokenizers[kind])
     collate = TokenCollate(encoder)
-    if context == "fork":
-        collate(ROWS)  # one that was used before
-    loader = DataLoader(ROWS, batch_size=3, collate_fn=collate, num_workers=1, multiprocessing_context=context)  # type: ignore[arg-type]
+    collate(ROWS)  # one that was used before
+    loader = DataLoader(ROWS, batch_size=3, collate_fn=collate, num_workers=1)  # type: ignore[arg-type]
     found = [batch.values.numpy() for batch in bertstream.wrap(loader, encoder)]
     right = [encoder(ROWS[:3]).values.numpy(), encoder(ROWS[3:]).values.numpy()]
     assert all(np.allclose(one, other, atol=1e-6) for one, other in zip(found, right, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_spawned_worker_unpickles_tokenizes_the_same(kind: str, ours: dict[str, TextTokenizer]) -> None:
+    sent: TextTokenizer = pickle.loads(pickle.dumps(ours[kind]))
+    assert list(map(plain, sent(ROWS))) == list(map(plain, ours[kind](ROWS)))
 
 
 def test_identity_follows_vocabulary_merges_options_and_class_not_the_folder(tmp_path: Path) -> None:
@@ -350,3 +359,9 @@ def test_a_vocabulary_of_another_model_is_refused(tmp_path: Path, tokenizers: di
     tokenizer.add_tokens(["new"])
     with pytest.raises(EncoderError, match=r"added tokens \['new'\] have ids up to 20, .* 20 rows: .*resize_token"):
         Encoder(make_model("phobert", tokenizers["phobert"]), tokenizer)
+
+
+def test_spans_are_refused_in_words(tokenizers: dict[str, Any]) -> None:
+    found = Encoder(make_model("phobert", tokenizers["phobert"]), tokenizers["phobert"])(["the"])
+    with pytest.raises(ConfigError, match="written in Python, and does not say which characters a token is"):
+        found.spans()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from bertstream import BertEmbedding, ConfigError, Encoder
+from bertstream import BertEmbedding, ConfigError, Encoder, EncoderError
 from bertstream.encoding.texts import check_texts
 
 pandas = pytest.importorskip("pandas")
@@ -69,17 +69,53 @@ def test_encoder_tokenizer_and_embedding_refuse_alike(minilm: Encoder) -> None:
                 call(texts)
 
 
+TEXTS = ["a bank", "river"]
+
+
 @pytest.mark.parametrize(
     "texts",
     [
-        ("a bank", "river"),
-        deque(["a bank", "river"]),
-        np.array(["a bank", "river"]),
-        pandas.Series(["a bank", "river"], index=[7, 0]),
-        datasets.Dataset.from_dict({"text": ["a bank", "river"]})["text"],
+        tuple(TEXTS),
+        deque(TEXTS),
+        np.array(TEXTS),
+        np.array(TEXTS, object),
+        pandas.Series(TEXTS, index=[7, 0]),
+        pandas.Series(TEXTS).array,
+        pandas.Index(TEXTS),
+        pandas.Series(TEXTS, dtype="category"),
+        pyarrow.array(TEXTS),
+        pyarrow.chunked_array([TEXTS[:1], TEXTS[1:]]),
+        *(datasets.Dataset.from_dict({"text": TEXTS}).with_format(form)["text"] for form in (None, "torch", "numpy")),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_strings_in_any_order_of_their_own_are_texts(minilm: Encoder, texts: Any) -> None:
-    right = [text.input_ids.tolist() for text in minilm.tokenizer(["a bank", "river"])]
-    assert [text.input_ids.tolist() for text in minilm.tokenizer(texts)] == right
+    right = minilm(TEXTS).values
+    for call in (minilm, minilm.encode, BertEmbedding(minilm)):
+        assert torch.equal(call(texts).values, right)
+    assert len(minilm.tokenizer(texts)) == 2
+
+
+def test_a_column_of_polars_is_texts(minilm: Encoder) -> None:
+    polars = pytest.importorskip("polars")
+    assert torch.equal(minilm(polars.DataFrame({"text": TEXTS})["text"]).values, minilm(TEXTS).values)
+
+
+def test_lists_of_words_in_an_array_are_texts(minilm: Encoder) -> None:
+    words = [["a", "bank"], ["river"]]
+    right = minilm(words)
+    for texts in (pyarrow.array(words), pandas.Series(map(np.array, words)), pandas.Series(words, index=[3, 3])):
+        found = minilm(texts)
+        assert torch.equal(found.values, right.values) and np.array_equal(found.word_ids, right.word_ids)
+        assert found.tokens.texts == words
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), pandas.NA, pandas.NaT], ids=repr)
+def test_a_missing_text_is_named_by_its_index(minilm: Encoder, missing: Any) -> None:
+    for texts in (pandas.Series(["a", missing], index=[8, 9], dtype=object), np.array(["a", missing], object)):
+        with pytest.raises(EncoderError, match=r"text 1 is (None|nan|<NA>|NaT) ") as caught:
+            minilm(texts)
+        assert caught.value.records == (1,)
+    for texts in (pandas.Series(["a", None], dtype="str"), pyarrow.array(["a", None])):
+        with pytest.raises(EncoderError, match=r"text 1 is (None|nan) "):
+            minilm(texts)

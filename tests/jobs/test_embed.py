@@ -426,3 +426,16 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_none_of_it(
     with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/out/{file}'"):
         bertstream.embed(shards, tiny(tokenizer), tmp_path / "out", progress=False)
     assert not list(tmp_path.glob("out/*unfinished"))
+
+
+def test_only_kept_records_are_written_and_the_others_are_counted_over_runs(
+    tokenizer: Any, shards: list[str], tmp_path: Path
+) -> None:
+    def keep(record: dict[str, Any]) -> bool:
+        return bool(record["id"] % 3)
+
+    for _ in range(2):
+        counts = bertstream.embed(shards, tiny(tokenizer), tmp_path / "out", keep=keep, progress=False)
+        assert (counts["texts"], counts["dropped_records"]) == (60, 30)
+    with pytest.raises(StateError, match="another keep: name another folder"):
+        bertstream.embed(shards, tiny(tokenizer), tmp_path / "out", progress=False)

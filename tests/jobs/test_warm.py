@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
@@ -30,7 +31,14 @@ def test_after_warm_an_epoch_computes_nothing(
 ) -> None:
     with EmbeddingCache("1MiB", tmp_path / "cache", "64MiB") as cache:
         done = bertstream.warm(shard, minilm, cache, num_workers=num_workers, progress=False)
-        assert done == {"texts": 50, "computed": 40, "not_kept": 0, "bad_records": 0, "bad_shards": 0}
+        assert done == {
+            "texts": 50,
+            "computed": 40,
+            "not_kept": 0,
+            "bad_records": 0,
+            "bad_shards": 0,
+            "dropped_records": 0,
+        }
     with EmbeddingCache("16MiB", tmp_path / "cache", "64MiB") as cache:
         right = [batch["text"].values for batch in bertstream.stream(shard, minilm, batch_size=7)]
         monkeypatch.setattr(minilm, "encode", lambda batch: pytest.fail("computed"))
@@ -109,7 +117,14 @@ def test_broken_records_are_counted_over_all_workers(minilm: Encoder, tmp_path: 
         cache = EmbeddingCache("1MiB")
         return bertstream.warm(paths, minilm, cache, num_workers=num_workers, reading=reading, progress=False)
 
-    assert fill(4) == {"texts": 8, "computed": 1, "not_kept": 0, "bad_records": 4, "bad_shards": 0}
+    assert fill(4) == {
+        "texts": 8,
+        "computed": 1,
+        "not_kept": 0,
+        "bad_records": 4,
+        "bad_shards": 0,
+        "dropped_records": 0,
+    }
     with pytest.raises(ShardError, match="4 broken records .* more than max_bad_records=3"):
         fill(3)
 
@@ -169,3 +184,19 @@ def test_pairs_are_found_in_the_cache_and_the_bar_knows_the_total(
         assert "2/2" in capsys.readouterr().err
         list(bertstream.stream(path, minilm, text="question", pair="answer", cache=cache))
         assert cache.stats()["misses"] == 0
+
+
+def test_warm_computes_the_texts_that_a_stream_with_the_same_functions_reads(
+    minilm: Encoder, shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functions: Any = {
+        "keep": lambda record: "y" in record["text"],
+        "map": lambda record: {"said": record["text"].upper()},
+        "text": "said",
+    }
+    with EmbeddingCache("16MiB", tmp_path / "cache", "64MiB") as cache:
+        done = bertstream.warm(shard, minilm, cache, progress=False, **functions)
+        assert done["dropped_records"] > 0 and done["texts"] + done["dropped_records"] == 50
+        monkeypatch.setattr(minilm, "encode", lambda batch: pytest.fail("computed"))
+        batches = list(bertstream.stream(shard, minilm, cache=cache, into="vectors", **functions))
+        assert sum(len(batch["said"]) for batch in batches) == done["texts"]

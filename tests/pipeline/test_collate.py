@@ -127,6 +127,49 @@ def test_a_record_may_hold_several_texts(
     assert holds(encoder, get_field(batch, found[1]), OTHERS)
 
 
+@pytest.mark.parametrize(
+    ("record", "path", "rest"),
+    [
+        (lambda text: {"in": {"said": text, "n": 3}, "label": 1}, "in.said", ("in.n", "label")),
+        (lambda text: ({"said": text, "n": 3}, 1), "0.said", ("0.n", 1)),
+        (lambda text: [Pair(text, 3), 1], "0.said", ("0.label", 1)),
+        (lambda text: Pair((text, 3), 1), "said.0", ("said.1", "label")),  # type: ignore[arg-type]
+        (lambda text: FrozenSample([3, {"in": text}], 1), "said.1.in", ("said.0", "label")),  # type: ignore[arg-type]
+        (lambda text: {"in": Sample(text, 3), "label": 1}, "in.said", ("in.label", "label")),
+    ],
+)
+def test_a_path_leads_to_texts_within_a_record_and_its_parts_become_batches(
+    encoder: Any, record: Any, path: str, rest: tuple[Field, Field]
+) -> None:
+    records = [record(text) for text in TEXTS]
+    before = copy.deepcopy(records)
+    batch = TokenCollate(encoder, text=path)(records)
+    assert type(batch) is type(records[0]) and type(get_field(batch, path.split(".")[0])) is type(
+        get_field(records[0], path.split(".")[0])
+    )
+    assert holds(encoder, get_field(batch, path), TEXTS)
+    assert [get_field(batch, field).tolist() for field in rest] == [[3, 3], [1, 1]]
+    assert records == before
+
+
+def test_paths_may_lead_to_several_texts_and_to_a_pair(encoder: Any) -> None:
+    records = [{"in": {"q": q, "a": a}, "id": "x"} for q, a in zip(TEXTS, OTHERS, strict=True)]
+    batch = TokenCollate(encoder, text=("in.q", "in.a"))(records)
+    assert holds(encoder, batch["in"]["q"], TEXTS) and holds(encoder, batch["in"]["a"], OTHERS)
+    batch = TokenCollate(encoder, text="in.q", pair="in.a")(records)
+    assert holds(encoder, batch["in"]["q"], [*zip(TEXTS, OTHERS, strict=True)]) and batch["in"]["a"] == OTHERS
+    with pytest.raises(ConfigError, match=r"^pair='in.b' names nothing: 'in' is a dict with the keys \['q', 'a'\]"):
+        TokenCollate(encoder, text="in.q", pair="in.b")(records)
+
+
+def test_parts_of_several_structures_are_refused_by_their_path(encoder: Any) -> None:
+    collate = TokenCollate(encoder, text="in.0")
+    with pytest.raises(ConfigError, match="^'in' of record 1 of the batch is a list of length 1, the first a list"):
+        collate([{"in": ["a", "b"]}, {"in": ["a"]}])
+    with pytest.raises(ConfigError, match="^record 1 of the batch is a Sample with .*, the first a dict with"):
+        TokenCollate(encoder, text="said")([{"said": "a"}, Sample("b")])
+
+
 def test_a_key_that_a_record_lacks_is_none(encoder: Any) -> None:
     batch = TokenCollate(encoder, text="said")([{"said": "a"}, {"said": "b", "label": 3}])
     assert batch["label"] == [None, 3]

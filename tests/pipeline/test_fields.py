@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, UserDict
+import importlib
+import importlib.util
+from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,11 +16,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BatchEncoding
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import AutoTokenizer, BatchEncoding
 
-from bertstream import Embeddings, TokenBatch
+import bertstream
+from bertstream import Embeddings, Encoder, TokenBatch, TokenCollate
 from bertstream.errors import ConfigError, EncoderError, ShardError
-from bertstream.pipeline.fields import Field, as_fields, as_tensors, get_field, put_fields, texts_of, with_vectors
+from bertstream.pipeline.fields import (
+    Field,
+    as_fields,
+    as_tensors,
+    get_field,
+    position,
+    put_fields,
+    texts_of,
+    with_vectors,
+)
 from bertstream.testing import FakeEncoder, FakeTokenizer
 from bertstream.tokens import Text
 
@@ -94,6 +107,15 @@ def test_a_value_that_names_no_field_is_refused(text: Any) -> None:
         ("a bare string", 0, "text=0 names nothing in a str"),
         ("a bare string", "said", "text='said' names nothing in a str"),
         (Plain(), "text", "text='text' names nothing in a Plain"),
+        ({"in": {"said": "a"}}, "inn.said", r"text='inn.said' names nothing in a dict with the keys \['in'\]"),
+        ({"in": {"said": "a"}}, "in.text", r"text='in.text' names nothing: 'in' is a dict with the keys \['said'\]"),
+        ({"in": [Pair("a", 1)]}, "in.0.text", r"text='in.0.text' names nothing: 'in.0' is a Pair with the fields"),
+        ({"in": ["a", "b"]}, "in.2", "text='in.2' names nothing: 'in' is a list of length 2"),
+        ({"in": ("a", "b")}, "in.said.x", r"'in' is a tuple of length 2: its fields are positions, text='in.0' is the"),
+        ({"in": "a"}, "in.said", "text='in.said' names nothing: 'in' is a str"),
+        (FrozenSample({"a": 1}, 1), "said.b.c", r"names nothing: 'said' is a dict with the keys \['a'\]"),
+        ([Plain()], "0.text", "text='0.text' names nothing: '0' is a Plain"),
+        (Pair("a", 1), "count", r"text='count' names nothing in a Pair with the fields"),
     ],
 )
 def test_a_missing_field_is_refused_with_the_fields_there_are(holder: Any, text: Field, message: str) -> None:
@@ -129,6 +151,37 @@ def test_put_fields_makes_a_copy_of_the_same_type(holder: Any, field: Field, res
     assert holder == before
     both = put_fields(holder, {field: "new", rest: "too"})
     assert get_field(both, field) == "new" and get_field(both, rest) == "too"
+
+
+def nested(outer: tuple[Any, Field, Field], inner: tuple[Any, Field, Field]) -> tuple[Any, str, str, str]:
+    """A holder in another, and the paths to the inner field, to its neighbour, and to the outer one's neighbour."""
+    (around, field, rest), (holder, own, neighbour) = outer, inner
+    field, rest = (position(around, part) for part in (field, rest))
+    own, neighbour = (position(holder, part) for part in (own, neighbour))
+    return put_fields(around, {field: holder}), f"{field}.{own}", f"{field}.{neighbour}", str(rest)
+
+
+NESTABLE = [holder for holder in HOLDERS if holder[0] != {0: 1, 1: 2}]  # a path has no numbers as keys
+
+
+@pytest.mark.parametrize("inner", NESTABLE, ids=repr)
+@pytest.mark.parametrize("outer", NESTABLE, ids=repr)
+def test_a_path_names_a_field_in_holders_of_any_kinds(outer: Any, inner: Any) -> None:
+    batch, path, neighbour, rest = nested(outer, inner)
+    before, found = copy.deepcopy(batch), encoded("a b", "c")
+    assert (get_field(batch, path), get_field(batch, neighbour), get_field(batch, rest)) == (1, 2, 2)
+    out = with_vectors(batch, {path: found}, text=(path,), into=None, layout=None)
+    assert type(out) is type(batch) and get_field(out, path) is found
+    assert (get_field(out, neighbour), get_field(out, rest)) == (2, 2)
+    assert batch == before, "the user's own, and what is in it, is unchanged"
+
+
+def test_a_key_that_has_a_dot_wins_over_a_path_and_a_look_adds_none() -> None:
+    assert get_field({"in.said": 1, "in": {"said": 2}}, "in.said") == 1
+    assert get_field({"a": {"b.c": 1, "b": {"c": 2}}}, "a.b.c") == 1
+    assert get_field({"a.b": {}, "a": {"b": {"c": 2}}}, "a.b.c") == 2
+    batch: Any = defaultdict(list, {"in": {"said": 1}})
+    assert get_field(batch, "in.said") == 1 and list(batch) == ["in"]
 
 
 def test_put_fields_adds_new_keys_to_a_dict() -> None:
@@ -176,6 +229,94 @@ def test_padded_ids_are_read_with_the_mask_of_the_same_dict(
         assert found.token_type_ids is None
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.float32, torch.uint8])
+def test_padded_ids_of_a_tuple_are_read_with_the_mask_that_is_named(kind: torch.dtype) -> None:
+    ids, segments = torch.tensor([[0, 5, 6], [7, 8, 0]]), torch.tensor([[9, 0, 1], [1, 0, 9]])
+    mask = torch.tensor([[0, 1, 1], [1, 1, 0]]).to(kind)
+    for batch in ((ids, mask, segments, 3), [ids, mask, segments, 3], (ids.numpy(), mask.numpy(), segments.numpy(), 3)):
+        found = texts_of(batch, (0,), FakeTokenizer(), mask=(1,), token_type_ids=(2,))[0]
+        assert found.token_type_ids is not None and found.token_type_ids.tolist() == [0, 1, 1, 0]
+        assert found.input_ids.tolist() == [5, 6, 7, 8] and found.lengths.tolist() == [2, 2]
+
+
+def test_padded_ids_of_several_fields_and_paths_have_a_mask_each() -> None:
+    q, a, mask = torch.tensor([[1, 2]]), torch.tensor([[3, 4]]), torch.tensor([[1, 0]])
+    batch = {"q": {"ids": q, "real": mask}, "a": Sample((a, 1 - mask)), "attention_mask": 7}
+    found = texts_of(batch, ("q.ids", "a.said.0"), FakeTokenizer(), mask=("q.real", "a.said.1"))
+    assert [tokens.input_ids.tolist() for tokens in found.values()] == [[1], [4]]
+    usual = {"in": {"input_ids": q, "attention_mask": mask}}
+    assert texts_of(usual, ("in.input_ids",), FakeTokenizer())["in.input_ids"].input_ids.tolist() == [1]
+
+
+IDS, MASK = torch.tensor([[1, 2]]), torch.tensor([[1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "message"),
+    [
+        ((IDS, MASK), {}, "text=0 is a tensor: padded ids need .* or its field named, as in .*mask=1"),
+        ((IDS, MASK), {"mask": (2,)}, "^mask=2 names nothing in a tuple of length 2"),
+        ((IDS, MASK), {"mask": (1,), "token_type_ids": (2,)}, "^token_type_ids=2 names nothing in a tuple of length 2"),
+        ((IDS, MASK[:, :1]), {"mask": (1,)}, r"one \[B, T\]; these are \[\[1, 2\], \[1, 1\]\]"),
+        ((IDS, MASK[0]), {"mask": (1,)}, r"one \[B, T\]; these are \[\[1, 2\], \[2\]\]"),
+        ((IDS, [1, 0]), {"mask": (1,)}, "input_ids and attention_mask are Tensor and list"),
+        ((IDS, (1 - MASK) * -1e4), {"mask": (1,)}, "the mask of text=0 has -10000 where nothing is to be added: pass"),
+        ((IDS / 2, MASK), {"mask": (1,)}, "text=0 holds torch.float32, no ids of tokens"),
+        ((["a b"], MASK), {"mask": (1,)}, "text=0 is a list: the field 1 is for padded ids"),
+        ((encoded("a").tokens, MASK), {"mask": (1,)}, "text=0 is a TokenBatch: the field 1 is for padded ids"),
+    ],
+)
+def test_padded_ids_and_masks_that_do_not_fit_are_refused(batch: Any, options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        texts_of(batch, (0,), FakeTokenizer(), **options)
+
+
+STRINGS = ["a b", "c", ""]
+
+
+def columns_of(values: list[Any]) -> Iterator[Any]:
+    """The values in all that a column of a table may be."""
+    yield tuple(values) if isinstance(values[0], str) else values
+    yield (
+        np.array(values, object)
+        if isinstance(values[0], str)
+        else np.array([*map(np.array, values), None], object)[:-1]
+    )
+    pyarrow = pytest.importorskip("pyarrow")
+    yield pyarrow.array(values)
+    yield pyarrow.chunked_array([values[:1], values[1:]])
+    pandas = pytest.importorskip("pandas")
+    yield pandas.Series(values, index=[7, 0, 7])
+    yield pandas.Series(values, dtype=pandas.ArrowDtype(pyarrow.array(values).type))
+    if importlib.util.find_spec("polars") is not None:
+        yield importlib.import_module("polars").Series(values)
+
+
+def test_arrays_and_columns_of_strings_are_texts() -> None:
+    columns = [*columns_of(STRINGS), np.array(STRINGS)]
+    words = [text.split() for text in STRINGS]
+    for right, found in [(STRINGS, columns), (words, columns_of(words))]:
+        [expected] = texts_of(right, None, FakeTokenizer()).values()
+        for column in found:
+            batch = {"said": column, "heard": column}
+            for tokens in (
+                texts_of(batch, ("said",), FakeTokenizer())["said"],
+                texts_of(column, None, FakeTokenizer())[None],
+            ):
+                assert tokens.input_ids.tolist() == expected.input_ids.tolist(), type(column)
+                assert tokens.num_words.tolist() == expected.num_words.tolist(), type(column)
+            assert len(texts_of(batch, ("said",), FakeTokenizer(), "heard")["said"]) == 3
+
+
+def test_a_batch_that_is_a_table_is_refused() -> None:
+    pandas = pytest.importorskip("pandas")
+    for text in (None, ("said",)):
+        with pytest.raises(
+            ConfigError, match=r"a batch is a DataFrame with the columns \['said'\].*df.to_dict\('list'\)"
+        ):
+            texts_of(pandas.DataFrame({"said": ["a"]}), text, FakeTokenizer())
+
+
 def test_texts_are_keyed_by_field_and_tokens_stay_as_they_are() -> None:
     tokens = TokenBatch.from_texts(FakeTokenizer()(["x"]))
     found = texts_of((["a b"], tokens, 7), (0, -2), FakeTokenizer())
@@ -185,7 +326,9 @@ def test_texts_are_keyed_by_field_and_tokens_stay_as_they_are() -> None:
     assert len(texts_of({"text": []}, ("text",), FakeTokenizer())["text"]) == 0
 
 
-@pytest.mark.parametrize("texts", ["a text", {"a text"}, 5, None, np.array(["a"])], ids=repr)
+@pytest.mark.parametrize(
+    "texts", ["a text", {"a text"}, 5, None, np.array("a"), np.array([["a"]]), {"a": 1}, iter("ab")], ids=repr
+)
 def test_a_value_that_is_no_list_of_texts_is_refused_with_its_type(texts: Any) -> None:
     with pytest.raises(ConfigError, match=f"text='said' is a {type(texts).__name__}: a batch of texts is a list"):
         texts_of({"said": texts}, ("said",), FakeTokenizer())
@@ -210,6 +353,36 @@ def test_an_error_that_a_worker_process_sent_instead_of_texts_is_raised(batch_of
     with pytest.raises(ShardError) as caught:
         texts_of(batch_of(error), ("said", "heard"), FakeTokenizer())
     assert caught.value is error
+
+
+def test_a_tensor_dataset_gives_the_vectors_of_its_texts(minilm: Encoder, minilm_folder: str) -> None:
+    pairs = [("a bank", "of the river"), ("it", "rains"), ("the", "bank of the bank")]
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder)
+    padded = tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
+    data = TensorDataset(
+        padded["input_ids"], padded["attention_mask"].bool(), torch.arange(3), padded["token_type_ids"]
+    )
+    right = minilm(pairs)
+    with bertstream.wrap(DataLoader(data, 3), minilm, text=0, mask=1, token_type_ids=3) as loader:
+        [(found, mask, label, _)] = loader
+    assert torch.equal(found.values, right.values) and label.tolist() == [0, 1, 2]
+    assert torch.equal(mask, padded["attention_mask"].bool())
+    named = [{"ids": padded["input_ids"], "real": padded["attention_mask"], "token_type_ids": padded["token_type_ids"]}]
+    [batch] = bertstream.wrap(named, minilm, text="ids", mask="real")
+    assert torch.equal(batch["ids"].values, right.values)
+
+
+def test_a_path_leads_to_the_texts_of_torchs_own_collate_in_worker_processes(minilm: Encoder) -> None:
+    data = [{"in": {"said": text, "n": i}, "label": (i, text)} for i, text in enumerate(("a bank", "the river", "it"))]
+    right = minilm([record["in"]["said"] for record in data]).values  # type: ignore[index]
+    for collate in (None, TokenCollate(minilm, text="in.said")):
+        loader = DataLoader(data, 3, num_workers=1, collate_fn=collate)  # type: ignore[arg-type]
+        for options in ({}, {"into": "x"}):
+            [batch] = bertstream.wrap(loader, minilm, text="in.said", **options)  # type: ignore[arg-type]
+            assert torch.equal(batch["in"]["x" if options else "said"].values, right)
+            assert batch["in"]["n"].tolist() == [0, 1, 2]
+    [batch] = bertstream.wrap(DataLoader(data, 3), minilm, text="label.1")  # type: ignore[arg-type]
+    assert torch.equal(batch["label"][1].values, right) and batch["label"][0].tolist() == [0, 1, 2]
 
 
 # --- vectors in -------------------------------------------------------------------------------------------------------
@@ -265,6 +438,35 @@ def test_into_gives_each_text_a_key_and_needs_dicts() -> None:
     assert out == {"q": ["a"], "a": ["b"], "x": embeddings["q"], "y": embeddings["a"]}
     with pytest.raises(ConfigError, match=r"into=\('x',\) needs batches that are dicts; this is a list"):
         with_vectors([["a"]], {0: encoded("a")}, text=(0,), into=("x",), layout=None)
+
+
+@pytest.mark.parametrize("layout", [None, "padded"])
+def test_into_is_a_key_beside_the_text_in_the_innermost_dict(layout: Any) -> None:
+    batch = Sample(({"q": ["a"], "a": ["b"], "n": 1}, {"q": ["c"]}), 2)
+    before = copy.deepcopy(batch)
+    embeddings: dict[Field | None, Embeddings] = {
+        f"said.{path}": encoded(text) for path, text in (("0.q", "a"), ("0.a", "b"), ("1.q", "c"))
+    }
+    out = with_vectors(batch, embeddings, text=(*embeddings,), into=("x", "y", "z"), layout=layout)  # type: ignore[arg-type]
+    masks = ["x_mask", "y_mask", "z_mask"] if layout else []
+    assert [list(part) for part in out.said] == [["q", "a", "n", "x", "y", *masks[:2]], ["q", "z", *masks[2:]]]
+    assert out.said[0]["q"] == ["a"] and out.label == 2 and batch == before
+    if layout is None:
+        assert out.said[1]["z"] is embeddings["said.1.q"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "into", "message"),
+    [
+        ({"in": {"q": ["a"], "label": 1}}, "label", r"into=\('label',\) would overwrite the batch's own 'label'"),
+        ({"in": {"q": ["a"]}}, "in.x", "into='in.x': the vectors go beside the text, into 'in': write into='x'"),
+        ({"in": Sample(["a"])}, "x", r"into=\('x',\) needs batches that are dicts; 'in' is a Sample with the fields"),
+    ],
+)
+def test_a_key_that_cannot_be_put_beside_the_text_is_refused(batch: Any, into: str, message: str) -> None:
+    path = "in.said" if isinstance(batch["in"], Sample) else "in.q"
+    with pytest.raises(ConfigError, match=message):
+        with_vectors(batch, {path: encoded("a")}, text=(path,), into=(into,), layout=None)
 
 
 class FrozenMapping(Mapping[str, Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from itertools import pairwise
 from typing import Any
 
@@ -204,3 +205,15 @@ def test_all_else_stays_a_list_with_one_entry_a_record(values: list[Any]) -> Non
 def test_arrays_stay_what_they_are() -> None:
     values = [np.zeros(2), np.zeros((3, 1))]
     assert all(entry is value for entry, value in zip(stack_column(values), values, strict=True))
+
+
+def test_strings_in_a_loss_end_in_a_hint() -> None:
+    column = stack_column(["ham", "spam"])
+    assert column == ["ham", "spam"] and pickle.loads(pickle.dumps(column)) == column
+    with pytest.raises(
+        TypeError, match=r"cross_entropy\(\) takes tensors, and was given strings, \['ham', 'spam'\]: .*fields="
+    ):
+        torch.nn.functional.cross_entropy(torch.zeros(2, 2), column)
+    with pytest.raises(TypeError, match="add.* takes tensors, and was given strings"):
+        torch.add(torch.zeros(2), other=column)
+    assert type(stack_column(["ham", None])) is list

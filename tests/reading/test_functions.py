@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-import logging
 import pickle
 import re
 from collections.abc import Callable
@@ -211,17 +210,22 @@ def test_the_records_of_a_shared_piece_are_asked_once_over_all_ranks(
     assert sorted(kept) == KEPT and dropped == COUNT - len(KEPT)
 
 
-def test_an_epoch_whose_records_are_all_dropped_is_empty_and_the_log_says_so(
-    shards: list[str], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_an_epoch_whose_records_are_all_dropped_is_an_error(shards: list[str], workers: int | None) -> None:
+    options: dict[str, Any] = {"keep": lambda record: None}
+    with pytest.raises(
+        ShardError, match=f"keep=, map= or drop_last dropped each of the {COUNT} records that were read in the epoch"
+    ):
+        list(TextStream(shards, FakeEncoder(), **options) if workers is None else loader(shards, workers, **options))
+
+
+def test_a_rank_whose_records_are_all_dropped_says_so_in_the_log(
+    shards: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for workers in (0, 2):
-        caplog.clear()
-        with loader(shards, workers, keep=lambda record: None) as stream, caplog.at_level(logging.WARNING):
-            assert list(stream) == []
-            assert stream.stats()["dropped_records"] == COUNT
-        assert [record.getMessage() for record in caplog.records] == [
-            f"keep=, map= or drop_last= dropped all of the epoch's records, {COUNT}: it has no batch"
-        ]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert list(TextStream(shards, FakeEncoder(), keep=lambda record: False)) == []
+    assert "keep=, map= or drop_last dropped each of the " in caplog.text
 
 
 def test_a_shard_whose_records_are_all_dropped_is_no_broken_shard(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import bertstream
 from bertstream import ConfigError, EmbeddingLoader, ShardError, StateError, StreamConfig, TextStream
-from bertstream.reading import batch_counts
+from bertstream.reading import counts
 from bertstream.testing import FakeEncoder, assert_resumes_exactly, write_shards
 
 TEXTS = [f"{'word ' * (i * 7 % 13)}{i}" for i in range(230)]
@@ -159,7 +159,7 @@ def test_a_streaming_dataset_has_no_length() -> None:
 
 
 def test_large_shards_are_not_read_for_their_length(shards: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_counts, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(counts, "_MOST_BYTES", 1000)
     with made(shards) as loader, pytest.raises(TypeError, match="0.0 GiB of shards would have to be read"):
         len(loader)
 
@@ -174,12 +174,15 @@ def test_a_shard_that_breaks_while_it_is_counted_raises_where_it_is_read(tmp_pat
             list(loader)
 
 
+def test_a_mixture_has_no_length(shards: list[str]) -> None:
+    with made(bertstream.Mixture([(shards, 1)])) as loader, pytest.raises(TypeError, match="a Mixture leaves out"):
+        len(loader)
+
+
 def test_each_shard_is_counted_once(shards: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[str] = []
-    right = batch_counts.count_records
-    monkeypatch.setattr(
-        batch_counts, "count_records", lambda path, options: counted.append(path) or right(path, options)
-    )
+    right = counts.count_records
+    monkeypatch.setattr(counts, "count_records", lambda path, options: counted.append(path) or right(path, options))
     with made(shards, shuffle=True) as loader:
         for _ in range(3):
             assert len(loader) == len(list(loader))
@@ -277,10 +280,11 @@ def test_whole_batches_of_max_tokens_are_refused(shards: list[str]) -> None:
         TextStream(shards, FakeEncoder(), max_tokens=64, drop_last=True)
 
 
-def test_an_epoch_of_which_everything_was_dropped_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_epoch_of_which_everything_was_dropped_is_an_error(tmp_path: Path) -> None:
     with made(write_shards(tmp_path, ["a"] * 7), drop_last=True) as loader:
-        assert len(loader) == len(list(loader)) == 0
-    assert "drop_last= dropped all of the epoch's records, 7" in caplog.text
+        assert len(loader) == 0
+        with pytest.raises(ShardError, match="drop_last dropped each of the 7 records"):
+            list(loader)
 
 
 # Ranks that end together
@@ -316,9 +320,9 @@ def test_the_length_on_ranks_that_end_together_is_that_of_all(
     given = {"store": str(tmp_path / f"store-{time.monotonic_ns()}"), "shards": shards, "world_size": world_size}
     ranks = [RANKS.start(RANK, json.dumps(given | {"rank": rank})) for rank in range(world_size)]
     found = [json.loads(rank.finish()[0]) for rank in ranks]
-    for counts in found:
-        assert [promised for _, promised, _ in counts] == [received for _, _, received in counts]
-        assert len(counts) == 12
+    for own in found:
+        assert [promised for _, promised, _ in own] == [received for _, _, received in own]
+        assert len(own) == 12
     assert [[count for count in counts if count[0] != "leave"] for counts in found[1:]] == [
         [count for count in found[0] if count[0] != "leave"]
     ] * (world_size - 1)
