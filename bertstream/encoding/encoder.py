@@ -165,7 +165,7 @@ class Encoder(CalibratedForward):
             word_splitter=word_splitter or (str.split if output == "words" and tokenizer is not None else None),
             segments="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
             word_cache=word_cache,
-            vocab_size=config.vocab_size,
+            vocab_size=num_ids(config),
         )
         self._pretrained_tokenizer = tokenizer
         self._checked_finite = self.dtype != torch.float16
@@ -399,9 +399,9 @@ class Encoder(CalibratedForward):
         return found
 
     def _tokenized(self, texts: Sequence[Text]) -> TokenBatch:
-        texts = text_list(texts)
-        batch = self.tokenizer.batch(texts)
-        batch.texts = list(texts)
+        listed = text_list(texts)
+        batch = self.tokenizer.batch(listed)
+        batch.texts = listed
         if not self._warned_of_cut and batch.cut_tokens.any():
             self._warned_of_cut = True
             counts = int((batch.cut_tokens > 0).sum()), len(batch), int(batch.cut_words.sum())

@@ -204,6 +204,21 @@ def test_a_mixture_resumes_exactly(files: list[Any], num_workers: int, stopping:
     assert_resumes_exactly(make, cuts=[3, 11] if num_workers else [0, 1, 6, 10, 15], resume_with=lambda: make(0))
 
 
+def test_a_mixture_with_steps_per_epoch_goes_on_where_the_last_epoch_stopped(files: list[Any]) -> None:
+    def make(**steps: int) -> EmbeddingLoader:
+        mixture, reading = Mixture([(files[0], 2), (files[1], 1)], stopping="all"), StreamConfig(lanes=3)
+        return bertstream.stream(
+            mixture, FakeEncoder(), batch_size=9, shuffle=True, reading=reading, prefetch=0, **steps
+        )
+
+    with make() as loader:
+        right = [batch["__key__"] for _ in range(2) for batch in loader]
+    with make(steps_per_epoch=7) as loader:
+        found = [batch["__key__"] for _ in range(len(right) // 7) for batch in loader]
+    assert len(found) > 20 and found == right[: len(found)]
+    assert_resumes_exactly(lambda: make(steps_per_epoch=7), cuts=[0, 4, 7])
+
+
 def test_stats_count_the_texts_of_each_source_and_batches_say_which_it_is(files: list[Any]) -> None:
     with bertstream.stream(Mixture([(files[0], 2), (files[1], 1)]), FakeEncoder(), fields=(), prefetch=0) as loader:
         found = Counter[int]()
