@@ -89,6 +89,14 @@ def test_a_state_within_any_step_resumes_exactly(make: Make, num_workers: int, p
     assert_resumes_exactly(lambda: make(9, **options), cuts=cuts, resume_with=lambda: make(9))
 
 
+def test_a_mixture_in_steps_resumes_exactly(shards: list[str]) -> None:
+    def make() -> EmbeddingLoader:
+        mixture = bertstream.Mixture([(shards[0], 2), (shards[1:], 1)], stopping="all")
+        return bertstream.stream(mixture, FakeEncoder(), batch_size=4, shuffle=True, steps_per_epoch=9)
+
+    assert_resumes_exactly(make, cuts=(0, 4, 9))
+
+
 def test_a_state_resumes_in_any_epoch_and_pass(make: Make, whole: list[list[int]]) -> None:
     steps = 5
     with make(steps) as loader:
