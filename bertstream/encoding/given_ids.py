@@ -70,7 +70,10 @@ class GivenIds:
     def special_among(self, ids: Int32Array) -> BoolArray:
         """[N] which of these ids are of tokens that frame texts; there is a tokenizer."""
         assert self._framing is not None
-        return np.isin(ids, self._framing)
+        found = np.zeros(len(ids), np.bool_)
+        for number in self._framing:  # two or three: faster than `np.isin`
+            found |= ids == number
+        return found
 
 
 def _texts_with(tokens: BoolArray, batch: TokenBatch) -> list[int]:

@@ -19,6 +19,7 @@ from ..errors import ConfigError, check_at_least, described
 from ..pipeline.source import read_in_workers
 from ..reading.config import StreamConfig
 from ..reading.dataset import HasTokenizer, Shards, TextStream
+from ..reading.mixture import refuse_mixture
 from ..reading.options import RESERVED
 from ..reading.token_ids import BESIDE_IDS, metadata_of
 from ..tokens import TokenBatch
@@ -60,7 +61,7 @@ def tokenize(
     out in it). The files name the tokenizer, and a stream with another one refuses them.
 
     Args:
-        shards, text, pair, fields, num_workers, reading: as for `bertstream.stream`.
+        shards, text, pair, fields, num_workers, reading: as for `bertstream.stream`; no `Mixture`.
         encoder: anything with the tokenizer to use, also its prompt and its way to split strings into words.
         out: a local folder, created if missing; empty, or of a run that was stopped.
         part_bytes: bytes of a file before compression, and so in memory; a number or a string such as "1GiB". A file
@@ -76,6 +77,7 @@ def tokenize(
         ShardError: a shard is missing, or one of its records is broken.
         OSError: the folder cannot be written to.
     """
+    refuse_mixture(shards, "tokenize")
     tokenizer = encoder.tokenizer
     if not isinstance(tokenizer, TextTokenizer):
         raise ConfigError(f"the encoder's tokenizer is a {type(tokenizer).__name__}, which cannot be named in files")

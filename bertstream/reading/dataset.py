@@ -147,8 +147,8 @@ class TextStream(IterableDataset[TokenBatch]):
             if self.uneven != "leave" or self.world_size > layout.lanes:
                 raise ConfigError(refusal)
             logger.warning("some ranks have no data: %s", refusal)
-        if not getattr(encoder.tokenizer, "takes_texts", True) and not begins_with_ids(
-            layout.pieces[0][0], self._options
+        if not getattr(encoder.tokenizer, "takes_texts", True) and not all(
+            begins_with_ids(names[0], replace(options, rows=rows)) for names, rows in self._sources
         ):
             raise ConfigError(
                 f"text={text!r}: the encoder has no tokenizer and takes ids alone; make it with its model's tokenizer, "

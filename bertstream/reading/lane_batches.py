@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 
@@ -183,7 +182,7 @@ class LaneBatches:
         try:
             while bucket.read < count and not bucket.at_end and bucket.error is None:
                 dropped = reader.dropped
-                chunk = list(islice(iter(reader.read, None), min(_TOKENIZE_CHUNK, count - bucket.read)))
+                chunk = _chunk(reader, min(_TOKENIZE_CHUNK, count - bucket.read))
                 bucket.at_end = not chunk
                 bucket.read += len(chunk)
                 bucket.end = reader.cursor(bucket.start)
@@ -247,6 +246,14 @@ class LaneBatches:
                 refused.append(refusal)
                 records = [record for record in records if record is not at]
         return [], [], refused
+
+
+def _chunk(reader: LaneReader | MixtureReader, count: int) -> list[Record]:
+    """The next records, as many as there are up to a number."""
+    records: list[Record] = []
+    while len(records) < count and (record := reader.read()) is not None:  # `iter` would compare the fields of each
+        records.append(record)
+    return records
 
 
 def _pair(words: Indices) -> tuple[int, int]:

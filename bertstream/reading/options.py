@@ -141,19 +141,22 @@ def take_text_and_fields(
             return None
         values = chosen
     check_required(options, values)
-    text = _text_in(values, options)
+    value = _value(values, options.text)
+    ids = None if isinstance(value, str) else ids_of(value, values, options.text)
+    text: Text | TokenizedText = _checked_text(value, options.text) if ids is None else ids
     if options.pair is not None:
-        if isinstance(text, TokenizedText):
+        if ids is not None:
             raise RecordError("ids are of both texts of a pair: leave out pair=, or name fields of text", options.text)
         second = _checked_text(_value(values, options.pair), options.pair)
         if type(second) is not type(text):
             raise RecordError("the two texts of a pair must both be strings, or both lists of words", options.pair)
         text = cast(Text, (text, second))
-    for name in options.reserved if options.fields is None else options.place:
-        if name in values:
-            raise RecordError("each batch has a field of this name: rename it, or name others with fields=", name)
+    taken = options.reserved if options.fields is None else options.place
+    if not values.keys().isdisjoint(taken):
+        name = next(name for name in taken if name in values)
+        raise RecordError("each batch has a field of this name: rename it, or name others with fields=", name)
     if options.fields is None:
-        if isinstance(text, TokenizedText) and options.text in values:
+        if ids is not None and ids is not value and options.text in values:
             for name in BESIDE_IDS:
                 values.pop(name, None)
         for name in options.texts:
@@ -175,12 +178,6 @@ def take_text_and_fields(
                 f"the function for this field raised {described(error)} on {excerpt(value)}", name
             ) from error
     return text, fields
-
-
-def _text_in(values: Mapping[str, Any], options: ReadOptions) -> Text | TokenizedText:
-    text = _value(values, options.text)
-    ids = None if isinstance(text, str) else ids_of(text, values, options.text)
-    return _checked_text(text, options.text) if ids is None else ids
 
 
 def _value(values: Mapping[str, Any], name: str) -> Any:

@@ -52,7 +52,7 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
         left = file.first_rows[number + 1] - file.first_rows[number]
         try:
             for row in file.rows(number, wanted, as_columns):
-                yield RawRecord(_parse_row, row)
+                yield row
                 left -= 1
             if left:
                 raise EOFError(f"it ends {left} rows before its footer says")
@@ -76,6 +76,10 @@ def _parse_row(row: dict[str, Any]) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """The value as Python's own type; pyarrow raises if there is none."""
     return value.as_py() if hasattr(value, "as_py") else value
+
+
+def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
+    return row
 
 
 _AsColumns: TypeAlias = Callable[[Any], tuple[list[str], list[Any]]]
@@ -116,12 +120,8 @@ class ParquetReader:
         """Whether a column's values are lists of integers."""
         return column in self.columns and holds_ids(self._file.schema_arrow.field(column).type)
 
-    def rows(
-        self, number: int, columns: list[str] | None, as_columns: _AsColumns = _as_columns
-    ) -> Iterator[dict[str, Any]]:
-        """The rows of one row group, each a mapping from column to value.
-
-        Where Python has no type for a value of a batch, that column's values are pyarrow scalars.
+    def rows(self, number: int, columns: list[str] | None, as_columns: _AsColumns = _as_columns) -> Iterator[RawRecord]:
+        """The rows of one row group, which become mappings from column to value.
 
         Args:
             number: of the row group, counted as in `first_rows`.
@@ -132,7 +132,8 @@ class ParquetReader:
         for batch in self._file.iter_batches(_BATCH_ROWS, row_groups=group, columns=columns, use_threads=False):
             names, columns_of_batch = as_columns(batch)
             values = [column if isinstance(column, list) else _values(column) for column in columns_of_batch]
-            yield from (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
+            parse = _parse_row if any(column and hasattr(column[0], "as_py") for column in values) else _as_it_is
+            yield from (RawRecord(parse, dict(zip(names, row, strict=True))) for row in zip(*values, strict=True))
 
 
 def _values(column: Any) -> list[Any]:

@@ -34,7 +34,7 @@ from .lines import read_json, read_jsonl, read_txt
 from .options import ReadOptions, take_text_and_fields
 from .parquet import read_parquet
 from .raw import RawRecord, RecordError
-from .rows import read_rows
+from .rows import read_rows, split_rows
 from .shards import Piece, ShardKind, check_packages, read_errors, shard_kind
 from .tar import read_tar
 
@@ -139,8 +139,16 @@ def read_records(
         raise _from_record(wanted, index, f"it holds no record{f' from {first} on' if first else ''}")
 
 
-def begins_with_ids(piece: Piece, options: ReadOptions) -> bool:
-    """Whether the text of the piece's first good record is token ids; True if there is none, which reading reports."""
+def begins_with_ids(path: str, options: ReadOptions) -> bool:
+    """Whether the text of the first good record is token ids; True if there is none, which reading reports.
+
+    Args:
+        path: a shard, which counts for nothing where `options` has rows.
+        options: how it is read.
+    Raises:
+        ConfigError: as for `read_records`.
+    """
+    piece = Piece(path) if options.rows is None else split_rows(options.rows, 1)[0][0]
     with closing(read_records(piece, options, on_bad=lambda error: None)) as records, suppress(ShardError):
         record = next(records, None)
         return record is None or isinstance(record.text, TokenizedText)
