@@ -124,42 +124,34 @@ def take_text_and_fields(values: dict[str, Any], options: ReadOptions) -> tuple[
         if chosen is None:
             return None
         values = chosen
-    check_required(options, values)
-    text: Text = _checked_text(_value(values, options.text), options.text)
+    require_fields(options, values)
+    text: Text = _checked_text(values.pop(options.text), options.text)
     if options.pair is not None:
-        second = _checked_text(_value(values, options.pair), options.pair)
+        second = _checked_text(values.pop(options.pair), options.pair)
         if type(second) is not type(text):
             raise RecordError("the two texts of a pair must both be strings, or both lists of words", options.pair)
         text = cast(Text, (text, second))
     if options.fields is None:
-        for name in options.texts:
-            values.pop(name, None)  # an object that holds a text further down stays whole: it may be the user's own
         for name in options.reserved:
             if name in values:
                 raise RecordError("each batch has a field of this name: rename it, or name others with fields=", name)
         return text, values
     if not isinstance(options.fields, Mapping):
-        return text, {name: _value(values, name) for name in options.fields}
+        return text, {name: values[name] for name in options.fields}
     fields = {}
     for name, function in options.fields.items():
-        value = _value(values, name)
         try:
-            fields[name] = cast(Callable[[Any], Any], function)(value)
+            fields[name] = function(values[name])  # type: ignore[operator] # `__post_init__` made functions of lists
         except UnknownLabelError as error:
             raise RecordError(str(error), name) from None
         except Exception as error:  # a user's function may raise anything; it stays attached as the cause
-            raise RecordError(
-                f"the function for this field raised {described(error)} on {excerpt(value)}", name
-            ) from error
+            message = f"the function for this field raised {described(error)} on {excerpt(values[name])}"
+            raise RecordError(message, name) from error
     return text, fields
 
 
-def _value(values: Mapping[str, Any], name: str) -> Any:
-    return values[name] if name in values else find(values, name)
-
-
-def check_required(options: ReadOptions, values: Mapping[str, Any], unread: Sequence[str] = ()) -> None:
-    """Refuse a record that lacks a required field.
+def require_fields(options: ReadOptions, values: dict[str, Any], unread: Sequence[str] = ()) -> None:
+    """Refuse a record that lacks a required field; one that is further down is put at the top too, under its path.
 
     Args:
         options: what is read of the record.
@@ -171,7 +163,7 @@ def check_required(options: ReadOptions, values: Mapping[str, Any], unread: Sequ
     for name in options.required:
         if name not in values:
             try:
-                find(values, name)
+                values[name] = find(values, name)
             except KeyError:
                 there = excerpt(sorted(map(str, [*values, *unread])))
                 raise RecordError(f"the record has no such field; it has {there}", name) from None
