@@ -6,6 +6,7 @@ from .encoding.encoder import Encoder
 from .encoding.pooling import ScalarMix
 from .errors import BertstreamError, CacheError, ConfigError, EncoderError, LoaderClosedError, ShardError, StateError
 from .jobs.embed import embed
+from .jobs.tokenize import tokenize
 from .jobs.warm import warm
 from .loader import stream, wrap
 from .module import BertEmbedding, UnfreezeSchedule
@@ -40,6 +41,7 @@ __all__ = [
     "UnfreezeSchedule",
     "embed",
     "stream",
+    "tokenize",
     "warm",
     "wrap",
 ]

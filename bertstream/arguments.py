@@ -24,7 +24,7 @@ _EXIT_CODES = """exit status:
   0  done
   1  the data, the model, the cache or the disk is at fault, or a check found something
   2  an argument is at fault
-  130  interrupted (Ctrl-C); call `embed` or `warm` again to continue
+  130  interrupted (Ctrl-C); call `embed`, `tokenize` or `warm` again to continue
 """
 
 
@@ -121,6 +121,19 @@ def make_parser(verbs: Mapping[str, Callable[[argparse.Namespace], Any]]) -> arg
     verb.add_argument("--part-size", default="128MiB", metavar="SIZE", help="of one file (default: %(default)s)")
     _add_workers(verb)
     _add_encoder(verb)
+
+    verb = add(
+        "tokenize",
+        "write the token ids of all texts to Parquet; continues a stopped run",
+        "SHARDS... --model NAME_OR_FOLDER --out FOLDER [options]",
+    )
+    _add_shards(verb)
+    verb.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, or the folder of a stopped run")
+    verb.add_argument("--fields", nargs="+", metavar="FIELD", help="other fields to keep (default: all)")
+    verb.add_argument("--part-size", default="128MiB", metavar="SIZE", help="of one file (default: %(default)s)")
+    _add_workers(verb)
+    _add_encoder(verb)
+    verb.set_defaults(dtype="float32", device="cpu")  # nothing is encoded
 
     verb = add(
         "warm",

@@ -19,6 +19,7 @@ from .errors import BertstreamError, CacheError, ConfigError, ShardError
 from .jobs.doctor import examine
 from .jobs.embed import embed
 from .jobs.inspection import Inspection, inspect_shards
+from .jobs.tokenize import IDS, tokenize
 from .jobs.warm import warm
 from .pipeline.plots import check_plot, plot_lengths
 
@@ -151,6 +152,28 @@ def _embed(options: argparse.Namespace) -> _Found:
     return found, [line + _skipped(found)], 0
 
 
+def _tokenize(options: argparse.Namespace) -> _Found:
+    found = tokenize(
+        options.shards,
+        encoder_of(options),
+        options.out,
+        text=options.text,
+        pair=options.pair,
+        fields=options.fields,
+        part_bytes=options.part_size,
+        num_workers=options.num_workers,
+        reading=reading_of(options),
+        progress=options.progress,
+    )
+    line = f"{found['texts']:,} texts, {found['tokens']:,} tokens "
+    line += f"in {found['parts']:,} file{'s' * (found['parts'] != 1)} in {options.out} (text={IDS!r} reads them)"
+    if found["texts_before"]:
+        line += f"; {found['texts_before']:,} texts were there already"
+    if found["long_texts"]:
+        line += f"; texts that are longer than the model takes: {found['long_texts']:,}"
+    return found, [line + _skipped(found)], 0
+
+
 def _skipped(found: Mapping[str, int]) -> str:
     return "".join(
         f"; {said}: {found[name]:,}"
@@ -243,4 +266,11 @@ def _time(seconds: float) -> str:
     return f"{seconds:.1f} days"
 
 
-_VERBS = {"inspect": _inspect, "embed": _embed, "warm": _warm, "cache": _cache, "doctor": _doctor}
+_VERBS = {
+    "inspect": _inspect,
+    "embed": _embed,
+    "tokenize": _tokenize,
+    "warm": _warm,
+    "cache": _cache,
+    "doctor": _doctor,
+}

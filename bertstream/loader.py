@@ -112,6 +112,7 @@ def stream(
     pair: str | None = None,
     batch_size: int | None = None,
     max_tokens: int | None = None,
+    drop_last: bool = False,
     shuffle: bool = False,
     seed: int = 0,
     fields: Fields = None,
@@ -145,11 +146,14 @@ def stream(
         batch_size: texts in a batch, of about equal length; 32 if neither this nor `max_tokens` is given.
         max_tokens: the most tokens in a batch, with special tokens and without padding. A text that is longer is a
             batch of its own.
+        drop_last: whether every batch has `batch_size` texts: buckets then hold whole batches, and the last texts of
+            each lane, fewer than a batch, are dropped and counted in `dropped_records`.
         shuffle: whether to shuffle, by seed and epoch; each full iteration advances the epoch.
         seed: of the shuffle.
         fields: which other fields a batch carries: names, or name -> function of the raw value (`{"label": int}`), or
             a list of labels in its place, which become numbers from 0 (`{"label": ["ham", "spam"]}`); None carries all
-            as they are.
+            as they are. `__key__`, `__shard__` and `__index__` come along, unless some of them are among the names:
+            then only these do (`["label", "__index__"]` leaves out the two lists of strings).
         keep: a function of a record, a dict of all its fields, that says whether to read it. It is called in the
             workers, so where those are spawned it must be importable.
         map: a function from a record that is kept to the one to read instead, a dict with the fields that `text` and
@@ -157,7 +161,7 @@ def stream(
             record alone. `stats()` counts `dropped_records`.
         num_workers: processes that read and tokenize; 0 does both in the thread that encodes. The batches and their
             order do not depend on it.
-        into: the key for the vectors; the text then stays under its own.
+        into: the key for the vectors; the text then stays under its own, and `Embeddings.spans` knows it.
         layout: as for `wrap`.
         prefetch: as for `wrap`.
         cache: as for `wrap`.
@@ -181,6 +185,7 @@ def stream(
         pair=pair,
         batch_size=batch_size,
         max_tokens=max_tokens,
+        drop_last=drop_last,
         shuffle=shuffle,
         seed=seed,
         fields=fields,

@@ -32,7 +32,7 @@ class Record:
     """One text as it was read, and where.
 
     Attributes:
-        text: the text, a list of words, or a pair of texts.
+        text: the text, a list of words, a pair of texts, or its ids.
         fields: the record's other fields, by name, untouched.
         key: a name that is unique in its shard.
         shard: the path or URL of the shard.
@@ -40,7 +40,7 @@ class Record:
         offset: byte of the shard at which the record begins; 0 if reading cannot start there.
     """
 
-    text: Text
+    text: Text | TokenizedText
     fields: dict[str, Any]
     key: str
     shard: str
@@ -90,7 +90,7 @@ class ReadReport:
         read: records that were read, broken and dropped ones included.
         bad: the broken records that were skipped, some of them many in one error, and the broken shards whose rest was.
         words: how many words the tokenizer looked up in its word cache, and how many of them it found.
-        dropped: records that `keep=` and `map=` dropped.
+        dropped: records that `keep=`, `map=` and `drop_last` dropped.
     """
 
     read: int

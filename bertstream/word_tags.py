@@ -83,7 +83,8 @@ def _numbered(tags: Sequence[Any], names: Sequence[str], tokens: TokenBatch) -> 
 def _text(i: int, tokens: TokenBatch) -> str:
     """How a message names a text of the batch."""
     fields = tokens.fields
-    source = f" (record {fields['__index__'][i]} of {fields['__shard__'][i]})" if "__shard__" in fields else ""
+    known = {"__shard__", "__index__"} <= fields.keys()
+    source = f" (record {fields['__index__'][i]} of {fields['__shard__'][i]})" if known else ""
     return f"text {i} of the batch{source}"
 
 

@@ -57,6 +57,7 @@ PUBLIC_NAMES = [
     "UnfreezeSchedule",
     "embed",
     "stream",
+    "tokenize",
     "warm",
     "wrap",
 ]

@@ -26,7 +26,7 @@ from bertstream.testing import write_shards
 
 ROOT = Path(__file__).parents[1]
 MODEL = ("--model", "all-MiniLM-L6-v2", "--dtype", "float32")
-VERBS = ("inspect", "embed", "warm", "cache", "doctor")
+VERBS = ("inspect", "embed", "tokenize", "warm", "cache", "doctor")
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -90,6 +90,17 @@ def test_embed_writes_and_continues(call: Call, shard: str, tmp_path: Path, mini
     assert (tmp_path / "out" / "part-000000.safetensors").exists()
     status, _, err = call(*command, "--progress")
     assert status == 0
+
+
+def test_tokenize_writes_and_continues(call: Call, shard: str, tmp_path: Path, minilm: Encoder) -> None:
+    command = ("tokenize", shard, "--out", tmp_path / "out", *MODEL, "--fields", "id", "--max-length", 16)
+    status, out, err = call(*command)
+    assert (status, err) == (0, "") and re.search(
+        r"^40 texts, [\d,]+ tokens in 1 file in .* \(text='input_ids' reads them\); texts .* takes: \d", out
+    )
+    assert json.loads(call(*command, "--json")[1])["texts_before"] == 40
+    loader = bertstream.stream(str(tmp_path / "out" / "*.parquet"), minilm, text="input_ids")
+    assert sum(len(batch["id"]) for batch in loader) == 40
 
 
 def test_cut_texts_and_skipped_records_are_reported(call: Call, tmp_path: Path) -> None:

@@ -18,14 +18,12 @@ class Backend(Protocol):
 
     Attributes:
         takes_texts: whether there is a tokenizer at all.
-        has_offsets: whether it knows which characters a token is.
         splits_special: whether special tokens that are written out in a text are taken for text.
         blanks: which words of a list get a blank before them.
         special_of_pair: how many special tokens a pair gets.
     """
 
     takes_texts: bool
-    has_offsets: bool
     splits_special: bool
     blanks: Blanks
     special_of_pair: int
@@ -76,7 +74,7 @@ def find_backend(tokenizer: Any, word_cache: int) -> Backend:
 class NoBackend:
     """Takes the place of a tokenizer where there is none: an encoder of ids alone."""
 
-    takes_texts = has_offsets = splits_special = False
+    takes_texts = splits_special = False
     blanks = Blanks()
     special_of_pair = 0
     content = "no tokenizer"

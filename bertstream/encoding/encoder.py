@@ -89,7 +89,7 @@ class Encoder(CalibratedForward):
             250,000 words, and are little beside a worker's 300 MB. False or 0 keeps none. Tokens are the same.
         split: deprecated alias of `word_splitter`, removed in the next version.
     Attributes:
-        tokenizer: the `TextTokenizer`, light enough for worker processes.
+        tokenizer: the `TextTokenizer`, light enough for worker processes; its `batch(texts)` is what `encode` takes.
         spec: what it returns, as one `OutputSpec`; its fields are attributes of the encoder too.
         batching: the self-test's result: whether texts run fused, packed, padded or grouped by length (`way`), and why
             (`reason`).
@@ -165,6 +165,7 @@ class Encoder(CalibratedForward):
             word_splitter=word_splitter or (str.split if output == "words" and tokenizer is not None else None),
             segments="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
             word_cache=word_cache,
+            vocab_size=num_ids(config),
         )
         self._pretrained_tokenizer = tokenizer
         self._checked_finite = self.dtype != torch.float16
@@ -398,9 +399,9 @@ class Encoder(CalibratedForward):
         return found
 
     def _tokenized(self, texts: Sequence[Text]) -> TokenBatch:
-        texts = text_list(texts)
-        batch = self.tokenizer.batch(texts)
-        batch.texts = list(texts)
+        listed = text_list(texts)
+        batch = self.tokenizer.batch(listed)
+        batch.texts = listed
         if not self._warned_of_cut and batch.cut_tokens.any():
             self._warned_of_cut = True
             counts = int((batch.cut_tokens > 0).sum()), len(batch), int(batch.cut_words.sum())

@@ -31,10 +31,11 @@ class SpanFinder:
 
     def spans(self, rows: Embeddings) -> Indices:
         """[N, 4] as `Embeddings.spans` describes them."""
-        units = _Units.of(self._checked(), _texts(rows.tokens))
-        of_tokens = self._token_places(rows.tokens, units)
+        tokenizer, texts = self._text_tokenizer(), _texts(rows.tokens)
+        units = _Units.of(tokenizer, texts)
         if rows.output != "words":
-            return np.asarray(of_tokens[_tokens_of(rows)], np.int64)
+            return np.asarray(_token_places(tokenizer, rows.tokens, units)[_tokens_of(rows)], np.int64)
+        _check_same(rows.tokens, tokenizer.batch(texts))
         if rows.tokens.words_cut is not None:
             units.places[rows.tokens.words_cut, 1:] = -1
         return units.places
@@ -45,17 +46,15 @@ class SpanFinder:
         if rows.output == "words":
             words, names = steps(rows.tokens.num_words), [""] * len(found)
         else:
-            tokens = _tokens_of(rows)
-            words = np.zeros(len(found), np.int64) if rows.word_ids is None else rows.word_ids
-            name = _library(self._checked()).token
-            names = list(map(name, rows.tokens.input_ids[tokens].tolist()))
+            words = np.zeros(len(found), np.int32) if rows.word_ids is None else rows.word_ids
+            names = list(map(_library(self._text_tokenizer()).token, rows.tokens.input_ids[_tokens_of(rows)].tolist()))
         texts = _texts(rows.tokens)
         return [
             _source(texts[text], part, word)[start:end] if start >= 0 else name
             for (text, part, start, end), word, name in zip(found, words.tolist(), names, strict=True)
         ]
 
-    def _checked(self) -> TextTokenizer:
+    def _text_tokenizer(self) -> TextTokenizer:
         if isinstance(self._tokenizer, TextTokenizer):
             return self._tokenizer
         raise ConfigError(
@@ -63,30 +62,41 @@ class SpanFinder:
             "tokenizer"
         )
 
-    def _token_places(self, batch: TokenBatch, units: _Units) -> Indices:
-        """[N, 4] of each token."""
-        tokenizer = self._checked()
-        notes = _Notes(_library(tokenizer))
-        again = tokenizer.batch(_texts(batch), framing=notes.framed)
-        at = again.input_ids
-        again.input_ids = np.concatenate(notes.ids)[at]
-        _check_same(batch, again)
-        parts, starts, ends = np.concatenate(notes.places)[at].T
-        texts = np.repeat(np.arange(len(batch)), batch.lengths)
-        numbers = np.where(units.in_words[texts], _word_ids(again), parts)
-        none = (parts < 0) | (numbers < 0)
-        unit = np.where(none, 0, units.bounds[:-1][texts] + numbers)
-        out = np.full((len(at), 4), -1, np.int64)
-        out[:, 0] = texts
-        if none.all():
-            return out
-        ahead, begin = units.ahead[unit], units.places[unit, 2]
-        none |= units.prompted[unit] & (ends <= ahead)
-        out[:, 1] = parts
-        out[:, 2] = np.maximum(starts - ahead, 0) + begin
-        out[:, 3] = np.maximum(ends - ahead, 0) + begin
-        out[none, 1:] = -1
-        return out
+
+def _library(tokenizer: TextTokenizer) -> TokenizersBackend:
+    """The part of a tokenizer that has offsets.
+
+    Raises:
+        ConfigError: it is written in Python, and has none.
+    """
+    if isinstance(tokenizer._backend, TokenizersBackend):
+        return tokenizer._backend
+    raise ConfigError(
+        "a tokenizer that is written in Python does not say which characters a token is: words have characters, with "
+        "output='words'"
+    )
+
+
+def _token_places(tokenizer: TextTokenizer, batch: TokenBatch, units: _Units) -> Indices:
+    """[N, 4] of each token of a batch."""
+    notes = _Notes(_library(tokenizer))
+    again = tokenizer._batch(_texts(batch), notes.framed)
+    numbers, again.input_ids = again.input_ids, np.concatenate(notes.ids)[again.input_ids]
+    _check_same(batch, again)
+    parts, starts, ends = np.concatenate(notes.places)[numbers].T
+    texts = np.repeat(np.arange(len(batch)), batch.lengths)
+    in_text = np.where(units.in_words[texts], _word_ids(again), parts)
+    out = np.full((len(texts), 4), -1, np.int64)
+    out[:, 0] = texts
+    rows = np.flatnonzero((parts >= 0) & (in_text >= 0))
+    unit = units.bounds[:-1][texts[rows]] + in_text[rows]
+    # The tokenizer may see a prompt, or a blank, before the user's characters.
+    start, end = starts[rows] - units.ahead[unit], ends[rows] - units.ahead[unit]
+    own = ~units.prompted[unit] | (end > 0)
+    rows, unit, start, end = (array[own] for array in (rows, unit, start, end))
+    begin = units.places[unit, 2]
+    out[rows, 1:] = np.column_stack([parts[rows], np.maximum(start, 0) + begin, np.maximum(end, 0) + begin])
+    return out
 
 
 class _Notes:
@@ -215,12 +225,6 @@ def _equal(old: TokenBatch, new: TokenBatch) -> Iterator[bool]:
 def _word_ids(batch: TokenBatch) -> Int32Array:
     """[N] the word of each token, -1 for none."""
     return np.full(batch.num_tokens, -1, np.int32) if batch.word_ids is None else batch.word_ids
-
-
-def _library(tokenizer: TextTokenizer) -> TokenizersBackend:
-    if isinstance(tokenizer._backend, TokenizersBackend):
-        return tokenizer._backend
-    raise ConfigError("this tokenizer is written in Python, and does not say which characters a token is")
 
 
 def _tokens_of(rows: Embeddings) -> BoolArray:

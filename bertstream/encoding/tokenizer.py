@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
@@ -12,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError, EncoderError, check_at_least, check_choice, shortened
-from ..tokens import Int32Array, Text, TokenBatch, TokenizedText, cumulate
+from ..tokens import BoolArray, Int32Array, Text, TokenBatch, TokenizedText, cumulate
 from .backend import find_backend
 from .cutting import kept, owners
 from .frame import Framed
+from .given_ids import GivenIds, sequence_ids_of
 from .texts import text_list
 from .word_cache import LIMIT, WordCount
 
@@ -24,7 +28,7 @@ logger = logging.getLogger(__name__)
 Overflow: TypeAlias = Literal["error", "truncate", "windows"]
 WordSplitter: TypeAlias = Callable[[str], Sequence[str]]
 Framing: TypeAlias = Callable[[Sequence[Any], int, bool], Framed]
-"""With the arguments of `TokenizersBackend.framed`."""
+"""With the arguments of `Backend.framed`."""
 
 
 def check_cutting(
@@ -72,6 +76,10 @@ def renamed_splitter(word_splitter: WordSplitter | None, split: WordSplitter | N
 class TextTokenizer:
     """Texts to token ids, special tokens included; light, and safe to send to worker processes.
 
+    An encoder's is `encoder.tokenizer`. Called with texts it gives a `TokenizedText` for each; `batch(texts)` gives all
+    of them as one `TokenBatch`, which the encoder takes in place of texts. `identity` is equal for tokenizers that make
+    the same tokens.
+
     Args:
         tokenizer: a transformers tokenizer, backed by the `tokenizers` library or written in Python (slower). It is
             read, never changed. None for ids alone: every text is refused.
@@ -87,6 +95,7 @@ class TextTokenizer:
         limit: whose limit `max_length` is, for messages; None is the model's.
         word_cache: bytes in each process for the ids of words that come again; False or 0 keeps none. Tokens are the
             same. A tokenizer for which no cut of texts is known to be exact gets every text whole; the log says so.
+        vocab_size: how many ids the model knows, to check texts that come as ids.
         split: deprecated alias of `word_splitter`, removed in the next version.
     Raises:
         ConfigError: an argument is out of range, or has no effect without a tokenizer.
@@ -105,6 +114,7 @@ class TextTokenizer:
         prompt_counts: bool = True,
         limit: str | None = None,
         word_cache: int = LIMIT,
+        vocab_size: int | None = None,
         split: WordSplitter | None = None,
     ) -> None:
         word_splitter = renamed_splitter(word_splitter, split)
@@ -128,22 +138,19 @@ class TextTokenizer:
         self.segments = segments
         self.prompt = prompt
         self.prompt_counts = prompt_counts
+        self.vocab_size = vocab_size
         self.limit = limit or f"the model takes {max_length}"
         side = getattr(tokenizer, "truncation_side", "right")
         check_choice("tokenizer.truncation_side", side, Literal["right", "left"])
         self._keeps_end = overflow == "truncate" and side == "left"
         self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()) if prompt else ())
         self._warned = False
+        self._ids: GivenIds | None = None
 
     @property
     def takes_texts(self) -> bool:
         """Whether there is a tokenizer; an encoder without one takes ids alone."""
         return self._backend.takes_texts
-
-    @property
-    def has_offsets(self) -> bool:
-        """Whether it can tell which characters a token is; tokenizers that are written in Python cannot."""
-        return self._backend.has_offsets
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -180,20 +187,56 @@ class TextTokenizer:
             out |= dict(zip(indices, _one_by_one(batch), strict=True))
         return [out[i] for i in range(len(texts))]
 
-    def batch(self, texts: Sequence[Text], *, framing: Framing | None = None) -> TokenBatch:
-        """Tokenize texts into one batch, in their order: like `__call__`, without an object for each text.
+    def batch(self, texts: Sequence[Text]) -> TokenBatch:
+        """Tokenize texts into one batch, in their order: like `__call__`, without an object for each text."""
+        return self._batch(texts, self._backend.framed)
+
+    def _batch(self, texts: Sequence[Text], framing: Framing) -> TokenBatch:
+        return _in_order(self._tokenized(texts, framing))
+
+    def ids(self, texts: Sequence[TokenizedText]) -> TokenBatch:
+        """Texts that are ids already as one batch, in their order, as if they were tokenized here.
 
         Args:
-            texts: as for `__call__`.
-            framing: makes ids of strings or words, in place of the tokenizer that was given (see `SpanFinder`).
+            texts: whole, with special tokens; which ones these are is found by their ids where a text does not say it.
+        Raises:
+            EncoderError: an id is not in the vocabulary, a text has no ids, or no words where they are needed, or is
+                too long where overflow is "error"; `.records` names it.
         """
-        groups = list(self._tokenized(texts, framing or self._backend.framed))
-        if not groups:
-            return TokenBatch.from_texts([])
-        if len(groups) == 1:
-            return groups[0][1]
-        order = np.argsort(np.concatenate([indices for indices, _ in groups]))
-        return TokenBatch.concat([batch for _, batch in groups]).pick(order)
+        tokens = self._own_ids.batch(texts, self.vocab_size, in_words=self.word_splitter is not None)
+        if not self.segments and self.takes_texts:
+            tokens.token_type_ids = None
+        return _in_order(self._fitted(tokens, list(range(len(texts))), partial(self._cut_ids, tokens)))
+
+    def special_among(self, ids: Int32Array) -> BoolArray:
+        """[N] which of these ids are of tokens that frame texts; the same token may be written out in a text."""
+        return self._own_ids.special_among(ids)
+
+    @property
+    def _own_ids(self) -> GivenIds:
+        if self._ids is None:
+            self._ids = GivenIds(self.whole().batch if self.takes_texts else None)
+        return self._ids
+
+    @property
+    def ids_identity(self) -> dict[str, Any] | None:
+        """Equal for two tokenizers whose ids of a text are the same before it is cut, with a name for each difference.
+
+        Parquet files of `bertstream.tokenize` hold it: another name or spelling refuses all of them. None without a
+        tokenizer.
+        """
+        if not self.takes_texts:
+            return None
+        content = (self._backend.content, *self._backend.blanks.news, self._backend.splits_special)
+        digest = hashlib.sha256(repr(content).encode()).hexdigest()
+        return {"vocabulary": digest[:16], "segments": self.segments, "prompt": self.prompt}
+
+    def whole(self) -> TextTokenizer:
+        """A tokenizer like this one that cuts no text."""
+        other = copy.copy(self)
+        other.max_length, other.overflow, other.stride = np.iinfo(np.int32).max, "error", 0
+        other._keeps_end, other.prompt_counts = False, True
+        return other
 
     @property
     def word_count(self) -> WordCount:
@@ -223,14 +266,29 @@ class TextTokenizer:
                 words = np.int32(len(self.prompt.split()))
                 tokens.word_ids = np.maximum(tokens.word_ids - words, np.int32(-1))
                 tokens.num_words -= words
-            fits = tokens.lengths <= self.max_length
-            if fits.all():
-                yield indices, self._without_prompt(tokens)
-                continue
-            short, long = np.flatnonzero(fits), np.flatnonzero(~fits).tolist()
-            yield [indices[i] for i in short], self._without_prompt(tokens.pick(short))
-            cut = [self._cut_text(framed.pick(i), parts[indices[i]], indices[i]) for i in long]
-            yield [indices[i] for i in long], self._without_prompt(TokenBatch.from_texts(cut))
+            yield from self._fitted(tokens, indices, partial(self._cut_framed, framed, parts, indices))
+
+    def _cut_framed(self, framed: Framed, parts: list[Any], indices: list[int], number: int) -> TokenizedText:
+        return self._cut_text(framed.pick(number), parts[indices[number]], indices[number])
+
+    def _cut_ids(self, tokens: TokenBatch, number: int) -> TokenizedText:
+        text = tokens.pick(np.array([number]))
+        sequence_ids = sequence_ids_of(text)
+        if (special := np.count_nonzero(sequence_ids < 0)) >= self.max_length:
+            raise EncoderError(f"text {number} has {special} special tokens, {self.limit} in all", records=(number,))
+        return self._cut_text(Framed(text, sequence_ids), [text.input_ids.tolist()], number)
+
+    def _fitted(
+        self, tokens: TokenBatch, indices: list[int], cut: Callable[[int], TokenizedText]
+    ) -> Iterator[tuple[list[int], TokenBatch]]:
+        """The texts that fit, and those that are cut, with their indices."""
+        fits = tokens.lengths <= self.max_length
+        if fits.all():
+            yield indices, self._without_prompt(tokens)
+            return
+        short, long = np.flatnonzero(fits), np.flatnonzero(~fits).tolist()
+        yield [indices[i] for i in short], self._without_prompt(tokens.pick(short))
+        yield [indices[i] for i in long], self._without_prompt(TokenBatch.from_texts([cut(i) for i in long]))
 
     def _prompted(self, part: str | list[str]) -> str | list[str]:
         return self.prompt + part if isinstance(part, str) else self.prompt.split() + part
@@ -283,7 +341,7 @@ class TextTokenizer:
             left = kept(framed.sequence_ids, self.max_length, self._keeps_end)
             short = out.pick(left)
             short.cut_tokens = length - self.max_length
-            if out.word_ids is not None:
+            if out.word_ids is not None and out.num_words:  # other texts of its batch may have words
                 numbers = np.arange(out.num_words)
                 short.words_cut = np.isin(numbers, out.word_ids) & ~np.isin(numbers, out.word_ids[left])
             return short
@@ -316,6 +374,17 @@ class TextTokenizer:
         first, last = windows == 0, windows == len(starts) - 1
         out.owned = side_by_side(first.repeat(len(before), 1), owner[inside] == windows, last.repeat(len(after), 1))
         return out
+
+
+def _in_order(groups: Iterable[tuple[list[int], TokenBatch]]) -> TokenBatch:
+    """Texts of several kinds, with their indices, as one batch."""
+    groups = list(groups)
+    if not groups:
+        return TokenBatch.from_texts([])
+    if len(groups) == 1:
+        return groups[0][1]
+    order = np.argsort(np.concatenate([indices for indices, _ in groups]))
+    return TokenBatch.concat([batch for _, batch in groups]).pick(order)
 
 
 def _one_by_one(batch: TokenBatch) -> Iterator[TokenizedText]:

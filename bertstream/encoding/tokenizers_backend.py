@@ -33,7 +33,6 @@ class TokenizersBackend:
     """
 
     takes_texts = True
-    has_offsets = True
 
     def __init__(self, tokenizer: Any, word_cache: int) -> None:
         backend = tokenizer.backend_tokenizer

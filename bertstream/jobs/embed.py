@@ -1,21 +1,13 @@
-"""Encode every text of a corpus once and write the vectors to files; a killed run can be continued.
-
-The folder holds finished files only, `part-000000.parquet` and so on, and `_progress.json`, which counts them and holds
-the loader's state after the last one. It is replaced atomically after each part, and anything that a killed run wrote
-after that is written again. Parquet readers skip names that begin with `_` or a dot.
-"""
+"""Encode every text of a corpus once and write the vectors to files; a killed run can be continued."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,15 +16,15 @@ from tqdm import tqdm
 
 from ..caching.cache import EmbeddingCache, as_bytes
 from ..embeddings import Embeddings, SupportsCache
-from ..errors import ConfigError, StateError, check_at_least
+from ..errors import ConfigError, check_at_least
 from ..loader import stream
 from ..pipeline.embedding_loader import EmbeddingLoader
 from ..reading.config import StreamConfig
 from ..reading.dataset import Shards
 from ..reading.functions import Keep, Map
 from ..reading.mixture import refuse_mixture
-from ..system.distributed import rank_and_world_size
-from .writers import Part, PartFormat, check_format, ending_of, whole_or_nothing, write_part
+from .parts import PartFolder, local_folder
+from .writers import Part, PartFormat, check_format, ending_of, write_part
 
 _BATCH_TOKENS = 16384
 """A state fits one budget only, so not the encoder's `max_forward_tokens`, which differs from run to run."""
@@ -40,7 +32,7 @@ _BATCH_TOKENS = 16384
 _PART_S = 120.0
 """Seconds after which a part is written, however small; a kill loses at most this much work."""
 
-_VERSION = 1
+_COUNTED = ("texts", "tokens", "rows", "cut_texts", "bad_records", "bad_shards", "dropped_records")
 
 
 def embed(
@@ -89,8 +81,7 @@ def embed(
     largest = as_bytes("part_bytes", part_bytes)
     check_at_least("part_bytes", largest, 1)
     row_bytes = math.prod(encoder.row_shape) * encoder.output_dtype.itemsize
-    if "://" in os.fspath(out):
-        raise ConfigError(f"out={os.fspath(out)!r} is a URL: name a local folder, and copy its parts from there")
+    path = local_folder(out)
     fingerprint = encoder.fingerprint()
     if fingerprint is None:
         raise ConfigError("parameters of the encoder require gradients: call encoder.freeze() first")
@@ -109,23 +100,18 @@ def embed(
         reading=reading,
     )
     settings = {"format": format, "part_bytes": largest, "encoder": fingerprint.hex()}
-    folder_of = _Folder(Path(out).expanduser(), settings, ending_of(format), encoder=repr(encoder))
+    folder_of = PartFolder(path, settings, ending_of(format), counted=_COUNTED, made_by=repr(encoder))
     with closing(loader), folder_of.opened(loader.state_dict()) as folder:
         before = dict(folder.counts)
-        try:
-            loader.load_state_dict(folder.state)
-        except StateError as error:
-            raise StateError(
-                f"{folder_of.path} was started with {'other' if error.key == 'shards' else 'another'} {error.key}: "
-                "name another folder, or use the shards and settings that it was started with",
-                key=error.key,
-            ) from error
+        folder.load_into(loader.load_state_dict)
         if not folder.done:
-            _fill(folder, loader, text, largest, progress=progress)
+            _fill(folder, loader, text, largest, format, progress=progress)
         return folder.counts | {"texts_before": before["texts"]}
 
 
-def _fill(folder: _Folder, loader: EmbeddingLoader, text: str, largest: int, *, progress: bool) -> None:
+def _fill(
+    folder: PartFolder, loader: EmbeddingLoader, text: str, largest: int, format: PartFormat, *, progress: bool
+) -> None:
     before = dict(folder.counts)
     started = time.monotonic()
     gathered = _Gathered()
@@ -134,7 +120,8 @@ def _fill(folder: _Folder, loader: EmbeddingLoader, text: str, largest: int, *, 
         counts = {name: folder.counts[name] + gathered.counts[name] for name in gathered.counts}
         for name in ("bad_records", "bad_shards", "dropped_records"):
             counts[name] = before[name] + int(loader.stats()[name])
-        folder.write(gathered.part() if gathered.counts["texts"] else None, counts, loader.state_dict(), done=done)
+        part = partial(write_part, part=gathered.part(), format=format) if gathered.counts["texts"] else None
+        folder.write(part, counts, loader.state_dict(), done=done)
 
     total = loader.count_records() if progress else None
     done = before["texts"] + before["bad_records"]
@@ -186,112 +173,3 @@ class _Gathered:
             lengths=None if one_each else np.concatenate([vectors.lengths.numpy() for vectors in self._vectors]),
             values=torch.cat([vectors.values for vectors in self._vectors]),
         )
-
-
-class _Folder:
-    """The folder, as one rank sees it.
-
-    Args:
-        path: created if missing.
-        settings: common to all parts.
-        ending: of the parts' names.
-        encoder: its repr, for messages.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any], ending: str, *, encoder: str) -> None:
-        rank, world_size = rank_and_world_size()
-        self.path = path
-        self._encoder = encoder
-        self._rank = f"-{rank:03d}-of-{world_size:03d}" if world_size > 1 else ""
-        self._settings = {"version": _VERSION, "ranks": world_size, **settings}
-        self._ending = ending
-        names = ("parts", "texts", "tokens", "rows", "cut_texts", "bad_records", "bad_shards", "dropped_records")
-        self.counts = dict.fromkeys(names, 0)
-        self.state: dict[str, Any] = {}
-        self.done = False
-
-    @contextmanager
-    def opened(self, state: dict[str, Any]) -> Iterator[_Folder]:
-        """Lock the folder against other processes; read its progress, or start it with this state."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise ConfigError(f"no folder can be made at {self.path}: {error}") from error
-        with open(self.path / f".lock{self._rank}", "ab") as lock:
-            with suppress(ImportError):
-                import fcntl
-
-                try:
-                    # lockf, not flock: forked workers, which outlive a killed parent for a moment, would inherit a
-                    # flock.
-                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise ConfigError(f"{self.path}: another process is writing vectors there") from None
-            if not self._progress.exists():
-                self._refuse_others()
-            elif (saved := self._saved())["done"] or saved["counts"]["parts"]:
-                self._refuse_differences(saved)
-                self.state, self.done = saved["state"], saved["done"]
-                self.counts |= saved["counts"]
-            self._tidy()
-            if not self.state:  # no part is finished, so nothing is lost by starting from the beginning
-                self.write(None, self.counts, state, done=False)
-            yield self
-
-    def write(self, part: Part | None, counts: dict[str, int], state: dict[str, Any], *, done: bool) -> None:
-        """Write a part, then the progress file that counts it and holds the state after it."""
-        if part is not None:
-            write_part(self._part(self.counts["parts"]), part, self._settings["format"])
-        self.counts = counts | {"parts": self.counts["parts"] + (part is not None)}
-        self.state, self.done = state, done
-        saved = {**self._settings, "made_by": self._encoder, "counts": self.counts, "done": done, "state": state}
-        whole_or_nothing(self._progress, lambda path: path.write_text(json.dumps(saved), encoding="utf-8"))
-
-    @property
-    def _progress(self) -> Path:
-        return self.path / f"_progress{self._rank}.json"
-
-    def _part(self, number: int) -> Path:
-        return self.path / f"part{self._rank}-{number:06d}{self._ending}"
-
-    def _saved(self) -> dict[str, Any]:
-        try:
-            saved: dict[str, Any] = json.loads(self._progress.read_bytes())
-            if not {*self._settings, "made_by", "counts", "state", "done"} <= saved.keys():
-                raise ValueError("it lacks entries")
-        except (ValueError, AttributeError) as error:
-            raise StateError(f"{self._progress} is damaged: delete the folder, or name another") from error
-        return saved
-
-    def _refuse_differences(self, saved: dict[str, Any]) -> None:
-        for name, value in self._settings.items():
-            if saved[name] != value:
-                there, here = (saved["made_by"], self._encoder) if name == "encoder" else (saved[name], value)
-                seen = (
-                    f"{name} {there}, and this is {here}" if there != here else f"other weights or settings of {here}"
-                )
-                raise StateError(
-                    f"{self.path} was started with {seen}: name another folder, or use the model and options that it "
-                    "was started with",
-                    key=name,
-                )
-
-    def _refuse_others(self) -> None:
-        """Refuse a new folder that holds anything but the files of this run's other ranks."""
-        own = rf"\.lock{self._rank}|\.{re.escape(self._progress.name)}\.unfinished"  # left by an early kill
-        if self._rank:
-            own += rf"|(\.lock|\.?_progress|\.?part)-\d+{re.escape(self._rank[4:])}.*"
-        others = sorted(path.name for path in self.path.iterdir() if not re.fullmatch(own, path.name))
-        if others:
-            raise ConfigError(f"{self.path} holds other files, such as {others[0]!r}: name a new folder")
-
-    def _tidy(self) -> None:
-        """Delete the parts that a killed run wrote after its last progress file."""
-        finished = {self._part(number).name for number in range(self.counts["parts"])}
-        parts = rf"\.?part{self._rank}-\d{{6,}}\.\w+(\.unfinished)?"
-        for path in list(self.path.iterdir()):
-            if re.fullmatch(parts, path.name) and path.name not in finished:
-                path.unlink()
-        lost = sorted(name for name in finished if not (self.path / name).exists())
-        if lost:
-            raise StateError(f"{self.path} lacks {lost[0]}, which was written: delete the folder, or name another")

@@ -61,7 +61,7 @@ def check_format(format: PartFormat, dtype: torch.dtype) -> None:
 
 
 def write_part(path: Path, part: Part, format: PartFormat) -> None:
-    """Write a file atomically: it is complete or absent, even if the process or the machine stops.
+    """Write a file.
 
     A Parquet row has `key`, `shard`, `index` and `vector`: a list of H numbers, or for tokens and words a list of such
     lists. A WebDataset record has `npy`, [H] or [L, H], and `json` with key, shard and index; its own key is a number.
@@ -71,11 +71,13 @@ def write_part(path: Path, part: Part, format: PartFormat) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    whole_or_nothing(path, lambda unfinished: _FORMATS[format].write(unfinished, part))
+    _FORMATS[format].write(path, part)
 
 
 def whole_or_nothing(path: Path, write: Callable[[Path], object]) -> None:
     """Let a function write a file under a temporary name, sync it to disk, then rename it.
+
+    The file is complete or absent, even if the process or the machine stops.
 
     Raises:
         OSError: with the file's path, which that of a full disk lacks; nothing of the file is left.

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import shortened
-from ..tokens import Indices, Record, TokenBatch
+from ..tokens import Indices, Record, TokenBatch, TokenizedText
 
 # What torch's default collate makes of Python's numbers.
 _DTYPES: dict[type, type] = {bool: np.bool_, int: np.int64, float: np.float64}
@@ -51,21 +51,30 @@ def cut_bucket(
     return batches
 
 
-def add_fields(batch: TokenBatch, records: Sequence[Record], *, keep_text_as: str | None) -> None:
+def add_fields(
+    batch: TokenBatch, records: Sequence[Record], *, keep_text_as: str | None, with_place: bool = True
+) -> None:
     """Put the records' fields into their batch as columns, with `__key__`, `__shard__` and `__index__`.
 
     Args:
         batch: changed in place.
         records: one a text.
         keep_text_as: the field under which the raw texts stay in the batch; None drops them.
+        with_place: whether to add these three; False if those that are wanted are among the records' fields.
     """
     names = dict.fromkeys(name for record in records for name in record.fields)
     batch.fields = {name: stack_column([record.fields.get(name) for record in records]) for name in names}
     if keep_text_as is not None:
-        batch.texts = batch.fields[keep_text_as] = [record.text for record in records]
-    batch.fields["__key__"] = [record.key for record in records]
-    batch.fields["__shard__"] = [record.shard for record in records]
-    batch.fields["__index__"] = np.array([record.index for record in records], np.int64)
+        texts = [record.text for record in records if not isinstance(record.text, TokenizedText)]
+        if len(texts) == len(records):  # ids have no characters
+            batch.texts = batch.fields[keep_text_as] = texts
+        else:
+            kept = (record.text for record in records)
+            batch.fields[keep_text_as] = [text.input_ids if isinstance(text, TokenizedText) else text for text in kept]
+    if with_place:
+        batch.fields["__key__"] = [record.key for record in records]
+        batch.fields["__shard__"] = [record.shard for record in records]
+        batch.fields["__index__"] = np.array([record.index for record in records], np.int64)
 
 
 class Strings(list[str]):

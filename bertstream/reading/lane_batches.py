@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 
 from ..cursors import Cursor
 from ..errors import BertstreamError, EncoderError, ShardError
-from ..tokens import Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch, tokenize_batch
+from ..tokens import Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch, TokenizedText
 from .bucket import add_fields, cut_bucket
 from .config import StreamConfig
 from .lanes import LaneReader
 from .mixture import Mixing, MixtureReader
 from .options import ReadOptions
 from .shards import Piece
+from .token_ids import tokens_of
 
 # Texts per call of the tokenizer: enough to use its threads, few enough that the first batch comes soon.
 _TOKENIZE_CHUNK = 256
@@ -49,6 +49,8 @@ class LaneBatches:
         options: what is taken from each record.
         reading: bucket size and tolerance.
         batch_size, max_tokens: one of the two says where a bucket is cut; see `cut_bucket`.
+        drop_last: whether every batch has `batch_size` texts. Buckets then hold whole batches, so that only the last
+            records of a lane are dropped, fewer than a batch.
         shuffle_seed: None does not shuffle.
         num_lanes: of the stream.
         open_shards: pieces that a lane reads in turn.
@@ -66,6 +68,35 @@ class LaneBatches:
     open_shards: int
     keep_text_as: str | None
     mixing: Mixing | None = None
+    drop_last: bool = False
+
+    def count(self, records: int, start: Cursor) -> int:
+        """How many batches of `batch_size` texts `read` makes from a cursor on, if no record is broken or dropped.
+
+        Args:
+            records: of the lane that come after the cursor.
+            start: the cursor.
+        """
+        assert self.batch_size is not None
+        first, later = self._bucket_sizes(start)
+        full, last = divmod(max(0, records - first), later)
+        batches = self._batches_in(min(first, records)) + full * self._batches_in(later) + self._batches_in(last)
+        return batches - start.batch
+
+    def _batches_in(self, records: int) -> int:
+        """Of one bucket with this many records."""
+        assert self.batch_size is not None
+        return records // self.batch_size if self.drop_last else -(-records // self.batch_size)
+
+    def _bucket_sizes(self, start: Cursor) -> tuple[int, int]:
+        """How many records the bucket at a cursor holds when full, and each after it."""
+        first = later = self.reading.bucket_size
+        if not (start.next_piece or start.open or start.sources):
+            # The first bucket of each lane has another size, or all lanes would refill in the same moment.
+            first = max(1, later * (start.lane + 1) // self.num_lanes)
+        if self.drop_last and self.batch_size is not None:
+            first, later = (max(size - size % self.batch_size, self.batch_size) for size in (first, later))
+        return first, later
 
     def read(self, pieces: Sequence[Piece], start: Cursor) -> Generator[TokenBatch | LaneEnd, None, None]:
         """A lane's batches from a cursor on, and finally a `LaneEnd` with the report that no batch could carry.
@@ -78,10 +109,7 @@ class LaneBatches:
             start: where to begin.
         """
         reader = self._reader(pieces, start)
-        size = self.reading.bucket_size
-        if not (start.next_piece or start.open or start.sources):
-            # The first bucket of each lane has another size, or all lanes would refill in the same moment.
-            size = max(1, size * (start.lane + 1) // self.num_lanes)
+        size, later_size = self._bucket_sizes(start)
         bucket = _Bucket(start, size)
         if not start.batch:  # as for `read` below
             reader.may_skip = self._may_skip
@@ -102,10 +130,14 @@ class LaneBatches:
                 if not bucket.read or reader.may_skip < 0:
                     yield LaneEnd(start.lane, ReadReport(read, tuple(bad), _pair(words), dropped))
                     return
-                following = _Bucket(bucket.end, self.reading.bucket_size)
+                following = _Bucket(bucket.end, later_size)
                 reader.may_skip = self._may_skip
                 tokens = bucket.join()
-                batches = self._cut(tokens.lengths, bucket.start)
+                surplus = len(tokens) % self.batch_size if self.drop_last and self.batch_size is not None else 0
+                if not bucket.start.batch:
+                    dropped += surplus
+                # The last ones that were read, not the longest: those would always be the same.
+                batches = self._cut(tokens.lengths[: len(tokens) - surplus], bucket.start)
                 for number, batch in enumerate(self._batches_of(bucket, tokens, batches), 1 + bucket.start.batch):
                     batch.report = ReadReport(read, tuple(bad), _pair(words), dropped) if read else None
                     if read:
@@ -124,7 +156,13 @@ class LaneBatches:
         open_shards, tolerant = self.open_shards, self._tolerant
         if self.mixing is not None:
             return MixtureReader(
-                pieces, self.mixing, start, num_lanes=self.num_lanes, open_shards=open_shards, tolerant=tolerant
+                pieces,
+                self.mixing,
+                start,
+                shuffle_seed=self.shuffle_seed,
+                num_lanes=self.num_lanes,
+                open_shards=open_shards,
+                tolerant=tolerant,
             )
         options = self.options if self.options.rows is None else replace(self.options, epoch=start.epoch)
         return LaneReader(pieces, options, start, open_shards=open_shards, tolerant=tolerant)
@@ -144,7 +182,7 @@ class LaneBatches:
         try:
             while bucket.read < count and not bucket.at_end and bucket.error is None:
                 dropped = reader.dropped
-                chunk = list(islice(iter(reader.read, None), min(_TOKENIZE_CHUNK, count - bucket.read)))
+                chunk = _chunk(reader, min(_TOKENIZE_CHUNK, count - bucket.read))
                 bucket.at_end = not chunk
                 bucket.read += len(chunk)
                 bucket.end = reader.cursor(bucket.start)
@@ -182,7 +220,8 @@ class LaneBatches:
                 continue
             batch = tokens.pick(chosen)
             batch.drop_idle(may_be_idle)
-            add_fields(batch, [bucket.records[i] for i in chosen.tolist()], keep_text_as=self.keep_text_as)
+            records = [bucket.records[i] for i in chosen.tolist()]
+            add_fields(batch, records, keep_text_as=self.keep_text_as, with_place=not self.options.place)
             batch.cursor = bucket.end if number == len(batches) else replace(bucket.start, batch=number)
             yield batch
 
@@ -191,7 +230,7 @@ class LaneBatches:
         refused: list[ShardError] = []
         while records:
             try:
-                return records, [tokenize_batch(self.tokenizer, [record.text for record in records])], refused
+                return records, [tokens_of(self.tokenizer, [record.text for record in records])], refused
             except EncoderError as error:
                 if not error.records:
                     raise
@@ -207,6 +246,14 @@ class LaneBatches:
                 refused.append(refusal)
                 records = [record for record in records if record is not at]
         return [], [], refused
+
+
+def _chunk(reader: LaneReader | MixtureReader, count: int) -> list[Record]:
+    """The next records, as many as there are up to a number."""
+    records: list[Record] = []
+    while len(records) < count and (record := reader.read()) is not None:  # `iter` would compare the fields of each
+        records.append(record)
+    return records
 
 
 def _pair(words: Indices) -> tuple[int, int]:
@@ -242,6 +289,9 @@ class _Bucket:
         return TokenBatch.concat(chunks) if chunks else TokenBatch.from_texts([])
 
     def kinds(self) -> Iterator[tuple[type, ...]]:
-        """Of each record, whether its text is a string, a list of words, or a pair of either."""
-        texts = (record.text for record in self.records)
-        return ((type(text), type(text[0])) if isinstance(text, tuple) else (type(text),) for text in texts)
+        """Of each record, whether its text is a string, a list of words, a pair of either, or ids, and with what."""
+        for text in (record.text for record in self.records):
+            if isinstance(text, TokenizedText):
+                yield type(text), type(text.word_ids), type(text.token_type_ids)
+            else:
+                yield (type(text), type(text[0])) if isinstance(text, tuple) else (type(text),)

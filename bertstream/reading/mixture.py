@@ -85,6 +85,15 @@ class Mixture:
         self.weights = tuple(float(weight) for _, weight in pairs)
         self.stopping: Stopping = stopping
 
+    def mixing(self, options: ReadOptions, opened: Sequence[tuple[list[str], Any]]) -> Mixing:
+        """How lanes read it.
+
+        Args:
+            options: of all sources.
+            opened: of `open_sources`.
+        """
+        return Mixing(tuple(replace(options, rows=rows) for _, rows in opened), self.weights, self.stopping)
+
     def __repr__(self) -> str:
         return f"Mixture({len(self.sources)} sources, weights={list(self.weights)}, stopping={self.stopping!r})"
 
@@ -137,13 +146,11 @@ class Mixing:
     Attributes:
         options: of each source, how it is read.
         weights, stopping: of the `Mixture`.
-        seed: with which a source that starts over is shuffled; None does not shuffle.
     """
 
     options: tuple[ReadOptions, ...]
     weights: tuple[float, ...]
     stopping: Stopping
-    seed: int | None
 
 
 @dataclass
@@ -172,6 +179,7 @@ class MixtureReader:
         pieces: the lane's, of all sources.
         mixing: how they are mixed.
         start: the cursor; its batch is ignored.
+        shuffle_seed: of the order of a source that starts over; None keeps the order.
         num_lanes: of the stream. Each lane is at another point of the turns, so that the weights hold over all lanes
             together, where each would round in the same way.
         open_shards: how many pieces of each source are open at a time.
@@ -186,6 +194,7 @@ class MixtureReader:
         mixing: Mixing,
         start: Cursor,
         *,
+        shuffle_seed: int | None,
         num_lanes: int,
         open_shards: int,
         tolerant: bool,
@@ -195,6 +204,7 @@ class MixtureReader:
         self._mixing = mixing
         self._lane = start
         self._pieces = [[p for p in pieces if p.source == number] for number in range(len(mixing.weights))]
+        self._shuffle_seed = shuffle_seed
         self._open_shards = open_shards
         self._tolerant = tolerant
         self._bad: list[ShardError] = []
@@ -257,8 +267,8 @@ class MixtureReader:
 
     def _reader(self, number: int, place: SourcePlace) -> LaneReader:
         pieces, options, lane = self._pieces[number], self._mixing.options[number], self._lane
-        if place.passes and self._mixing.seed is not None:
-            seed = (self._mixing.seed, lane.epoch, lane.lane, number, place.passes)
+        if place.passes and self._shuffle_seed is not None:
+            seed = (self._shuffle_seed, lane.epoch, lane.lane, number, place.passes)
             pieces = [pieces[i] for i in np.random.default_rng(seed).permutation(len(pieces))]
         if options.rows is not None:
             options = replace(options, epoch=lane.epoch + place.passes)

@@ -9,15 +9,19 @@ from typing import Any, TypeAlias, cast
 from ..errors import ConfigError, described
 from ..labels import NumberOf, UnknownLabelError
 from ..paths import find, splits
-from ..tokens import Text
+from ..tokens import Text, TokenizedText
 from .access import DEFAULT_ACCESS, Access
 from .functions import Keep, Map, check_functions, kept_and_mapped
 from .raw import BOM, RecordError, excerpt, parse_text
+from .token_ids import BESIDE_IDS, ids_of
 
 Fields: TypeAlias = Mapping[str, Callable[[Any], Any] | Sequence[str]] | Sequence[str] | None
 """The option `fields`, see `ReadOptions`."""
 
-RESERVED = ("__key__", "__shard__", "__index__", "__repeated__")
+PLACE = ("__key__", "__shard__", "__index__")
+"""Fields of a batch that say where its records are from."""
+
+RESERVED = (*PLACE, "__repeated__")
 """Fields that a batch has of its own."""
 
 SOURCE = "__source__"
@@ -29,18 +33,22 @@ class ReadOptions:
     """What is read of each record, and how shards are opened. Pickles if its functions do.
 
     Attributes:
-        text: the field that holds the text: a str, UTF-8 bytes, or a list of str (words). A path such as "data.text"
-            leads to what nested objects hold; so do the names of the other options.
+        text: the field that holds the text: a str, UTF-8 bytes, a list of str (words), or a list of int (token ids). A
+            path such as "data.text" leads to what nested objects hold; so do the names of the other options.
         pair: the field that holds the second text of a pair; None if records are single texts.
         fields: the other fields to keep. None keeps all; names keep only these; a mapping from names to functions keeps
             these, each passed through its function; a list of labels in place of a function makes numbers of them.
+            A name of `PLACE` among them keeps only the named ones of these.
         keep: says of a record, a dict of all its fields, whether it is read at all.
         map: makes the record of one that is kept, or None to drop it.
         access: how shards are opened.
         rows: a dataset to read instead of shards, see `split_rows`; None for shards.
         epoch: of the stream; a streaming dataset that shuffles itself has another order in each.
         reserved: names that no other field may have.
-        required: the fields that every record must have in the end: the texts, and the names in `fields`.
+        tokenizer: what token ids depend on, by name, to refuse Parquet files that `bertstream.tokenize` wrote with
+            another tokenizer; None refuses none.
+        place: those of `PLACE` that `fields` names.
+        required: the fields that every record must have in the end: the texts, and the other names in `fields`.
         stored: those of them that shards must hold: none where `map` may make them.
         wanted: the keys and columns to read; None for all.
     Raises:
@@ -56,6 +64,8 @@ class ReadOptions:
     rows: Any = field(default=None, repr=False)
     epoch: int = 0
     reserved: tuple[str, ...] = field(default=RESERVED, repr=False)
+    tokenizer: Mapping[str, Any] | None = field(default=None, repr=False)
+    place: tuple[str, ...] = field(init=False, repr=False)
     required: tuple[str, ...] = field(init=False, repr=False)
     stored: tuple[str, ...] = field(init=False, repr=False)
     wanted: frozenset[str] | None = field(init=False, repr=False)
@@ -73,9 +83,12 @@ class ReadOptions:
         names = list(self.fields or ())
         if not all(isinstance(name, str) for name in names):
             raise ConfigError(f"fields takes names of fields; got {names!r}")
+        place = tuple(name for name in names if name in PLACE)
+        names = [name for name in names if name not in PLACE]
         for name in (*self.texts, *names):
             if name in self.reserved:
-                raise ConfigError(f"{name!r} is a field that each batch has of its own: rename it in the data")
+                way_out = "leave it out of fields=, or rename it in the data"
+                raise ConfigError(f"{name!r} is a field that each batch has of its own: {way_out}")
         for text in self.texts:
             if text in names:
                 raise ConfigError(f"fields lists the other fields: leave out {text!r}, which is the text")
@@ -86,6 +99,7 @@ class ReadOptions:
         required = (*self.texts, *names)
         chooses = self.keep is not None or self.map is not None
         keys = frozenset(head for name in required for head, _ in splits(name))
+        object.__setattr__(self, "place", place)
         object.__setattr__(self, "required", required)
         object.__setattr__(self, "stored", () if self.map is not None else required)
         object.__setattr__(self, "wanted", None if self.fields is None or chooses else keys)
@@ -104,12 +118,15 @@ def _as_function(name: str, function: Callable[[Any], Any] | Sequence[str]) -> C
     raise ConfigError(f"fields maps names to functions, or to lists of labels; got {name!r}: {function!r}")
 
 
-def take_text_and_fields(values: dict[str, Any], options: ReadOptions) -> tuple[Text, dict[str, Any]] | None:
+def take_text_and_fields(
+    values: dict[str, Any], options: ReadOptions, place: Sequence[Any] = ()
+) -> tuple[Text | TokenizedText, dict[str, Any]] | None:
     """Separate a record's text from its other fields, and keep the wanted ones.
 
     Args:
         values: the record's fields; may be changed.
         options: what to take.
+        place: the values of `PLACE`.
     Returns:
         None for a record that `keep` or `map` drops.
     Raises:
@@ -124,34 +141,52 @@ def take_text_and_fields(values: dict[str, Any], options: ReadOptions) -> tuple[
         if chosen is None:
             return None
         values = chosen
-    require_fields(options, values)
-    text: Text = _checked_text(values.pop(options.text), options.text)
+    check_required(options, values)
+    value = _value(values, options.text)
+    ids = None if isinstance(value, str) else ids_of(value, values, options.text)
+    text: Text | TokenizedText = _checked_text(value, options.text) if ids is None else ids
     if options.pair is not None:
-        second = _checked_text(values.pop(options.pair), options.pair)
+        if ids is not None:
+            raise RecordError("ids are of both texts of a pair: leave out pair=, or name fields of text", options.text)
+        second = _checked_text(_value(values, options.pair), options.pair)
         if type(second) is not type(text):
             raise RecordError("the two texts of a pair must both be strings, or both lists of words", options.pair)
         text = cast(Text, (text, second))
+    reserved = options.reserved if options.fields is None else options.place
+    if not values.keys().isdisjoint(reserved):
+        name = next(name for name in reserved if name in values)
+        raise RecordError("each batch has a field of this name: rename it, or name others with fields=", name)
     if options.fields is None:
-        for name in options.reserved:
-            if name in values:
-                raise RecordError("each batch has a field of this name: rename it, or name others with fields=", name)
+        if ids is not None and ids is not value and options.text in values:
+            for name in BESIDE_IDS:
+                values.pop(name, None)
+        for name in options.texts:
+            values.pop(name, None)  # an object that holds a text further down stays whole: it may be the user's own
         return text, values
+    if options.place:
+        values |= zip(PLACE, place, strict=True)
     if not isinstance(options.fields, Mapping):
-        return text, {name: values[name] for name in options.fields}
+        return text, {name: _value(values, name) for name in options.fields}
     fields = {}
     for name, function in options.fields.items():
+        value = _value(values, name)
         try:
-            fields[name] = function(values[name])  # type: ignore[operator] # `__post_init__` made functions of lists
+            fields[name] = cast(Callable[[Any], Any], function)(value)
         except UnknownLabelError as error:
             raise RecordError(str(error), name) from None
         except Exception as error:  # a user's function may raise anything; it stays attached as the cause
-            message = f"the function for this field raised {described(error)} on {excerpt(values[name])}"
-            raise RecordError(message, name) from error
+            raise RecordError(
+                f"the function for this field raised {described(error)} on {excerpt(value)}", name
+            ) from error
     return text, fields
 
 
-def require_fields(options: ReadOptions, values: dict[str, Any], unread: Sequence[str] = ()) -> None:
-    """Refuse a record that lacks a required field; one that is further down is put at the top too, under its path.
+def _value(values: Mapping[str, Any], name: str) -> Any:
+    return values[name] if name in values else find(values, name)
+
+
+def check_required(options: ReadOptions, values: Mapping[str, Any], unread: Sequence[str] = ()) -> None:
+    """Refuse a record that lacks a required field.
 
     Args:
         options: what is read of the record.
@@ -163,7 +198,7 @@ def require_fields(options: ReadOptions, values: dict[str, Any], unread: Sequenc
     for name in options.required:
         if name not in values:
             try:
-                values[name] = find(values, name)
+                find(values, name)
             except KeyError:
                 there = excerpt(sorted(map(str, [*values, *unread])))
                 raise RecordError(f"the record has no such field; it has {there}", name) from None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import accumulate
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from ..errors import ShardError, described
 from ..paths import splits
@@ -13,6 +14,7 @@ from .faults import outside_fault
 from .options import ReadOptions
 from .raw import RawRecord, RecordError, broken, excerpt
 from .shards import Piece
+from .token_ids import BESIDE_IDS, check_tokenizer, columns_of_ids, holds_ids
 
 # Rows converted to Python values at a time: enough to cost little per row, few enough to hold few long texts.
 _BATCH_ROWS = 256
@@ -36,14 +38,21 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
         if file.columns.count(name) > 1:
             message = f"{piece.path}, field {name!r}: several columns have this name: {excerpt(file.columns)}"
             raise ShardError(message, path=piece.path, field=name)
+    as_columns = _as_columns
+    if file.holds_ids(options.text):
+        check_tokenizer(file.metadata, options.tokenizer, piece.path)
+    if file.holds_ids(options.text) and options.keep is None and options.map is None:  # which get plain lists
+        as_columns = partial(columns_of_ids, field=options.text, kept=options.required)
+        if wanted is not None:
+            wanted += [name for name in BESIDE_IDS if name in file.columns and name not in wanted]
     group = bisect_right(file.first_rows, piece.start, hi=len(file.sizes)) - 1 if file.sizes else 0
     if group:
         yield RawRecord(dict, (), records=file.first_rows[group])
     for number in range(group, len(file.sizes)):
         left = file.first_rows[number + 1] - file.first_rows[number]
         try:
-            for row in file.rows(number, wanted):
-                yield RawRecord(_parse_row, row)
+            for row in file.rows(number, wanted, as_columns):
+                yield row
                 left -= 1
             if left:
                 raise EOFError(f"it ends {left} rows before its footer says")
@@ -69,6 +78,17 @@ def _plain(value: Any) -> Any:
     return value.as_py() if hasattr(value, "as_py") else value
 
 
+def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
+    return row
+
+
+_AsColumns: TypeAlias = Callable[[Any], tuple[list[str], list[Any]]]
+
+
+def _as_columns(batch: Any) -> tuple[list[str], list[Any]]:
+    return batch.schema.names, batch.columns
+
+
 class ParquetReader:
     """The rows and row groups of a Parquet file.
 
@@ -76,6 +96,7 @@ class ParquetReader:
         stream: the file, seekable.
     Attributes:
         columns: the columns' names, in order; a file may use one twice.
+        metadata: of its schema.
         first_rows: the index of the first row of each row group that has rows, and then the number of all rows.
         sizes: uncompressed bytes of those row groups.
     Raises:
@@ -88,26 +109,31 @@ class ParquetReader:
         # No threads of pyarrow: they would read the stream concurrently, and take cores from other workers.
         self._file = pyarrow.parquet.ParquetFile(stream, pre_buffer=False)
         self.columns: list[str] = self._file.schema_arrow.names
+        self.metadata: Mapping[bytes, bytes] = self._file.schema_arrow.metadata or {}
         metadata = self._file.metadata
         self._groups = [group for group in range(metadata.num_row_groups) if metadata.row_group(group).num_rows]
         rows = [metadata.row_group(group).num_rows for group in self._groups]
         self.first_rows: list[int] = list(accumulate(rows, initial=0))
         self.sizes: list[int] = [metadata.row_group(group).total_byte_size for group in self._groups]
 
-    def rows(self, number: int, columns: list[str] | None) -> Iterator[dict[str, Any]]:
-        """The rows of one row group, each a mapping from column to value.
+    def holds_ids(self, column: str) -> bool:
+        """Whether a column's values are lists of integers."""
+        return column in self.columns and holds_ids(self._file.schema_arrow.field(column).type)
 
-        Where Python has no type for a value of a batch, that column's values are pyarrow scalars.
+    def rows(self, number: int, columns: list[str] | None, as_columns: _AsColumns = _as_columns) -> Iterator[RawRecord]:
+        """The rows of one row group, which become mappings from column to value.
 
         Args:
             number: of the row group, counted as in `first_rows`.
             columns: the columns to read; None for all.
+            as_columns: from a record batch to the names and values of its columns.
         """
         group = [self._groups[number]]
         for batch in self._file.iter_batches(_BATCH_ROWS, row_groups=group, columns=columns, use_threads=False):
-            names = batch.schema.names
-            values = [_values(column) for column in batch.columns]
-            yield from (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
+            names, columns_of_batch = as_columns(batch)
+            values = [column if isinstance(column, list) else _values(column) for column in columns_of_batch]
+            parse = _parse_row if any(column and hasattr(column[0], "as_py") for column in values) else _as_it_is
+            yield from (RawRecord(parse, dict(zip(names, row, strict=True))) for row in zip(*values, strict=True))
 
 
 def _values(column: Any) -> list[Any]:

@@ -19,13 +19,13 @@ names the format, also in a comment: `pipe:zcat a.gz # .tar`.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import BinaryIO, TypeAlias
 
 from ..errors import ConfigError, ShardError, check_at_least, described
-from ..tokens import Record
+from ..tokens import Record, TokenizedText
 from .access import is_local
 from .delimited import DELIMITERS, read_csv
 from .faults import outside_fault
@@ -34,7 +34,7 @@ from .lines import read_json, read_jsonl, read_txt
 from .options import ReadOptions, take_text_and_fields
 from .parquet import read_parquet
 from .raw import RawRecord, RecordError
-from .rows import read_rows
+from .rows import read_rows, split_rows
 from .shards import Piece, ShardKind, check_packages, read_errors, shard_kind
 from .tar import read_tar
 
@@ -102,11 +102,12 @@ def read_records(
                 if raw is None:
                     break
                 end = index + raw.records
-                if end > wanted.start and (piece.shares == 1 or _own(wanted, index, end)):
+                if end > wanted.start and (piece.shares == 1 or wanted.own(index, end)):
+                    key = raw.key or f"{kind.stem}:{index}"
                     try:
-                        taken = take_text_and_fields(raw.parse(raw.source), options)
+                        taken = take_text_and_fields(raw.parse(raw.source), options, (key, piece.path, index))
                     except RecordError as broken:
-                        error = _at_records(broken, wanted.path, _own(wanted, index, end))
+                        error = _at_records(broken, wanted.path, wanted.own(index, end))
                         if on_bad is None or not error.skippable:
                             raise error from broken.__cause__
                         if on_bad(error):
@@ -115,7 +116,7 @@ def read_records(
                         if taken is not None:
                             text, fields = taken
                             offset = raw.offset if seekable else 0
-                            yield Record(text, fields, raw.key or f"{kind.stem}:{index}", piece.path, index, offset)
+                            yield Record(text, fields, key, piece.path, index, offset)
                         elif on_drop is not None:
                             on_drop()
                 index = end
@@ -139,6 +140,22 @@ def read_records(
         raise _from_record(wanted, index, f"it holds no record{f' from {first} on' if first else ''}")
 
 
+def begins_with_ids(path: str, options: ReadOptions) -> bool:
+    """Whether the text of the first good record is token ids; True if there is none, which reading reports.
+
+    Args:
+        path: a shard, which counts for nothing where `options` has rows.
+        options: how it is read.
+    Raises:
+        ConfigError: as for `read_records`.
+    """
+    piece = Piece(path) if options.rows is None else split_rows(options.rows, 1)[0][0]
+    with closing(read_records(piece, options, on_bad=lambda error: None)) as records, suppress(ShardError):
+        record = next(records, None)
+        return record is None or isinstance(record.text, TokenizedText)
+    return True
+
+
 def _from_record(wanted: Piece, index: int, problem: str, *, skippable: bool = True) -> ShardError:
     """The error of a piece that cannot be read from a record on."""
     error = ShardError(f"{wanted.path}: {problem}", path=wanted.path, index=index)
@@ -148,14 +165,7 @@ def _from_record(wanted: Piece, index: int, problem: str, *, skippable: bool = T
 
 def _left(wanted: Piece, index: int) -> int | None:
     """How many of a piece's records there are from one on; None if nobody has counted them."""
-    return None if wanted.stop is None else len(_own(wanted, index, wanted.stop))
-
-
-def _own(wanted: Piece, start: int, stop: int) -> range:
-    """Those of the records from `start` to `stop` that are the piece's."""
-    start = max(start, wanted.start)
-    start += (wanted.share - start) % wanted.shares
-    return range(start, stop if wanted.stop is None else min(stop, wanted.stop), wanted.shares)
+    return None if wanted.stop is None else len(wanted.own(index, wanted.stop))
 
 
 def _at_records(broken: RecordError, path: str, lost: range) -> ShardError:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from ..errors import described
 from .compression import decompress_member
 from .endings import COMPRESSIONS
-from .options import ReadOptions, require_fields
+from .options import ReadOptions, check_required
 from .raw import BOM, RawRecord, RecordError, check_size, excerpt, parse_json, parse_text
 from .shards import Piece
 
@@ -85,7 +85,7 @@ def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMe
                 raise RecordError("it is both a member and a key of the json member: rename one", name)
         fields |= keys
     if unread:
-        require_fields(options, fields, unread)
+        check_required(options, fields, unread)
     return fields
 
 

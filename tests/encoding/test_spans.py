@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from python_tokenizers import japanese
 from sweeps.words import KINDS, PARTS, bert, paragraphs, roberta
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
@@ -251,6 +254,11 @@ def test_a_wrapped_loader_gives_equal_texts_their_own_characters(
     assert [found.tokens.texts for found in batches] == [REPEATED[:2], REPEATED[2:]]
 
 
+def test_what_keep_text_is_has_to_be_said_plainly(minilm: Encoder) -> None:
+    with pytest.raises(ConfigError, match="keep_text='text': write True or False"):
+        TokenCollate(minilm, keep_text="text")  # type: ignore[arg-type]
+
+
 def test_pairs_of_two_fields_have_both_parts(minilm: Encoder) -> None:
     with bertstream.wrap([{"a": ["x y"], "b": ["z"]}], minilm, text="a", pair="b") as loader:
         [batch] = loader
@@ -309,6 +317,16 @@ def test_a_pickle_without_texts_holds_no_vocabulary(minilm: Encoder) -> None:
 
 
 # Errors instead of wrong characters.
+
+
+def test_a_tokenizer_that_is_written_in_python_knows_the_characters_of_words_only(tmp_path: Path) -> None:
+    tokenizer = TextTokenizer(japanese(tmp_path), max_length=99, word_splitter=str.split)
+    rows = rows_of(tokenizer, ["the  bank", ["東京", "a b"]])
+    with pytest.raises(ConfigError, match="written in Python does not say .* output='words'"):
+        rows.spans()
+    words = dataclasses.replace(rows, output="words", values=torch.zeros(4, 1))
+    assert words.strings() == ["the", "bank", "東京", "a b"]
+    assert words.spans().tolist() == [[0, 0, 0, 3], [0, 0, 5, 9], [1, 0, 0, 2], [1, 0, 0, 3]]
 
 
 def test_a_text_that_was_changed_is_named() -> None:

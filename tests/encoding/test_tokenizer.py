@@ -442,8 +442,3 @@ def test_one_string_instead_of_a_list_is_refused(auto: Any) -> None:
 def test_a_bad_argument_is_refused_with_the_value_seen(auto: Any, options: dict[str, Any], seen: str) -> None:
     with pytest.raises(ConfigError, match=seen):
         TextTokenizer(auto, **options)
-
-
-def test_a_tokenizer_without_a_rust_backend_is_refused() -> None:
-    with pytest.raises(ConfigError, match="object is not backed by the tokenizers library"):
-        TextTokenizer(object(), max_length=16)

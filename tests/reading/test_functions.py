@@ -209,7 +209,7 @@ def test_the_records_of_a_shared_piece_are_asked_once_over_all_ranks(
 def test_an_epoch_whose_records_are_all_dropped_is_an_error(shards: list[str], workers: int | None) -> None:
     options: dict[str, Any] = {"keep": lambda record: None}
     with pytest.raises(
-        ShardError, match=f"keep= and map= dropped each of the {COUNT} records that were read in the epoch"
+        ShardError, match=f"keep=, map= or drop_last dropped each of the {COUNT} records that were read in the epoch"
     ):
         list(TextStream(shards, FakeEncoder(), **options) if workers is None else loader(shards, workers, **options))
 
@@ -220,7 +220,7 @@ def test_a_rank_whose_records_are_all_dropped_says_so_in_the_log(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert list(TextStream(shards, FakeEncoder(), keep=lambda record: False)) == []
-    assert "keep= and map= dropped each of the " in caplog.text
+    assert "keep=, map= or drop_last dropped each of the " in caplog.text
 
 
 def test_a_shard_whose_records_are_all_dropped_is_no_broken_shard(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ import bertstream
 from bertstream import ShardError, StreamConfig
 from bertstream.errors import ConfigError
 from bertstream.reading.access import Access
-from bertstream.reading.options import ReadOptions
-from bertstream.testing import FakeEncoder
+from bertstream.reading.options import PLACE, ReadOptions
+from bertstream.testing import FakeEncoder, assert_resumes_exactly, write_shards
 from bertstream.tokens import Record
 
 
@@ -57,7 +57,7 @@ def test_options_pickle_and_hide_passwords() -> None:
         ({"fields": [1]}, "names of fields"),
         ({"fields": {"label": "int"}}, "names to functions"),
         ({"text": "a", "fields": ["a"]}, "leave out 'a'"),
-        ({"fields": ["__key__"]}, "'__key__' is a field that each batch has of its own"),
+        ({"fields": ["__repeated__"]}, "'__repeated__' is a field that each batch has of its own"),
         ({"text": "__index__"}, "'__index__' is a field"),
         ({"pair": "__shard__"}, "'__shard__' is a field"),
     ],
@@ -170,3 +170,44 @@ def test_binary_texts_are_decoded_and_invalid_ones_are_broken_records(tmp_path: 
             assert loader.stats()["bad_records"] == 1
         with pytest.raises(ShardError, match="record 2, field 'text': not UTF-8: byte 0xff in b'bad"):
             list(bertstream.stream(shards, FakeEncoder()))
+
+
+def test_fields_may_choose_among_those_that_say_where_a_record_is_from(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "a", "n": 1}\n{"text": "b", "n": 2}')
+    found = read(path, ReadOptions(fields=["n", "__index__"]))
+    assert [record.fields for record in found] == [{"n": 1, "__index__": 0}, {"n": 2, "__index__": 1}]
+    chosen = {"__shard__": [path], "__key__": lambda key: int(key.split(":")[1])}
+    assert [record.fields for record in read(path, ReadOptions(fields=chosen))] == [
+        {"__shard__": 0, "__key__": 0},
+        {"__shard__": 0, "__key__": 1},
+    ]
+    _, error = read_until_error(path, ReadOptions(fields={"__index__": lambda index: 1 / index}))
+    assert error.field == "__index__" and error.index == 0 and "ZeroDivisionError" in str(error)
+    own = write(tmp_path / "b.jsonl", '{"text": "a", "__index__": 7}')
+    _, error = read_until_error(own, ReadOptions(fields=["__index__"]))
+    assert error.field == "__index__" and "each batch has a field of this name" in str(error)
+    assert read(own, ReadOptions(fields=["__key__"]))[0].fields == {"__key__": "b:0"}
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "rows"])
+def test_no_shard_needs_columns_of_these_names(tmp_path: Path, ending: str) -> None:
+    rows: Any = [{"text": "a b", "n": "1"}, {"text": "c", "n": "2"}]
+    if ending == "csv":
+        rows = write(tmp_path / "a.csv", "text,n\na b,1\nc,2\n")
+    elif ending == "parquet":
+        pq = pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "a.parquet")
+        rows = tmp_path / "a.parquet"
+    for fields, names in (([], PLACE), (["n"], ("n", *PLACE)), (["n", "__index__"], ("n", "__index__"))):
+        [batch] = bertstream.stream(rows, FakeEncoder(), fields=fields)
+        assert batch.keys() == {"text", *names}
+    assert batch["__index__"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_without_its_places_resumes_exactly(tmp_path: Path, num_workers: int) -> None:
+    paths = write_shards(tmp_path, [f"text {i}" for i in range(40)], shards=3)
+    fields = {"id": int, "__index__": int}
+    assert_resumes_exactly(
+        lambda: bertstream.stream(paths, FakeEncoder(), fields=fields, batch_size=8, num_workers=num_workers), cuts=[2]
+    )

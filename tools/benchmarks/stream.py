@@ -22,7 +22,7 @@ from .common import take_turns, texts_of
 
 
 def stream(arguments: argparse.Namespace) -> dict[str, object]:
-    """Token batches from worker processes with an idle consumer, against the bare tokenizer on one thread."""
+    """Token batches of texts and of ids from workers, read by an idle loop, beside the bare tokenizer on one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     texts = texts_of(arguments)
     texts *= max(1, 100_000 // len(texts))
@@ -42,27 +42,36 @@ def stream(arguments: argparse.Namespace) -> dict[str, object]:
             for first in range(0, len(texts), 256):
                 tokenizer.encode_batch(texts[first : first + 256])
 
+        bertstream.tokenize(shard, encoder, Path(folder) / "ids", reading=reading, progress=False)
+        ids = f"{folder}/ids/*.parquet"
+        tokenized = bertstream.TextStream(ids, encoder, text="input_ids", batch_size=64, shuffle=True, reading=reading)
+
         # As `stream` reads, but with persistent workers, because starting processes is not part of an epoch.
-        loaders: dict[int, DataLoader[Any]] = {
-            workers: DataLoader(
-                StreamMessages(dataset),
+        loaders: dict[str, DataLoader[Any]] = {
+            name: DataLoader(
+                StreamMessages(read),
                 batch_size=None,
                 num_workers=workers,
                 persistent_workers=True,
                 prefetch_factor=AHEAD,
             )
-            for workers in (1, 2)
+            for name, (read, workers) in {
+                "one_worker": (dataset, 1),
+                "two_workers": (dataset, 2),
+                "one_worker_of_ids": (tokenized, 1),
+            }.items()
         }
 
-        busy: dict[int, list[float]] = {1: [], 2: []}
+        busy: dict[str, list[float]] = {name: [] for name in loaders}
 
-        def epoch(workers: int) -> None:
+        def epoch(name: str) -> None:
+            loader = loaders[name]
             own, wall = time.thread_time(), time.perf_counter()
-            for _ in InTurn(iter(loaders[workers]), workers):
+            for _ in InTurn(iter(loader), loader.num_workers):
                 pass
-            busy[workers].append((time.thread_time() - own) / (time.perf_counter() - wall))
+            busy[name].append((time.thread_time() - own) / (time.perf_counter() - wall))
 
-        contenders = {"bare_tokenizer": bare, "one_worker": partial(epoch, 1), "two_workers": partial(epoch, 2)}
+        contenders = {"bare_tokenizer": bare, **{name: partial(epoch, name) for name in loaders}}
         for contender in contenders.values():
             contender()
         seconds = take_turns(contenders, arguments)
@@ -70,6 +79,7 @@ def stream(arguments: argparse.Namespace) -> dict[str, object]:
     rates = {name: [tokens / second for second in times] for name, times in seconds.items()}
     ratio = [one / bare for one, bare in zip(rates["one_worker"], rates["bare_tokenizer"], strict=True)]
     scaling = [two / one for two, one in zip(rates["two_workers"], rates["one_worker"], strict=True)]
+    of_ids = [one / other for one, other in zip(rates["one_worker_of_ids"], rates["one_worker"], strict=True)]
     return {
         "texts": len(texts),
         "tokens": tokens,
@@ -77,8 +87,7 @@ def stream(arguments: argparse.Namespace) -> dict[str, object]:
         "tokens_per_s": {name: round(statistics.median(times)) for name, times in rates.items()},
         "one_worker_times_bare_tokenizer": round(statistics.median(ratio), 2),
         "two_workers_times_one": round(statistics.median(scaling), 2),
-        "consumer_busy": {
-            f"{workers} workers": round(statistics.median(shares), 2) for workers, shares in busy.items()
-        },
+        "ids_times_texts": round(statistics.median(of_ids), 2),
+        "consumer_busy": {name: round(statistics.median(shares), 2) for name, shares in busy.items()},
         "rounds": arguments.rounds,
     }

@@ -1,0 +1,97 @@
+"""Texts that are given as ids: checked, and made what they are when this tokenizer makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..errors import EncoderError
+from ..tokens import BoolArray, Int32Array, Text, TokenBatch, TokenizedText
+
+
+class GivenIds:
+    """Ids that a tokenizer may have made, and how they are checked.
+
+    Args:
+        tokenize: texts as one batch, none of them cut; None if there is no tokenizer, so that nothing is known of them.
+    """
+
+    def __init__(self, tokenize: Callable[[Sequence[Text]], TokenBatch] | None) -> None:
+        self._framing: Int32Array | None = None
+        self._least = 1
+        if tokenize is not None:
+            example = tokenize(["", "a", ("a", "a")])
+            special = np.zeros(example.num_tokens, np.bool_) if example.special is None else example.special
+            self._framing = np.unique(example.input_ids[special])
+            self._least = int(example.lengths[0])
+
+    def batch(self, texts: Sequence[TokenizedText], vocab_size: int | None, *, in_words: bool) -> TokenBatch:
+        """Texts that are ids, of any length, as one batch.
+
+        Args:
+            texts: where one does not say which of its tokens are special, those that frame texts are, by their ids.
+            vocab_size: ids that the model knows; None checks only that they are not negative.
+            in_words: whether each token is needed with its word.
+        Raises:
+            EncoderError: a text has an unknown id, no ids, or no words; `.records` names all of these.
+        """
+        tokens = TokenBatch.from_texts(texts)
+        if self._least and (lacking := np.flatnonzero(tokens.lengths == 0)).size:
+            raise EncoderError(
+                "the list of ids is empty: special tokens belong to the ids, also to those of an empty text",
+                records=lacking.tolist(),
+            )
+        ids = tokens.input_ids
+        unknown = ids < 0 if vocab_size is None else (ids < 0) | (ids >= vocab_size)
+        if unknown.any():
+            known = "ids begin at 0" if vocab_size is None else f"the model knows 0 to {vocab_size - 1}"
+            raise EncoderError(f"the token id {ids[unknown][0]}: {known}", records=_texts_with(unknown, tokens))
+        said = [text.special is not None for text in texts]
+        if not all(said) and self._framing is None:
+            tokens.special = None
+        elif not all(said):
+            found = self.special_among(ids)
+            if tokens.special is not None:
+                found = np.where(np.repeat(said, tokens.lengths), tokens.special, found)
+            tokens.special = found
+        if in_words:
+            loose = np.ones(len(ids), np.bool_) if tokens.word_ids is None else tokens.word_ids < 0
+            if tokens.special is not None:
+                loose &= ~tokens.special
+            if loose.any():
+                raise EncoderError(
+                    f"the token id {ids[loose][0]} is of no word: word vectors need word_ids beside the ids, as "
+                    "bertstream.tokenize writes them for an encoder of word vectors",
+                    records=_texts_with(loose, tokens),
+                )
+        return tokens
+
+    def special_among(self, ids: Int32Array) -> BoolArray:
+        """[N] which of these ids are of tokens that frame texts; there is a tokenizer."""
+        assert self._framing is not None
+        found = np.zeros(len(ids), np.bool_)
+        for number in self._framing:  # two or three: faster than `np.isin`
+            found |= ids == number
+        return found
+
+
+def _texts_with(tokens: BoolArray, batch: TokenBatch) -> list[int]:
+    found = np.searchsorted(batch.cu_seqlens, np.flatnonzero(tokens), "right") - 1
+    return [int(text) for text in np.unique(found)]
+
+
+def sequence_ids_of(text: TokenBatch) -> Int32Array:
+    """[N] int32, which text of a pair each token is of, -1 for special tokens around them.
+
+    The second text begins after the first special tokens that have others on both sides.
+
+    Args:
+        text: one text or pair.
+    """
+    out = np.full(text.num_tokens, -1, np.int32)
+    content = np.arange(text.num_tokens) if text.special is None else np.flatnonzero(~text.special)
+    for number, part in enumerate(np.split(content, np.flatnonzero(np.diff(content) > 1)[:1] + 1)):
+        if len(part):
+            out[part[0] : part[-1] + 1] = number
+    return out

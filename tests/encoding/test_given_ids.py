@@ -1,0 +1,123 @@
+"""Ids that were written down give the batches of their texts, or are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from bertstream.encoding.tokenizer import TextTokenizer
+from bertstream.errors import EncoderError
+from bertstream.tokens import Text, TokenBatch, TokenizedText
+
+WORDS = st.sampled_from(["bank", "unbelievable", "don't", "", "\ufffd", "[SEP]", "東京"])
+STRINGS = st.lists(WORDS, max_size=12).map(" ".join)
+TEXTS: dict[str, st.SearchStrategy[Text]] = {
+    "strings": STRINGS,
+    "lists of words": st.lists(WORDS, max_size=12),
+    "pairs": st.tuples(STRINGS, STRINGS),
+    "all kinds": STRINGS | st.lists(WORDS, max_size=12) | st.tuples(STRINGS, STRINGS),
+}
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"overflow": "truncate", "max_length": 8},
+    {"overflow": "windows", "max_length": 12, "stride": 2},
+    {"prompt": "query: ", "prompt_counts": False},
+    {"segments": False},
+]
+
+
+@pytest.fixture(scope="module")
+def auto(minilm_folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(minilm_folder)
+
+
+def of(auto: Any, **options: Any) -> TextTokenizer:
+    return TextTokenizer(auto, **{"max_length": 512, "vocab_size": 30522, **options})
+
+
+def ids(*ids: int, **others: Any) -> TokenizedText:
+    return TokenizedText(np.array(ids, np.int32), **others)
+
+
+def contents(batch: TokenBatch) -> dict[str, Any]:
+    arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return {name: array if array is None else np.asarray(array).tolist() for name, array in arrays.items()}
+
+
+def outcome(tokenize: Any, texts: Sequence[Any]) -> Any:
+    try:
+        return contents(tokenize(texts))
+    except EncoderError as error:  # a pair whose first text leaves a window no room
+        return error.records
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize("kind", TEXTS)
+@settings(max_examples=10)
+@given(data=st.data())
+def test_whole_ids_of_texts_are_cut_as_their_texts_are(
+    auto: Any, kind: str, options: dict[str, Any], data: st.DataObject
+) -> None:
+    texts = data.draw(st.lists(TEXTS[kind], min_size=1, max_size=4))
+    tokenizer = of(auto, **options)
+    assert outcome(tokenizer.ids, tokenizer.whole()(texts)) == outcome(tokenizer.batch, texts)
+
+
+@settings(max_examples=10)
+@given(st.lists(STRINGS.filter(lambda text: "[SEP]" not in text), min_size=1, max_size=4))
+def test_special_tokens_are_found_by_their_ids(auto: Any, texts: list[str]) -> None:
+    tokenizer = of(auto)
+    unmarked = [TokenizedText(text.input_ids) for text in tokenizer(texts)]
+    assert contents(tokenizer.ids(unmarked)) == contents(tokenizer.batch(texts))
+    [marked] = tokenizer(["one [SEP] two"])
+    mixed = tokenizer.ids([*unmarked, marked])
+    assert contents(mixed) == contents(tokenizer.batch([*texts, "one [SEP] two"]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "options", "message"),
+    [
+        (ids(101, 30522, 102), {}, "the token id 30522: the model knows 0 to 30521"),
+        (ids(101, -1, 102), {}, "the token id -1: the model knows 0 to 30521"),
+        (ids(101, -1, 102), {"vocab_size": None}, "the token id -1: ids begin at 0"),
+        (ids(), {}, "the list of ids is empty"),
+        (ids(*[7] * 9), {"max_length": 8}, r"text 1 has 9 tokens, the model takes 8: \[7, .* make the encoder"),
+        (ids(101, 7, 102), {"word_splitter": str.split}, "the token id 7 is of no word: word vectors need word_ids"),
+        (
+            ids(*[101] * 9),
+            {"max_length": 8, "overflow": "truncate"},
+            "text 1 has 9 special tokens, the model takes 8 in all",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_ids_name_their_text_and_value(
+    auto: Any, wrong: TokenizedText, options: dict[str, Any], message: str
+) -> None:
+    right = ids(101, 102, word_ids=np.array([-1, -1], np.int32))
+    with pytest.raises(EncoderError, match=message) as caught:
+        of(auto, **options).ids([right, wrong, right])
+    assert caught.value.records == (1,)
+
+
+def test_ids_alone_may_be_cut_too_and_keep_their_last_special_token(auto: Any) -> None:
+    [cut] = [of(auto, max_length=5, overflow="truncate").ids([ids(101, 1, 2, 3, 4, 5, 102)])]
+    assert cut.input_ids.tolist() == [101, 1, 2, 3, 102] and cut.cut_tokens.tolist() == [2]
+    windows = of(auto, max_length=5, overflow="windows").ids([ids(101, 1, 2, 3, 4, 5, 102)])
+    assert windows.input_ids.tolist() == [101, 1, 2, 3, 102, 101, 3, 4, 5, 102]
+
+
+def test_the_identity_of_ids_depends_on_what_changes_them_alone(auto: Any, minilm_folder: str) -> None:
+    plain = of(auto).ids_identity
+    assert of(auto, max_length=9, overflow="truncate", word_splitter=str.split).ids_identity == plain
+    assert of(auto, prompt="query: ").ids_identity == plain | {"prompt": "query: "}
+    other = AutoTokenizer.from_pretrained(minilm_folder, split_special_tokens=True)
+    other.add_tokens(["newword"])
+    assert of(other).ids_identity["vocabulary"] != plain["vocabulary"]
