@@ -207,7 +207,9 @@ class Embeddings:
             return self.values, self.cu_seqlens
         return getattr(self, layout)()
 
-    def align(self, tags: Sequence[Sequence[float] | Tensor], pad: float = -100) -> Tensor:
+    def align(
+        self, tags: Sequence[Sequence[float | str] | Tensor], pad: float = -100, *, names: Sequence[str] | None = None
+    ) -> Tensor:
         """Lay one number a word out like the vectors.
 
         Word output: each word's row gets its number. Token output: a word's number goes to its first token; the other
@@ -218,13 +220,17 @@ class Embeddings:
         Args:
             tags: for each text, one number for each word of the original text.
             pad: the number of rows without one.
+            names: all labels in the order of their numbers, from 0, where the tags are labels such as "B-PER".
         Returns:
             [B, T] on the device of `values`: int64 if all numbers, `pad` included, are whole, else float32.
         Raises:
-            ConfigError: the texts were not lists of words, or a text has another number of words than of tags.
+            ConfigError: the texts were not lists of words, a text has another number of words than of tags, or a tag
+                is none of `names`.
         """
         self._refuse_sentence("align")
-        return to_device(lay_out(tags, pad, self.lengths.numpy(), self.word_ids, self.tokens), self.values.device)
+        return to_device(
+            lay_out(tags, pad, self.lengths.numpy(), self.word_ids, self.tokens, names), self.values.device
+        )
 
     def spans(self) -> Tensor:
         """Which characters each row is of: `text[start:end]` of the text as it was given.

@@ -112,6 +112,7 @@ def stream(
     pair: str | None = None,
     batch_size: int | None = None,
     max_tokens: int | None = None,
+    drop_last: bool = False,
     shuffle: bool = False,
     seed: int = 0,
     fields: Fields = None,
@@ -145,6 +146,8 @@ def stream(
         batch_size: texts in a batch, of about equal length; 32 if neither this nor `max_tokens` is given.
         max_tokens: the most tokens in a batch, with special tokens and without padding. A text that is longer is a
             batch of its own.
+        drop_last: whether every batch has `batch_size` texts: buckets then hold whole batches, and the last texts of
+            each lane, fewer than a batch, are dropped and counted in `dropped_records`.
         shuffle: whether to shuffle, by seed and epoch; each full iteration advances the epoch.
         seed: of the shuffle.
         fields: which other fields a batch carries: names, or name -> function of the raw value (`{"label": int}`), or
@@ -182,6 +185,7 @@ def stream(
         pair=pair,
         batch_size=batch_size,
         max_tokens=max_tokens,
+        drop_last=drop_last,
         shuffle=shuffle,
         seed=seed,
         fields=fields,

@@ -90,7 +90,7 @@ class ReadReport:
         read: records that were read, broken and dropped ones included.
         bad: the broken records that were skipped, some of them many in one error, and the broken shards whose rest was.
         words: how many words the tokenizer looked up in its word cache, and how many of them it found.
-        dropped: records that `keep=` and `map=` dropped.
+        dropped: records that `keep=`, `map=` and `drop_last` dropped.
     """
 
     read: int

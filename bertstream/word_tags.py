@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, shortened
+from .labels import NumberOf, UnknownLabelError
 from .tokens import Int32Array, TokenBatch
 
 
 def lay_out(
-    tags: Sequence[Sequence[float] | Tensor],
+    tags: Sequence[Sequence[float | str] | Tensor],
     pad: float,
     lengths: npt.NDArray[np.int64],
     word_ids: Int32Array | None,
     tokens: TokenBatch,
+    names: Sequence[str] | None = None,
 ) -> Tensor:
     """Lay one number a word out like rows.
 
@@ -29,11 +31,15 @@ def lay_out(
         lengths: [B] rows of each text.
         word_ids: [N] the word of each row, -1 for none; None if no text is a list of words.
         tokens: the texts.
+        names: the labels, where `tags` are labels instead of numbers.
     Returns:
         [B, T] on the CPU: int64 if all numbers, `pad` included, are whole, else float32.
     Raises:
-        ConfigError: the texts were not lists of words, or a text has another number of words than of tags.
+        ConfigError: the texts were not lists of words, or a text has another number of words than of tags, or a tag
+            is none of the labels.
     """
+    if names is not None:
+        tags = _numbered(tags, names, tokens)
     if word_ids is None and not any(map(len, tags)):
         word_ids = np.full(lengths.sum(), -1, np.int32)  # lists without a word
     if word_ids is None:
@@ -45,16 +51,10 @@ def lay_out(
     wrong = np.flatnonzero(counts != tokens.num_words)
     if len(wrong):
         i = int(wrong[0])
-        fields = tokens.fields
-        source = (
-            f" (record {fields['__index__'][i]} of {fields['__shard__'][i]})"
-            if {"__shard__", "__index__"} <= fields.keys()
-            else ""
-        )
         padded = (counts >= tokens.num_words).all() and len(set(counts.tolist())) == 1 < len(counts)
         way_out = ": padded tags? Pass each text's own tags only" if padded else ""
         words = tokens.num_words[i]
-        raise ConfigError(f"text {i} of the batch{source} has {words} words but {counts[i]} tags{way_out}")
+        raise ConfigError(f"{_text(i, tokens)} has {words} words but {counts[i]} tags{way_out}")
     # An empty list becomes float32, which would turn the other texts' integers into floats.
     flat = torch.cat([row for row in rows_of_tags if len(row)] or [torch.zeros(0, dtype=torch.int64)])
     whole = not flat.is_floating_point() and float(pad).is_integer()
@@ -69,11 +69,32 @@ def lay_out(
     return out
 
 
+def _numbered(tags: Sequence[Any], names: Sequence[str], tokens: TokenBatch) -> list[list[int]]:
+    number_of = NumberOf(names, "names")
+    numbered = []
+    for i, row in enumerate(tags):
+        try:
+            numbered.append([number_of(tag) for tag in row])
+        except UnknownLabelError as error:
+            raise ConfigError(f"the tags of {_text(i, tokens)}: {error}") from None
+    return numbered
+
+
+def _text(i: int, tokens: TokenBatch) -> str:
+    """How a message names a text of the batch."""
+    fields = tokens.fields
+    known = {"__shard__", "__index__"} <= fields.keys()
+    source = f" (record {fields['__index__'][i]} of {fields['__shard__'][i]})" if known else ""
+    return f"text {i} of the batch{source}"
+
+
 def _numbers(row: Any, text: int) -> Tensor:
     try:
         numbers = torch.as_tensor(row, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         numbers = None
     if numbers is None or numbers.dim() != 1:
-        raise ConfigError(f"tags of text {text} are {shortened(row)}: give a list of numbers, one a word")
+        raise ConfigError(
+            f"tags of text {text} are {shortened(row)}: give a list of numbers, one a word, or labels with names="
+        )
     return numbers

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "bertstream"
 
 ROOMS = (
     ("errors", "paths"),
-    ("system", "cursors", "columns"),
+    ("system", "cursors", "columns", "labels"),
     ("tokens",),
     ("word_tags",),
     ("embeddings", "repeats"),

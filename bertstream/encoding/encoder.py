@@ -399,9 +399,9 @@ class Encoder(CalibratedForward):
         return found
 
     def _tokenized(self, texts: Sequence[Text]) -> TokenBatch:
-        texts = text_list(texts)
-        batch = self.tokenizer.batch(texts)
-        batch.texts = list(texts)
+        listed = text_list(texts)
+        batch = self.tokenizer.batch(listed)
+        batch.texts = listed
         if not self._warned_of_cut and batch.cut_tokens.any():
             self._warned_of_cut = True
             counts = int((batch.cut_tokens > 0).sum()), len(batch), int(batch.cut_words.sum())

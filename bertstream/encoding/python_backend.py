@@ -182,10 +182,15 @@ class PythonBackend:
                 "cls_token, sep_token, bos_token or eos_token"
             )
         sequences = [getattr(token, "sequence", None) for token in built]
+        segments = self._tokenizer.create_token_type_ids_from_sequences(*own)
+        if len(segments) != len(built):  # ByT5 counts an end twice that the text has already; it has no segments
+            if "token_type_ids" in getattr(self._tokenizer, "model_input_names", ()):
+                raise ValueError(f"it makes {len(segments)} segment ids for {len(built)} tokens")
+            segments = [0] * len(built)
         return _Encoded(
             ids=built,
             special_tokens_mask=[sequence is None for sequence in sequences],
-            type_ids=self._tokenizer.create_token_type_ids_from_sequences(*own),
+            type_ids=segments,
             word_ids=[getattr(token, "word", None) for token in built],
             sequence_ids=sequences,
         )

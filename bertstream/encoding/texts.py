@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -11,19 +11,18 @@ from torch import Tensor
 from ..errors import ConfigError, shortened, table_columns
 
 
-def text_list(texts: Any) -> Sequence[Any]:
-    """Texts as Python's values: a list or tuple as it is; an array of numpy or Arrow, or a table's column, as a list.
+def text_list(texts: Any) -> list[Any]:
+    """Texts as a list of Python's values, from a list or tuple, an array of numpy or Arrow, or a column of a table.
 
     Raises:
         ConfigError: as for `check_texts`.
     """
-    if isinstance(texts, (list, tuple)):
-        return texts
-    check_texts(texts)
-    for name in ("to_pylist", "to_list", "tolist"):  # Arrow's; pandas' and polars'; numpy's
-        if hasattr(texts, name):
-            texts = getattr(texts, name)()
-            break
+    if not isinstance(texts, (list, tuple)):
+        check_texts(texts)
+        for name in ("to_pylist", "to_list", "tolist"):  # Arrow's; pandas' and polars'; numpy's
+            if hasattr(texts, name):
+                texts = getattr(texts, name)()
+                break
     return [text.tolist() if isinstance(text, np.ndarray) else text for text in texts]
 
 

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from ..caching.cache import EmbeddingCache
 from ..encoding.encoder import Encoder
+from ..encoding.texts import text_list
 from ..errors import ConfigError, shortened
 from ..pipeline.coalesce import encode_together
 
@@ -99,9 +100,9 @@ class Embed:
                 raise ConfigError(f"no column is called {name!r}: this batch has {shortened(sorted(batch))}")
         if self._into in batch:
             raise ConfigError(f"a column is called {self._into!r} already: name another with into=")
-        texts: list[Any] = _texts(batch[self._text])
+        texts = text_list(batch[self._text])
         if self._pair is not None:
-            texts = list(zip(texts, _texts(batch[self._pair]), strict=True))
+            texts = list(zip(texts, text_list(batch[self._pair]), strict=True))
         (found,), _ = encode_together(self._encode, [self.encoder.tokenizer.batch(texts)])
         rows = [row.numpy() for row in found.to("cpu")]
         return {**batch, self._into: np.stack(rows) if found.output == "sentence" and rows else as_column(rows)}
@@ -130,8 +131,3 @@ def as_column(rows: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     column = np.empty(len(rows), dtype=object)
     column[:] = rows
     return column
-
-
-def _texts(column: Any) -> list[Any]:
-    """Ray delivers lists of words as arrays; turn them back into lists."""
-    return [list(text) if isinstance(text, np.ndarray) else text for text in column]

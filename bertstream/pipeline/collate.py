@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ..embeddings import SupportsEncode
+from ..encoding.texts import text_list
 from ..errors import BertstreamError, ConfigError, EncoderError
 from ..reading.bucket import stack_column
 from ..tokens import TokenBatch, tokenize_batch
@@ -97,7 +98,7 @@ class TokenCollate:
 
     def _tokenize(self, texts: Sequence[Any], field: Field | None) -> TokenBatch:
         try:
-            return tokenize_batch(self._tokenizer, texts, keep_text=self._keep_text)
+            return tokenize_batch(self._tokenizer, text_list(texts), keep_text=self._keep_text)
         except EncoderError as error:
             if field is not None:
                 raise EncoderError(f"field {field!r}: {error}", records=error.records) from error

@@ -17,12 +17,12 @@ from .clocks import Stage, StageClocks
 from .encode import BatchEncoder
 from .epoch import Counts, Epochs, Parts
 from .fields import Field
-from .lightning_calls import asked_by_lightning, within_lightning
 from .plots import plot_step
 from .progress import OwnLoader, Progress, ProgressInStream, text_stream
 from .source_progress import ProgressInSource, has_state
 from .stats import LOOP, WORK, KnownWords, Since, Stats, bottleneck
 from .steps import ProgressInSteps, StepEpochs
+from .trainer_calls import asked_by_lightning, within_lightning, within_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -159,14 +159,24 @@ class EmbeddingLoader(OwnLoader):
             yield from self._epochs.begin()
 
     def __len__(self) -> int:
-        """The number of batches in an epoch, if the wrapped loader knows it; TypeError otherwise."""
+        """The number of batches in an epoch: `steps_per_epoch`, or those of the wrapped loader.
+
+        Of a stream it is counted for the next epoch, where `count_records` can do that, or there are several ranks.
+        Epochs of a shuffled stream may have a few more or fewer, so Trainers of Lightning and Hugging Face, which take
+        one length for all epochs, are told none.
+
+        Raises:
+            TypeError: the number is not known; the message says why.
+        """
         if isinstance(self._progress, ProgressInSteps):
             return self._progress.steps
         if self._stream is not None:
-            raise TypeError(
-                "the number of a stream's batches is not known before its shards are read; count_records() counts its "
-                "records, where that is fast"
-            )
+            if self._stream.shuffle and self._stream.num_lanes > 1 and within_trainer():
+                raise TypeError(
+                    "the epochs of a shuffled stream differ by a few batches, and a Trainer takes one length for all "
+                    "of them: write steps_per_epoch="
+                )
+            return self._stream.count_batches()
         return len(self._source)  # type: ignore[arg-type]
 
     def count_records(self) -> int | None:
@@ -290,12 +300,12 @@ class EmbeddingLoader(OwnLoader):
         The loop received `epochs`, `batches`, `texts` and `tokens`, with `steps_per_epoch` in so many `passes`. Of the
         texts, `cut_texts` were truncated, by `cut_words` (known where texts are lists of words) and `cut_tokens` in
         all. `bad_records` and `bad_shards` were skipped, as `max_bad_records` allows; the log names them.
-        `dropped_records` were dropped by `keep=` or `map=`. `left_texts` reached no loop, because another rank had
-        finished and `uneven="stop"`; they are counted for two seconds, so there may be more. `encoded_tokens` went to
-        the encoder in `encode_calls`. Not in them are texts found in a cache, and `repeated_texts`, which were in the
-        same call already (a cache counts its own). `padding_share` is the share of padding if each batch were padded to
-        its longest text. `known_words_share` of the words came from the word cache (those of `TokenCollate` are not
-        counted). A stream has `workers`, and `lanes` of this rank: no more workers than lanes have work. Of a
+        `dropped_records` were dropped by `keep=`, `map=` or `drop_last`. `left_texts` reached no loop, because another
+        rank had finished and `uneven="stop"`; they are counted for two seconds, so there may be more. `encoded_tokens`
+        went to the encoder in `encode_calls`. Not in them are texts found in a cache, and `repeated_texts`, which were
+        in the same call already (a cache counts its own). `padding_share` is the share of padding if each batch were
+        padded to its longest text. `known_words_share` of the words came from the word cache (those of `TokenCollate`
+        are not counted). A stream has `workers`, and `lanes` of this rank: no more workers than lanes have work. Of a
         `Mixture`, `source_0_texts` is how many of the texts are of the first source, and so on.
 
         Seconds: `read_s` waiting for the wrapped loader, or for the shards, which are tokenized as they are read;

@@ -145,6 +145,8 @@ class Epoch:
         self._ended = False
         self._ended_by: int | None = None
         self._step_started: float | None = None
+        self._number: int | None = None  # while it is neither finished nor yet to begin
+        self._before = parts.counts  # a copy of them, from when it begins
 
     def batches(self) -> Generator[Any, None, None]:
         """The epoch's batches with their vectors. However the loop ends, everything else ends here.
@@ -163,6 +165,7 @@ class Epoch:
                 # A loop that is left may be closed by a garbage collection, anywhere: also within a forward, whose lock
                 # the worker waits for. So the wait for the worker has an end.
                 timeout_s = _LEFT_WAIT_S
+                self.finish_if_whole()
                 raise
             except Exception as error:
                 reason = described(error)
@@ -178,8 +181,8 @@ class Epoch:
     def _run(self) -> Generator[Any, None, None]:
         """The stages, top to bottom."""
         parts, status = self._parts, self._status
-        before = replace(parts.counts)
-        number = parts.progress.epoch
+        self._before = replace(parts.counts)
+        self._number = parts.progress.epoch
         started = self._waits()
         if parts.peers is not None:
             parts.peers.begin()
@@ -207,9 +210,20 @@ class Epoch:
         yield from self._hand_over(self._ahead(ready, budget), started)
 
         if status.closed_by is None:
-            parts.progress.end_epoch(number)
-            parts.counts.epochs += 1
-            _report_truncation(before, parts.counts, parts.progress.round)
+            self._finish()
+
+    def _finish(self) -> None:
+        """The loop has all of the epoch: the next one follows."""
+        number, self._number = self._number, None
+        if number is not None:
+            self._parts.progress.end_epoch(number)
+            self._parts.counts.epochs += 1
+            _report_truncation(self._before, self._parts.counts, self._parts.progress.round)
+
+    def finish_if_whole(self) -> None:
+        """Count an epoch of whose batches the loop is known to have all, and whose end it never asked for."""
+        if self._number is not None and self._parts.progress.has_all:
+            self._finish()
 
     def close(self, closed_by: str) -> None:
         """End the epoch from outside its loop, in any thread: its next batch raises `LoaderClosedError`.
@@ -349,6 +363,9 @@ class Epochs:
 
     def make_way(self) -> None:
         """Another iteration was asked for: end the one that is running."""
+        epoch = self._running() if self._running is not None else None
+        if epoch is not None:
+            epoch.finish_if_whole()
         self.stop(ANOTHER_BEGAN)
 
     def stop(self, reason: str) -> None:

@@ -212,7 +212,7 @@ def texts_of(
     if is_table(batch):
         raise ConfigError(
             f"a batch is a {type(batch).__name__} with the columns {shortened(table_columns(batch))}, where vectors "
-            "cannot be put: yield dicts of columns, as in df.to_dict('list')"
+            "cannot be put: yield dicts of columns, such as df.to_dict('list') of pandas or table.to_pydict() of Arrow"
         )
     out = {}
     for i, field in enumerate(fields or (None,)):
@@ -369,7 +369,7 @@ def _from_padded(ids: Tensor, where: str, holder: Any, beside: Mapping[str, tupl
     return TokenBatch.from_padded(ids, mask, parts.get("token_type_ids"))
 
 
-def _checked_texts(texts: Any, where: str) -> Sequence[Any]:
+def _checked_texts(texts: Any, where: str) -> list[Any]:
     """A batch of texts as a list, whatever array or column it comes in."""
     try:
         listed = text_list(texts)

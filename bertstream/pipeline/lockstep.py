@@ -43,12 +43,12 @@ def in_lockstep(
         count_left: called with the texts of each batch that nobody receives because another rank has finished.
     Raises:
         ConfigError: the ranks' settings, shards or states differ.
-        ShardError: a rank has no record in the whole epoch. Where its records were all skipped as broken, and `uneven`
+        ShardError: a rank has no record in the whole epoch. Where its records were all broken or dropped, and `uneven`
             is "pad", it repeats a batch of another rank instead.
     """
     pad, epoch = stream.uneven == "pad", stream.epoch
     last: TokenBatch | None = None
-    met_broken = False
+    skipped_some = False
     agreed_on = 0
 
     def exchange(message: Any) -> list[Any] | None:
@@ -63,14 +63,14 @@ def in_lockstep(
         group = next(groups, [])
         if status.is_over:
             return
-        met_broken = met_broken or any(entry.report is not None and entry.report.bad for entry in group)
+        skipped_some = skipped_some or any(e.report is not None and (e.report.bad or e.report.dropped) for e in group)
         batches = [entry for entry in group if isinstance(entry.item, TokenBatch)]
         if group and not batches:
             yield group
             continue
         offer = [None if e.item.cursor is None else cursor_to_json(e.item.cursor) for e in batches]
-        # None where there is no record because all were broken.
-        offers: list[list[Any] | None] | None = exchange(offer or (None if met_broken else []))
+        # None where there is no record because all were broken or dropped.
+        offers: list[list[Any] | None] | None = exchange(offer or (None if skipped_some else []))
         if offers is None:
             return
         if not agreed_on and stream.progress.from_the_top and (any(offers) or [] in offers):
@@ -83,9 +83,11 @@ def in_lockstep(
         count = min(len(offered) for offered in offers if offered)
         has_finished = not batches
         if has_finished:
-            if last is None:  # its records were all broken, or it resumed after its last batch
-                if met_broken and stream.progress.from_the_top:
-                    logger.warning("every record of this rank was broken: it repeats a batch of another rank")
+            if last is None:  # its records were all broken or dropped, or it resumed after its last batch
+                if skipped_some and stream.progress.from_the_top:
+                    logger.warning(
+                        "every record of this rank was broken or dropped: it repeats a batch of another rank"
+                    )
                 last = stream.any_batch()
                 assert last is not None  # another rank has one
             group = batches = [Entry(last) for _ in range(count)]
@@ -156,9 +158,9 @@ def _refuse_ranks_without_data(offers: Sequence[Sequence[Any] | None], *, pad: b
     broken = [rank for rank, offered in enumerate(offers) if offered is None]
     if broken and not pad:
         raise ShardError(
-            f"of {len(offers)} ranks, {broken} have only broken records in this epoch, so with uneven='stop' no rank "
-            "would receive a batch. Repair the shards that the log of these ranks names, or write "
-            "StreamConfig(uneven='pad')"
+            f"of {len(offers)} ranks, {broken} have only broken records in this epoch, or keep= and map= drop all of "
+            "them, so with uneven='stop' no rank would receive a batch. Repair the shards that the log of these ranks "
+            "names, or write StreamConfig(uneven='pad')"
         )
 
 

@@ -153,6 +153,11 @@ class Progress(ABC):
             self._received += 1
             self._places.append(self._place())
 
+    @property
+    def has_all(self) -> bool:
+        """Whether the loop is known to have all batches of the iteration, although it has not asked for its end."""
+        return False
+
     @abstractmethod
     def end_epoch(self, epoch: int) -> None:
         """The loop has received all of the epoch."""
@@ -215,6 +220,7 @@ class ProgressInStream(Progress):
         self._stream = stream
         self._knows_all_ranks = False
         self._settings: dict[str, Any] = {}  # of the iteration
+        self._to_come: int | None = None  # its batches, if somebody knows the length
         self._unfinished: int | None = None  # the epoch of the last batch, unless the loop has received all of it
         self._said_it_starts_over = False
         self._say_if_workers_are_idle(getattr(loader, "num_workers", 0))
@@ -259,6 +265,11 @@ class ProgressInStream(Progress):
         """Count what was skipped; ShardError beyond the limit."""
         self._stream.progress.count(report)
 
+    @property
+    def has_all(self) -> bool:
+        """As for one that asked for the length and takes as many batches, as trainers do."""
+        return self._to_come is not None and self._received >= self._to_come
+
     def end_epoch(self, epoch: int) -> None:
         """Move to the next epoch; ShardError if none of this one's records was good, on any rank."""
         self._stream.progress.end_epoch(epoch, received=self._received > 0)
@@ -285,6 +296,7 @@ class ProgressInStream(Progress):
         """What yields the stream's items, here or in workers."""
         self.resumes = False
         self._say_if_it_starts_over()
+        self._to_come = self._stream.count_batches_left()
         self._stream.progress.begin(self._stream.ranks if self._knows_all_ranks else [self._stream.rank])
         self._settings = self._stream.settings
         return self._reader  # type: ignore[no-any-return]

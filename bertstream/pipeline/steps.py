@@ -83,6 +83,11 @@ class ProgressInSteps(ProgressInStream):
             self._places.append(self._place())
         return reader
 
+    @property
+    def has_all(self) -> bool:
+        """Of a pass nobody asks for the length."""
+        return False
+
     def end_epoch(self, epoch: int) -> None:
         """A pass has ended: move to the next one.
 
@@ -150,7 +155,7 @@ class _Loop:
     """One iteration of the loader.
 
     Attributes:
-        left: steps that it has yet to take; None before it has asked for its first.
+        left: steps that it has yet to take; None before it has asked for its first, and after an error.
         closed_by: why the loader ended it; None where it ended by itself.
     """
 
@@ -211,6 +216,9 @@ class StepEpochs(Epochs):
                     loop.left -= 1
                     yield batch
                     del batch
+            except (Exception, KeyboardInterrupt):
+                loop.left = None  # also where Ctrl-C strikes just before the last batch is yielded
+                raise
             finally:
                 self._end(loop)
         finally:
@@ -226,9 +234,9 @@ class StepEpochs(Epochs):
 
     def _end(self, loop: _Loop) -> None:
         """End the loop's epoch, and the pass unless all steps were taken; what was interrupted, the next call does."""
-        if loop.left is None or loop is not self._loop:
-            return  # it has not begun, or another one has
-        if (loop.left or loop.closed_by is not None) and self._batches is not None:
+        if loop is not self._loop:
+            return  # another one has begun
+        if (loop.left != 0 or loop.closed_by is not None) and self._batches is not None:
             self._batches.close()
             self._pass = self._batches = None
         elif self._pass is not None:

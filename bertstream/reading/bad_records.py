@@ -25,7 +25,7 @@ class BadRecords:
         given_up: shards given up in this epoch: the rest of each, or of some of its pieces, was skipped. What a shard
             holds beyond its last cut is not known, nor is anything of one that was not cut.
         first: messages of the first ten.
-        dropped: records that `keep=` and `map=` dropped in this epoch, which no limit counts.
+        dropped: records that `keep=`, `map=` and `drop_last` dropped in this epoch, which no limit counts.
         all_records: as `records`, over all epochs of this process.
         all_shards: as the number of `given_up`, over all epochs of this process.
         all_dropped: as `dropped`, over all epochs of this process.

@@ -14,22 +14,22 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..cursors import Cursor
 from ..errors import BertstreamError, ConfigError, StateError, check_at_least
-from ..system.distributed import rank_and_world_size
+from ..system.distributed import can_talk, rank_and_world_size
 from ..system.process import collect_garbage_rarely, exit_with_parent
 from ..tokens import SupportsTokenize, TokenBatch
 from .access import DEFAULT_ACCESS
 from .bad_records import BadRecords
 from .config import StreamConfig
+from .counts import Counts
 from .delimited import first_rows_decide, reads_unquoted
 from .functions import Keep, Map, name_of
 from .lane_batches import LaneBatches, LaneEnd
 from .layout import Layout, lay_out, lay_out_mixture
 from .mixture import Mixture, open_sources
 from .options import RESERVED, SOURCE, Fields, ReadOptions
-from .pieces import count_records
 from .records import begins_with_ids
 from .shards import Piece
-from .state import StreamProgress, layout_ranks_of
+from .state import Queues, StreamProgress, layout_ranks_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ _ROWS_OF_0_1_0 = {
     for option in ("format", "delimiter", "header", "encoding", "max_record_bytes")
 } | {"quoting": "standard"}
 """How version 0.1.0 read rows. A state holds only what differs, so that the states of then fit."""
+_DEFAULTS = {"drop_last": False, **_ROWS_OF_0_1_0}
 
 Shards: TypeAlias = Any  # paths and URLs, str or PathLike, one or several; or a dataset of rows; or a `Mixture`
 StreamItem: TypeAlias = TokenBatch | LaneEnd | BertstreamError
@@ -70,6 +71,7 @@ class TextStream(IterableDataset[TokenBatch]):
         batch_size: texts in a batch; 32 if neither this nor `max_tokens` is given.
         max_tokens: real tokens in a batch at most, special tokens included and padding not. A longer text is a batch of
             its own.
+        drop_last: whether the last texts of each lane are dropped, and counted, where they are fewer than a batch.
         shuffle: shuffles shards, and batches within a bucket, by seed and epoch. Without it the order is fixed.
         seed: of the shuffle.
         fields: which other fields a batch carries: names, or name -> function of the raw value, or a list of labels
@@ -92,6 +94,7 @@ class TextStream(IterableDataset[TokenBatch]):
         pair: str | None = None,
         batch_size: int | None = None,
         max_tokens: int | None = None,
+        drop_last: bool = False,
         shuffle: bool = False,
         seed: int = 0,
         fields: Fields = None,
@@ -106,6 +109,11 @@ class TextStream(IterableDataset[TokenBatch]):
         for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
             if value is not None:
                 check_at_least(name, value, 1)
+        if drop_last and max_tokens is not None:
+            raise ConfigError(
+                f"drop_last={drop_last} with max_tokens={max_tokens}: such batches have no fixed number of texts, of "
+                "which the last could have too few: leave it out, or write batch_size="
+            )
         check_at_least("seed", seed, 0)
         self.shuffle = shuffle
         self._seed = seed
@@ -152,6 +160,7 @@ class TextStream(IterableDataset[TokenBatch]):
             reading=reading,
             batch_size=32 if batch_size is None and max_tokens is None else batch_size,
             max_tokens=max_tokens,
+            drop_last=drop_last,
             shuffle_seed=seed if shuffle else None,
             num_lanes=self.num_lanes,
             open_shards=self.open_shards,
@@ -160,6 +169,7 @@ class TextStream(IterableDataset[TokenBatch]):
         )
         self.progress = StreamProgress(layout, self.rank, self.world_size, BadRecords(reading.max_bad_records))
         self._loaded_in_worker = False
+        self._counts = Counts()
 
     def __repr__(self) -> str:
         cut = self._batches
@@ -188,6 +198,7 @@ class TextStream(IterableDataset[TokenBatch]):
             "max_tokens": self._batches.max_tokens,
             "text": list(self._options.texts),
             "passes_over_bad_records": self._reading.max_bad_records > 0,
+            **({"drop_last": True} if self._batches.drop_last else {}),
             **self._format_settings,
             **{
                 name: name_of(function)  # only where there is one: states of before have no such entries
@@ -264,14 +275,14 @@ class TextStream(IterableDataset[TokenBatch]):
             )
         ranks = layout_ranks_of(state)
         layout = self._layout if ranks == self._layout.ranks else self._laid_out_for(ranks)
-        settings = _ROWS_OF_0_1_0 | self._settings_in(layout)
+        settings = _DEFAULTS | self._settings_in(layout)
         if isinstance(state, dict) and isinstance(saved := state.get("settings"), dict) and saved:
             if (
                 settings["quoting"] == "auto" and "quoting" not in saved
             ):  # of version 0.1.0: does it read the same rows?
                 unquoted = any(reads_unquoted(path, self._reading) for path in self._files)
                 settings["quoting"] = "auto" if unquoted else "standard"
-            state = state | {"settings": _ROWS_OF_0_1_0 | saved}
+            state = state | {"settings": _DEFAULTS | saved}
         load = self.progress.loading(state, settings, layout)
 
         def load_here() -> None:
@@ -291,15 +302,30 @@ class TextStream(IterableDataset[TokenBatch]):
         unknown = self.mixture is not None or self._options.keep is not None or self._options.map is not None
         if self.world_size > 1 or unknown:
             return None
-        if (rows := self._options.rows) is not None:
-            return len(rows) if hasattr(rows, "__len__") else None
-        total = 0
-        for path in self.shards:
-            count = count_records(path, self._options)
-            if count is None:
-                return None
-            total += count
-        return total
+        return self._counts.records(self.shards, self._options)
+
+    def count_batches(self) -> int:
+        """Batches of the epoch on this rank, with those that it repeats while others have more; nothing is parsed.
+
+        Shuffled pieces are dealt to other lanes in each epoch, so another epoch may have a few more or fewer.
+
+        Raises:
+            TypeError: records cannot be counted fast, or batches have no fixed number of texts; it says which.
+        """
+        layout = self.progress.layout
+        lanes = [Cursor(self.epoch, lane) for lane in range(layout.lanes)]
+        return self._count(layout, [lanes[rank :: self.world_size] for rank in self.ranks])
+
+    def count_batches_left(self) -> int | None:
+        """Those that the next iteration has; None where nobody has asked for the number of all."""
+        return self._count(self.progress.next_layout, self.progress.start()) if self._counts.were_asked else None
+
+    def _count(self, layout: Layout, queues: Queues) -> int:
+        if self.uneven == "leave" or not can_talk():
+            queues = [queues[self.rank]]
+        dealt = self._dealt(layout, self.epoch)
+        counts = self._counts.batches(self._lane_batches(layout), layout, dealt, queues)
+        return min(counts) if self.uneven == "stop" else max(counts)
 
     def any_batch(self) -> TokenBatch | None:
         """Some batch of the epoch: what a rank without one of its own yields beside the others'."""

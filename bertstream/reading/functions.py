@@ -1,8 +1,8 @@
-"""The user's functions of a record, and names that become numbers."""
+"""The user's functions of a record: `keep=` and `map=`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from ..errors import ConfigError, described, shortened
@@ -56,44 +56,3 @@ def kept_and_mapped(values: dict[str, Any], keep: Keep | None, map: Map | None) 
 def name_of(function: Any) -> str:
     """The function's name, for messages and states, or that of its type; without the function it is defined in."""
     return str(getattr(function, "__qualname__", type(function).__qualname__)).rpartition("<locals>.")[2]
-
-
-class NumberOf:
-    """Turns names into their numbers, counted from 0; of a list of names, each.
-
-    Args:
-        names: all different.
-        field: whose values they are, for messages.
-    Raises:
-        ConfigError: they are no strings, none at all, or one comes twice.
-    """
-
-    def __init__(self, names: Sequence[str], field: str) -> None:
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"fields maps names to functions, or to lists of labels; got {field!r}: {list(names)!r}")
-        self._numbers = {name: number for number, name in enumerate(names)}
-        if len(self._numbers) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f"fields lists the label {twice!r} of {field!r} twice: its number would be unclear")
-
-    def __call__(self, value: Any) -> Any:
-        """The number of a name, or a list of numbers.
-
-        Raises:
-            RecordError: a name is not known.
-        """
-        if isinstance(value, (list, tuple)):
-            return [self(part) for part in value]
-        number = self._numbers.get(value) if isinstance(value, str) else None
-        if number is None:
-            raise RecordError(f"{excerpt(value)} is none of its labels: {excerpt([*self._numbers])}")
-        return number
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, NumberOf) and self._numbers == other._numbers
-
-    def __hash__(self) -> int:
-        return hash(tuple(self._numbers))
-
-    def __repr__(self) -> str:
-        return repr([*self._numbers])

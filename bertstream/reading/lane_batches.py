@@ -49,6 +49,8 @@ class LaneBatches:
         options: what is taken from each record.
         reading: bucket size and tolerance.
         batch_size, max_tokens: one of the two says where a bucket is cut; see `cut_bucket`.
+        drop_last: whether every batch has `batch_size` texts. Buckets then hold whole batches, so that only the last
+            records of a lane are dropped, fewer than a batch.
         shuffle_seed: None does not shuffle.
         num_lanes: of the stream.
         open_shards: pieces that a lane reads in turn.
@@ -66,6 +68,35 @@ class LaneBatches:
     open_shards: int
     keep_text_as: str | None
     mixing: Mixing | None = None
+    drop_last: bool = False
+
+    def count(self, records: int, start: Cursor) -> int:
+        """How many batches of `batch_size` texts `read` makes from a cursor on, if no record is broken or dropped.
+
+        Args:
+            records: of the lane that come after the cursor.
+            start: the cursor.
+        """
+        assert self.batch_size is not None
+        first, later = self._bucket_sizes(start)
+        full, last = divmod(max(0, records - first), later)
+        batches = self._batches_in(min(first, records)) + full * self._batches_in(later) + self._batches_in(last)
+        return batches - start.batch
+
+    def _batches_in(self, records: int) -> int:
+        """Of one bucket with this many records."""
+        assert self.batch_size is not None
+        return records // self.batch_size if self.drop_last else -(-records // self.batch_size)
+
+    def _bucket_sizes(self, start: Cursor) -> tuple[int, int]:
+        """How many records the bucket at a cursor holds when full, and each after it."""
+        first = later = self.reading.bucket_size
+        if not (start.next_piece or start.open or start.sources):
+            # The first bucket of each lane has another size, or all lanes would refill in the same moment.
+            first = max(1, later * (start.lane + 1) // self.num_lanes)
+        if self.drop_last and self.batch_size is not None:
+            first, later = (max(size - size % self.batch_size, self.batch_size) for size in (first, later))
+        return first, later
 
     def read(self, pieces: Sequence[Piece], start: Cursor) -> Generator[TokenBatch | LaneEnd, None, None]:
         """A lane's batches from a cursor on, and finally a `LaneEnd` with the report that no batch could carry.
@@ -78,10 +109,7 @@ class LaneBatches:
             start: where to begin.
         """
         reader = self._reader(pieces, start)
-        size = self.reading.bucket_size
-        if not (start.next_piece or start.open or start.sources):
-            # The first bucket of each lane has another size, or all lanes would refill in the same moment.
-            size = max(1, size * (start.lane + 1) // self.num_lanes)
+        size, later_size = self._bucket_sizes(start)
         bucket = _Bucket(start, size)
         if not start.batch:  # as for `read` below
             reader.may_skip = self._may_skip
@@ -102,10 +130,14 @@ class LaneBatches:
                 if not bucket.read or reader.may_skip < 0:
                     yield LaneEnd(start.lane, ReadReport(read, tuple(bad), _pair(words), dropped))
                     return
-                following = _Bucket(bucket.end, self.reading.bucket_size)
+                following = _Bucket(bucket.end, later_size)
                 reader.may_skip = self._may_skip
                 tokens = bucket.join()
-                batches = self._cut(tokens.lengths, bucket.start)
+                surplus = len(tokens) % self.batch_size if self.drop_last and self.batch_size is not None else 0
+                if not bucket.start.batch:
+                    dropped += surplus
+                # The last ones that were read, not the longest: those would always be the same.
+                batches = self._cut(tokens.lengths[: len(tokens) - surplus], bucket.start)
                 for number, batch in enumerate(self._batches_of(bucket, tokens, batches), 1 + bucket.start.batch):
                     batch.report = ReadReport(read, tuple(bad), _pair(words), dropped) if read else None
                     if read:

@@ -29,7 +29,7 @@ _ROW_BYTES = 256  # of a dataset that does not say how large its rows are
 _SHARED_BYTES = 64 << 20
 # Of a mixture: a lane that gets fewer bytes of a source might have no record of it.
 _SOURCE_BYTES = 4 << 10
-# Of a mixture: pieces open in all lanes, as many as a plain stream of 32 lanes has; and at most, whatever the weights.
+# Of a mixture: pieces open in all lanes, as many as a plain stream of 32 lanes has; and the most, of many sources.
 _OPEN_IN_MIXTURE, _MOST_OPEN = 128, 512
 
 

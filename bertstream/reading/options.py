@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 from ..errors import ConfigError, described
+from ..labels import NumberOf, UnknownLabelError
 from ..paths import find, splits
 from ..tokens import Text, TokenizedText
 from .access import DEFAULT_ACCESS, Access
-from .functions import Keep, Map, NumberOf, check_functions, kept_and_mapped
+from .functions import Keep, Map, check_functions, kept_and_mapped
 from .raw import BOM, RecordError, excerpt, parse_text
 from .token_ids import BESIDE_IDS, ids_of
 
@@ -86,7 +87,8 @@ class ReadOptions:
         names = [name for name in names if name not in PLACE]
         for name in (*self.texts, *names):
             if name in self.reserved:
-                raise ConfigError(f"{name!r} is a field that each batch has of its own: rename it in the data")
+                way_out = "leave it out of fields=, or rename it in the data"
+                raise ConfigError(f"{name!r} is a field that each batch has of its own: {way_out}")
         for text in self.texts:
             if text in names:
                 raise ConfigError(f"fields lists the other fields: leave out {text!r}, which is the text")
@@ -111,9 +113,9 @@ class ReadOptions:
 def _as_function(name: str, function: Callable[[Any], Any] | Sequence[str]) -> Callable[[Any], Any]:
     if callable(function):
         return function
-    if isinstance(function, str) or not isinstance(function, Sequence):
-        raise ConfigError(f"fields maps names to functions, or to lists of labels; got {name!r}: {function!r}")
-    return NumberOf(function, name)
+    if isinstance(function, (list, tuple)):
+        return NumberOf(function, f"fields[{name!r}]")
+    raise ConfigError(f"fields maps names to functions, or to lists of labels; got {name!r}: {function!r}")
 
 
 def take_text_and_fields(
@@ -170,8 +172,8 @@ def take_text_and_fields(
         value = _value(values, name)
         try:
             fields[name] = cast(Callable[[Any], Any], function)(value)
-        except RecordError as error:
-            raise RecordError(str(error), name) from error.__cause__
+        except UnknownLabelError as error:
+            raise RecordError(str(error), name) from None
         except Exception as error:  # a user's function may raise anything; it stays attached as the cause
             raise RecordError(
                 f"the function for this field raised {described(error)} on {excerpt(value)}", name

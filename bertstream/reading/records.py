@@ -102,12 +102,12 @@ def read_records(
                 if raw is None:
                     break
                 end = index + raw.records
-                if end > wanted.start and (piece.shares == 1 or _own(wanted, index, end)):
+                if end > wanted.start and (piece.shares == 1 or wanted.own(index, end)):
                     key = raw.key or f"{kind.stem}:{index}"
                     try:
                         taken = take_text_and_fields(raw.parse(raw.source), options, (key, piece.path, index))
                     except RecordError as broken:
-                        error = _at_records(broken, wanted.path, _own(wanted, index, end))
+                        error = _at_records(broken, wanted.path, wanted.own(index, end))
                         if on_bad is None or not error.skippable:
                             raise error from broken.__cause__
                         if on_bad(error):
@@ -164,14 +164,7 @@ def _from_record(wanted: Piece, index: int, problem: str, *, skippable: bool = T
 
 def _left(wanted: Piece, index: int) -> int | None:
     """How many of a piece's records there are from one on; None if nobody has counted them."""
-    return None if wanted.stop is None else len(_own(wanted, index, wanted.stop))
-
-
-def _own(wanted: Piece, start: int, stop: int) -> range:
-    """Those of the records from `start` to `stop` that are the piece's."""
-    start = max(start, wanted.start)
-    start += (wanted.share - start) % wanted.shares
-    return range(start, stop if wanted.stop is None else min(stop, wanted.stop), wanted.shares)
+    return None if wanted.stop is None else len(wanted.own(index, wanted.stop))
 
 
 def _at_records(broken: RecordError, path: str, lost: range) -> ShardError:

@@ -53,7 +53,7 @@ def find_rows(source: Any) -> Any | None:
 def _without_format(dataset: Any) -> Any:
     """A dataset of Hugging Face that gives Python's values, whatever its format; a transform of the user's stays.
 
-    Arrays, tensors and tables of single rows take longer to make, and would become other columns than the values.
+    Arrays, tensors and tables of single rows would become other columns than the values do, or none.
     """
     form = getattr(dataset, "format", None)  # a streaming dataset has none to ask for
     if form is None:

@@ -50,6 +50,12 @@ class Piece:
     lane: int | None = None
     version: Version | None = field(default=None, compare=False, repr=False)
 
+    def own(self, start: int, stop: int) -> range:
+        """Those of the shard's records from `start` to `stop` that are the piece's."""
+        start = max(start, self.start)
+        start += (self.share - start) % self.shares
+        return range(start, stop if self.stop is None else min(stop, self.stop), self.shares)
+
 
 def expand_shards(
     shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], access: Access = DEFAULT_ACCESS

@@ -67,6 +67,14 @@ def stepped(tmp_path: Path) -> Make:
 
 
 @pytest.fixture
+def in_order(tmp_path: Path) -> Make:
+    """A stream with a length, because all of its epochs have as many batches."""
+    shards = write_shards(tmp_path / "shards", TEXTS, shards=2)
+    options: dict[str, Any] = {"layout": "padded", "reading": StreamConfig(lanes=2)}
+    return lambda: bertstream.stream(shards, FakeEncoder(), batch_size=2, **options)
+
+
+@pytest.fixture
 def wrapped() -> Make:
     """With a length."""
     rows = [{"text": text, "id": i} for i, text in enumerate(TEXTS)]
@@ -163,6 +171,14 @@ def test_a_trainer_resumes_epochs_of_n_steps_exactly(stepped: Make, tmp_path: Pa
     assert sorted(i for ids, _ in whole[:BATCHES] for i in ids) == list(range(len(TEXTS)))
     for stop in STOPS:
         assert trained(stepped, tmp_path, resume=stop, **limit) == whole[stop:], stop
+
+
+def test_a_trainer_takes_the_length_of_a_stream_in_order(in_order: Make, tmp_path: Path) -> None:
+    limit: dict[str, Any] = {"max_steps": -1, "num_train_epochs": 3}
+    whole = trained(in_order, tmp_path, **limit)
+    assert [ids for ids, _ in whole] == 3 * [ids for ids, _ in whole[:BATCHES]] and len(whole) == 3 * BATCHES
+    for stop in (5, 8, 9, 16):
+        assert trained(in_order, tmp_path, resume=stop, **limit) == whole[stop:], stop
 
 
 def test_a_state_that_could_not_be_loaded_is_refused_when_it_is_saved(tmp_path: Path) -> None:
@@ -338,6 +354,35 @@ def test_lightning_resumes_epochs_of_n_steps_exactly(stepped: Make, tmp_path: Pa
     assert sorted(i for ids, _ in whole[:BATCHES] for i in ids) == list(range(len(TEXTS)))
     for stop in STOPS:
         assert fitted(stepped, tmp_path, resume=stop, **limit) == whole[stop:], stop
+
+
+def test_lightning_takes_the_length_of_a_stream_in_order_and_its_epochs_are_counted(
+    in_order: Make, tmp_path: Path
+) -> None:
+    limit: dict[str, Any] = {"max_steps": -1, "max_epochs": 3}
+    loaders: list[EmbeddingLoader] = []
+
+    def make() -> EmbeddingLoader:
+        loaders.append(in_order())
+        return loaders[-1]
+
+    whole = fitted(make, tmp_path, **limit)
+    assert len(whole) == 3 * BATCHES and loaders[-1].epoch == 3
+    for stop in (5, 8, 9, 16):
+        assert fitted(make, tmp_path, resume=stop, **limit) == whole[stop:], stop
+        assert loaders[-1].epoch == 3
+
+
+def test_a_trainer_is_told_no_length_that_holds_for_one_epoch_alone(streamed: Make) -> None:
+    class Asking(lightning.Callback):
+        def on_train_start(self, *others: Any) -> None:
+            with pytest.raises(TypeError, match="differ by a few batches.*steps_per_epoch="):
+                len(loader)
+
+    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    with streamed() as loader:
+        assert len(loader) == BATCHES
+        lightning.Trainer(accelerator="cpu", max_steps=1, callbacks=[Asking()], **quiet).fit(Module(), loader)
 
 
 def test_lightning_without_the_callback_says_so_when_it_resumes(make: Make, tmp_path: Path) -> None:

@@ -60,9 +60,10 @@ def test_workers_read_as_far_ahead_as_those_of_a_stream(
         return iter(())
 
     monkeypatch.setattr(StreamLoader, "__iter__", not_started)
-    with bertstream.stream(shard, minilm, num_workers=num_workers) as loader:
-        list(loader)
-    bertstream.warm(shard, minilm, EmbeddingCache("1MiB"), num_workers=num_workers, progress=False)
+    with pytest.raises(ShardError, match="no record in the whole epoch"):
+        list(bertstream.stream(shard, minilm, num_workers=num_workers))
+    with pytest.raises(ShardError, match="no record in the whole epoch"):
+        bertstream.warm(shard, minilm, EmbeddingCache("1MiB"), num_workers=num_workers, progress=False)
     assert read == [(num_workers, AHEAD if num_workers else None)] * 2
 
 

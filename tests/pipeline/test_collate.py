@@ -152,6 +152,12 @@ def test_a_path_leads_to_texts_within_a_record_and_its_parts_become_batches(
     assert records == before
 
 
+def test_words_may_be_an_array_and_texts_numpys_strings(encoder: Any) -> None:
+    records = [{"said": np.array(["the", "bank"], object)}, {"said": np.array(["river"])}]
+    assert holds(encoder, TokenCollate(encoder, text="said")(records)["said"], [["the", "bank"], ["river"]])
+    assert holds(encoder, TokenCollate(encoder)([*np.array(TEXTS)]), TEXTS)
+
+
 def test_paths_may_lead_to_several_texts_and_to_a_pair(encoder: Any) -> None:
     records = [{"in": {"q": q, "a": a}, "id": "x"} for q, a in zip(TEXTS, OTHERS, strict=True)]
     batch = TokenCollate(encoder, text=("in.q", "in.a"))(records)

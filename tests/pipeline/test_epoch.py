@@ -46,14 +46,17 @@ class Strike:
     where a generator is resumed, which is inside its `try` already.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, within: str = PACKAGE) -> None:
         self.left = number
+        self.within = within
         self.where = ""
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
         file, line = frame.f_code.co_filename, frame.f_lineno
         if not file.startswith(PACKAGE):
             return None
+        if not file.startswith(self.within):
+            return self
         resumed = event == "call" and frame.f_lasti > 0 and frame.f_code.co_flags & inspect.CO_GENERATOR
         if event in ("call", "line") and not resumed and not linecache.getline(file, line).lstrip().startswith("with "):
             self.left -= 1
@@ -119,6 +122,36 @@ def test_ctrl_c_while_an_epoch_is_closed_leaves_nothing_running(prefetch: int) -
         if not strike.where:
             break
     assert number > 10
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_ctrl_c_in_an_epoch_of_n_steps_leaves_nothing_running_while_it_is_handled(
+    tmp_path: Path, prefetch: int
+) -> None:
+    """At any line of what takes steps from passes; a pass of two batches ends within the first epoch."""
+    shards = write_shards(tmp_path, ["a"] * 2)
+    struck = []
+    for number in range(1, 1000):
+        loader = bertstream.stream(shards, FakeEncoder(), batch_size=1, steps_per_epoch=3, prefetch=prefetch)
+        strike = Strike(number, f"{PACKAGE}/pipeline/steps.py")
+        before, left = threading.active_count(), 0
+        try:
+            for _ in range(2):
+                iteration = iter(loader)
+                for _ in range(3):
+                    sys.settrace(strike)
+                    try:
+                        next(iteration)
+                    finally:
+                        sys.settrace(None)
+        except KeyboardInterrupt:
+            left = threading.active_count() - before
+        loader.close()
+        if not strike.where:
+            break
+        struck.append((strike.where, left))
+    assert len(struck) > 80, "not all of the path was struck"
+    assert [(where, left) for where, left in struck if left] == []
 
 
 def test_a_loop_that_ends_by_itself_stays_ended() -> None:

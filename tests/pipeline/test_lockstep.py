@@ -166,10 +166,25 @@ def test_a_rank_without_a_record_is_named_unless_it_resumed(uneven: str) -> None
 
 
 @pytest.mark.parametrize("uneven", ["pad", "stop"])
-def test_a_rank_with_only_broken_records_repeats_a_batch_or_is_named(
-    uneven: str, caplog: pytest.LogCaptureFixture
+def test_an_epoch_in_which_no_rank_has_a_record_is_refused_unless_it_resumed(uneven: str) -> None:
+    def groups(*, from_the_top: bool) -> list[list[Entry]]:
+        peers: Any = SimpleNamespace(exchange=lambda about, *_: [about, about])
+        budget = GroupBudget[Entry](lambda entry: entry.weight, limit=1, by_the_clock=False)
+        stream = some_stream(uneven, from_the_top=from_the_top)
+        own = gather(iter(()), budget)
+        return [*in_lockstep(own, budget, stream, peers, EpochStatus(), lambda texts: None)]
+
+    with pytest.raises(ShardError, match=r"of 2 ranks, \[0, 1\] have no record in this epoch"):
+        groups(from_the_top=True)
+    assert groups(from_the_top=False) == []
+
+
+@pytest.mark.parametrize("report", [ReadReport(3, (ShardError("broken"),)), ReadReport(3, dropped=3)])
+@pytest.mark.parametrize("uneven", ["pad", "stop"])
+def test_a_rank_with_only_broken_or_dropped_records_repeats_a_batch_or_is_named(
+    uneven: str, report: ReadReport, caplog: pytest.LogCaptureFixture
 ) -> None:
-    end = LaneEnd(0, ReadReport(3, (ShardError("broken"),)))
+    end = LaneEnd(0, report)
 
     def run(rank: int) -> list[list[Entry]]:
         entries = [Entry(end)] if rank == 0 else [own_entry(1, number, 1) for number in range(3)]

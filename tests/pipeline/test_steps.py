@@ -89,6 +89,14 @@ def test_a_state_within_any_step_resumes_exactly(make: Make, num_workers: int, p
     assert_resumes_exactly(lambda: make(9, **options), cuts=cuts, resume_with=lambda: make(9))
 
 
+def test_a_mixture_in_steps_resumes_exactly(shards: list[str]) -> None:
+    def make() -> EmbeddingLoader:
+        mixture = bertstream.Mixture([(shards[0], 2), (shards[1:], 1)], stopping="all")
+        return bertstream.stream(mixture, FakeEncoder(), batch_size=4, shuffle=True, steps_per_epoch=9)
+
+    assert_resumes_exactly(make, cuts=(0, 4, 9))
+
+
 def test_a_state_resumes_in_any_epoch_and_pass(make: Make, whole: list[list[int]]) -> None:
     steps = 5
     with make(steps) as loader:
@@ -333,12 +341,16 @@ def test_an_error_within_a_pass_leaves_the_place(tmp_path: Path) -> None:
         assert loader.stats()["texts"] == 8 and loader.state_dict()["steps"] == {"epoch": 1, "step": 0}
 
 
-def test_data_without_a_batch_is_an_error_and_no_endless_loop(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    empty = datasets.Dataset.from_dict({"text": ["a"]}).to_iterable_dataset().filter(lambda row: False)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_data_without_a_batch_is_an_error_and_no_endless_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    shards = write_shards(tmp_path, TEXTS)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
     with (
-        bertstream.stream(empty, FakeEncoder(), steps_per_epoch=5) as loader,
-        pytest.raises(ShardError, match="no batch, so steps_per_epoch=5"),
+        bertstream.stream(shards, FakeEncoder(), steps_per_epoch=5, keep=lambda record: False) as loader,
+        pytest.raises(ShardError, match="no batch, so steps_per_epoch=5" if world_size > 1 else "keep=.* dropped each"),
     ):
         list(loader)
 

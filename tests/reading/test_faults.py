@@ -483,7 +483,7 @@ def test_texts_that_cannot_be_tokenized_count_towards_the_limit_of_a_lane(
     def refuse(_: Any, texts: list[Any]) -> Any:
         raise EncoderError("too long", records=[len(texts) - 1])
 
-    monkeypatch.setattr("bertstream.reading.lane_batches.tokenize_batch", refuse)
+    monkeypatch.setattr("bertstream.reading.token_ids.tokenize_batch", refuse)
     path = write(tmp_path / "a.jsonl", '{"text": "a"}\n' * 600)
     with pytest.raises(ShardError, match="^256 broken records .* among 256 records"):
         list(bertstream.stream(path, FakeEncoder(), reading=StreamConfig(lanes=1, max_bad_records=3)))

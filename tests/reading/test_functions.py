@@ -1,13 +1,11 @@
-"""`keep=` and `map=` choose and make records in the workers, and labels become numbers."""
+"""`keep=` and `map=` choose and make records in the workers."""
 
 from __future__ import annotations
 
 import gzip
 import itertools
 import json
-import pickle
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from shard_files import read, read_until_error, tar_bytes, texts, write
 
 import bertstream
 from bertstream import ConfigError, ShardError, StateError, StreamConfig, TextStream
-from bertstream.reading.functions import NumberOf
 from bertstream.reading.options import ReadOptions
 from bertstream.testing import FakeEncoder, assert_resumes_exactly, write_shards
 
@@ -214,7 +209,7 @@ def test_the_records_of_a_shared_piece_are_asked_once_over_all_ranks(
 def test_an_epoch_whose_records_are_all_dropped_is_an_error(shards: list[str], workers: int | None) -> None:
     options: dict[str, Any] = {"keep": lambda record: None}
     with pytest.raises(
-        ShardError, match=f"keep= and map= dropped each of the {COUNT} records that were read in the epoch"
+        ShardError, match=f"keep=, map= or drop_last dropped each of the {COUNT} records that were read in the epoch"
     ):
         list(TextStream(shards, FakeEncoder(), **options) if workers is None else loader(shards, workers, **options))
 
@@ -225,7 +220,7 @@ def test_a_rank_whose_records_are_all_dropped_says_so_in_the_log(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert list(TextStream(shards, FakeEncoder(), keep=lambda record: False)) == []
-    assert "keep= and map= dropped each of the " in caplog.text
+    assert "keep=, map= or drop_last dropped each of the " in caplog.text
 
 
 def test_a_shard_whose_records_are_all_dropped_is_no_broken_shard(tmp_path: Path) -> None:
@@ -306,58 +301,3 @@ def test_a_state_fits_streams_with_the_same_functions_and_has_no_entry_without_a
         assert stream.state_dict()["settings"]["map"] == "halved"
         with pytest.raises(StateError, match="saved with keep=None, this stream has keep='mostly_odd'"):
             stream.load_state_dict(plain)
-
-
-# --- labels -----------------------------------------------------------------------------------------------------------
-
-
-def test_labels_become_their_numbers_in_every_format(tmp_path: Path) -> None:
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pydict({"text": ["a", "b"], "c": ["card", "refund"]}), tmp_path / "a.parquet"
-    )
-    for path in (
-        write(tmp_path / "a.csv", "text,c\na,card\nb,refund\n"),
-        write(tmp_path / "a.jsonl", '{"text": "a", "c": "card"}\n{"text": "b", "c": "refund"}'),
-        str(tmp_path / "a.parquet"),
-    ):
-        batch = next(iter(bertstream.stream(path, FakeEncoder(), fields={"c": ["refund", "card"]})))
-        assert sorted(batch["c"].tolist()) == [0, 1]
-        assert [record.fields["c"] for record in read(path, ReadOptions(fields={"c": ("refund", "card")}))] == [1, 0]
-
-
-def test_labels_of_words_become_lists_of_numbers(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", '{"text": ["New", "York"], "tags": ["B", "I"]}\n{"text": [], "tags": []}')
-    assert [record.fields["tags"] for record in read(path, ReadOptions(fields={"tags": ["O", "B", "I"]}))] == [
-        [1, 2],
-        [],
-    ]
-
-
-@pytest.mark.parametrize("value", ["refnd", None, 0, ["refund", "x"], {"a": 1}])
-def test_an_unknown_label_is_a_broken_record_that_names_the_known_ones(tmp_path: Path, value: Any) -> None:
-    path = write(tmp_path / "a.jsonl", '{"text": "a", "c": "card"}\n' + json.dumps({"text": "b", "c": value}))
-    _, error = read_until_error(path, ReadOptions(fields={"c": ["refund", "card"]}))
-    shown = repr("x" if isinstance(value, list) else value)
-    assert f"{path}, record 1, field 'c': {shown} is none of its labels: ['refund', 'card']" in str(error)
-    assert (error.index, error.field) == (1, "c")
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (["a", "b", "a"], "lists the label 'a' of 'c' twice"),
-        ([], "lists of labels; got 'c': "),
-        (["a", 1], r"lists of labels; got 'c': \['a', 1\]"),
-        ("ab", "lists of labels; got 'c': 'ab'"),
-        (7, "lists of labels; got 'c': 7"),
-    ],
-)
-def test_bad_labels_are_refused_by_the_constructor(labels: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        ReadOptions(fields={"c": labels})
-
-
-@given(st.lists(st.text("ab", max_size=3), min_size=1, unique=True))
-def test_numbers_are_positions_and_survive_pickling(names: list[str]) -> None:
-    number_of: Callable[[Any], Any] = pickle.loads(pickle.dumps(NumberOf(names, "c")))
-    assert number_of(names) == list(range(len(names))) and number_of == NumberOf(names, "c")

@@ -33,7 +33,7 @@ from bertstream.jobs.inspection import inspect_shards
 from bertstream.reading.dataset import StreamItems
 from bertstream.reading.state import cursor_from_json, cursor_to_json
 from bertstream.testing import FakeEncoder, assert_resumes_exactly
-from bertstream.tokens import TokenBatch
+from bertstream.tokens import ReadReport, TokenBatch
 from tests.shard_files import tar_bytes, write
 
 
@@ -202,6 +202,61 @@ def test_a_mixture_resumes_exactly(files: list[Any], num_workers: int, stopping:
         )
 
     assert_resumes_exactly(make, cuts=[3, 11] if num_workers else [0, 1, 6, 10, 15], resume_with=lambda: make(0))
+
+
+@settings(max_examples=25)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 15), st.integers(0, 4)), min_size=1, max_size=3),
+    weights=st.tuples(*[st.sampled_from([0.3, 1.0, 4.0])] * 3),
+    stopping=st.sampled_from(["first", "all"]),
+    bucket_size=st.integers(1, 12),
+    shuffle=st.booleans(),
+)
+def test_a_lane_goes_on_from_the_cursor_of_any_batch_with_its_counts(
+    sizes: list[tuple[int, int]], weights: tuple[float, ...], stopping: Any, bucket_size: int, shuffle: bool
+) -> None:
+    """Also past broken records, and records that `keep` drops, of which a pass may consist."""
+    sources = [
+        [{"id": [number, i]} | ({"text": "a " * i} if i % 5 != broken else {}) for i in range(size)]
+        for number, (size, broken) in enumerate(sizes)
+    ]
+    one = TextStream(
+        Mixture(list(zip(sources, weights, strict=False)), stopping=stopping),
+        FakeEncoder(),
+        batch_size=3,
+        shuffle=shuffle,
+        keep=lambda record: record["id"][1] % 3 != 2,
+        reading=StreamConfig(lanes=1, bucket_size=bucket_size, max_bad_records=1000),
+    )
+
+    def read(start: Cursor) -> list[tuple[Any, Cursor | None, list[int]]]:
+        """Of each item the records, the cursor, and the counts that its report adds."""
+        items = list(one._batches.read(one._dealt(one._layout, 0)[0], start))
+        reports = [item.report or ReadReport(0) for item in items]
+        counts = [[r.read, r.dropped, sum(error.records or 0 for error in r.bad)] for r in reports]
+        return [
+            (ids([item]), item.cursor, count) if isinstance(item, TokenBatch) else (None, None, count)
+            for item, count in zip(items, counts, strict=True)
+        ]
+
+    whole = read(Cursor(0, 0))
+    for done, (_, cursor, _) in enumerate(whole[:-1], 1):
+        assert cursor is not None and read(cursor) == whole[done:]
+
+
+def test_a_mixture_with_steps_per_epoch_goes_on_where_the_last_epoch_stopped(files: list[Any]) -> None:
+    def make(**steps: int) -> EmbeddingLoader:
+        mixture, reading = Mixture([(files[0], 2), (files[1], 1)], stopping="all"), StreamConfig(lanes=3)
+        return bertstream.stream(
+            mixture, FakeEncoder(), batch_size=9, shuffle=True, reading=reading, prefetch=0, **steps
+        )
+
+    with make() as loader:
+        right = [batch["__key__"] for _ in range(2) for batch in loader]
+    with make(steps_per_epoch=7) as loader:
+        found = [batch["__key__"] for _ in range(len(right) // 7) for batch in loader]
+    assert len(found) > 20 and found == right[: len(found)]
+    assert_resumes_exactly(lambda: make(steps_per_epoch=7), cuts=[0, 4, 7])
 
 
 def test_stats_count_the_texts_of_each_source_and_batches_say_which_it_is(files: list[Any]) -> None:

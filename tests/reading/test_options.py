@@ -121,7 +121,7 @@ def test_a_nested_text_reads_as_a_flat_one(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar", "rows"])
 def test_without_fields_what_holds_the_text_stays_whole(tmp_path: Path, kind: str) -> None:
     batch = next(iter(bertstream.stream(nested(tmp_path, kind), FakeEncoder(), text="data.text")))
-    assert sorted(batch["n"].tolist()) == list(range(9))
+    assert sorted(batch["n"].tolist()) == list(range(9)) and len(batch["data.text"]) == 9
     assert all(data["text"] == f"text {data['about']['label']}" for data in batch["data"])
     assert ROWS[0]["data"] == {"text": "text 0", "about": {"label": 0}}
 

@@ -53,6 +53,12 @@ def test_a_stream_over_a_table_resumes_exactly(kind: str) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["pandas", "pandas with arrays as words", "a Table"])
+def test_ids_in_a_table_are_texts(kind: str) -> None:
+    [batch] = bertstream.stream(table(kind)[:5], FakeEncoder(), text="tags", fields=["id"])
+    assert batch["tags"].tokens.input_ids.tolist() == [0, 2, 1, 2, 2, 2, 3, 2, 4, 2]
+
+
 def test_a_table_is_read_a_run_at_a_time_and_pickles() -> None:
     rows = TableRows(pandas.DataFrame({"id": range(1000)}))
     assert [row["id"] for row in rows.select(range(3, 999))] == [*range(3, 999)]

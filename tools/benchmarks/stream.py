@@ -22,7 +22,7 @@ from .common import take_turns, texts_of
 
 
 def stream(arguments: argparse.Namespace) -> dict[str, object]:
-    """Token batches of texts and of ids from workers, for an idle loop, against the bare tokenizer on one thread."""
+    """Token batches of texts and of ids from workers, read by an idle loop, beside the bare tokenizer on one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     texts = texts_of(arguments)
     texts *= max(1, 100_000 // len(texts))

@@ -1,0 +1,106 @@
+"""Labels become their numbers, in a stream's fields and beside vectors of words."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shard_files import read, read_until_error, write
+
+import bertstream
+from bertstream import ConfigError
+from bertstream.labels import NumberOf
+from bertstream.reading.options import ReadOptions
+from bertstream.testing import FakeEncoder
+
+
+def test_labels_become_their_numbers_in_every_format(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pydict({"text": ["a", "b"], "c": ["card", "refund"]}), tmp_path / "a.parquet"
+    )
+    for path in (
+        write(tmp_path / "a.csv", "text,c\na,card\nb,refund\n"),
+        write(tmp_path / "a.jsonl", '{"text": "a", "c": "card"}\n{"text": "b", "c": "refund"}'),
+        str(tmp_path / "a.parquet"),
+    ):
+        batch = next(iter(bertstream.stream(path, FakeEncoder(), fields={"c": ["refund", "card"]})))
+        assert sorted(batch["c"].tolist()) == [0, 1]
+        assert [record.fields["c"] for record in read(path, ReadOptions(fields={"c": ("refund", "card")}))] == [1, 0]
+
+
+def test_labels_of_words_become_lists_of_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": ["New", "York"], "tags": ["B", "I"]}\n{"text": [], "tags": []}')
+    assert [record.fields["tags"] for record in read(path, ReadOptions(fields={"tags": ["O", "B", "I"]}))] == [
+        [1, 2],
+        [],
+    ]
+
+
+@pytest.mark.parametrize("value", ["refnd", None, 0, ["refund", "x"], {"a": 1}])
+def test_an_unknown_label_is_a_broken_record_that_names_the_known_ones(tmp_path: Path, value: Any) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "a", "c": "card"}\n' + json.dumps({"text": "b", "c": value}))
+    _, error = read_until_error(path, ReadOptions(fields={"c": ["refund", "card"]}))
+    shown = repr("x" if isinstance(value, list) else value)
+    assert f"{path}, record 1, field 'c': {shown} is none of the labels ['refund', 'card']" in str(error)
+    assert (error.index, error.field) == (1, "c")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a", "b", "a"], "fields\\['c'\\]=.*: the label 'a' comes twice"),
+        ([], r"fields\['c'\]=\[\]: list the labels"),
+        (["a", 1], r"fields\['c'\]=\['a', 1\]: list the labels, strings, in the order"),
+        ("ab", "lists of labels; got 'c': 'ab'"),
+        (7, "lists of labels; got 'c': 7"),
+    ],
+)
+def test_bad_labels_are_refused_by_the_constructor(labels: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ReadOptions(fields={"c": labels})
+
+
+@given(st.lists(st.text("ab", max_size=3), min_size=1, unique=True))
+def test_numbers_are_positions_and_survive_pickling(names: list[str]) -> None:
+    number_of: Callable[[Any], Any] = pickle.loads(pickle.dumps(NumberOf(names, "c")))
+    assert number_of(names) == list(range(len(names))) and number_of == NumberOf(names, "c")
+
+
+# --- align ------------------------------------------------------------------------------------------------------------
+
+
+def test_align_takes_labels_by_name() -> None:
+    batch = next(iter(bertstream.stream([{"text": ["New", "York", "is"]}, {"text": []}], FakeEncoder())))
+    tags: list[list[Any]] = [["B", "I", "O"], []] if batch["__index__"][0] == 0 else [[], ["B", "I", "O"]]
+    numbers = [[{"O": 0, "B": 1, "I": 2}[tag] for tag in row] for row in tags]
+    embeddings = batch["text"]
+    assert embeddings.align(tags, names=["O", "B", "I"]).tolist() == embeddings.align(numbers).tolist()
+    assert embeddings.align(tags, -1, names=("O", "B", "I")).min() == -1
+
+
+@pytest.mark.parametrize(
+    ("tag", "names", "message"),
+    [
+        (
+            "X",
+            ["O", "B"],
+            r"the tags of text 0 of the batch \(record 0 of list\): 'X' is none of the labels \['O', 'B'\]",
+        ),
+        (0, ["O", "B"], "0 is none of the labels"),
+        ("O", ["O", "O"], r"names=\['O', 'O'\]: the label 'O' comes twice"),
+        ("O", "OB", "names='OB': list the labels"),
+        ("O", None, r"tags of text 0 are \['O'\]: give a list of numbers, one a word, or labels with names="),
+    ],
+)
+def test_align_names_the_record_of_a_label_that_is_not_known(tag: Any, names: Any, message: str) -> None:
+    batch = next(iter(bertstream.stream([{"text": ["word"]}], FakeEncoder())))
+    with pytest.raises(ConfigError, match=message):
+        batch["text"].align([[tag]], names=names)
