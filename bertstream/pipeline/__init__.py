@@ -1,4 +1,5 @@
 """A source of batches in, the same batches with embeddings out.
 
-Read epoch first: it composes source, groups, lockstep and encode. Then steps (epochs of N batches), fields, coalesce and collate; clocks and stats.
+Read epoch first: it composes source, groups, lockstep and encode. Then steps (epochs of N batches), fields, coalesce
+and collate; clocks and stats.
 """
