@@ -68,6 +68,11 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]] = 
     "truncated words": ([{"text": WORDS[i % 4]} for i in range(70)], {}, {"overflow": "truncate", "max_length": 6}),
     "windows of pairs": (PAIRS, {"pair": "other"}, {"overflow": "windows", "max_length": 11, "stride": 1}),
     "a prompt": ([{"text": f"bank {i}"} for i in range(70)], {}, {"prompt": "query: ", "prompt_counts": False}),
+    "a prompt of words": (
+        [{"text": "bank " * (i % 3)} for i in range(70)],
+        {},
+        {"prompt": "find: ", "word_splitter": str.split},
+    ),
 }
 
 
