@@ -17,7 +17,7 @@ from .reading.dataset import TextStream
 from .reading.mixture import Mixture
 from .tokens import TokenBatch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BertEmbedding",

@@ -52,7 +52,7 @@ class Tagger(nn.Module):
         return self.head(nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0])
 
 
-encoder = bertstream.Encoder.from_pretrained(args.model, output="words", layers=(args.layer,), overflow="windows")
+encoder = bertstream.Encoder.from_pretrained(args.model, output="words", layers=args.layer, overflow="windows")
 collate = bertstream.TokenCollate(encoder, text="words")  # tags stay one tensor per sentence
 train, test = (DataLoader(read(path), 32, shuffle=True, collate_fn=collate) for path in (args.train, args.test))
 train, test = (bertstream.wrap(loader, encoder, text="words") for loader in (train, test))

@@ -1150,12 +1150,6 @@ def test_a_loader_may_wrap_another(tmp_path: Path) -> None:
     assert isinstance(batch["p"], Embeddings) and isinstance(batch["h"], Embeddings)
 
 
-def test_the_length_of_a_stream_is_not_known(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a line\n")
-    with pytest.raises(TypeError, match=r"not known before its shards are read; count_records\(\)"):
-        len(bertstream.stream(tmp_path / "a.txt", FakeEncoder()))
-
-
 def test_a_models_name_is_refused_with_the_call_that_loads_it() -> None:
     with pytest.raises(ConfigError, match=r"from_pretrained\('bert-base-uncased'\)"):
         bertstream.wrap([["a"]], "bert-base-uncased")  # type: ignore[arg-type]

@@ -114,8 +114,9 @@ def read_records(
                             return
                     else:
                         if taken is not None:
+                            text, fields = taken
                             offset = raw.offset if seekable else 0
-                            yield Record(*taken, key, piece.path, index, offset)
+                            yield Record(text, fields, key, piece.path, index, offset)
                         elif on_drop is not None:
                             on_drop()
                 index = end

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import re
 import signal
@@ -9,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -100,3 +105,29 @@ def test_a_cell_that_was_interrupted_is_run_again(tmp_path: Path, workers: int) 
     assert process.returncode == 0, errors
     assert out.splitlines() == ["kept: KeyboardInterrupt", "seen: 8", "rest: True", "whole: True", "threads: []"]
     assert len(re.findall(r"^Traceback", errors, re.MULTILINE)) == 1
+
+
+@pytest.mark.slow
+def test_the_tour_runs_and_prints_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    matplotlib.use("agg")
+    monkeypatch.chdir(ROOT / "examples")
+    path = Path("tour.ipynb")
+    assert path.stat().st_size < 60_000, "outputs are to be small"
+    cells = [cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    namespace: dict[str, object] = {}
+    for cell in cells:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec("".join(cell["source"]), namespace)
+        outputs = cell["outputs"]
+        shown = "".join(line for output in outputs for line in output.get("text", ()))
+        if "stats()" not in cell["source"][-1] and "bottleneck()" not in "".join(
+            cell["source"]
+        ):  # these are of a clock
+            assert re.sub(r"\d+ of", "n of", printed.getvalue()) == re.sub(r"\d+ of", "n of", shown)
+        assert bool(plt.get_fignums()) == any("image/png" in output.get("data", {}) for output in outputs)
+        plt.close("all")
+    assert namespace["right"] >= 0.8 * namespace["total"]  # type: ignore[operator]
+    for name in ("train", "test"):
+        namespace[name].close()  # type: ignore[attr-defined]

@@ -218,8 +218,7 @@ def records_of(count: int) -> list[dict[str, Any]]:
     return [{"input_ids": [1 + (i * k) % 97 for k in range(1 + i % 11)], "label": i} for i in range(count)]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("write", [in_jsonl, in_parquet])
+@pytest.mark.parametrize(("write", "num_workers"), [(in_jsonl, 0), (in_parquet, 0), (in_parquet, 2)])
 def test_a_stream_of_ids_resumes_exactly(tmp_path: Path, write: Any, num_workers: int) -> None:
     path = write(tmp_path, records_of(900))
     reading = StreamConfig(bucket_size=100, lanes=3)
@@ -227,7 +226,7 @@ def test_a_stream_of_ids_resumes_exactly(tmp_path: Path, write: Any, num_workers
     def make_loader() -> Any:
         return stream(path, FakeEncoder(), text="input_ids", shuffle=True, num_workers=num_workers, reading=reading)
 
-    assert_resumes_exactly(make_loader, cuts=[0, 1, 8, 20])
+    assert_resumes_exactly(make_loader, cuts=[0, 8] if num_workers else [0, 1, 8, 20])
 
 
 def test_ids_and_texts_of_every_kind_share_a_bucket(tmp_path: Path) -> None:
