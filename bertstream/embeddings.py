@@ -262,8 +262,8 @@ class Embeddings:
         self._refuse_sentence(name)
         if self.tokens.texts is None:
             raise ConfigError(
-                f"{name}() needs the texts, and these were not kept: call the encoder with texts, write into= in "
-                "stream (the text then stays in the batch too), or keep_text=True in TokenCollate"
+                f"{name}() needs the texts, and these were not kept, or came as ids: call the encoder with texts, "
+                "write into= in stream (the text then stays in the batch too), or keep_text=True in TokenCollate"
             )
         if self.finder is None:
             raise ConfigError(f"{name}() needs a tokenizer that says where tokens are: take vectors of an Encoder")

@@ -133,10 +133,11 @@ def stream(
     name. Numbers are tensors [B]; anything else is a list with one entry per text.
 
     Args:
-        shards: paths or URLs of WebDataset tars, jsonl, csv, tsv, txt or Parquet files, all but Parquet also with
-            `.gz` or `.zst`; braces (`train-{000..146}.tar`), globs, or a list of them. Or a dataset of rows: a Hugging
-            Face `Dataset` or `IterableDataset`, a DataFrame of pandas or polars, an Arrow table, or a list or map-style
-            dataset of dicts. Or a `bertstream.Mixture` of several of these by weight.
+        shards: paths or URLs of WebDataset tars, jsonl (also as ndjson or json), csv, tsv, txt or Parquet files, all
+            but Parquet also with `.gz`, `.zst`, `.bz2` or `.xz`; braces (`train-{000..146}.tar`), globs, or a list of
+            them. Or a dataset of rows: a Hugging Face `Dataset` or `IterableDataset`, a DataFrame of pandas or polars,
+            an Arrow table, or a list or map-style dataset of dicts. Or a `bertstream.Mixture` of several of these by
+            weight.
         encoder: turns texts into vectors.
         text: the field that holds the text: a member of a tar or a key of its json member, a key of a json line, a
             column; lines of a txt file have the one field "text". A path with dots leads into nested objects, as in

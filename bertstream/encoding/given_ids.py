@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..errors import EncoderError
-from ..tokens import BoolArray, Int32Array, Text, TokenBatch, TokenizedText
+from ..tokens import BoolArray, Int32Array, Text, TokenBatch, TokenizedText, cumulate
 
 
 class GivenIds:
@@ -20,11 +20,13 @@ class GivenIds:
     def __init__(self, tokenize: Callable[[Sequence[Text]], TokenBatch] | None) -> None:
         self._framing: Int32Array | None = None
         self._least = 1
+        self._of_prompt = 0
         if tokenize is not None:
             example = tokenize(["", "a", ("a", "a")])
             special = np.zeros(example.num_tokens, np.bool_) if example.special is None else example.special
             self._framing = np.unique(example.input_ids[special])
             self._least = int(example.lengths[0])
+            self._of_prompt = int((~special[: self._least]).sum())
 
     def batch(self, texts: Sequence[TokenizedText], vocab_size: int | None, *, in_words: bool) -> TokenBatch:
         """Texts that are ids, of any length, as one batch.
@@ -32,7 +34,7 @@ class GivenIds:
         Args:
             texts: where one does not say which of its tokens are special, those that frame texts are, by their ids.
             vocab_size: ids that the model knows; None checks only that they are not negative.
-            in_words: whether each token is needed with its word.
+            in_words: whether each token, but those of the prompt, is needed with its word.
         Raises:
             EncoderError: a text has an unknown id, no ids, or no words; `.records` names all of these.
         """
@@ -59,10 +61,11 @@ class GivenIds:
             loose = np.ones(len(ids), np.bool_) if tokens.word_ids is None else tokens.word_ids < 0
             if tokens.special is not None:
                 loose &= ~tokens.special
+            loose &= np.repeat(np.diff(cumulate(loose)[tokens.cu_seqlens]) > self._of_prompt, tokens.lengths)
             if loose.any():
                 raise EncoderError(
-                    f"the token id {ids[loose][0]} is of no word: word vectors need word_ids beside the ids, as "
-                    "bertstream.tokenize writes them for an encoder of word vectors",
+                    f"the token id {ids[loose][self._of_prompt]} is of no word: word vectors need word_ids beside the "
+                    "ids, as bertstream.tokenize writes them for an encoder of word vectors",
                     records=_texts_with(loose, tokens),
                 )
         return tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,9 @@ from ..errors import ConfigError, check_at_least, described
 from ..pipeline.source import read_in_workers
 from ..reading.config import StreamConfig
 from ..reading.dataset import HasTokenizer, Shards, TextStream
-from ..reading.functions import Keep, Map
+from ..reading.functions import Keep, Map, name_of
 from ..reading.mixture import refuse_mixture
-from ..reading.options import RESERVED, Fields
+from ..reading.options import PLACE, RESERVED, Fields
 from ..reading.token_ids import BESIDE_IDS, metadata_of
 from ..tokens import TokenBatch
 from .parts import PartFolder, local_folder
@@ -86,6 +86,8 @@ def tokenize(
     if not isinstance(tokenizer, TextTokenizer) or tokenizer.ids_identity is None:
         kind = "none" if isinstance(tokenizer, TextTokenizer) else f"a {type(tokenizer).__name__}"
         raise ConfigError(f"the encoder's tokenizer is {kind}: files name the tokenizer, pass an Encoder that has one")
+    if own := [name for name in fields or () if name in PLACE]:
+        raise ConfigError(f"fields names {own[0]!r}, which a stream of the files has of its own: leave it out")
     largest = as_bytes("part_bytes", part_bytes)
     check_at_least("part_bytes", largest, 1)
     check_at_least("num_workers", num_workers, 0)
@@ -105,7 +107,7 @@ def tokenize(
     settings = {
         "tokenizer": tokenizer.ids_identity,
         "part_bytes": largest,
-        "fields": None if fields is None else list(fields),
+        "fields": _as_settings(fields),
     }
     counted = ("texts", "tokens", "long_texts", "bad_records", "bad_shards", "dropped_records")
     folder_of = PartFolder(path, settings, ".parquet", counted=counted, made_by=repr(tokenizer))
@@ -118,6 +120,13 @@ def tokenize(
             with tqdm(desc="tokenizing", unit=" texts", total=total, initial=done, disable=not progress) as bar:
                 _fill(folder, dataset, tokenizer, largest, num_workers, bar)
         return folder.counts | {"texts_before": before}
+
+
+def _as_settings(fields: Fields) -> Any:
+    """The option as JSON: names, or what each field is made by, so that no file of a folder has other numbers."""
+    if isinstance(fields, Mapping):
+        return {name: name_of(by) if callable(by) else list(by) for name, by in fields.items()}
+    return None if fields is None else list(fields)
 
 
 def _fill(

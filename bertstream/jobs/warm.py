@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Sequence
 
 from tqdm import tqdm
 
@@ -13,7 +11,7 @@ from ..embeddings import SupportsCache
 from ..errors import ConfigError, check_at_least
 from ..pipeline.source import read_in_workers
 from ..reading.config import StreamConfig
-from ..reading.dataset import TextStream
+from ..reading.dataset import Shards, TextStream
 from ..reading.functions import Keep, Map
 from ..reading.mixture import refuse_mixture
 
@@ -21,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def warm(
-    shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    shards: Shards,
     encoder: SupportsCache,
     cache: EmbeddingCache,
     *,

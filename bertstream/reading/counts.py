@@ -32,8 +32,12 @@ class Counts:
         """Of all shards, or of the dataset of rows in their place; None if that takes about as long as reading them."""
         if options.rows is not None:
             return len(options.rows) if hasattr(options.rows, "__len__") else None
-        counts = [self._of_shard(path, options) for path in paths]
-        return None if None in counts else sum(filter(None, counts))
+        total = 0
+        for path in paths:
+            if (count := self._of_shard(path, options)) is None:
+                return None
+            total += count
+        return total
 
     def batches(
         self,

@@ -277,9 +277,8 @@ class TextStream(IterableDataset[TokenBatch]):
         layout = self._layout if ranks == self._layout.ranks else self._laid_out_for(ranks)
         settings = _DEFAULTS | self._settings_in(layout)
         if isinstance(state, dict) and isinstance(saved := state.get("settings"), dict) and saved:
-            if (
-                settings["quoting"] == "auto" and "quoting" not in saved
-            ):  # of version 0.1.0: does it read the same rows?
+            # Of version 0.1.0: does this stream read the same rows?
+            if settings["quoting"] == "auto" and "quoting" not in saved:
                 unquoted = any(reads_unquoted(path, self._reading) for path in self._files)
                 settings["quoting"] = "auto" if unquoted else "standard"
             state = state | {"settings": _DEFAULTS | saved}

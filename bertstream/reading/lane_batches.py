@@ -180,9 +180,9 @@ class LaneBatches:
     def _fill(self, bucket: _Bucket, reader: LaneReader | MixtureReader, count: int) -> None:
         """Read and tokenize until the bucket has `count` records; an error is kept until the bucket's turn."""
         try:
-            while bucket.read < count and not bucket.at_end and bucket.error is None:
+            while (missing := count - self._held(bucket)) > 0 and not bucket.at_end and bucket.error is None:
                 dropped = reader.dropped
-                chunk = _chunk(reader, min(_TOKENIZE_CHUNK, count - bucket.read))
+                chunk = _chunk(reader, min(_TOKENIZE_CHUNK, missing))
                 bucket.at_end = not chunk
                 bucket.read += len(chunk)
                 bucket.end = reader.cursor(bucket.start)
@@ -197,6 +197,10 @@ class LaneBatches:
                 reader.may_skip -= len(refused)
         except BertstreamError as error:
             bucket.error = error
+
+    def _held(self, bucket: _Bucket) -> int:
+        """How many records count for a bucket's size: with `drop_last` not those that the tokenizer refused."""
+        return len(bucket.records) if self.drop_last else bucket.read
 
     @property
     def _word_count(self) -> Indices:

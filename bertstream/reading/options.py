@@ -142,43 +142,51 @@ def take_text_and_fields(
             return None
         values = chosen
     check_required(options, values)
-    value = _value(values, options.text)
-    ids = None if isinstance(value, str) else ids_of(value, values, options.text)
-    text: Text | TokenizedText = _checked_text(value, options.text) if ids is None else ids
-    if options.pair is not None:
-        if ids is not None:
-            raise RecordError("ids are of both texts of a pair: leave out pair=, or name fields of text", options.text)
-        second = _checked_text(_value(values, options.pair), options.pair)
-        if type(second) is not type(text):
-            raise RecordError("the two texts of a pair must both be strings, or both lists of words", options.pair)
-        text = cast(Text, (text, second))
+    text = _text_of(values, options)
     reserved = options.reserved if options.fields is None else options.place
     if not values.keys().isdisjoint(reserved):
         name = next(name for name in reserved if name in values)
         raise RecordError("each batch has a field of this name: rename it, or name others with fields=", name)
-    if options.fields is None:
-        if ids is not None and ids is not value and options.text in values:
-            for name in BESIDE_IDS:
-                values.pop(name, None)
-        for name in options.texts:
-            values.pop(name, None)  # an object that holds a text further down stays whole: it may be the user's own
-        return text, values
-    if options.place:
-        values |= zip(PLACE, place, strict=True)
-    if not isinstance(options.fields, Mapping):
-        return text, {name: _value(values, name) for name in options.fields}
+    if options.fields is not None:
+        if options.place:
+            values |= zip(PLACE, place, strict=True)
+        return text, _named_fields(values, options.fields)
+    if isinstance(text, TokenizedText) and options.text in values:
+        for name in BESIDE_IDS:
+            values.pop(name, None)
+    for name in options.texts:
+        values.pop(name, None)  # an object that holds a text further down stays whole: it may be the user's own
+    return text, values
+
+
+def _text_of(values: dict[str, Any], options: ReadOptions) -> Text | TokenizedText:
+    value = _value(values, options.text)
+    ids = None if isinstance(value, str) else ids_of(value, values, options.text)
+    if options.pair is None:
+        return _checked_text(value, options.text) if ids is None else ids
+    if ids is not None:
+        raise RecordError("ids are of both texts of a pair: leave out pair=, or name fields of text", options.text)
+    pair = _checked_text(value, options.text), _checked_text(_value(values, options.pair), options.pair)
+    if type(pair[0]) is not type(pair[1]):
+        raise RecordError("the two texts of a pair must both be strings, or both lists of words", options.pair)
+    return cast(Text, pair)
+
+
+def _named_fields(values: dict[str, Any], named: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    if not isinstance(named, Mapping):
+        return {name: _value(values, name) for name in named}
     fields = {}
-    for name, function in options.fields.items():
+    for name, function in named.items():
         value = _value(values, name)
         try:
-            fields[name] = cast(Callable[[Any], Any], function)(value)
+            fields[name] = function(value)
         except UnknownLabelError as error:
             raise RecordError(str(error), name) from None
         except Exception as error:  # a user's function may raise anything; it stays attached as the cause
             raise RecordError(
                 f"the function for this field raised {described(error)} on {excerpt(value)}", name
             ) from error
-    return text, fields
+    return fields
 
 
 def _value(values: Mapping[str, Any], name: str) -> Any:

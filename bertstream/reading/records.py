@@ -134,9 +134,8 @@ def read_records(
         raise _from_record(wanted, index, problem, skippable=fault is None) from failure
     if piece.stop is not None and index < piece.stop:
         raise _from_record(wanted, index, f"it ends after {index} records, but had {piece.stop} when it was split")
-    if (
-        piece.stop is None and index == first and options.rows is None
-    ):  # a filter may leave nothing of a dataset's shard
+    may_be_empty = options.rows is not None  # a filter may leave nothing of a dataset's shard
+    if piece.stop is None and index == first and not may_be_empty:
         raise _from_record(wanted, index, f"it holds no record{f' from {first} on' if first else ''}")
 
 

@@ -30,6 +30,7 @@ WAYS: list[dict[str, Any]] = [
     {"overflow": "windows", "max_length": 12, "stride": 2},
     {"prompt": "query: ", "prompt_counts": False},
     {"segments": False},
+    {"prompt": "find: ", "word_splitter": str.split},
 ]
 
 
@@ -90,6 +91,11 @@ def test_special_tokens_are_found_by_their_ids(auto: Any, texts: list[str]) -> N
         (ids(), {}, "the list of ids is empty"),
         (ids(*[7] * 9), {"max_length": 8}, r"text 1 has 9 tokens, the model takes 8: \[7, .* make the encoder"),
         (ids(101, 7, 102), {"word_splitter": str.split}, "the token id 7 is of no word: word vectors need word_ids"),
+        (
+            ids(101, 2424, 1024, 7, 102),
+            {"prompt": "find: ", "word_splitter": str.split},
+            "the token id 7 is of no word: word vectors need word_ids",
+        ),
         (
             ids(*[101] * 9),
             {"max_length": 8, "overflow": "truncate"},

@@ -68,6 +68,11 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]] = 
     "truncated words": ([{"text": WORDS[i % 4]} for i in range(70)], {}, {"overflow": "truncate", "max_length": 6}),
     "windows of pairs": (PAIRS, {"pair": "other"}, {"overflow": "windows", "max_length": 11, "stride": 1}),
     "a prompt": ([{"text": f"bank {i}"} for i in range(70)], {}, {"prompt": "query: ", "prompt_counts": False}),
+    "a prompt of words": (
+        [{"text": "bank " * (i % 3)} for i in range(70)],
+        {},
+        {"prompt": "find: ", "word_splitter": str.split},
+    ),
 }
 
 
@@ -267,6 +272,7 @@ def test_another_tokenizer_and_another_prompt_are_refused_by_name(
         ({"num_workers": -1}, ConfigError, "num_workers=-1"),
         ({"out": "s3://bucket/x"}, ConfigError, "is a URL"),
         ({"encoder": FakeEncoder()}, ConfigError, "tokenizer is a FakeTokenizer: files name the tokenizer"),
+        ({"fields": ["__index__"]}, ConfigError, "fields names '__index__', which a stream of the files has"),
         ({"shards": [{"text": "a", "word_ids": 1}]}, ConfigError, "own field 'word_ids' would be taken"),
         ({"shards": [{"text": "a", "x": 1}, {"text": "a", "x": "b"}]}, ConfigError, "field 'x' cannot be a column"),
     ],
@@ -294,3 +300,12 @@ def test_a_folder_that_was_started_otherwise_is_refused_and_the_difference_named
             tokenized(shard, OnlyTokenizer(auto), tmp_path, **options)
     with pytest.raises(StateError, match="was started with tokenizer"):
         tokenized(shard, OnlyTokenizer(auto, prompt="x: "), tmp_path)
+
+
+def test_a_stopped_run_continues_with_its_own_labels_and_functions_alone(auto: Any, tmp_path: Path) -> None:
+    rows = [{"text": "a bank", "label": name} for name in "abab"]
+    tokenized(rows, OnlyTokenizer(auto), tmp_path, fields={"label": ["a", "b"]})
+    assert tokenized(rows, OnlyTokenizer(auto), tmp_path, fields={"label": ["a", "b"]})["texts_before"] == 4
+    for label in (["b", "a"], str):
+        with pytest.raises(StateError, match=r"was started with fields \{'label': \['a', 'b'\]\}, and this is"):
+            tokenized(rows, OnlyTokenizer(auto), tmp_path, fields={"label": label})

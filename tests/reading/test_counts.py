@@ -7,7 +7,7 @@ import io
 import json
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bertstream
-from bertstream import ConfigError, EmbeddingLoader, ShardError, StateError, StreamConfig, TextStream
+from bertstream import ConfigError, EmbeddingLoader, EncoderError, ShardError, StateError, StreamConfig, TextStream
 from bertstream.reading import counts
-from bertstream.testing import FakeEncoder, assert_resumes_exactly, write_shards
+from bertstream.testing import FakeEncoder, FakeTokenizer, assert_resumes_exactly, write_shards
+from bertstream.tokens import Text, TokenizedText
 
 TEXTS = [f"{'word ' * (i * 7 % 13)}{i}" for i in range(230)]
 
@@ -242,6 +243,32 @@ def test_the_texts_that_are_dropped_are_the_last_ones_not_the_longest(tmp_path: 
     texts = ["long " * 50 if i % 3 else "short" for i in range(10)]
     with made(write_shards(tmp_path, texts), batch_size=4, drop_last=True, reading={"lanes": 1}) as loader:
         assert sorted(i for batch in loader for i in batch["id"].tolist()) == list(range(8))
+
+
+class RefusingTokenizer(FakeTokenizer):
+    """Refuses every tenth of `TEXTS`."""
+
+    def __call__(self, texts: Sequence[Text]) -> list[TokenizedText]:
+        for i, text in enumerate(texts):
+            if str(text).endswith("0"):
+                raise EncoderError(f"text {i} is refused", records=[i])
+        return super().__call__(texts)
+
+
+def test_texts_that_are_skipped_cost_no_others(shards: list[str]) -> None:
+    """A bucket without the texts that a tokenizer refuses is filled up: it would end in fewer than a batch."""
+    encoder = FakeEncoder()
+    encoder.tokenizer = RefusingTokenizer()
+    reading = StreamConfig(lanes=1, bucket_size=16, max_bad_records=23)
+
+    def make() -> EmbeddingLoader:
+        return bertstream.stream(shards, encoder, batch_size=8, drop_last=True, reading=reading)
+
+    with make() as loader:
+        seen = sorted(i for batch in loader for i in batch["id"].tolist())
+        assert len(seen) == 207 // 8 * 8 and seen == [i for i in range(230) if i % 10][: len(seen)]
+        assert (loader.stats()["bad_records"], loader.stats()["dropped_records"]) == (23, 7)
+    assert_resumes_exactly(make, cuts=(0, 1, 5, 24, 25))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
