@@ -151,11 +151,12 @@ def take_text_and_fields(
         if options.place:
             values |= zip(PLACE, place, strict=True)
         return text, _named_fields(values, options.fields)
-    if isinstance(text, TokenizedText) and options.text in values:
+    if isinstance(text, TokenizedText) and options.text in values and not values.keys().isdisjoint(BESIDE_IDS):
         for name in BESIDE_IDS:
             values.pop(name, None)
-    for name in options.texts:
-        values.pop(name, None)  # an object that holds a text further down stays whole: it may be the user's own
+    values.pop(options.text, None)  # an object that holds a text further down stays whole: it may be the user's own
+    if options.pair is not None:
+        values.pop(options.pair, None)
     return text, values
 
 
