@@ -114,11 +114,10 @@ def make_parser(verbs: Mapping[str, Callable[[argparse.Namespace], Any]]) -> arg
         "SHARDS... --model NAME_OR_FOLDER --out FOLDER [options]",
     )
     _add_shards(verb)
-    verb.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, or the folder of a stopped run")
+    _add_out(verb)
     verb.add_argument(
         "--format", choices=get_args(PartFormat), default="parquet", help="of the files (default: %(default)s)"
     )
-    verb.add_argument("--part-size", default="128MiB", metavar="SIZE", help="of one file (default: %(default)s)")
     _add_workers(verb)
     _add_encoder(verb)
 
@@ -128,9 +127,8 @@ def make_parser(verbs: Mapping[str, Callable[[argparse.Namespace], Any]]) -> arg
         "SHARDS... --model NAME_OR_FOLDER --out FOLDER [options]",
     )
     _add_shards(verb)
-    verb.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, or the folder of a stopped run")
+    _add_out(verb)
     verb.add_argument("--fields", nargs="+", metavar="FIELD", help="other fields to keep (default: all)")
-    verb.add_argument("--part-size", default="128MiB", metavar="SIZE", help="of one file (default: %(default)s)")
     _add_workers(verb)
     _add_encoder(verb)
     verb.set_defaults(dtype="float32", device="cpu")  # nothing is encoded
@@ -198,6 +196,11 @@ def _add_shards(verb: argparse.ArgumentParser) -> None:
         default=sys.stderr is not None and sys.stderr.isatty(),
         help="show a progress bar (default: if standard error is a terminal)",
     )
+
+
+def _add_out(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, or the folder of a stopped run")
+    verb.add_argument("--part-size", default="128MiB", metavar="SIZE", help="of one file (default: %(default)s)")
 
 
 def _add_workers(verb: argparse.ArgumentParser) -> None:

@@ -63,6 +63,12 @@ def _failed(options: argparse.Namespace, message: str, status: int) -> int:
     return status
 
 
+def _corpus(options: argparse.Namespace) -> dict[str, Any]:
+    """What every pass over a corpus is told of it."""
+    told = {"text": options.text, "pair": options.pair, "progress": options.progress}
+    return told | {"reading": reading_of(options)}
+
+
 # A verb's result: an object for --json, lines for people, and the exit status.
 _Found = tuple[dict[str, Any], list[str], int]
 
@@ -74,12 +80,9 @@ def _inspect(options: argparse.Namespace) -> _Found:
     found = inspect_shards(
         options.shards,
         encoder,
-        text=options.text,
-        pair=options.pair,
         batch_size=options.batch_size,
         max_tokens=options.max_tokens,
-        reading=reading_of(options),
-        progress=options.progress,
+        **_corpus(options),
     )
     if options.plot is not None:
         plot_lengths(
@@ -133,20 +136,15 @@ def _embed(options: argparse.Namespace) -> _Found:
         options.shards,
         encoder,
         options.out,
-        text=options.text,
-        pair=options.pair,
         format=options.format,
         part_bytes=options.part_size,
         num_workers=options.num_workers,
-        reading=reading_of(options),
-        progress=options.progress,
+        **_corpus(options),
     )
     line = (
         f"{found['texts']:,} texts, {found['tokens']:,} tokens: {found['rows']:,} vectors of {encoder.embedding_dim} "
     )
-    line += f"in {found['parts']:,} file{'s' * (found['parts'] != 1)} in {options.out}"
-    if found["texts_before"]:
-        line += f"; {found['texts_before']:,} texts were there already"
+    line += _written(found, options)
     if found["cut_texts"]:
         line += f"; texts cut off: {found['cut_texts']:,}"
     return found, [line + _skipped(found)], 0
@@ -157,21 +155,21 @@ def _tokenize(options: argparse.Namespace) -> _Found:
         options.shards,
         encoder_of(options),
         options.out,
-        text=options.text,
-        pair=options.pair,
         fields=options.fields,
         part_bytes=options.part_size,
         num_workers=options.num_workers,
-        reading=reading_of(options),
-        progress=options.progress,
+        **_corpus(options),
     )
     line = f"{found['texts']:,} texts, {found['tokens']:,} tokens "
-    line += f"in {found['parts']:,} file{'s' * (found['parts'] != 1)} in {options.out} (text={IDS!r} reads them)"
-    if found["texts_before"]:
-        line += f"; {found['texts_before']:,} texts were there already"
+    line += _written(found, options, f" (text={IDS!r} reads them)")
     if found["long_texts"]:
         line += f"; texts that are longer than the model takes: {found['long_texts']:,}"
     return found, [line + _skipped(found)], 0
+
+
+def _written(found: Mapping[str, int], options: argparse.Namespace, way_in: str = "") -> str:
+    before = f"; {found['texts_before']:,} texts were there already" if found["texts_before"] else ""
+    return f"in {found['parts']:,} file{'s' * (found['parts'] != 1)} in {options.out}{way_in}{before}"
 
 
 def _skipped(found: Mapping[str, int]) -> str:
@@ -186,16 +184,7 @@ def _warm(options: argparse.Namespace) -> _Found:
     encoder = encoder_of(options)
     with EmbeddingCache(0, options.cache, options.limit, dtype=options.storage) as cache:
         found: dict[str, Any] = dict(
-            warm(
-                options.shards,
-                encoder,
-                cache,
-                text=options.text,
-                pair=options.pair,
-                num_workers=options.num_workers,
-                reading=reading_of(options),
-                progress=options.progress,
-            )
+            warm(options.shards, encoder, cache, num_workers=options.num_workers, **_corpus(options))
         )
         found |= {"fingerprint": cache.fingerprint(encoder), **cache.stats()}
     lines = [f"{found['texts']:,} texts, {found['computed']:,} of them computed now{_skipped(found)}"]

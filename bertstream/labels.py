@@ -43,11 +43,5 @@ class NumberOf:
             return [self(part) for part in value]
         raise UnknownLabelError(f"{shortened(value)} is none of the labels {shortened([*self._numbers])}")
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, NumberOf) and self._numbers == other._numbers
-
-    def __hash__(self) -> int:
-        return hash(tuple(self._numbers))
-
     def __repr__(self) -> str:
         return repr([*self._numbers])

@@ -17,28 +17,20 @@ from ..errors import BertstreamError, ConfigError, StateError, check_at_least
 from ..system.distributed import can_talk, rank_and_world_size
 from ..system.process import collect_garbage_rarely, exit_with_parent
 from ..tokens import SupportsTokenize, TokenBatch
-from .access import DEFAULT_ACCESS
 from .bad_records import BadRecords
 from .config import StreamConfig
 from .counts import Counts
-from .delimited import first_rows_decide, reads_unquoted
 from .functions import Keep, Map, name_of
 from .lane_batches import LaneBatches, LaneEnd
 from .layout import Layout, lay_out, lay_out_mixture
 from .mixture import Mixture, open_sources
 from .options import RESERVED, SOURCE, Fields, ReadOptions
 from .records import begins_with_ids
+from .saved_settings import completed, row_settings
 from .shards import Piece
 from .state import Queues, StreamProgress, layout_ranks_of
 
 logger = logging.getLogger(__name__)
-
-_ROWS_OF_0_1_0 = {
-    option: str(getattr(DEFAULT_ACCESS, option))
-    for option in ("format", "delimiter", "header", "encoding", "max_record_bytes")
-} | {"quoting": "standard"}
-"""How version 0.1.0 read rows. A state holds only what differs, so that the states of then fit."""
-_DEFAULTS = {"drop_last": False, **_ROWS_OF_0_1_0}
 
 Shards: TypeAlias = Any  # paths and URLs, str or PathLike, one or several; or a dataset of rows; or a `Mixture`
 StreamItem: TypeAlias = TokenBatch | LaneEnd | BertstreamError
@@ -199,7 +191,7 @@ class TextStream(IterableDataset[TokenBatch]):
             "text": list(self._options.texts),
             "passes_over_bad_records": self._reading.max_bad_records > 0,
             **({"drop_last": True} if self._batches.drop_last else {}),
-            **self._format_settings,
+            **self._row_settings,
             **{
                 name: name_of(function)  # only where there is one: states of before have no such entries
                 for name in ("keep", "map")
@@ -210,12 +202,8 @@ class TextStream(IterableDataset[TokenBatch]):
         }
 
     @cached_property
-    def _format_settings(self) -> dict[str, str]:
-        """How rows are read, where that is not as in version 0.1.0, whose states have no such entries."""
-        options = {option: str(getattr(self._reading, option)) for option in _ROWS_OF_0_1_0}
-        if options["quoting"] == "auto" and not any(first_rows_decide(path, self._reading) for path in self._files):
-            options["quoting"] = "standard"
-        return {option: value for option, value in options.items() if value != _ROWS_OF_0_1_0[option]}
+    def _row_settings(self) -> dict[str, str]:
+        return row_settings(self._files, self._reading)
 
     @property
     def _files(self) -> list[str]:
@@ -275,13 +263,7 @@ class TextStream(IterableDataset[TokenBatch]):
             )
         ranks = layout_ranks_of(state)
         layout = self._layout if ranks == self._layout.ranks else self._laid_out_for(ranks)
-        settings = _DEFAULTS | self._settings_in(layout)
-        if isinstance(state, dict) and isinstance(saved := state.get("settings"), dict) and saved:
-            # Of version 0.1.0: does this stream read the same rows?
-            if settings["quoting"] == "auto" and "quoting" not in saved:
-                unquoted = any(reads_unquoted(path, self._reading) for path in self._files)
-                settings["quoting"] = "auto" if unquoted else "standard"
-            state = state | {"settings": _DEFAULTS | saved}
+        settings, state = completed(self._settings_in(layout), state, self._files, self._reading)
         load = self.progress.loading(state, settings, layout)
 
         def load_here() -> None:

@@ -470,6 +470,7 @@ def test_jobs_that_read_every_record_once_refuse_a_mixture(tmp_path: Path) -> No
         lambda: bertstream.embed(mixture, encoder, tmp_path / "out"),
         lambda: bertstream.warm(mixture, encoder, EmbeddingCache(memory="1MiB")),  # type: ignore[arg-type]
         lambda: inspect_shards(mixture, encoder),
+        lambda: bertstream.tokenize(mixture, encoder, tmp_path / "out"),
     ):
         with pytest.raises(ConfigError, match="reads every record once, and a Mixture .*call it for each"):
             job()
