@@ -85,7 +85,7 @@ def _token_places(tokenizer: TextTokenizer, batch: TokenBatch, units: _Units) ->
     _check_same(batch, again)
     parts, starts, ends = np.concatenate(notes.places)[numbers].T
     texts = np.repeat(np.arange(len(batch)), batch.lengths)
-    in_text = np.where(units.in_words[texts], _word_ids(again), parts)
+    in_text = np.where(units.in_words[texts], again.word_of_token, parts)
     out = np.full((len(texts), 4), -1, np.int64)
     out[:, 0] = texts
     rows = np.flatnonzero((parts >= 0) & (in_text >= 0))
@@ -219,12 +219,7 @@ def _equal(old: TokenBatch, new: TokenBatch) -> Iterator[bool]:
     yield np.array_equal(old.cu_seqlens, new.cu_seqlens)
     yield np.array_equal(old.input_ids, new.input_ids)
     yield np.array_equal(old.num_words, new.num_words)
-    yield np.array_equal(_word_ids(old), _word_ids(new))
-
-
-def _word_ids(batch: TokenBatch) -> Int32Array:
-    """[N] the word of each token, -1 for none."""
-    return np.full(batch.num_tokens, -1, np.int32) if batch.word_ids is None else batch.word_ids
+    yield np.array_equal(old.word_of_token, new.word_of_token)
 
 
 def _tokens_of(rows: Embeddings) -> BoolArray:

@@ -355,7 +355,8 @@ class TextTokenizer:
         if room <= self.stride:
             raise EncoderError(
                 f"text {index}: beside its first text a window has room for {max(room, 0)} tokens of the second, and "
-                f"windows overlap by stride={self.stride}",
+                f"windows overlap by stride={self.stride}: shorten the first text, or make the encoder with a smaller "
+                "stride= or with overflow='truncate', which cuts the longer text",
                 records=(index,),
             )
         count = len(content)
