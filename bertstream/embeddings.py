@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any, Literal, Protocol, TypeAlias, overload, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -108,6 +108,15 @@ class Embeddings:
             f"torch's {name}() takes tensors, and was given Embeddings: pass .padded(), which is (vectors, mask), "
             ".packed_sequence(), .nested(), or .vectors of sentence output; layout= makes a loader yield tensors"
         )
+
+    if not TYPE_CHECKING:  # for a type checker an unknown name stays an error
+
+        def __getattr__(self, name: str) -> Any:
+            """AttributeError that says where the tensors are, to those who take this for one."""
+            where = ": it is no tensor; .vectors of sentence output is, and .padded() is two, (vectors, mask)"
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}{where if hasattr(Tensor, name) else ''}"
+            )
 
     def __repr__(self) -> str:
         kind = f"{self.values.dtype}, {self.values.device}".replace("torch.", "")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import operator
 import pickle
 import re
 from collections.abc import Callable, Sequence
@@ -590,3 +592,18 @@ def test_a_layer_or_loss_that_is_given_embeddings_names_the_tensors_in_them(run:
     embeddings = tokens_of([1, 2])
     with pytest.raises(TypeError, match=r"takes tensors, and was given Embeddings: pass \.padded\(\)"):
         run(embeddings)
+
+
+@pytest.mark.parametrize("name", ["shape", "numpy", "cpu", "mean"])
+def test_an_attribute_of_tensors_that_embeddings_lack_names_the_tensors_in_them(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"no attribute '{name}': it is no tensor; \.vectors .* \.padded\(\)"):
+        getattr(tokens_of([2, 3]), name)
+
+
+def test_any_other_attribute_that_embeddings_lack_is_named_as_python_does() -> None:
+    with pytest.raises(AttributeError, match=r"^'Embeddings' object has no attribute 'vector'$"):
+        operator.attrgetter("vector")(tokens_of([2, 3]))
+
+
+def test_embeddings_are_copied_with_all_that_they_have() -> None:
+    assert torch.equal(copy.deepcopy(tokens_of([2, 3])).values, tokens_of([2, 3]).values)

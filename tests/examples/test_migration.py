@@ -114,27 +114,20 @@ def test_flair_gives_the_recorded_vectors(minilm_folder: str) -> None:
 TEXTS = ["They moored at the riverbank.", "The bank unexpectedly raised its rates.", "", "a long bank " * 200]
 
 
-@pytest.mark.parametrize(
-    ("options", "ours", "change"),
-    [
-        ({}, {}, lambda vectors: vectors),
-        ({"normalize_embeddings": True}, {"normalize": True}, lambda vectors: vectors),
-        ({"prompt": "query: "}, {"prompt": "query: "}, lambda vectors: vectors),
-        (
-            {"truncate_dim": 128, "normalize_embeddings": True},
-            {},
-            lambda vectors: nn.functional.normalize(vectors[:, :128]),
-        ),
-    ],
-    ids=["by default", "normalised", "a prompt", "fewer numbers"],
-)
-def test_the_table_names_the_options_that_give_the_vectors_of_sentence_transformers(
-    options: dict[str, Any], ours: dict[str, Any], change: Any, minilm_folder: str, peer: Any
-) -> None:
+def test_sentence_transformers_cuts_where_truncate_does(minilm_folder: str, peer: Any) -> None:
     encoder = Encoder.from_pretrained(
-        minilm_folder, output="sentence", overflow="truncate", dtype="float32", device="cpu", **ours
+        minilm_folder, output="sentence", overflow="truncate", dtype="float32", device="cpu"
     )
-    assert_equal(peer.encode(TEXTS, **options), change(encoder.encode(TEXTS).vectors))
+    found = encoder.encode(TEXTS)
+    assert_equal(peer.encode(TEXTS), found.vectors)
+    assert found.tokens.cut_tokens[-1] > 0
+    fewer = nn.functional.normalize(found.vectors[:, :128])
+    assert_equal(peer.encode(TEXTS, truncate_dim=128, normalize_embeddings=True), fewer)
+
+
+def test_a_prompt_of_sentence_transformers_is_that_of_an_encoder(minilm_folder: str, peer: Any) -> None:
+    encoder = Encoder.from_pretrained(minilm_folder, output="sentence", prompt="query: ", dtype="float32", device="cpu")
+    assert_equal(peer.encode(TEXTS[:2], prompt="query: "), encoder.encode(TEXTS[:2]).vectors)
 
 
 def test_sentence_transformers_token_embeddings_are_cut_at_the_folders_limit(minilm_folder: str, peer: Any) -> None:
