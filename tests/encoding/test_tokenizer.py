@@ -391,7 +391,7 @@ def test_a_text_that_is_too_long_is_named_and_shown_shortened(auto: Any, text: T
     with pytest.raises(EncoderError) as caught:
         TextTokenizer(auto, max_length=256)(["short", ["short"], text])
     message = str(caught.value)
-    assert message.startswith(f"text 2 has {tokens} tokens, the model takes 256: {repr(text)[:70]}")
+    assert message.startswith(f"text 2 has {tokens} tokens, the model takes 256: {repr(text)[:50]}")
     assert "overflow='truncate'" in message and len(message) < 280
     assert caught.value.records == (2,)
 
