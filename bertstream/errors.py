@@ -124,9 +124,9 @@ def check_at_least(name: str, value: object, least: int) -> None:
 
 
 def shortened(value: object) -> str:
-    """The value's repr for a message, cut to 80 characters."""
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+    """The start of a value's repr for a message, 60 characters; long values are cut before their repr is made."""
+    shown = repr(value[:60] if isinstance(value, (str, bytes, list)) else value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def counted(count: int, what: str) -> str:

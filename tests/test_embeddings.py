@@ -360,7 +360,7 @@ def test_a_pad_that_is_no_whole_number_is_not_rounded() -> None:
         ([5, 6], "tags of text 0 are 5"),
         (torch.tensor([5, 6]), r"tags of text 0 are tensor\(5\)"),
         ([[[1], [2]], []], "tags of text 0 are"),
-        ([["x" * 1000, "O"], []], r"tags of text 0 are \['x{75}\.\.\.: give"),
+        ([["x" * 1000, "O"], []], r"tags of text 0 are \['x{55}\.\.\.: give"),
     ],
 )
 def test_align_refuses_what_it_cannot_lay_out_and_names_the_text(tags: Any, message: str) -> None:

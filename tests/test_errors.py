@@ -103,5 +103,5 @@ def test_a_value_outside_a_literal_is_refused_with_the_choices() -> None:
 
 def test_messages_name_the_type_of_an_error_and_shorten_long_values() -> None:
     assert described(KeyError("a")) == "KeyError: 'a'"
-    assert shortened("x" * 100) == "'" + "x" * 76 + "..."
+    assert shortened("x" * 100) == "'" + "x" * 56 + "..."
     assert shortened([1]) == "[1]"

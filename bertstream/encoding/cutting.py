@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..tokens import BoolArray, Int32Array
+from ..errors import EncoderError
+from ..tokens import BoolArray, Int32Array, TokenizedText
 
 logger = logging.getLogger(__name__)
 
 
-def owners(words: npt.NDArray[Any], starts: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
+def _owners(words: npt.NDArray[Any], starts: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
     """Which window each sliding token's vector is taken from.
 
     It is the window in which the token's word is farthest from an edge beyond which the text continues, the earlier of
@@ -55,6 +56,48 @@ def kept(sequence_ids: Int32Array, max_length: int, keeps_end: bool) -> BoolArra
     for part, count in zip((first, second), counts, strict=True):
         chosen[part[max(0, len(part) - count) :] if keeps_end else part[:count]] = True
     return chosen
+
+
+def windowed(
+    text: TokenizedText, sequence_ids: Int32Array, index: int, *, max_length: int, stride: int
+) -> TokenizedText:
+    """A text that is too long as windows: each repeats the special tokens and a pair's first text.
+
+    Args:
+        text: of more than `max_length` tokens.
+        sequence_ids: [L] which text of a pair a token belongs to, -1 for special tokens.
+        index: of the text, for the message.
+        max_length: tokens of each window.
+        stride: tokens of the text by which windows overlap.
+    Raises:
+        EncoderError: beside a pair's first text a window has no room for more of the second than the overlap.
+    """
+    content = np.flatnonzero(sequence_ids == sequence_ids.max())  # contiguous, and too long for one window
+    before, after = np.arange(content[0]), np.arange(content[-1] + 1, len(sequence_ids))
+    room = max_length - len(before) - len(after)
+    if room <= stride:
+        raise EncoderError(
+            f"text {index}: beside its first text a window has room for {max(room, 0)} tokens of the second, and "
+            f"windows overlap by stride={stride}: shorten the first text, or make the encoder with a smaller "
+            "stride= or with overflow='truncate', which cuts the longer text",
+            records=(index,),
+        )
+    count = len(content)
+    # The last window is as full as the others, so its tokens see as much context.
+    starts = np.minimum(np.arange(0, count - stride, room - stride), count - room)
+    inside = starts[:, None] + np.arange(room)
+    windows = np.arange(len(starts))[:, None]
+    owner = _owners(np.arange(count) if text.word_ids is None else text.word_ids[content], starts, room)
+
+    def side_by_side(*parts: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.concatenate([np.broadcast_to(x, (len(starts), x.shape[-1])) for x in parts], 1).ravel()
+
+    out = text.pick(side_by_side(before, content[inside], after))
+    out.window_lengths = np.full(len(starts), max_length, np.int32)
+    # The first window owns the repeated tokens, but the last one owns those after the text.
+    first, last = windows == 0, windows == len(starts) - 1
+    out.owned = side_by_side(first.repeat(len(before), 1), owner[inside] == windows, last.repeat(len(after), 1))
+    return out
 
 
 def warn_of_cut(where: str, cut_texts: int, texts: int, words: int, tokens: int) -> None:

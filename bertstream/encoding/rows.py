@@ -139,7 +139,7 @@ class RowForward(BatchedForward):
                 "special tokens cannot be told apart"
             )
         if self.output == "words":
-            of_no_word = _word_ids(batch) < 0
+            of_no_word = batch.word_of_token < 0
             if batch.special is not None:
                 of_no_word &= ~batch.special
             texts = np.flatnonzero(_count_by_text(of_no_word, batch))
@@ -169,14 +169,9 @@ def check_segments(batch: TokenBatch, config: Any) -> None:
     )
 
 
-def _word_ids(batch: TokenBatch) -> Int32Array:
-    """[N] the word of each token, -1 for none."""
-    return np.full(batch.num_tokens, -1, np.int32) if batch.word_ids is None else batch.word_ids
-
-
 def _tokens_of_words(batch: TokenBatch) -> tuple[BoolArray, Any]:
     """[N] the tokens that belong to a word, and [sum of num_words] how many each word has."""
-    word_ids = _word_ids(batch)
+    word_ids = batch.word_of_token
     kept = word_ids >= 0 if batch.owned is None else (word_ids >= 0) & batch.owned
     starts = cumulate(batch.num_words)
     texts = np.repeat(np.arange(len(batch)), batch.lengths)

@@ -69,8 +69,8 @@ def _library(tokenizer: TextTokenizer) -> TokenizersBackend:
     Raises:
         ConfigError: it is written in Python, and has none.
     """
-    if isinstance(tokenizer._backend, TokenizersBackend):
-        return tokenizer._backend
+    if isinstance(tokenizer.backend, TokenizersBackend):
+        return tokenizer.backend
     raise ConfigError(
         "a tokenizer that is written in Python does not say which characters a token is: words have characters, with "
         "output='words'"
@@ -80,12 +80,12 @@ def _library(tokenizer: TextTokenizer) -> TokenizersBackend:
 def _token_places(tokenizer: TextTokenizer, batch: TokenBatch, units: _Units) -> Indices:
     """[N, 4] of each token of a batch."""
     notes = _Notes(_library(tokenizer))
-    again = tokenizer._batch(_texts(batch), notes.framed)
+    again = tokenizer.batch(_texts(batch), notes.framed)
     numbers, again.input_ids = again.input_ids, np.concatenate(notes.ids)[again.input_ids]
     _check_same(batch, again)
     parts, starts, ends = np.concatenate(notes.places)[numbers].T
     texts = np.repeat(np.arange(len(batch)), batch.lengths)
-    in_text = np.where(units.in_words[texts], _word_ids(again), parts)
+    in_text = np.where(units.in_words[texts], again.word_of_token, parts)
     out = np.full((len(texts), 4), -1, np.int64)
     out[:, 0] = texts
     rows = np.flatnonzero((parts >= 0) & (in_text >= 0))
@@ -163,11 +163,11 @@ class _Units(NamedTuple):
                     prompted.append(bool(prompt))
                     continue
                 in_words[i] = True
-                words = tokenizer._words(part, i)
+                words = tokenizer.words_of(part, i)
                 begins = [0] * len(words) if isinstance(part, list) else _begins(words, part, i)
                 rows += [(i, number, at, at + len(word)) for at, word in zip(begins, words, strict=True)]
                 first = prompt.split()
-                seen = tokenizer._marked([*first, *words])[len(first) :]
+                seen = tokenizer.with_blanks([*first, *words])[len(first) :]
                 ahead += [len(mark) - len(word) for mark, word in zip(seen, words, strict=True)]
                 prompted += [False] * len(words)
             counts[i] = len(rows) - before
@@ -219,12 +219,7 @@ def _equal(old: TokenBatch, new: TokenBatch) -> Iterator[bool]:
     yield np.array_equal(old.cu_seqlens, new.cu_seqlens)
     yield np.array_equal(old.input_ids, new.input_ids)
     yield np.array_equal(old.num_words, new.num_words)
-    yield np.array_equal(_word_ids(old), _word_ids(new))
-
-
-def _word_ids(batch: TokenBatch) -> Int32Array:
-    """[N] the word of each token, -1 for none."""
-    return np.full(batch.num_tokens, -1, np.int32) if batch.word_ids is None else batch.word_ids
+    yield np.array_equal(old.word_of_token, new.word_of_token)
 
 
 def _tokens_of(rows: Embeddings) -> BoolArray:

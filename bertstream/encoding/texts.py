@@ -23,7 +23,14 @@ def text_list(texts: Any) -> list[Any]:
             if hasattr(texts, name):
                 texts = getattr(texts, name)()
                 break
-    return [text.tolist() if isinstance(text, np.ndarray) else text for text in texts]
+    return [text if isinstance(text, str) else _listed(text) for text in texts]
+
+
+def _listed(text: Any) -> Any:
+    """A text, or both of a pair, whose words are a list where they come as an array."""
+    if isinstance(text, tuple):
+        return tuple(map(_listed, text))
+    return text.tolist() if isinstance(text, np.ndarray) else text
 
 
 def check_texts(texts: Any) -> None:

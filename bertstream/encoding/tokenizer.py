@@ -12,12 +12,11 @@ from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ConfigError, EncoderError, check_at_least, check_choice, shortened
 from ..tokens import BoolArray, Int32Array, Text, TokenBatch, TokenizedText, cumulate
 from .backend import find_backend
-from .cutting import kept, owners
+from .cutting import kept, windowed
 from .frame import Framed
 from .given_ids import GivenIds, sequence_ids_of
 from .texts import text_list
@@ -119,11 +118,11 @@ class TextTokenizer:
     ) -> None:
         word_splitter = renamed_splitter(word_splitter, split)
         check_cutting("words", word_splitter, overflow, stride, max_length, word_cache=word_cache)
-        self._backend = find_backend(tokenizer, int(word_cache))
+        self.backend = find_backend(tokenizer, int(word_cache))
         for name, value in (("prompt", prompt), ("word_splitter", word_splitter)):
             if value and tokenizer is None:
                 raise ConfigError(f"{name}={shortened(value)} has no effect without a tokenizer")
-        least = max(1, self._backend.special_of_pair)
+        least = max(1, self.backend.special_of_pair)
         if max_length < least:
             raise ConfigError(f"max_length={max_length}: a pair's special tokens alone take {least}")
         room = max_length - least
@@ -150,7 +149,7 @@ class TextTokenizer:
     @property
     def takes_texts(self) -> bool:
         """Whether there is a tokenizer; an encoder without one takes ids alone."""
-        return self._backend.takes_texts
+        return self.backend.takes_texts
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -162,11 +161,11 @@ class TextTokenizer:
         rare = {
             "prompt": (self.prompt, self.prompt_counts) if self.prompt else None,
             "truncation_side": "left" if self._keeps_end else None,
-            "split_special_tokens": self._backend.splits_special or None,
+            "split_special_tokens": self.backend.splits_special or None,
         }
         others = tuple((name, value) for name, value in rare.items() if value is not None)
-        settings = (self._backend.content, self.max_length, self.overflow, self.stride, self.segments, splitter)
-        return *settings, *self._backend.blanks.news, *others
+        settings = (self.backend.content, self.max_length, self.overflow, self.stride, self.segments, splitter)
+        return *settings, *self.backend.blanks.news, *others
 
     def __repr__(self) -> str:
         return f"TextTokenizer(max_length={self.max_length}, overflow={self.overflow!r})"
@@ -183,16 +182,18 @@ class TextTokenizer:
             ConfigError: `texts` is no list of texts.
         """
         out: dict[int, TokenizedText] = {}
-        for indices, batch in self._tokenized(texts, self._backend.framed):
+        for indices, batch in self._tokenized(texts, self.backend.framed):
             out |= dict(zip(indices, _one_by_one(batch), strict=True))
         return [out[i] for i in range(len(texts))]
 
-    def batch(self, texts: Sequence[Text]) -> TokenBatch:
-        """Tokenize texts into one batch, in their order: like `__call__`, without an object for each text."""
-        return self._batch(texts, self._backend.framed)
+    def batch(self, texts: Sequence[Text], framing: Framing | None = None) -> TokenBatch:
+        """Tokenize texts into one batch, in their order: like `__call__`, without an object for each text.
 
-    def _batch(self, texts: Sequence[Text], framing: Framing) -> TokenBatch:
-        return _in_order(self._tokenized(texts, framing))
+        Args:
+            texts: as for `__call__`.
+            framing: gives the tokens in place of `backend.framed`; None is that.
+        """
+        return _in_order(self._tokenized(texts, framing or self.backend.framed))
 
     def ids(self, texts: Sequence[TokenizedText]) -> TokenBatch:
         """Texts that are ids already as one batch, in their order, as if they were tokenized here.
@@ -227,7 +228,7 @@ class TextTokenizer:
         """
         if not self.takes_texts:
             return None
-        content = (self._backend.content, *self._backend.blanks.news, self._backend.splits_special)
+        content = (self.backend.content, *self.backend.blanks.news, self.backend.splits_special)
         digest = hashlib.sha256(repr(content).encode()).hexdigest()
         return {"vocabulary": digest[:16], "segments": self.segments, "prompt": self.prompt}
 
@@ -241,13 +242,13 @@ class TextTokenizer:
     @property
     def word_count(self) -> WordCount:
         """How many words were looked up in this process so far, and how many of them were found."""
-        return self._backend.word_count
+        return self.backend.word_count
 
     def _tokenized(self, texts: Sequence[Text], framing: Framing) -> Iterator[tuple[list[int], TokenBatch]]:
         """The texts of each kind, those that fit and those that are cut, with their indices."""
         parts = [_parts(text, i) for i, text in enumerate(text_list(texts))]
         if self.word_splitter is not None:
-            parts = [[self._words(part, i) for part in text] for i, text in enumerate(parts)]
+            parts = [[self.words_of(part, i) for part in text] for i, text in enumerate(parts)]
         if self.prompt:
             parts = [[self._prompted(text[0]), *text[1:]] for text in parts]
         kinds: dict[tuple[int, bool], list[int]] = {}
@@ -255,7 +256,7 @@ class TextTokenizer:
             kinds.setdefault((len(text), isinstance(text[0], list)), []).append(i)
         for (count, in_words), indices in kinds.items():
             try:
-                framed = framing([self._marked(part) for i in indices for part in parts[i]], count, in_words)
+                framed = framing([self.with_blanks(part) for i in indices for part in parts[i]], count, in_words)
             except EncoderError as error:
                 records = [indices[i] for i in error.records]
                 raise EncoderError(f"text {records[0]}: {error}" if records else str(error), records=records) from error
@@ -296,14 +297,19 @@ class TextTokenizer:
     def _without_prompt(self, tokens: TokenBatch) -> TokenBatch:
         """Mark the prompt's tokens, and the special ones before it, as not used where the prompt does not count."""
         if self.prompt and not self.prompt_counts:
-            prompt = self._backend.ids(self.prompt)  # as sentence-transformers counts them
+            prompt = self.backend.ids(self.prompt)  # as sentence-transformers counts them
             count = len(prompt) - (prompt[-1:] != [] and prompt[-1] in self._special_ids)
             owned = np.ones(tokens.num_tokens, np.bool_) if tokens.owned is None else tokens.owned
             used = cumulate(owned)
             tokens.owned = owned & (used[1:] - np.repeat(used[tokens.cu_seqlens[:-1]], tokens.lengths) > count)
         return tokens
 
-    def _words(self, part: str | list[str], index: int) -> list[str]:
+    def words_of(self, part: str | list[str], index: int) -> list[str]:
+        """The words of a text, or of one of a pair, as the splitter makes them of a string.
+
+        Raises:
+            ConfigError: the splitter returned something else; the message names the text by its index.
+        """
         if isinstance(part, list):
             return part
         assert self.word_splitter is not None
@@ -312,10 +318,11 @@ class TextTokenizer:
             raise ConfigError(f"word_splitter returned {shortened(words)} for text {index}: return a list of words")
         return list(words)
 
-    def _marked(self, part: str | list[str]) -> str | list[str]:
+    def with_blanks(self, part: str | list[str]) -> str | list[str]:
+        """A list of words with the blanks that give it the tokens of the running text; a string as it is."""
         if isinstance(part, str):
             return part
-        unlike = self._backend.blanks.unlike
+        unlike = self.backend.blanks.unlike
         if unlike and not self._warned:
             self._warned = True
             logger.warning(
@@ -323,7 +330,7 @@ class TextTokenizer:
                 "vectors are of words that were tokenized one by one",
                 unlike,
             )
-        return self._backend.with_blanks(part)
+        return self.backend.with_blanks(part)
 
     def _cut_text(self, framed: Framed, parts: list[Any], index: int) -> TokenizedText:
         """A text that is too long, cut as `overflow` says."""
@@ -345,35 +352,7 @@ class TextTokenizer:
                 numbers = np.arange(out.num_words)
                 short.words_cut = np.isin(numbers, out.word_ids) & ~np.isin(numbers, out.word_ids[left])
             return short
-        return self._windowed(out, framed.sequence_ids, index)
-
-    def _windowed(self, text: TokenizedText, sequence_ids: Int32Array, index: int) -> TokenizedText:
-        """The text as windows: each repeats the special tokens and a pair's first text."""
-        content = np.flatnonzero(sequence_ids == sequence_ids.max())  # contiguous, and too long for one window
-        before, after = np.arange(content[0]), np.arange(content[-1] + 1, len(sequence_ids))
-        room = self.max_length - len(before) - len(after)
-        if room <= self.stride:
-            raise EncoderError(
-                f"text {index}: beside its first text a window has room for {max(room, 0)} tokens of the second, and "
-                f"windows overlap by stride={self.stride}",
-                records=(index,),
-            )
-        count = len(content)
-        # The last window is as full as the others, so its tokens see as much context.
-        starts = np.minimum(np.arange(0, count - self.stride, room - self.stride), count - room)
-        inside = starts[:, None] + np.arange(room)
-        windows = np.arange(len(starts))[:, None]
-        owner = owners(np.arange(count) if text.word_ids is None else text.word_ids[content], starts, room)
-
-        def side_by_side(*parts: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            return np.concatenate([np.broadcast_to(x, (len(starts), x.shape[-1])) for x in parts], 1).ravel()
-
-        out = text.pick(side_by_side(before, content[inside], after))
-        out.window_lengths = np.full(len(starts), self.max_length, np.int32)
-        # The first window owns the repeated tokens, but the last one owns those after the text.
-        first, last = windows == 0, windows == len(starts) - 1
-        out.owned = side_by_side(first.repeat(len(before), 1), owner[inside] == windows, last.repeat(len(after), 1))
-        return out
+        return windowed(out, framed.sequence_ids, index, max_length=self.max_length, stride=self.stride)
 
 
 def _in_order(groups: Iterable[tuple[list[int], TokenBatch]]) -> TokenBatch:

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, BinaryIO
 
-from ..errors import ShardError, described
+from ..errors import ShardError, described, shortened
 from .access import Access
 from .faults import outside_fault
 from .files import open_bytes
 from .lines import Line, read_lines
 from .options import ReadOptions
 from .quoting import CARRIAGE_RETURNS, QuotedRows, QuotesFound, look_at_quotes, must_be_quoted
-from .raw import BOM, RawRecord, RecordError, broken, check_size, excerpt, parse_text
+from .raw import BOM, RawRecord, RecordError, broken, check_size, parse_text
 from .shards import Piece, read_errors, shard_kind
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def read_csv(stream: BinaryIO, piece: Piece, options: ReadOptions, *, delimiter:
     table = Table(stream, piece.path, options.access, delimiter)
     for name in options.stored:
         if table.columns and name not in table.columns:
-            message = f"{piece.path}, field {name!r}: the header has no such column; it has {excerpt(table.columns)}"
+            message = f"{piece.path}, field {name!r}: the header has no such column; it has {shortened(table.columns)}"
             raise ShardError(message + table.hint(), path=piece.path, field=name)
     if not piece.offset and table.note:
         logger.info("%s: %s", piece.path, table.note)
@@ -140,7 +140,7 @@ class Table:
         self._header_lines = len(used)
         if len(set(row)) < len(row):
             twice = next(name for name in row if row.count(name) > 1)
-            message = f"{self._path}, field {twice!r}: the header names it twice: {excerpt(row)}"
+            message = f"{self._path}, field {twice!r}: the header names it twice: {shortened(row)}"
             raise ShardError(message, path=self._path, field=twice)
         return row
 
@@ -173,13 +173,13 @@ class Table:
         if self._refuses_enclosed:
             for name, value in fields.items():
                 if must_be_quoted(value):
-                    message = f"it is in quotes, and the first rows of the file show no quotes: {excerpt(value)}"
+                    message = f"it is in quotes, and the first rows of the file show no quotes: {shortened(value)}"
                     raise RecordError(f'{message}; write StreamConfig(quoting="standard"), or "none"', name)
         return fields
 
     def _parse_row(self, row: list[str]) -> dict[str, Any]:
         if len(row) != len(self.columns):
-            message = f"{len(row)} fields under a header of {len(self.columns)} columns: {excerpt(row)}"
+            message = f"{len(row)} fields under a header of {len(self.columns)} columns: {shortened(row)}"
             raise RecordError(f"{message}; {self.note}" if self.note else message)
         return {
             name: value if value.isascii() else self._decoded(value, name)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from ..errors import ConfigError, described, shortened
-from .raw import RecordError, excerpt
+from .raw import RecordError
 
 Keep: TypeAlias = Callable[[dict[str, Any]], Any]
 Map: TypeAlias = Callable[[dict[str, Any]], Mapping[str, Any] | None]
@@ -38,18 +38,18 @@ def kept_and_mapped(values: dict[str, Any], keep: Keep | None, map: Map | None) 
         if keep is not None and not keep(values):
             return None
     except Exception as error:  # a user's function may raise anything; it stays attached as the cause
-        raise RecordError(f"keep={name_of(keep)} raised {described(error)} on {excerpt(values)}") from error
+        raise RecordError(f"keep={name_of(keep)} raised {described(error)} on {shortened(values)}") from error
     if map is None:
         return values
     try:
         mapped = map(values)
     except Exception as error:
-        raise RecordError(f"map={name_of(map)} raised {described(error)} on {excerpt(values)}") from error
+        raise RecordError(f"map={name_of(map)} raised {described(error)} on {shortened(values)}") from error
     if mapped is None:
         return None
     if not isinstance(mapped, Mapping):
         way_out = "return the record as a dict, or None to drop it"
-        raise RecordError(f"map={name_of(map)} returned {excerpt(mapped)} for {excerpt(values)}: {way_out}")
+        raise RecordError(f"map={name_of(map)} returned {shortened(mapped)} for {shortened(values)}: {way_out}")
     return dict(mapped)
 
 

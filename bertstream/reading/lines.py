@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, BinaryIO, TypeAlias, cast
 
-from ..errors import ShardError
+from ..errors import ShardError, shortened
 from .options import ReadOptions
-from .raw import BOM, RawRecord, RecordError, check_size, excerpt, parse_json, parse_text
+from .raw import BOM, RawRecord, RecordError, check_size, parse_json, parse_text
 from .shards import Piece
 
 BLANKS = b" \t\r\n"
@@ -78,7 +78,7 @@ def _parse_object(limit: int, line: bytes) -> dict[str, Any]:
     check_size(len(line), limit, "the line")
     value = parse_json(line)
     if not isinstance(value, dict):
-        raise RecordError(f"the line is JSON but not an object: {excerpt(value)}")
+        raise RecordError(f"the line is JSON but not an object: {shortened(value)}")
     return value
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
-from ..errors import ConfigError, described
+from ..errors import ConfigError, described, shortened
 from ..labels import NumberOf, UnknownLabelError
 from ..paths import find, splits
 from ..tokens import Text, TokenizedText
 from .access import DEFAULT_ACCESS, Access
 from .functions import Keep, Map, check_functions, kept_and_mapped
-from .raw import BOM, RecordError, excerpt, parse_text
+from .raw import BOM, RecordError, parse_text
 from .token_ids import BESIDE_IDS, ids_of
 
 Fields: TypeAlias = Mapping[str, Callable[[Any], Any] | Sequence[str]] | Sequence[str] | None
@@ -151,11 +151,12 @@ def take_text_and_fields(
         if options.place:
             values |= zip(PLACE, place, strict=True)
         return text, _named_fields(values, options.fields)
-    if isinstance(text, TokenizedText) and options.text in values:
+    if isinstance(text, TokenizedText) and options.text in values and not values.keys().isdisjoint(BESIDE_IDS):
         for name in BESIDE_IDS:
             values.pop(name, None)
-    for name in options.texts:
-        values.pop(name, None)  # an object that holds a text further down stays whole: it may be the user's own
+    values.pop(options.text, None)  # an object that holds a text further down stays whole: it may be the user's own
+    if options.pair is not None:
+        values.pop(options.pair, None)
     return text, values
 
 
@@ -184,7 +185,7 @@ def _named_fields(values: dict[str, Any], named: Mapping[str, Any] | Sequence[st
             raise RecordError(str(error), name) from None
         except Exception as error:  # a user's function may raise anything; it stays attached as the cause
             raise RecordError(
-                f"the function for this field raised {described(error)} on {excerpt(value)}", name
+                f"the function for this field raised {described(error)} on {shortened(value)}", name
             ) from error
     return fields
 
@@ -208,7 +209,7 @@ def check_required(options: ReadOptions, values: Mapping[str, Any], unread: Sequ
             try:
                 find(values, name)
             except KeyError:
-                there = excerpt(sorted(map(str, [*values, *unread])))
+                there = shortened(sorted(map(str, [*values, *unread])))
                 raise RecordError(f"the record has no such field; it has {there}", name) from None
 
 
@@ -219,11 +220,11 @@ def _checked_text(text: Any, name: str) -> str | list[str]:
         text = parse_text(text.removeprefix(BOM), name)
     words = [text] if isinstance(text, str) else text
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise RecordError(f"a text is a string or a list of strings, not {excerpt(text)}", name)
+        raise RecordError(f"a text is a string or a list of strings, not {shortened(text)}", name)
     for word in words:
         if not word.isascii():
             try:
                 word.encode()
             except UnicodeEncodeError as error:
-                raise RecordError(f"the text has half a surrogate pair: {excerpt(word)}", name) from error
+                raise RecordError(f"the text has half a surrogate pair: {shortened(word)}", name) from error
     return cast("str | list[str]", text)

@@ -8,11 +8,11 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, BinaryIO, TypeAlias
 
-from ..errors import ShardError, described
+from ..errors import ShardError, described, shortened
 from ..paths import splits
 from .faults import outside_fault
 from .options import ReadOptions
-from .raw import RawRecord, RecordError, broken, excerpt
+from .raw import RawRecord, RecordError, broken
 from .shards import Piece
 from .token_ids import BESIDE_IDS, check_tokenizer, columns_of_ids, holds_ids
 
@@ -32,11 +32,11 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
     wanted = None if options.wanted is None else [name for name in file.columns if name in options.wanted]
     for name in options.stored:
         if not any(head in file.columns for head, _ in splits(name)):
-            message = f"{piece.path}, field {name!r}: the file has no such column; it has {excerpt(file.columns)}"
+            message = f"{piece.path}, field {name!r}: the file has no such column; it has {shortened(file.columns)}"
             raise ShardError(message, path=piece.path, field=name)
     for name in wanted or file.columns:
         if file.columns.count(name) > 1:
-            message = f"{piece.path}, field {name!r}: several columns have this name: {excerpt(file.columns)}"
+            message = f"{piece.path}, field {name!r}: several columns have this name: {shortened(file.columns)}"
             raise ShardError(message, path=piece.path, field=name)
     as_columns = _as_columns
     if file.holds_ids(options.text):

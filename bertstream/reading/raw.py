@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ..errors import shortened
+
 BOM = b"\xef\xbb\xbf"
 _DECODER = json.JSONDecoder()
 _JSON_BLANKS = " \t\n\r"
@@ -68,7 +70,7 @@ def parse_text(data: bytes, name: str | None = None, encoding: str | None = None
     except UnicodeDecodeError as error:
         near = data[max(error.start - 20, 0) : error.start + 20]
         hint = {None: ": re-encode it as UTF-8", "utf-8": ": write StreamConfig(encoding=), or re-encode it as UTF-8"}
-        seen = f"byte 0x{data[error.start]:02x} in {excerpt(near)}"
+        seen = f"byte 0x{data[error.start]:02x} in {shortened(near)}"
         message = f"not {(encoding or 'utf-8').upper()}: {seen}{hint.get(encoding, '')}"
         raise RecordError(message, name) from error
 
@@ -95,10 +97,4 @@ def parse_json(data: bytes, name: str | None = None) -> Any:
         value, end = _DECODER.raw_decode(text)  # `decode` finds blanks by regular expressions: a microsecond more
         return value if end == len(text) else _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"not JSON: {error}: {excerpt(text)}", name) from error
-
-
-def excerpt(value: object) -> str:
-    """The start of a value's repr for a message, about 80 characters; long values are cut before their repr is made."""
-    text = repr(value[:80] if isinstance(value, (str, bytes, list)) else value)
-    return text if len(text) <= 80 else text[:80] + "..."
+        raise RecordError(f"not JSON: {error}: {shortened(text)}", name) from error

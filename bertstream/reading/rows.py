@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import ConfigError, described, shortened, table_columns
 from .faults import outside_fault
-from .raw import RawRecord, RecordError, excerpt
+from .raw import RawRecord, RecordError
 from .shards import Piece
 from .tables import TableRows, is_table
 
@@ -167,7 +167,7 @@ def _row_at(rows: Any, position: int) -> dict[str, Any]:
 def _copied(row: Any) -> dict[str, Any]:
     """A copy, because the row may be the user's own object."""
     if not isinstance(row, Mapping):
-        raise RecordError(f"a row is a mapping from field to value, not {excerpt(row)}")
+        raise RecordError(f"a row is a mapping from field to value, not {shortened(row)}")
     try:
         return _plain(row.items())
     except Exception as error:  # of values that are decoded here

@@ -18,11 +18,11 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from ..errors import described
+from ..errors import described, shortened
 from .compression import decompress_member
 from .endings import COMPRESSIONS
 from .options import ReadOptions, check_required
-from .raw import BOM, RawRecord, RecordError, check_size, excerpt, parse_json, parse_text
+from .raw import BOM, RawRecord, RecordError, check_size, parse_json, parse_text
 from .shards import Piece
 
 _BUFFER_BYTES = 1 << 20
@@ -124,7 +124,7 @@ def _decode(name: str, payload: bytes) -> Any:
     try:
         return number(text)
     except ValueError as error:
-        message = f"a member of this name is read as {number.__name__}, but holds {excerpt(payload)}"
+        message = f"a member of this name is read as {number.__name__}, but holds {shortened(payload)}"
         raise RecordError(message, name) from error
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from ..errors import ConfigError, EncoderError
+from ..errors import ConfigError, EncoderError, shortened
 from ..paths import trail
 from ..tokens import (
     Indices,
@@ -26,7 +26,7 @@ from ..tokens import (
     hash_texts,
     tokenize_batch,
 )
-from .raw import RecordError, excerpt
+from .raw import RecordError
 
 _MASKS = ("attention_mask", "special_tokens_mask")
 _LISTS = (*_MASKS, "token_type_ids", "word_ids")
@@ -118,7 +118,7 @@ def _integers(value: Any, name: str) -> Int32Array:
     except (TypeError, ValueError):  # a single number, or lists within the list
         array = np.array(None)
     if array.ndim != 1 or array.dtype.kind not in ("biu" if name in _MASKS else "iu"):
-        raise RecordError(f"a list of whole numbers belongs here, not {excerpt(value)}", name)
+        raise RecordError(f"a list of whole numbers belongs here, not {shortened(value)}", name)
     return _in_32_bits(array, name)
 
 

@@ -110,6 +110,13 @@ def test_lists_of_words_in_an_array_are_texts(minilm: Encoder) -> None:
         assert found.tokens.texts == words
 
 
+def test_the_words_of_a_pair_may_be_arrays(minilm: Encoder) -> None:
+    pairs = [(["a", "bank"], ["river"]), (["two"], [])]
+    found, right = minilm([tuple(map(np.array, pair)) for pair in pairs]), minilm(pairs)
+    assert torch.equal(found.values, right.values) and np.array_equal(found.word_ids, right.word_ids)
+    assert found.tokens.texts == pairs
+
+
 @pytest.mark.parametrize("missing", [None, float("nan"), pandas.NA, pandas.NaT], ids=repr)
 def test_a_missing_text_is_named_by_its_index(minilm: Encoder, missing: Any) -> None:
     for texts in (pandas.Series(["a", missing], index=[8, 9], dtype=object), np.array(["a", missing], object)):

@@ -238,7 +238,8 @@ def test_windows_without_room_for_a_token_are_refused() -> None:
 def test_a_pair_whose_first_text_leaves_no_room_is_refused(first: range) -> None:
     tokenizer = TextTokenizer(NUMBERED, max_length=12, overflow="windows", stride=3)
     pair = (" ".join(map(str, first)), "1000 1001 1002 1003 1004 1005")
-    with pytest.raises(EncoderError, match=f"text 1: .* room for {max(0, 9 - len(first))} tokens.*stride=3") as caught:
+    message = f"text 1: .* room for {max(0, 9 - len(first))} tokens.*stride=3: shorten the first text"
+    with pytest.raises(EncoderError, match=message) as caught:
         tokenizer(["0 1 2", pair])
     assert caught.value.records == (1,)
 

@@ -367,7 +367,7 @@ def test_a_list_of_words_has_the_tokens_of_the_running_text(name: str) -> None:
 def test_only_tokenizers_whose_words_had_other_tokens_have_another_identity(name: str) -> None:
     make, changed = KINDS_OF_BLANKS[name]
     tokenizer = TextTokenizer(SimpleNamespace(backend_tokenizer=make()), max_length=200)
-    assert tokenizer.identity[:6] == (tokenizer._backend.content, 200, "error", 0, True, "NoneType")
+    assert tokenizer.identity[:6] == (tokenizer.backend.content, 200, "error", 0, True, "NoneType")
     assert tokenizer.identity[6:] == (("found by trying",) if changed else ())
 
 

@@ -156,6 +156,9 @@ def test_words_may_be_an_array_and_texts_numpys_strings(encoder: Any) -> None:
     records = [{"said": np.array(["the", "bank"], object)}, {"said": np.array(["river"])}]
     assert holds(encoder, TokenCollate(encoder, text="said")(records)["said"], [["the", "bank"], ["river"]])
     assert holds(encoder, TokenCollate(encoder)([*np.array(TEXTS)]), TEXTS)
+    pairs = [{"q": np.array(["the", "bank"], object), "a": np.array([word])} for word in ("rose", "fell")]
+    batch = TokenCollate(encoder, text="q", pair="a")(pairs)
+    assert holds(encoder, batch["q"], [(["the", "bank"], ["rose"]), (["the", "bank"], ["fell"])])
 
 
 def test_paths_may_lead_to_several_texts_and_to_a_pair(encoder: Any) -> None:

@@ -172,7 +172,7 @@ def test_a_loader_names_what_it_waits_for() -> None:
     training = bertstream.wrap(BATCHES[:3], FakeEncoder(), text="text", prefetch=0)
     for _ in training:
         time.sleep(0.1)
-    assert training.bottleneck().startswith("The training step is the bottleneck")
+    assert training.bottleneck().startswith("The training step")
 
 
 def test_a_loader_judges_its_last_iteration_alone() -> None:
@@ -180,7 +180,8 @@ def test_a_loader_judges_its_last_iteration_alone() -> None:
     for seconds in (0.1, 0.0):
         for _ in loader:
             time.sleep(seconds)
-        assert ("training step is the bottleneck" in loader.bottleneck()) == (seconds > 0)
+        # Whether it is the bottleneck or "takes 94% of the time" depends on who else runs on the cores.
+        assert loader.bottleneck().startswith("The training step") == (seconds > 0)
     iter(loader)
     assert loader.bottleneck() == "No batch was received yet."
 
