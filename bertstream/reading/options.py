@@ -214,7 +214,8 @@ def check_required(options: ReadOptions, values: Mapping[str, Any], unread: Sequ
                 find(values, name)
             except KeyError:
                 there = shortened(sorted(map(str, [*values, *unread])))
-                raise RecordError(f"the record has no such field; it has {there}", name) from None
+                after = "" if options.map is None else " after map="
+                raise RecordError(f"the record has no such field{after}; it has {there}", name) from None
 
 
 def _checked_text(text: Any, name: str) -> str | list[str]:
