@@ -12,7 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import bertstream
 from bertstream import ConfigError, EmbeddingLoader, StateError, StreamConfig
-from bertstream.testing import FakeEncoder, assert_resumes_exactly, write_shards
+from bertstream.testing import FakeEncoder, _difference, assert_resumes_exactly, write_shards
 
 TEXTS = [f"{'word ' * (i * 7 % 13)}{i}" for i in range(230)]
 
@@ -102,8 +102,25 @@ def test_vectors_that_change_fail(shards: list[str]) -> None:
             found.values += torch.rand(())
             return found
 
-    with pytest.raises(AssertionError, match="batch 0 "):
-        assert_resumes_exactly(lambda: bertstream.stream(shards, Noisy()))
+    with pytest.raises(AssertionError, match=r"^batch 0 .*: batch\['text'\]\['values'\] differs by up to [0-9.e-]+$"):
+        assert_resumes_exactly(lambda: bertstream.stream(shards, Noisy()), cuts=[0])
+
+
+@pytest.mark.parametrize(
+    ("found", "right", "message"),
+    [
+        ({"a": [1, 2], "b": [1.5, 2]}, {"a": [1, 2], "b": [1, 2.25]}, "batch['b'] differs by up to 0.5"),
+        ({"a": ["x", "y"]}, {"a": ["x", "z"]}, "batch['a'][1] is y, in an uninterrupted epoch it is z"),
+        ({"a": [1, None]}, {"a": [2, None]}, "batch['a'][0] is 1, in an uninterrupted epoch it is 2"),
+        ([["x"], {"lengths": [1, 2]}], [["x"], {"lengths": [1, 7]}], "batch[1]['lengths'] differs by up to 5"),
+        ({"a": [[1], [2, 3]]}, {"a": [[1], [2, 4]]}, "batch['a'][1] differs by up to 1"),
+        ({"a": [1]}, {"a": [1, 2]}, "batch['a'] is [1], in an uninterrupted epoch it is [1, 2]"),
+        ({"a": 1}, {"b": 1}, "batch is {'a': 1}, in an uninterrupted epoch it is {'b': 1}"),
+        (None, [1], "batch is None, in an uninterrupted epoch it is [1]"),
+    ],
+)
+def test_a_difference_is_named_by_its_field_first(found: Any, right: Any, message: str) -> None:
+    assert _difference(found, right) == message
 
 
 def test_a_stream_wrapped_again_resumes_exactly(shards: list[str]) -> None:

@@ -20,6 +20,7 @@ class BadRecords:
 
     Attributes:
         limit: how many may be skipped; below 1 a fraction of the records read, judged after 1,000 records.
+        droppers: the arguments that the stream was given of `keep=`, `map=` and `drop_last`, for messages.
         read: records read in this epoch, broken and dropped ones included.
         records: broken records skipped in this epoch, and records known to be lost with shards that were given up.
         given_up: shards given up in this epoch: the rest of each, or of some of its pieces, was skipped. What a shard
@@ -32,6 +33,7 @@ class BadRecords:
     """
 
     limit: float
+    droppers: tuple[str, ...] = ()
     read: int = 0
     records: int = 0
     given_up: list[str] = field(default_factory=list)

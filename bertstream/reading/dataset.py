@@ -159,7 +159,9 @@ class TextStream(IterableDataset[TokenBatch]):
             keep_text_as=keep_text_as,
             mixing=None if self.mixture is None else self.mixture.mixing(options, self._sources),
         )
-        self.progress = StreamProgress(layout, self.rank, self.world_size, BadRecords(reading.max_bad_records))
+        given = {"keep=": keep is not None, "map=": map is not None, "drop_last": drop_last}
+        bad = BadRecords(reading.max_bad_records, tuple(name for name, is_given in given.items() if is_given))
+        self.progress = StreamProgress(layout, self.rank, self.world_size, bad)
         self._loaded_in_worker = False
         self._counts = Counts()
 

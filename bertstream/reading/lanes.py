@@ -108,7 +108,11 @@ class LaneReader:
                 opened.reader = read_records(piece, self._options, skip=skip, on_bad=on_bad, on_drop=self._drop)
             return next(opened.reader, None)
         except ShardError as error:
-            if not self._tolerant or not error.skippable:
+            if not error.skippable:
+                raise
+            if not self._tolerant:
+                if error.index is not None:  # a fault of the whole shard, such as a missing column, is rather a mistake
+                    error.args = (f"{error}; reading=StreamConfig(max_bad_records=) skips and counts such records",)
                 raise
             error.gives_up_shard = True
             self._skip(error)

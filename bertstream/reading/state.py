@@ -181,9 +181,10 @@ class StreamProgress:
         path = self._running_layout.pieces[0][0].path
         problem = f"{path}: no record in the whole epoch: did a filter drop every row?"
         if self.bad.dropped:
-            problem = (
-                f"keep=, map= or drop_last dropped each of the {self.bad.dropped} records that were read in the epoch"
-            )
+            droppers = " or ".join(self.bad.droppers)
+            problem = f"{droppers} dropped each of the {self.bad.dropped} records that were read in the epoch"
+            if self.bad.droppers != ("drop_last",):
+                problem += "; a function without a return drops all"
         if alone:
             raise ShardError(problem, path=path)
         if self.bad.dropped:

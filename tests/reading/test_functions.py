@@ -207,11 +207,23 @@ def test_the_records_of_a_shared_piece_are_asked_once_over_all_ranks(
 
 @pytest.mark.parametrize("workers", [None, 0, 2])
 def test_an_epoch_whose_records_are_all_dropped_is_an_error(shards: list[str], workers: int | None) -> None:
-    options: dict[str, Any] = {"keep": lambda record: None}
-    with pytest.raises(
-        ShardError, match=f"keep=, map= or drop_last dropped each of the {COUNT} records that were read in the epoch"
-    ):
+    options: dict[str, Any] = {"keep": lambda record: None, "map": None}
+    with pytest.raises(ShardError, match=f"^keep= dropped each of the {COUNT} records that were .*without a return"):
         list(TextStream(shards, FakeEncoder(), **options) if workers is None else loader(shards, workers, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"map": lambda record: None}, "map="),
+        ({"map": lambda record: None, "keep": bool, "drop_last": True}, "keep= or map= or drop_last"),
+    ],
+)
+def test_only_what_may_have_dropped_all_records_is_named(
+    shards: list[str], options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ShardError, match=f"^{named} dropped each of the {COUNT} records"):
+        list(TextStream(shards, FakeEncoder(), **options))
 
 
 def test_a_rank_whose_records_are_all_dropped_says_so_in_the_log(
@@ -220,7 +232,7 @@ def test_a_rank_whose_records_are_all_dropped_says_so_in_the_log(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert list(TextStream(shards, FakeEncoder(), keep=lambda record: False)) == []
-    assert "keep=, map= or drop_last dropped each of the " in caplog.text
+    assert "keep= dropped each of the " in caplog.text
 
 
 def test_a_shard_whose_records_are_all_dropped_is_no_broken_shard(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pandas
 import pytest
 from shard_files import COMPRESS, TAR, read, texts, texts_tar, write
 
@@ -86,7 +85,7 @@ def test_the_hint_for_a_folder_names_the_ending_of_its_shards(tmp_path: Path, na
 
 @pytest.mark.parametrize("texts", [["Win a prize now!"], ["Yes", "Is it {1, 2?"], ["Yes?", "see you"], ["a b" * 5000]])
 def test_texts_in_place_of_shards_are_told_apart(texts: list[str]) -> None:
-    for given in (texts, pandas.Series(texts)):
+    for given in (texts, pytest.importorskip("pandas").Series(texts)):
         with pytest.raises(ConfigError, match="there is no shard .*look like texts: pass rows, .*DataLoader") as caught:
             bertstream.stream(given, FakeEncoder())
         assert len(str(caught.value)) < 250
