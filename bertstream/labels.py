@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import ConfigError, shortened
@@ -13,19 +13,26 @@ class UnknownLabelError(ValueError):
 
 
 class NumberOf:
-    """The number of a label, counted from 0; of a list of labels, the list of theirs. Pickles.
+    """The number of a label, counted from 0 in a list; of a list of labels, the list of theirs. Pickles.
 
     Args:
-        labels: strings, each another, in the order of their numbers.
+        labels: strings, each another, in the order of their numbers; or label -> number, as `label2id` of a model.
         option: the argument that names them, for messages.
+        instead: what to write where these are no labels, for the message.
     Raises:
-        ConfigError: they are no such list.
+        ConfigError: they are neither.
     """
 
-    def __init__(self, labels: Sequence[str], option: str) -> None:
-        listed = isinstance(labels, Sequence) and not isinstance(labels, str)
+    def __init__(self, labels: Sequence[str] | Mapping[str, int], option: str, *, instead: str = "") -> None:
+        listed = isinstance(labels, (Sequence, Mapping)) and not isinstance(labels, str)
         if not listed or not labels or not all(isinstance(label, str) for label in labels):
-            raise ConfigError(f"{option}={shortened(labels)}: list the labels, strings, in the order of their numbers")
+            way_out = f"list the labels, strings, in the order of their numbers{instead}"
+            raise ConfigError(f"{option}={shortened(labels)}: {way_out}")
+        if isinstance(labels, Mapping):
+            if not all(type(number) is int for number in labels.values()):
+                raise ConfigError(f"{option}={shortened(labels)}: the number of a label is an int")
+            self._numbers = dict(labels)
+            return
         self._numbers = {label: number for number, label in enumerate(labels)}
         if len(self._numbers) < len(labels):
             twice = next(label for label in labels if list(labels).count(label) > 1)
@@ -37,11 +44,14 @@ class NumberOf:
         Raises:
             UnknownLabelError: with the value and the labels.
         """
-        if isinstance(value, str) and value in self._numbers:
-            return self._numbers[value]
+        # As text is read from a tar; bytes that are not UTF-8 are no label.
+        label = value.decode("utf-8-sig", "surrogateescape") if isinstance(value, bytes) else value
+        if isinstance(label, str) and label in self._numbers:
+            return self._numbers[label]
         if isinstance(value, (list, tuple)):
             return [self(part) for part in value]
         raise UnknownLabelError(f"{shortened(value)} is none of the labels {shortened([*self._numbers])}")
 
     def __repr__(self) -> str:
-        return repr([*self._numbers])
+        counted = list(self._numbers.values()) == list(range(len(self._numbers)))
+        return repr([*self._numbers] if counted else self._numbers)

@@ -152,9 +152,12 @@ def stream(
         shuffle: whether to shuffle, by seed and epoch; each full iteration advances the epoch.
         seed: of the shuffle.
         fields: which other fields a batch carries: names, or name -> function of the raw value (`{"label": int}`), or
-            a list of labels in its place, which become numbers from 0 (`{"label": ["ham", "spam"]}`); None carries all
-            as they are. `__key__`, `__shard__` and `__index__` come along, unless some of them are among the names:
-            then only these do (`["label", "__index__"]` leaves out the two lists of strings).
+            in its place labels, which become numbers from 0 (`{"label": ["ham", "spam"]}`) or those of a mapping
+            (`{"label": {"ham": 0, "spam": 1}}`); None carries all as they are. The raw value in csv is a str, in a tar
+            the member's bytes, except that txt, text and transcript are str, json and jsn parsed, cls, cls2, class,
+            count, index, inx and id int, and float, score and weight float. `__key__`, `__shard__` and `__index__` come
+            along, unless some of them are among the names: then only these do (`["label", "__index__"]` leaves out the
+            two lists of strings).
         keep: a function of a record, a dict of all its fields, that says whether to read it. It is called in the
             workers, so where those are spawned it must be importable.
         map: a function from a record that is kept to the one to read instead, a dict with the fields that `text` and

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shard_files import read, read_until_error, write
+from shard_files import read, read_until_error, tar_bytes, write
 
 import bertstream
 from bertstream import ConfigError
@@ -59,6 +59,11 @@ def test_an_unknown_label_is_a_broken_record_that_names_the_known_ones(tmp_path:
         (["a", "b", "a"], "fields\\['c'\\]=.*: the label 'a' comes twice"),
         ([], r"fields\['c'\]=\[\]: list the labels"),
         (["a", 1], r"fields\['c'\]=\['a', 1\]: list the labels, strings, in the order"),
+        ([1, 2], r"list the labels, strings, .* or write a function, as in \{\"c\": int\}"),
+        ({}, r"fields\['c'\]=\{\}: list the labels"),
+        ({1: 0}, r"list the labels, strings"),
+        ({"a": "0"}, r"fields\['c'\]=\{'a': '0'\}: the number of a label is an int"),
+        ({"a": True}, "the number of a label is an int"),
         ("ab", "lists of labels; got 'c': 'ab'"),
         (7, "lists of labels; got 'c': 7"),
     ],
@@ -72,6 +77,29 @@ def test_bad_labels_are_refused_by_the_constructor(labels: Any, message: str) ->
 def test_numbers_are_positions_and_survive_pickling(names: list[str]) -> None:
     number_of: Callable[[Any], Any] = pickle.loads(pickle.dumps(NumberOf(names, "c")))
     assert number_of(names) == list(range(len(names))) and repr(number_of) == repr(names)
+
+
+def test_a_members_bytes_are_read_as_a_label(tmp_path: Path) -> None:
+    members = [("0.txt", b"a"), ("0.label", b"spam"), ("1.txt", b"b"), ("1.label", b"\xef\xbb\xbfham")]
+    path = write(tmp_path / "a.tar", tar_bytes([*members, ("2.txt", b"c"), ("2.label", b"\xff")]))
+    options = ReadOptions(text="txt", fields={"label": ["ham", "spam"]})
+    records, error = read_until_error(path, options)
+    assert [record.fields["label"] for record in records] == [1, 0]
+    assert r"record 2, field 'label': b'\xff' is none of the labels ['ham', 'spam']" in str(error)
+
+
+@given(st.dictionaries(st.text("ab", max_size=3), st.integers(-100, 5), min_size=1))
+def test_a_mapping_gives_its_own_numbers(label2id: dict[str, int]) -> None:
+    number_of = pickle.loads(pickle.dumps(NumberOf(label2id, "c")))
+    assert number_of([*label2id]) == [*label2id.values()]
+    assert number_of([label.encode() for label in label2id]) == [*label2id.values()]
+
+
+def test_a_label_that_a_mapping_lacks_is_a_broken_record(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "a", "c": "spam"}\n{"text": "b", "c": "spm"}')
+    records, error = read_until_error(path, ReadOptions(fields={"c": {"ham": 0, "spam": 7}}))
+    assert records[0].fields == {"c": 7}
+    assert "record 1, field 'c': 'spm' is none of the labels ['ham', 'spam']" in str(error)
 
 
 # --- align ------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -78,7 +78,7 @@ def add_fields(
 
 
 class Strings(list[str]):
-    """A field of strings, which says in a loss that labels have to be numbers."""
+    """A field of strings, which says where a tensor is wanted how strings become numbers."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -86,9 +86,35 @@ class Strings(list[str]):
         strings = next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, cls))
         name = getattr(function, "__name__", str(function))
         raise TypeError(
-            f"torch's {name}() takes tensors, and was given strings, {shortened([*strings])}: where they are labels, "
-            'list them, as in stream(..., fields={"label": ["ham", "spam"]}), and they become numbers'
+            f"torch's {name}() takes tensors, and was given strings, {shortened([*strings])}: {strings._way_out()}"
         )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """AttributeError with the same hint, for those of a tensor such as `to` and `shape`."""
+        raise AttributeError(f"a field of strings, {shortened([*self])}, has no attribute {name!r}: {self._way_out()}")
+
+    def _way_out(self) -> str:
+        kind = _number_kind(self)
+        if kind is not None:
+            return (
+                f'numbers of a csv are strings, and stream(..., fields={{"id": {kind.__name__}}}) makes numbers of them'
+            )
+        return (
+            'where they are labels, list them, as in stream(..., fields={"label": ["ham", "spam"]}), and they become '
+            "numbers"
+        )
+
+
+def _number_kind(strings: list[str]) -> type[int] | type[float] | None:
+    """What reads all of the strings as numbers; None if they are none."""
+    for kind in (int, float) if strings else ():
+        try:
+            for string in strings:
+                kind(string)
+            return kind
+        except ValueError:
+            pass
+    return None
 
 
 def stack_column(values: list[Any]) -> Any:

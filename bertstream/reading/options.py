@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
@@ -15,7 +16,7 @@ from .functions import Keep, Map, check_functions, kept_and_mapped
 from .raw import BOM, RecordError, parse_text
 from .token_ids import BESIDE_IDS, ids_of
 
-Fields: TypeAlias = Mapping[str, Callable[[Any], Any] | Sequence[str]] | Sequence[str] | None
+Fields: TypeAlias = Mapping[str, Callable[[Any], Any] | Sequence[str] | Mapping[str, int]] | Sequence[str] | None
 """The option `fields`, see `ReadOptions`."""
 
 PLACE = ("__key__", "__shard__", "__index__")
@@ -37,7 +38,8 @@ class ReadOptions:
             path such as "data.text" leads to what nested objects hold; so do the names of the other options.
         pair: the field that holds the second text of a pair; None if records are single texts.
         fields: the other fields to keep. None keeps all; names keep only these; a mapping from names to functions keeps
-            these, each passed through its function; a list of labels in place of a function makes numbers of them.
+            these, each passed through its function; a list of labels, or a mapping from labels to numbers, in place of
+            a function makes numbers of them.
             A name of `PLACE` among them keeps only the named ones of these.
         keep: says of a record, a dict of all its fields, whether it is read at all.
         map: makes the record of one that is kept, or None to drop it.
@@ -110,11 +112,13 @@ class ReadOptions:
         return (self.text,) if self.pair is None else (self.text, self.pair)
 
 
-def _as_function(name: str, function: Callable[[Any], Any] | Sequence[str]) -> Callable[[Any], Any]:
+def _as_function(name: str, function: Callable[[Any], Any] | Sequence[str] | Mapping[str, int]) -> Callable[[Any], Any]:
     if callable(function):
         return function
-    if isinstance(function, (list, tuple)):
-        return NumberOf(function, f"fields[{name!r}]")
+    if isinstance(function, (list, tuple, Mapping)):
+        return NumberOf(
+            function, f"fields[{name!r}]", instead=f", or write a function, as in {{{json.dumps(name)}: int}}"
+        )
     raise ConfigError(f"fields maps names to functions, or to lists of labels; got {name!r}: {function!r}")
 
 
@@ -210,7 +214,8 @@ def check_required(options: ReadOptions, values: Mapping[str, Any], unread: Sequ
                 find(values, name)
             except KeyError:
                 there = shortened(sorted(map(str, [*values, *unread])))
-                raise RecordError(f"the record has no such field; it has {there}", name) from None
+                after = "" if options.map is None else " after map="
+                raise RecordError(f"the record has no such field{after}; it has {there}", name) from None
 
 
 def _checked_text(text: Any, name: str) -> str | list[str]:

@@ -7,13 +7,14 @@ import os
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from braceexpand import braceexpand
 
-from ..errors import ConfigError, ShardError
+from ..errors import ConfigError, ShardError, shortened
 from .access import DEFAULT_ACCESS, Access, check_installed, check_pipe, is_local, is_pipe, is_url
 from .endings import ENDINGS, parse_format, split_compression, split_ending
 from .faults import Version
@@ -84,9 +85,20 @@ def expand_shards(
     for pattern in patterns:
         if not isinstance(pattern, (str, os.PathLike)) or not (name := os.fspath(pattern)):
             raise ConfigError(f"the name of a shard is a str or a path; got {pattern!r}")
-        paths.extend(_expand(name, access))
+        try:
+            found = list(_expand(name, access))
+            kinds = [shard_kind(path, access) for path in found]
+        except ConfigError:
+            if text := next(filter(_looks_like_text, patterns), None):
+                raise ConfigError(
+                    f"there is no shard {shortened(text)}; these look like texts: pass rows, [{{'text': ...}}], or "
+                    "wrap them in a DataLoader, for bertstream.wrap"
+                ) from None
+            raise
+        for path, kind in zip(found, kinds, strict=True):
+            check_packages(path, kind)
+        paths.extend(found)
     for path in paths:
-        check_packages(path, shard_kind(path, access))
         if is_pipe(path):
             check_pipe(path, access)
         elif is_local(path) and not os.path.exists(path):
@@ -157,12 +169,27 @@ def read_errors(path: str, kind: ShardKind) -> tuple[type[Exception], ...]:
     return (Exception,) if is_url(path) or kind.format in ("parquet", "rows") else READ_ERRORS
 
 
+def _looks_like_text(name: object) -> bool:
+    """Whether this is no name of a shard, but holds blanks."""
+    if not isinstance(name, str) or len(name.split()) < 2:
+        return False
+    return is_local(name) and split_ending(name) is None and not glob.glob(name)
+
+
+def _commonest_ending(folder: str) -> str:
+    """That of most of the shards in a folder, with its dot; .tar if there are none."""
+    found = [(name, split_ending(name)) for name in glob.glob("*", root_dir=folder)]
+    endings = Counter(name[len(kind[0]) :] for name, kind in found if kind is not None)
+    return endings.most_common(1)[0][0] if endings else ".tar"
+
+
 def _expand(pattern: str, access: Access) -> Iterator[str]:
     if is_local(pattern):
         pattern = os.path.expanduser(pattern)
     if is_local(pattern) and os.path.exists(pattern):
         if os.path.isdir(pattern):
-            raise ConfigError(f"{pattern!r} is a folder: name its shards, as in {os.path.join(pattern, '*.tar')!r}")
+            shards = os.path.join(pattern, f"*{_commonest_ending(pattern)}")
+            raise ConfigError(f"{pattern!r} is a folder: name its shards, as in {shards!r}")
         yield pattern
         return
     try:

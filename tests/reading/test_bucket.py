@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -217,3 +219,24 @@ def test_strings_in_a_loss_end_in_a_hint() -> None:
     with pytest.raises(TypeError, match="add.* takes tensors, and was given strings"):
         torch.add(torch.zeros(2), other=column)
     assert type(stack_column(["ham", None])) is list
+
+
+@pytest.mark.parametrize(
+    ("values", "hint"),
+    [
+        (["24", "40"], '{"id": int}'),
+        (["24", "0.5"], '{"id": float}'),
+        (["24", "spam"], '{"label": ["ham", "spam"]}'),
+        ([""], '{"label": ["ham", "spam"]}'),
+    ],
+)
+def test_strings_that_are_used_as_a_tensor_say_how_they_become_numbers(values: list[str], hint: str) -> None:
+    column = stack_column(values)
+    with pytest.raises(TypeError, match=re.escape(f"fields={hint}")):
+        torch.add(torch.zeros(len(values)), other=column)
+    for name in ("to", "float", "shape"):
+        assert not hasattr(column, name)
+        with pytest.raises(AttributeError, match=re.escape(f"has no attribute {name!r}: ") + ".*" + re.escape(hint)):
+            getattr(column, name)
+    for again in (pickle.loads(pickle.dumps(column)), copy.copy(column), copy.deepcopy(column)):
+        assert again == column and type(again) is type(column)

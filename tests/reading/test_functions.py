@@ -246,13 +246,16 @@ def test_a_shard_whose_records_are_all_dropped_is_no_broken_shard(tmp_path: Path
             r"map=<lambda> returned 'b' for {'text': 'b', 'n': 5}: return the record as a dict, or None",
         ),
         ({"map": lambda record: [record]}, r"map=<lambda> returned \[{"),
-        ({"map": lambda record: {"n": 1}}, r"field 'text': the record has no such field; it has \['n'\]"),
+        ({"map": lambda record: {"n": 1}}, r"field 'text': the record has no such field after map=; it has \['n'\]"),
         ({"map": lambda record: {"text": 3}}, r"field 'text': a text is a string or a list of strings, not 3"),
         (
             {"map": lambda record: {"text": "b", "__key__": "x"}},
             r"field '__key__': each batch has a field of this name",
         ),
-        ({"map": lambda record: {"text": "b"}, "fields": ["n"]}, r"field 'n': the record has no such field"),
+        (
+            {"map": lambda record: {"text": "b"}, "fields": ["n"]},
+            r"field 'n': the record has no such field after map=; it has \['text'\]",
+        ),
     ],
 )
 def test_an_error_of_a_function_names_the_record_and_is_skipped_like_other_broken_ones(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from shard_files import COMPRESS, TAR, read, texts, texts_tar, write
 
+import bertstream
 from bertstream.errors import ConfigError, ShardError
 from bertstream.reading.access import Access
 from bertstream.reading.options import ReadOptions
 from bertstream.reading.pieces import split_shard
 from bertstream.reading.records import read_records
 from bertstream.reading.shards import Piece, expand_shards
+from bertstream.testing import FakeEncoder
 
 
 def test_braces_globs_and_lists_can_be_mixed(tmp_path: Path) -> None:
@@ -63,6 +67,38 @@ def test_a_pattern_that_is_the_name_of_a_file_means_that_file(tmp_path: Path) ->
 def test_patterns_without_a_shard_are_config_errors(tmp_path: Path, shards: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         expand_shards(shards.format(folder=tmp_path) if isinstance(shards, str) else shards)
+
+
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        (["a.parquet", "b.parquet", "README.md", "x.jsonl"], "*.parquet"),
+        (["a.jsonl.gz", "b.JSONL.gz", "c.jsonl.gz"], "*.jsonl.gz"),
+        (["README.md"], "*.tar"),
+    ],
+)
+def test_the_hint_for_a_folder_names_the_ending_of_its_shards(tmp_path: Path, names: list[str], hint: str) -> None:
+    for name in names:
+        write(tmp_path / name, "x")
+    with pytest.raises(ConfigError, match=re.escape(f"is a folder: name its shards, as in {str(tmp_path / hint)!r}")):
+        expand_shards(tmp_path)
+
+
+@pytest.mark.parametrize("texts", [["Win a prize now!"], ["Yes", "Is it {1, 2?"], ["Yes?", "see you"], ["a b" * 5000]])
+def test_texts_in_place_of_shards_are_told_apart(texts: list[str]) -> None:
+    for given in (texts, pandas.Series(texts)):
+        with pytest.raises(ConfigError, match="there is no shard .*look like texts: pass rows, .*DataLoader") as caught:
+            bertstream.stream(given, FakeEncoder())
+        assert len(str(caught.value)) < 250
+
+
+def test_names_with_blanks_are_no_texts(tmp_path: Path) -> None:
+    path = write(tmp_path / "my data 1.txt", "x")
+    assert expand_shards([f"{tmp_path}/my data *", f"{tmp_path}/{{my,my}} data *"]) == [path] * 3
+    with pytest.raises(ConfigError, match="ending of .*my data' is unknown"):
+        expand_shards(write(tmp_path / "my data", "x"))
+    with pytest.raises(ShardError, match="there is no such shard"):
+        expand_shards(f"{tmp_path}/my data 2.txt")
 
 
 def test_a_missing_local_shard_is_named(tmp_path: Path) -> None:
