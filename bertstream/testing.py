@@ -118,6 +118,8 @@ def assert_resumes_exactly(
     yield the rest of the uninterrupted epoch, equal batch by batch and value by value, and then the whole next epoch.
     The state must be unchanged right after loading, and the resumed loader must resume a second time, one batch later.
 
+    Vectors are compared to the last bit, which a loader promises with `deterministic=True, prefetch=0` alone.
+
     Args:
         make_loader: makes a new loader, as a restarted program would.
         cuts: after how many batches to take the state; None is before the first and after every one.
