@@ -66,6 +66,9 @@ def wrap(
         deterministic: whether the data alone decides which texts share a forward. If False, batches that are ready at
             the same time are encoded together; how many depends on timing, and two runs may differ in the last bits.
             True also takes the encoder's default forward size instead of a measured one; the encoder stays as it is.
+            Two whole runs then have equal vectors. A run that resumes groups its batches from there on, so its vectors
+            equal those of a run that was never stopped to the last bit only with `prefetch=0` as well, and without a
+            cache; its records, batches and their order always do.
         allow_replicated: accept that every rank reads all of the data (not checked for an IterableDataset, which
             divides its data among ranks itself).
     Raises:

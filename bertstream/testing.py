@@ -119,6 +119,8 @@ def assert_resumes_exactly(
     The state must be unchanged right after loading, and the resumed loader must resume a second time, one batch later.
     Each cut reads about three epochs, so all cuts of an epoch of N batches read about 3 N: take few records, or `cuts`.
 
+    Vectors are compared to the last bit, which a loader promises with `deterministic=True, prefetch=0` alone.
+
     Args:
         make_loader: makes a new loader, as a restarted program would.
         cuts: after how many batches to take the state; None is before the first and after every one.

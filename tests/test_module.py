@@ -472,3 +472,17 @@ def test_adapters_that_are_not_in_the_model_are_refused(minilm_folder: str) -> N
 def test_a_bert_embedding_refuses_anything_but_an_encoder() -> None:
     with pytest.raises(ConfigError, match="pass a bertstream.Encoder"):
         BertEmbedding(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_a_layout_of_a_loader_that_yields_tokens_is_told_once(
+    minilm_folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = encoder_of(make("Bert"), minilm_folder)
+    loader = bertstream.wrap([["a", "b"]], encoder, layout="padded")
+    list(loader)
+    assert "layout" not in caplog.text
+    encoder.unfreeze()
+    for _ in range(2):
+        [batch] = loader
+        assert isinstance(batch, bertstream.TokenBatch)
+    assert caplog.text.count("layout='padded' has no effect while the encoder is trained") == 1

@@ -163,8 +163,13 @@ class EmbeddingCache:
         """Wait until the rows that are queued for the disk are written."""
         self._store.flush()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed, here or where it was pickled."""
+        return self._store.is_closed
+
     def close(self) -> None:
-        """Write what is queued and close the folder. Loaders that still use the cache compute without it."""
+        """Write what is queued and close the folder. Loaders over it then compute all vectors, and say so."""
         self._store.close()
 
     def __enter__(self) -> EmbeddingCache:

@@ -119,6 +119,11 @@ class RowStore:
         self._check_process()
         return self._disk is not None
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
     def reserve(self, row_bytes: int) -> None:
         """Take the memory for rows of this size, or check that it holds such rows.
 

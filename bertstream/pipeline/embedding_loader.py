@@ -117,6 +117,7 @@ class EmbeddingLoader(OwnLoader):
         )
         self._since = Since(self.stats())
         self._closed = False
+        self._said: set[str] = set()
         self._resumed_by_trainer = False
         self._epochs_before = 0  # that a trainer does not count
         self._may_warn = True  # that checkpoints cannot resume
@@ -143,8 +144,25 @@ class EmbeddingLoader(OwnLoader):
             self.encoder.calibrate()
         self._progress.await_iteration()
         self._since = Since(self.stats())
+        self._say_what_has_no_effect()
         self._held_epoch = self.epoch if asked_by_lightning() and not self._has_length() else None
         return self._not_empty(self._epochs.begin()) if self._resumed_by_trainer else self._epochs.begin()
+
+    def _say_what_has_no_effect(self) -> None:
+        """Log once what the user asked for and does not get: by then an error would end a run for it."""
+        found = []
+        if self._cache is not None and self._cache.is_closed:
+            found.append("the cache was closed, so every text is encoded again: close it after the last epoch")
+        layout = self._parts.layout
+        if layout is not None and isinstance(self.encoder, SupportsTraining) and self.encoder.trainable:
+            found.append(
+                f"layout={layout!r} has no effect while the encoder is trained, because batches then hold tokens: "
+                "give it to BertEmbedding(encoder, layout=)"
+            )
+        for message in found:
+            if message not in self._said:
+                self._said.add(message)
+                logger.warning(message)
 
     def _not_empty(self, rest: Generator[Any, None, None]) -> Generator[Any, None, None]:
         """The rest of an epoch, or the next epoch if nothing is left: trainers cope badly with an empty epoch.
@@ -351,8 +369,8 @@ class EmbeddingLoader(OwnLoader):
     def bottleneck(self) -> str:
         """Say in one sentence what the training loop waits for, and what would help.
 
-        It is about the last iteration, from its start on. A second sentence says so where other processes hold the
-        cores (on Linux).
+        It is about the last iteration, from its start on; `stats()` covers all of them. Further sentences say so where
+        that was too short to judge by, or other processes hold the cores (on Linux).
         """
         since = self._since
         return bottleneck(since.stats(self.stats()), getattr(self.encoder, "dtype", None), since.queued_share())

@@ -16,6 +16,9 @@ WORK = ("read", "tokenize", "lookup", "encode", "hand_over")
 """The work on a batch. It is part of "wait", except where a worker runs ahead: then only "hand_over" is."""
 
 
+_SHORT_S = 1.0
+"""Below it an iteration may be mostly its start: worker processes take about as long to begin."""
+
 _CROWDED = 1 / 3
 """The share of its time that a process may wait for cores before `bottleneck` says so."""
 
@@ -74,7 +77,7 @@ def _shown(name: str, value: float) -> str:
 
 # Stage -> what a sentence calls it, and what would help.
 _ADVICE = {
-    "read": ("Reading", "more workers (num_workers=), larger or local shards, or shard_cache="),
+    "read": ("Reading", "more workers of your DataLoader (its num_workers=), or less work in its dataset"),
     "tokenize": ("Tokenizing", "worker processes (num_workers= of stream, or TokenCollate with wrap)"),
     "lookup": ("The cache's look-up", "larger batches"),
     "encode": ("Encoding", "another device, a smaller model, or a lower layer, at a price in quality"),
@@ -121,6 +124,8 @@ def bottleneck(stats: Mapping[str, float], dtype: torch.dtype | None = None, que
         queued_share: of `Since.queued_share`.
     """
     found = _bottleneck(stats, dtype)
+    if stats["batches"] and stats["wait_s"] + stats["step_s"] < _SHORT_S:
+        found += f" But {stats['wait_s'] + stats['step_s']:.2f} s are too short to judge by."
     if stats["batches"] and queued_share > _CROWDED:
         found += (
             f" Its threads waited for a core {queued_share:.0%} of the time that they could have run: other processes "
@@ -148,7 +153,7 @@ def _bottleneck(stats: Mapping[str, float], dtype: torch.dtype | None) -> str:
         help_with = f"{_of_cache(stats)}, {help_with}"
     if slowest == "lookup" and 2 * stats.get("cache_disk_read_s", 0.0) > works["lookup"]:
         help_with = f"more memory= for the cache, a faster disk, {help_with}"
-    if slowest == "read" and stats.get("lanes"):
+    if slowest == "read" and "lanes" in stats:
         help_with = _more_readers(int(stats["workers"]), int(stats["lanes"]))
     if share < 0.5:
         return (

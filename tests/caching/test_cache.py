@@ -425,6 +425,19 @@ def test_a_closed_cache_computes_everything(tmp_path: Path) -> None:
     cache.flush()
 
 
+def test_a_loop_over_a_closed_cache_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    encoder = FakeEncoder()
+    with EmbeddingCache("1MiB") as cache:
+        loader = bertstream.wrap([["a", "b"]], encoder, cache=cache)
+        list(loader)
+        list(loader)
+    assert len(encoder.encoded) == 1 and "closed" not in caplog.text
+    list(loader)
+    list(loader)
+    assert cache.is_closed and len(encoder.encoded) == 3
+    assert caplog.text.count("the cache was closed, so every text is encoded again") == 1
+
+
 def test_lookups_skip_a_disk_that_is_slower_than_computing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -276,7 +276,6 @@ def test_another_tokenizer_and_another_prompt_are_refused_by_name(
         ({"shards": [{"text": "a", "word_ids": 1}]}, ConfigError, "own field 'word_ids' would be taken"),
         ({"shards": [{"text": "a", "x": 1}, {"text": "a", "x": "b"}]}, ConfigError, "field 'x' cannot be a column"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_written_is_refused_by_name(
     auto: Any, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str

@@ -175,13 +175,23 @@ def test_a_loader_names_what_it_waits_for() -> None:
     assert training.bottleneck().startswith("The training step")
 
 
+def test_a_short_iteration_is_not_judged_without_saying_so() -> None:
+    assert sentence(wait=0.3, step=0.01, encode=0.3).endswith("But 0.31 s are too short to judge by.")
+    assert "too short" not in sentence(wait=3.0, step=0.1, encode=3.0)
+
+
+def test_a_wrapped_loader_is_told_of_its_own_workers() -> None:
+    assert "workers of your DataLoader (its num_workers=)" in sentence(wait=9.0, read=9.0)
+
+
 def test_a_loader_judges_its_last_iteration_alone() -> None:
     loader = bertstream.wrap(BATCHES[:3], FakeEncoder(), text="text", prefetch=0)
-    for seconds in (0.1, 0.0):
-        for _ in loader:
-            time.sleep(seconds)
-        # Whether it is the bottleneck or "takes 94% of the time" depends on who else runs on the cores.
-        assert loader.bottleneck().startswith("The training step") == (seconds > 0)
+    for _ in loader:
+        time.sleep(0.5)
+    assert loader.bottleneck().startswith("The training step")
+    list(loader)
+    judged = loader._since.stats(loader.stats())
+    assert judged["batches"] == 3 and judged["step_s"] < 1.5 <= loader.stats()["step_s"]
     iter(loader)
     assert loader.bottleneck() == "No batch was received yet."
 

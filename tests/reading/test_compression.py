@@ -249,6 +249,7 @@ def test_a_compressed_text_of_another_ending_is_read_and_other_members_stay_byte
         (COMPRESS[".gz"](b"a" * 5000), "field 'txt.gz': more than 2000 bytes in member '1.txt.gz'"),
         (COMPRESS[".gz"](b"\xff"), "field 'txt': not UTF-8: byte 0xff"),
     ],
+    ids=["no gz", "cut", "large", "not UTF-8"],  # a gz holds the time
 )
 def test_a_member_that_does_not_decompress_is_a_broken_record(tmp_path: Path, payload: bytes, message: str) -> None:
     path = write(tmp_path / "a.tar", tar_bytes([("0.txt", b"a"), ("1.txt.gz", payload), ("2.txt", b"c")]))
