@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Set before the first import of transformers, which reads it once: no test needs a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before the first import of datasets: the home folder may be read-only, and is not for what tests leave.
+os.environ["HF_DATASETS_CACHE"] = os.path.join(tempfile.gettempdir(), f"bertstream-tests-{os.getpid()}")
 
 import gc
 import importlib.util
 import json
 import multiprocessing
+import shutil
 import threading
 import time
 import warnings
@@ -33,9 +37,11 @@ from bertstream.tokens import Text
 ROOT = Path(__file__).parent.parent
 
 # The first example of a test often loads a model or starts workers, so a deadline would measure that. Under CI the
-# examples are the same in every run, so a failure points at the change and not at luck.
-settings.register_profile("local", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+# examples are the same in every run, so a failure points at the change and not at luck. For more examples:
+# bash tools/test --hypothesis-profile thorough
+settings.register_profile("local", deadline=None, max_examples=50)
+settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, print_blob=True)
+settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 HAS_CUDA = torch.cuda.is_available()
@@ -120,6 +126,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_datasets_are_left() -> Iterator[None]:
+    """What Hugging Face's datasets were cached during the tests goes with them."""
+    yield
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

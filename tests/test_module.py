@@ -404,8 +404,10 @@ def test_a_trained_model_is_saved_for_transformers_and_sentence_transformers(
         Encoder.from_pretrained(minilm_folder, layers=2).save_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("pooling", ["cls", "last", "mean_sqrt_len", "weighted_mean", ("cls", "max", "mean")])
+@pytest.mark.parametrize(
+    ("pooling", "normalize"),
+    [("cls", True), ("last", False), ("mean_sqrt_len", True), ("weighted_mean", False), (("cls", "max", "mean"), True)],
+)
 def test_how_sentences_are_pooled_is_saved_with_the_model(
     minilm_folder: str, tmp_path: Path, pooling: Any, normalize: bool
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -85,8 +86,10 @@ def test_token_vectors_of_every_layer(
         torch.testing.assert_close(found, right, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("pooling", ["first", "last", "mean", "max", "first_last"])
-@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize(
+    ("pooling", "windows"),
+    [("first", False), ("last", True), ("mean", False), ("mean", True), ("max", False), ("first_last", True)],
+)
 def test_word_vectors(
     family: tuple[str, nn.Module], minilm_folder: str, plain: Callable[..., list[Tensor]], pooling: Any, windows: bool
 ) -> None:
@@ -171,10 +174,17 @@ def test_half_precision_stays_close(family: tuple[str, nn.Module], minilm_folder
     assert all(parameter.dtype == torch.float32 for parameter in family[1].parameters())
 
 
-@pytest.mark.parametrize("name", PACKED)
-@pytest.mark.parametrize("output", ["tokens", "words", "sentence"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("way", ["packed", "fused with our kernels"])
+# Each family in one dtype and way, with all outputs; neighbours in the list have others.
+ON_CUDA = [
+    (name, *ways)
+    for number, name in enumerate(PACKED)
+    for ways in [
+        *product(("tokens", "words", "sentence"), ("float32", "bfloat16"), ("packed", "fused with our kernels"))
+    ][number % 4 :: 4]
+]
+
+
+@pytest.mark.parametrize(("name", "output", "dtype", "way"), ON_CUDA)
 def test_on_cuda_all_tensors_are_on_the_device_and_the_host_never_waits(
     name: str, minilm_folder: str, monkeypatch: pytest.MonkeyPatch, output: Any, dtype: Any, way: str
 ) -> None:

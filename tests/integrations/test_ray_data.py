@@ -73,6 +73,7 @@ def test_the_example_trains_from_the_vectors_of_one_process_though_an_actor_dies
     minilm_folder: str, tmp_path: Path, actors: int
 ) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": ""}
+    environment["HOME"] = str(tmp_path)  # where Ray writes a token
     command = [sys.executable, "-c", CLUSTER, "--epochs", "1", "--actors", str(actors), str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
