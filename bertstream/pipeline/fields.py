@@ -125,6 +125,8 @@ def _missing(holder: Any, field: Field, option: str) -> ConfigError:
     named = isinstance(field, str) and _has_positions(holder) and not hasattr(holder, "_fields")
     first = repr(f"{prefix}.0") if prefix else "0"
     way_out = f": its fields are positions, {option}={first} is the first" if named else ""
+    if not prefix and isinstance(holder, list) and holder and all(isinstance(part, Mapping) for part in holder):
+        way_out = ", which are records: give the DataLoader collate_fn=bertstream.TokenCollate(encoder, text=...)"
     if prefix:
         return ConfigError(f"{option}={field!r} names nothing: {prefix!r} is {describe(holder)}{way_out}")
     return ConfigError(f"{option}={field!r} names nothing in {describe(holder)}{way_out}")

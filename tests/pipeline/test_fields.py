@@ -523,3 +523,8 @@ def test_a_batch_that_takes_no_vectors_is_refused_with_the_way_out(batch: Any) -
     with pytest.raises(ConfigError, match=f"'said' cannot be set in a copy of a {type(batch).__name__}.*such as dicts"):
         with_vectors(batch, {"said": encoded("a b")}, text=("said",), into=None, layout=None)
     assert get_field(batch, "said") == ["a b"]
+
+
+def test_a_list_of_records_is_told_of_the_collate_fn_that_makes_a_batch_of_them() -> None:
+    with pytest.raises(ConfigError, match=r"list of length 2, which are records: .*collate_fn=bertstream.TokenCollate"):
+        list(bertstream.wrap([[{"words": ["a"]}, {"words": ["b", "c"]}]], FakeEncoder(), text="words"))
