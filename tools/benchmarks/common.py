@@ -53,6 +53,15 @@ def read_corpus(path: Path) -> list[str]:
         return [line.rstrip("\n") for line in file]
 
 
+def texts_about(words: int, texts: list[str]) -> list[str]:
+    """The same words, one after the other, cut into texts of half to one and a half times this many."""
+    rest = " ".join(texts).split()
+    lengths = np.random.default_rng(0).integers(words // 2 + 1, words + words // 2 + 1, len(rest))
+    ends = np.cumsum(lengths)
+    starts = (ends - lengths)[ends <= len(rest)].tolist()
+    return [" ".join(rest[start : start + length]) for start, length in zip(starts, lengths.tolist(), strict=False)]
+
+
 def short_texts(arguments: argparse.Namespace) -> list[str]:
     """Banking queries (about 12 words each), each once; or the shorter half of a corpus's texts."""
     if arguments.data is None:

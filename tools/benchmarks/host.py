@@ -14,7 +14,7 @@ import torch
 import bertstream
 from bertstream.testing import write_shards
 
-from .common import texts_of
+from .common import texts_about, texts_of
 
 SETTINGS: dict[str, dict[str, int]] = {
     "batch_size=64": {"batch_size": 64},
@@ -84,15 +84,6 @@ def host(arguments: argparse.Namespace) -> dict[str, object]:
         "workers": arguments.num_workers,
         "rounds": arguments.rounds,
     }
-
-
-def texts_about(words: int, texts: list[str]) -> list[str]:
-    """The same words, one after the other, cut into texts of half to one and a half times this many."""
-    rest = " ".join(texts).split()
-    lengths = np.random.default_rng(0).integers(words // 2 + 1, words + words // 2 + 1, len(rest))
-    ends = np.cumsum(lengths)
-    starts = (ends - lengths)[ends <= len(rest)].tolist()
-    return [" ".join(rest[start : start + length]) for start, length in zip(starts, lengths.tolist(), strict=False)]
 
 
 def _own_time(loader: bertstream.EmbeddingLoader) -> float:

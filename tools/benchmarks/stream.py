@@ -18,13 +18,21 @@ from transformers import AutoTokenizer
 import bertstream
 from bertstream.reading.messages import AHEAD, InTurn, StreamMessages
 
-from .common import take_turns, texts_of
+from .common import take_turns, texts_about, texts_of
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--words", type=int, help="of a text on average, from the same words (default: as they are)"
+    )
 
 
 def stream(arguments: argparse.Namespace) -> dict[str, object]:
     """Token batches of texts and of ids from workers, read by an idle loop, beside the bare tokenizer on one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     texts = texts_of(arguments)
+    if arguments.words is not None:
+        texts = texts_about(arguments.words, texts)
     texts *= max(1, 100_000 // len(texts))
     encoder = bertstream.Encoder.from_pretrained(arguments.model, dtype="float32", device="cpu", overflow="truncate")
     tokenizer = AutoTokenizer.from_pretrained(encoder.model.config._name_or_path).backend_tokenizer
