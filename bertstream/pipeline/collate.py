@@ -14,7 +14,7 @@ from torch.utils.data import get_worker_info
 from ..embeddings import SupportsEncode
 from ..encoding.texts import text_list
 from ..errors import BertstreamError, ConfigError, EncoderError
-from ..reading.bucket import stack_column
+from ..reading.batch_fields import stack_column
 from ..tokens import TokenBatch, tokenize_batch
 from .fields import Field, as_fields, as_tensors, check_pair, describe, get_field, position, put_fields, way_to
 

@@ -85,13 +85,15 @@ class EmbeddingLoader(OwnLoader):
             check_cacheable(encoder, self._cached)
         self._stages = StageClocks()
         self._batch_encoder = BatchEncoder(encoder, self._cached, self._stages, deterministic=deterministic)
+        self._steps_per_epoch = steps_per_epoch
+        in_steps: ProgressInSteps | None = None
         self._progress: Progress
         if self._stream is None:
             self._progress = ProgressInSource(source)
         elif steps_per_epoch is None:
             self._progress = ProgressInStream(source, self._stream)
         else:
-            self._progress = ProgressInSteps(source, self._stream, steps_per_epoch)
+            self._progress = in_steps = ProgressInSteps(source, self._stream, steps_per_epoch)
         mixture = None if self._stream is None else self._stream.mixture
         self._parts = Parts(
             progress=self._progress,
@@ -110,11 +112,7 @@ class EmbeddingLoader(OwnLoader):
             counts=Counts(source_texts=[0] * (len(mixture.sources) if mixture else 0)),
         )
         self._join_ranks()
-        self._epochs = (
-            StepEpochs(self._parts, self._progress)
-            if isinstance(self._progress, ProgressInSteps)
-            else Epochs(self._parts)
-        )
+        self._epochs = Epochs(self._parts) if in_steps is None else StepEpochs(self._parts, in_steps)
         self._since = Since(self.stats())
         self._closed = False
         self._said: set[str] = set()
@@ -186,8 +184,8 @@ class EmbeddingLoader(OwnLoader):
         Raises:
             TypeError: the number is not known; the message says why.
         """
-        if isinstance(self._progress, ProgressInSteps):
-            return self._progress.steps
+        if self._steps_per_epoch is not None:
+            return self._steps_per_epoch
         if self._stream is not None:
             if self._stream.shuffle and self._stream.num_lanes > 1 and within_trainer():
                 raise TypeError(
@@ -336,11 +334,9 @@ class EmbeddingLoader(OwnLoader):
         Entries named `cache_` are those of `EmbeddingCache.stats`, and cover all loaders that share the cache.
         """
         seconds = self._stages.seconds
-        counts = asdict(self._parts.counts)
+        counts = asdict(self._parts.counts) | self._epochs.counts()
         of_sources = {f"source_{number}_texts": texts for number, texts in enumerate(counts.pop("source_texts"))}
         stats = Stats(counts | of_sources | asdict(self._batch_encoder.counts))
-        if isinstance(self._progress, ProgressInSteps):
-            stats["passes"], stats["epochs"] = stats["epochs"], self._progress.finished
         bad = None if self._stream is None else self._stream.progress.bad
         if self._stream is not None:
             own = range(self._stream.rank, self._stream.num_lanes, self._stream.world_size)

@@ -361,6 +361,10 @@ class Epochs:
         self._running = weakref.ref(epoch)
         return epoch.batches()
 
+    def counts(self) -> dict[str, int]:
+        """How many epochs the loop has received whole, for `stats`."""
+        return {"epochs": self._parts.counts.epochs}
+
     def make_way(self) -> None:
         """Another iteration was asked for: end the one that is running."""
         epoch = self._running() if self._running is not None else None

@@ -186,6 +186,10 @@ class StepEpochs(Epochs):
         self._loop = _Loop()
         return self._take(self._loop)
 
+    def counts(self) -> dict[str, int]:
+        """Epochs of N steps, and passes over the data: what an epoch is to `Parts.counts`."""
+        return {"epochs": self._progress.finished, "passes": self._parts.counts.epochs}
+
     def make_way(self) -> None:
         """End a loop that has not taken all of its steps; else leave the pass running."""
         if self._loop.left == 0:

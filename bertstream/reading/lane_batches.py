@@ -11,7 +11,8 @@ import numpy as np
 from ..cursors import Cursor
 from ..errors import BertstreamError, EncoderError, ShardError
 from ..tokens import Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch, TokenizedText
-from .bucket import add_fields, cut_bucket
+from .batch_fields import add_fields
+from .bucket import cut_bucket
 from .config import StreamConfig
 from .lanes import LaneReader
 from .mixture import Mixing, MixtureReader

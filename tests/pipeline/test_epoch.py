@@ -67,6 +67,15 @@ class Strike:
         return self
 
 
+def next_struck(iteration: Iterator[Any], strike: Strike) -> None:
+    """Take a batch while Ctrl-C may strike."""
+    sys.settrace(strike)
+    try:
+        next(iteration)
+    finally:
+        sys.settrace(None)
+
+
 def loop_struck_at(number: int, prefetch: int) -> tuple[str, int, int]:
     """Where Ctrl-C struck, and the threads and iterators that are left while it is handled."""
     source = Batches(6)
@@ -77,11 +86,7 @@ def loop_struck_at(number: int, prefetch: int) -> tuple[str, int, int]:
     left = (0, 0)
     try:
         for _ in range(4):
-            sys.settrace(strike)
-            try:
-                next(iteration)
-            finally:
-                sys.settrace(None)
+            next_struck(iteration, strike)
     except KeyboardInterrupt:
         left = threading.active_count() - before, source.open
     else:
@@ -140,11 +145,7 @@ def test_ctrl_c_in_an_epoch_of_n_steps_leaves_nothing_running_while_it_is_handle
             for _ in range(2):
                 iteration = iter(loader)
                 for _ in range(3):
-                    sys.settrace(strike)
-                    try:
-                        next(iteration)
-                    finally:
-                        sys.settrace(None)
+                    next_struck(iteration, strike)
         except KeyboardInterrupt:
             left = threading.active_count() - before
         loader.close()

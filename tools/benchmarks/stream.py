@@ -22,9 +22,7 @@ from .common import take_turns, texts_about, texts_of
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--words", type=int, help="of a text on average, from the same words (default: as they are)"
-    )
+    command.add_argument("--words", type=int, help="of a text on average, from the same words (default: as they are)")
 
 
 def stream(arguments: argparse.Namespace) -> dict[str, object]:
