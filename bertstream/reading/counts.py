@@ -17,7 +17,7 @@ _MOST_BYTES = 1 << 30
 do: about a second from memory."""
 
 
-class Counts:
+class RecordCounts:
     """Counts a stream's records, of each shard once.
 
     Attributes:

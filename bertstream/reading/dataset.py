@@ -19,7 +19,7 @@ from ..system.process import collect_garbage_rarely, exit_with_parent
 from ..tokens import SupportsTokenize, TokenBatch
 from .bad_records import BadRecords
 from .config import StreamConfig
-from .counts import Counts
+from .counts import RecordCounts
 from .functions import Keep, Map, name_of
 from .lane_batches import LaneBatches, LaneEnd
 from .layout import Layout, lay_out, lay_out_mixture
@@ -163,7 +163,7 @@ class TextStream(IterableDataset[TokenBatch]):
         bad = BadRecords(reading.max_bad_records, tuple(name for name, is_given in given.items() if is_given))
         self.progress = StreamProgress(layout, self.rank, self.world_size, bad)
         self._loaded_in_worker = False
-        self._counts = Counts()
+        self._counts = RecordCounts()
 
     def __repr__(self) -> str:
         cut = self._batches
