@@ -67,6 +67,10 @@ def test_the_length_is_the_number_of_batches(
                 stream = loader.dataset
                 for _ in range(2):
                     promised, received = len(loader), 0
+                    if not promised and world_size == 1:  # an epoch without a batch is an error
+                        with pytest.raises(ShardError, match="drop_last dropped each of the"):
+                            list(loader)
+                        break
                     for received, batch in enumerate(loader, 1):
                         sizes_seen = len(batch["text"])
                         assert sizes_seen == options["batch_size"] or not options["drop_last"]
