@@ -77,6 +77,11 @@ def _without_cuda() -> Iterator[None]:
         yield
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first: at the end, when one of several processes has none left, it takes over quick ones."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test that needs a CUDA device where torch sees none."""
     if item.get_closest_marker("cuda") and not HAS_CUDA:

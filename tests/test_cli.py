@@ -153,14 +153,14 @@ def test_warm_reports_a_cache_that_is_too_small(call: Call, tmp_path: Path) -> N
 
 
 def test_doctor_describes_models_and_fails_if_one_cannot_be_loaded(call: Call) -> None:
-    status, out, _ = call("doctor", "--model", "all-MiniLM-L6-v2", "--dtype", "float32")
+    status, out, _ = call("doctor", *MODEL)
     assert status == 0 and "runs: fused" in out and f"torch {version('torch')}" in out
     status, out, _ = call("doctor", "--model", "no-such-model", "--json")
     assert status == 1 and "no model" in json.loads(out)["models"]["no-such-model"]["error"]
 
 
 def test_doctor_names_a_model_that_is_no_text_encoder_and_still_describes_the_others(
-    call: Call, monkeypatch: pytest.MonkeyPatch
+    call: Call, small_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = transformers.ViTModel(transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     others: dict[str, torch.nn.Module] = {"images": images, "linear": torch.nn.Linear(1, 1)}
@@ -174,11 +174,11 @@ def test_doctor_names_a_model_that_is_no_text_encoder_and_still_describes_the_ot
         return pretrained.Pretrained(name, name, config, None, None)
 
     monkeypatch.setattr("bertstream.encoding.encoder.find_pretrained", find_others)
-    status, out, _ = call("doctor", "--model", *others, "all-MiniLM-L6-v2", "--dtype", "float32", "--json")
+    status, out, _ = call("doctor", "--model", *others, "SMALL", "--dtype", "float32", "--json")
     models = json.loads(out)["models"]
     assert status == 1 and "Linear is not a transformers text encoder" in models["linear"]["error"]
     assert "ViTModel is not a transformers text encoder" in models["images"]["error"]
-    assert models["all-MiniLM-L6-v2"]["runs"] == "fused"
+    assert models[small_folder]["runs"] == "fused"
 
 
 MISTAKES: list[tuple[tuple[Any, ...], int, str]] = [
