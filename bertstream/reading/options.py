@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 from ..errors import ConfigError, described, shortened
-from ..labels import NumberOf, UnknownLabelError
+from ..labels import NumberOf, UnknownLabelError, as_listed
 from ..paths import find, splits
 from ..tokens import Text, TokenizedText
 from .access import DEFAULT_ACCESS, Access
@@ -188,8 +188,9 @@ def _named_fields(values: dict[str, Any], named: Mapping[str, Any] | Sequence[st
         except UnknownLabelError as error:
             raise RecordError(str(error), name) from None
         except Exception as error:  # a user's function may raise anything; it stays attached as the cause
+            way_out = f": {as_listed(name)}" if function in (int, float) and isinstance(value, (str, bytes)) else ""
             raise RecordError(
-                f"the function for this field raised {described(error)} on {shortened(value)}", name
+                f"the function for this field raised {described(error)} on {shortened(value)}{way_out}", name
             ) from error
     return fields
 
