@@ -314,5 +314,5 @@ def test_a_state_fits_streams_with_the_same_functions_and_has_no_entry_without_a
         assert not {"keep", "map"} & set(plain["settings"]) and "dropped" not in plain["bad"]
     with loader(shards) as stream:
         assert stream.state_dict()["settings"]["map"] == "halved"
-        with pytest.raises(StateError, match="saved with keep=None, this stream has keep='mostly_odd'"):
+        with pytest.raises(StateError, match="keep=None and map=None, this stream has keep='mostly_odd' and"):
             stream.load_state_dict(plain)
