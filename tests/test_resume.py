@@ -362,9 +362,7 @@ def test_a_state_of_other_data_says_in_words_what_differs(tmp_path: Path) -> Non
         return bertstream.stream(paths, encoder or FakeEncoder(), **options)
 
     state = stream().state_dict()
-    with pytest.raises(
-        StateError, match="saved with seed=0 and batch_size=32, this stream has seed=1 and batch"
-    ):
+    with pytest.raises(StateError, match="saved with seed=0 and batch_size=32, this stream has seed=1 and batch"):
         stream(seed=1, batch_size=8).load_state_dict(state)
     with pytest.raises(StateError, match=r"lanes=1, .* lanes=2 \(without .* decide\): make the stream"):
         stream(reading=StreamConfig(lanes=2)).load_state_dict(state)
@@ -381,9 +379,7 @@ def test_a_state_of_other_data_says_in_words_what_differs(tmp_path: Path) -> Non
     assert caught.value.key == "shuffle" and "shuffle=True; with a tokenizer" in str(caught.value)
 
     Path(paths[1]).write_text('{"text": "changed"}\n')
-    with pytest.raises(
-        StateError, match="over other data: as many shards, 2, but of other names, sizes"
-    ) as caught:
+    with pytest.raises(StateError, match="over other data: as many shards, 2, but of other names, sizes") as caught:
         stream().load_state_dict(state)
     assert caught.value.key == "shards" and "digest of these alone" in str(caught.value)
 

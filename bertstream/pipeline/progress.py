@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..cursors import Cursor
-from ..errors import ConfigError, check_at_least, counted
+from ..errors import ConfigError, check_at_least
 from ..reading.dataset import StreamItems, TextStream
 from ..reading.lane_batches import LaneEnd
 from ..reading.messages import StreamLoader, StreamMessages
@@ -223,7 +223,8 @@ class ProgressInStream(Progress):
         self._to_come: int | None = None  # its batches, if somebody knows the length
         self._unfinished: int | None = None  # the epoch of the last batch, unless the loop has received all of it
         self._said_it_starts_over = False
-        self._say_if_workers_are_idle(getattr(loader, "num_workers", 0))
+        if (idle := stream.idle_workers(getattr(loader, "num_workers", 0))) is not None:
+            logger.warning("%s", idle)
 
     @property
     def epoch(self) -> int:
@@ -329,20 +330,4 @@ class ProgressInStream(Progress):
                 "steps_per_epoch= for epochs that continue where the last one stopped, or load the state, or call "
                 "set_epoch",
                 self.epoch,
-            )
-
-    def _say_if_workers_are_idle(self, num_workers: int) -> None:
-        busy, ranks = self._stream.lanes_with_data(), self._stream.world_size
-        if num_workers > max(1, busy):
-            logger.warning(
-                "%d of the %d workers %s nothing to read, because %s %s with data: write num_workers=%d, or "
-                "reading=StreamConfig(lanes=%d), which changes the order (data that cannot be cut, such as gz, also "
-                "needs as many shards)",
-                num_workers - busy,
-                num_workers,
-                "has" if num_workers - busy == 1 else "have",
-                f"rank {self._stream.rank} has" if ranks > 1 else "there is" if busy == 1 else "there are",
-                counted(busy, "lane"),
-                busy,
-                num_workers * ranks,
             )

@@ -408,9 +408,11 @@ class TextStream(IterableDataset[TokenBatch]):
                 self.epoch,
             )
 
-    def lanes_with_data(self) -> int:
-        """This rank's lanes that have something to read in an epoch; no more workers than that are busy."""
-        return sum(map(bool, self._dealt(self._layout, 0)[self.rank :: self.world_size]))
+    def idle_workers(self, num_workers: int) -> str | None:
+        """What to write instead of a number of workers of which some have nothing to read; None where all have."""
+        busy = sum(map(bool, self._dealt(self._layout, 0)[self.rank :: self.world_size]))
+        layout, by_user = self._layout, self._reading.lanes is not None
+        return layout.idle_workers(num_workers, busy, self.rank, self.world_size, lanes_by_user=by_user)
 
     def _dealt(self, layout: Layout, epoch: int) -> list[list[Piece]]:
         return layout.deal(self._seed if self.shuffle else None, epoch)
