@@ -134,6 +134,10 @@ class Progress(ABC):
         self._places.append(self._place())
         return reader
 
+    def check_can_be_sent(self) -> None:
+        """After workers could not be started: ConfigError if that is because of what a stream is made of."""
+        return
+
     @abstractmethod
     def begun(self, iterator: Iterator[Any]) -> None:
         """The iteration has started."""
@@ -253,6 +257,10 @@ class ProgressInStream(Progress):
             return None
         self._knows_all_ranks = True  # so every rank's state names all lanes
         return Peers(stream.rank_timeout_s)
+
+    def check_can_be_sent(self) -> None:
+        """See `TextStream.check_can_be_sent`."""
+        self._stream.check_can_be_sent()
 
     def begun(self, iterator: Iterator[Any]) -> None:
         """Workers have taken the start with them: here the next iteration is not to find it."""

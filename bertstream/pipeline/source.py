@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import pickle
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from .progress import Entry, Progress, ProgressInStream
 def read_in_workers(stream: TextStream, num_workers: int) -> Iterator[TokenBatch]:
     """The stream's batches, with its progress in this process and errors with their fields."""
     progress = ProgressInStream(StreamLoader(stream, num_workers), stream)
-    items = iter(progress.begin())
+    items = _start(progress)
     try:
         progress.begun(items)
         for item in items:
@@ -79,7 +81,7 @@ class Source:
         # What an epoch draws from torch's global generator when it starts, seeds of a sampler and of workers, was drawn
         # before a state within the epoch was saved: it is not to be drawn again.
         with torch.random.fork_rng(devices=[], enabled=self._progress.resumes):
-            self._iterator = iter(self._progress.begin())
+            self._iterator = _start(self._progress)
         self._progress.begun(self._iterator)
         for item in self:
             self._first.append((item, self.state))
@@ -108,6 +110,17 @@ class Source:
         self._first.clear()
         _close(self._iterator)
         self._iterator = None  # last: Ctrl-C may strike before, and this is called again
+
+
+def _start(progress: Progress) -> Iterator[Any]:
+    reader = progress.begin()
+    try:
+        return iter(reader)
+    except (AttributeError, TypeError, pickle.PicklingError):  # what pickle raises for a function of the user's
+        context = getattr(reader, "multiprocessing_context", None) or multiprocessing
+        if getattr(reader, "num_workers", 0) and context.get_start_method() != "fork":
+            progress.check_can_be_sent()
+        raise
 
 
 def _close(iterator: Iterator[Any] | None) -> None:

@@ -12,7 +12,7 @@ from ..labels import NumberOf, UnknownLabelError, as_listed
 from ..paths import find, splits
 from ..tokens import Text, TokenizedText
 from .access import DEFAULT_ACCESS, Access
-from .functions import Keep, Map, check_functions, kept_and_mapped
+from .functions import Keep, Map, check_functions, kept_and_mapped, name_of
 from .raw import BOM, RecordError, parse_text
 from .token_ids import BESIDE_IDS, ids_of
 
@@ -110,6 +110,15 @@ class ReadOptions:
     def texts(self) -> tuple[str, ...]:
         """The names of the one or two fields that make the text."""
         return (self.text,) if self.pair is None else (self.text, self.pair)
+
+    @property
+    def functions(self) -> dict[str, Any]:
+        """The user's functions, by the arguments that hold them."""
+        own = {name: function for name in ("keep", "map") if (function := getattr(self, name)) is not None}
+        named = self.fields if isinstance(self.fields, Mapping) else {}
+        return {f"{name}={name_of(function)}": function for name, function in own.items()} | {
+            f"fields[{name!r}]={name_of(function)}": function for name, function in named.items()
+        }
 
 
 def _as_function(name: str, function: Callable[[Any], Any] | Sequence[str] | Mapping[str, int]) -> Callable[[Any], Any]:
