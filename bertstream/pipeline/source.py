@@ -18,6 +18,7 @@ from ..reading.lane_batches import LaneEnd
 from ..reading.messages import StreamLoader
 from ..tokens import TokenBatch
 from .clocks import StageClocks
+from .default_collate import explained
 from .progress import Entry, Progress, ProgressInStream
 
 
@@ -97,7 +98,12 @@ class Source:
         if self._closed_by is not None or self._iterator is None:
             raise StopIteration
         with self._clocks.run("read", 1):
-            item = next(self._iterator)
+            try:
+                item = next(self._iterator)
+            except (KeyError, RuntimeError, TypeError) as error:
+                if (explanation := explained(error)) is not None:
+                    raise explanation from error
+                raise
         self.state = self._progress.state_of_source()
         return item
 
