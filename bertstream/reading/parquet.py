@@ -8,11 +8,14 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, BinaryIO, TypeAlias
 
+import numpy as np
+
 from ..errors import ShardError, described, shortened
 from ..paths import splits
+from ..tokens import TokenBatch
 from .faults import outside_fault
 from .options import ReadOptions
-from .raw import RawRecord, RecordError, broken
+from .raw import RawColumns, RawRecord, RecordError, broken
 from .shards import Piece
 from .token_ids import BESIDE_IDS, check_tokenizer, columns_of_ids, holds_ids
 
@@ -20,7 +23,7 @@ from .token_ids import BESIDE_IDS, check_tokenizer, columns_of_ids, holds_ids
 _BATCH_ROWS = 256
 
 
-def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[RawRecord]:
+def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[RawRecord | RawColumns]:
     """The rows from the row group of the piece's first row on; only the wanted columns are read.
 
     Where a row group breaks, its other rows come as one broken item, and reading continues with the next group.
@@ -51,9 +54,9 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
     for number in range(group, len(file.sizes)):
         left = file.first_rows[number + 1] - file.first_rows[number]
         try:
-            for row in file.rows(number, wanted, as_columns):
-                yield row
-                left -= 1
+            for rows in file.rows(number, wanted, as_columns):
+                yield rows
+                left -= rows.records
             if left:
                 raise EOFError(f"it ends {left} rows before its footer says")
         except Exception as error:  # pyarrow may raise anything
@@ -78,15 +81,11 @@ def _plain(value: Any) -> Any:
     return value.as_py() if hasattr(value, "as_py") else value
 
 
-def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
-    return row
+_AsColumns: TypeAlias = Callable[[Any], dict[str, Any]]
 
 
-_AsColumns: TypeAlias = Callable[[Any], tuple[list[str], list[Any]]]
-
-
-def _as_columns(batch: Any) -> tuple[list[str], list[Any]]:
-    return batch.schema.names, batch.columns
+def _as_columns(batch: Any) -> dict[str, Any]:
+    return dict(zip(batch.schema.names, batch.columns, strict=True))
 
 
 class ParquetReader:
@@ -120,24 +119,47 @@ class ParquetReader:
         """Whether a column's values are lists of integers."""
         return column in self.columns and holds_ids(self._file.schema_arrow.field(column).type)
 
-    def rows(self, number: int, columns: list[str] | None, as_columns: _AsColumns = _as_columns) -> Iterator[RawRecord]:
-        """The rows of one row group, which become mappings from column to value.
+    def rows(
+        self, number: int, columns: list[str] | None, as_columns: _AsColumns = _as_columns
+    ) -> Iterator[RawRecord | RawColumns]:
+        """The rows of one row group: as columns, or one by one where a column has a value that Python lacks.
 
         Args:
             number: of the row group, counted as in `first_rows`.
             columns: the columns to read; None for all.
-            as_columns: from a record batch to the names and values of its columns.
+            as_columns: from a record batch to its columns by name.
         """
         group = [self._groups[number]]
         for batch in self._file.iter_batches(_BATCH_ROWS, row_groups=group, columns=columns, use_threads=False):
-            names, columns_of_batch = as_columns(batch)
-            values = [column if isinstance(column, list) else _values(column) for column in columns_of_batch]
-            parse = _parse_row if any(column and hasattr(column[0], "as_py") for column in values) else _as_it_is
-            yield from (RawRecord(parse, dict(zip(names, row, strict=True))) for row in zip(*values, strict=True))
+            arrays = as_columns(batch)
+            if (values := _values_of(arrays)) is not None:
+                yield RawColumns(values, batch.num_rows)
+            else:  # one row's value is at fault; parsing that row raises the reason
+                entries = (array.apart() if isinstance(array, TokenBatch) else array for array in arrays.values())
+                for row in zip(*entries, strict=True):
+                    yield RawRecord(_parse_row, dict(zip(arrays, row, strict=True)))
 
 
-def _values(column: Any) -> list[Any]:
+def _values_of(arrays: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The values of each column; None if Python has no value for an entry."""
     try:
-        return list(column.to_pylist())
-    except Exception:  # one row's value is at fault; parsing that row raises the reason
-        return list(column)
+        return {name: _values(array) for name, array in arrays.items()}
+    except Exception:  # pyarrow may raise anything
+        return None
+
+
+def _values(array: Any) -> Any:
+    """Numbers in an array of int64, float64 or bool where none is missing, else Python's values in a list."""
+    if isinstance(array, (list, TokenBatch)):
+        return array
+    from pyarrow import types
+
+    kind = array.type
+    if not array.null_count:
+        if types.is_boolean(kind):
+            return array.to_numpy(zero_copy_only=False)
+        if types.is_integer(kind) and kind != "uint64":  # whose numbers may exceed 64 bits with a sign
+            return array.to_numpy().astype(np.int64)
+        if types.is_float32(kind) or types.is_float64(kind):
+            return array.to_numpy().astype(np.float64)
+    return array.to_pylist()
