@@ -9,11 +9,11 @@ from itertools import chain
 from typing import Any, TypeAlias, cast
 
 from ..errors import ConfigError, described, shortened
-from ..labels import NumberOf, UnknownLabelError
+from ..labels import NumberOf, UnknownLabelError, as_listed
 from ..paths import find, splits
 from ..tokens import Text, TokenBatch, TokenizedText
 from .access import DEFAULT_ACCESS, Access
-from .functions import Keep, Map, check_functions, kept_and_mapped
+from .functions import Keep, Map, check_functions, kept_and_mapped, name_of
 from .raw import BOM, RecordError, parse_text, values_of
 from .token_ids import BESIDE_IDS, ids_of
 
@@ -111,6 +111,15 @@ class ReadOptions:
     def texts(self) -> tuple[str, ...]:
         """The names of the one or two fields that make the text."""
         return (self.text,) if self.pair is None else (self.text, self.pair)
+
+    @property
+    def functions(self) -> dict[str, Any]:
+        """The user's functions, by the arguments that hold them."""
+        own = {name: function for name in ("keep", "map") if (function := getattr(self, name)) is not None}
+        named = self.fields if isinstance(self.fields, Mapping) else {}
+        return {f"{name}={name_of(function)}": function for name, function in own.items()} | {
+            f"fields[{name!r}]={name_of(function)}": function for name, function in named.items()
+        }
 
 
 def _as_function(name: str, function: Callable[[Any], Any] | Sequence[str] | Mapping[str, int]) -> Callable[[Any], Any]:
@@ -248,8 +257,9 @@ def _named_fields(values: dict[str, Any], named: Mapping[str, Any] | Sequence[st
         except UnknownLabelError as error:
             raise RecordError(str(error), name) from None
         except Exception as error:  # a user's function may raise anything; it stays attached as the cause
+            way_out = f": {as_listed(name)}" if function in (int, float) and isinstance(value, (str, bytes)) else ""
             raise RecordError(
-                f"the function for this field raised {described(error)} on {shortened(value)}", name
+                f"the function for this field raised {described(error)} on {shortened(value)}{way_out}", name
             ) from error
     return fields
 
