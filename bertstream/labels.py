@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,11 @@ from .errors import ConfigError, shortened
 
 class UnknownLabelError(ValueError):
     """A value is none of the labels; whoever knows where it comes from raises an error with the place."""
+
+
+def as_listed(field: str) -> str:
+    """What to write where a field holds names of labels and a number is wanted, for messages."""
+    return f'where these are labels, list them, as in fields={{{json.dumps(field)}: ["ham", "spam"]}}'
 
 
 class NumberOf:
@@ -44,8 +50,10 @@ class NumberOf:
         Raises:
             UnknownLabelError: with the value and the labels.
         """
-        # As text is read from a tar; bytes that are not UTF-8 are no label.
-        label = value.decode("utf-8-sig", "surrogateescape") if isinstance(value, bytes) else value
+        label = value
+        if isinstance(value, bytes):  # a member of a tar, with its newline; bytes that are not UTF-8 are no label
+            label = value.decode("utf-8-sig", "surrogateescape")
+            label = label if label in self._numbers else label.strip()
         if isinstance(label, str) and label in self._numbers:
             return self._numbers[label]
         if isinstance(value, (list, tuple)):

@@ -5,9 +5,9 @@ Shapes: B texts, T tokens of the longest text, N tokens in all, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, NoReturn, Protocol, TypeAlias
 
 import numpy as np
@@ -211,6 +211,24 @@ class TokenBatch:
             out.fields = picked_fields(self.fields, indices)
             out.texts = None if self.texts is None else [self.texts[i] for i in indices.tolist()]
         return out
+
+    def apart(self) -> Iterator[TokenizedText]:
+        """Its texts one by one, as views of it where none was cut; one whose segments are all 0 has none."""
+        cut = self.window_lengths is not None or self.words_cut is not None
+        for i, (start, end) in enumerate(pairwise(self.cu_seqlens.tolist())):
+            one, own = (self.pick(np.array([i])), slice(None)) if cut else (self, slice(start, end))
+            segments = None if one.token_type_ids is None else one.token_type_ids[own]
+            yield TokenizedText(
+                input_ids=one.input_ids[own],
+                special=None if one.special is None else one.special[own],
+                token_type_ids=segments if segments is not None and segments.any() else None,
+                word_ids=None if one.word_ids is None else one.word_ids[own],
+                num_words=int(self.num_words[i]),
+                cut_tokens=int(self.cut_tokens[i]),
+                words_cut=one.words_cut,
+                window_lengths=one.window_lengths,
+                owned=None if one.owned is None else one.owned[own],
+            )
 
     def drop_idle(self, names: Collection[str]) -> None:
         """Set these arrays to None where they say no more than None does: no text of the batch needs them.

@@ -88,6 +88,28 @@ def test_a_members_bytes_are_read_as_a_label(tmp_path: Path) -> None:
     assert r"record 2, field 'label': b'\xff' is none of the labels ['ham', 'spam']" in str(error)
 
 
+@pytest.mark.parametrize("name", ["cls", "class.id", "score"])
+def test_members_that_are_numbers_elsewhere_may_hold_labels(tmp_path: Path, name: str) -> None:
+    members = [("0.txt", b"a"), (f"0.{name}", b"spam\n"), ("1.txt", b"b"), (f"1.{name}", b" ham")]
+    path = write(tmp_path / "a.tar", tar_bytes([*members, ("2.txt", b"c"), (f"2.{name}", b"eggs")]))
+    records, error = read_until_error(path, ReadOptions(text="txt", fields={name: ["ham", "spam"]}))
+    assert [record.fields[name] for record in records] == [1, 0]
+    assert f"record 2, field '{name}': b'eggs' is none of the labels ['ham', 'spam']" in str(error)
+    for fields in (None, [name], {name: int}):
+        error = read_until_error(path, ReadOptions(text="txt", fields=fields))[1]
+        assert f"field '{name}': a member of this name is read as" in str(error)
+        assert f"but holds b'spam\\n': where these are labels, list them, as in fields={{\"{name}\": [" in str(error)
+    assert read(path, ReadOptions(text="txt", fields=[]))[0].fields == {}
+
+
+def test_int_of_a_label_says_how_labels_become_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,c\na,spam\n")
+    error = read_until_error(path, ReadOptions(fields={"c": int}))[1]
+    assert '\'spam\' on \'spam\': where these are labels, list them, as in fields={"c": ["ham", "spam"]}' in str(error)
+    path = write(tmp_path / "a.jsonl", '{"text": "a", "c": null}')
+    assert "labels" not in str(read_until_error(path, ReadOptions(fields={"c": int}))[1])
+
+
 @given(st.dictionaries(st.text("ab", max_size=3), st.integers(-100, 5), min_size=1))
 def test_a_mapping_gives_its_own_numbers(label2id: dict[str, int]) -> None:
     number_of = pickle.loads(pickle.dumps(NumberOf(label2id, "c")))

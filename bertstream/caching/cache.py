@@ -121,7 +121,8 @@ class EmbeddingCache:
         `disk_evictions`, `disk_dropped_writes`, `disk_failed_writes` (of them; the disk was full or failed),
         `disk_wrong` (entries with a wrong checksum), `disk_failures` (reads that failed as a whole), `disk_texts`,
         `disk_bytes` (live data), and `disk_aside`: 1 while lookups skip the disk because reading takes longer than
-        computing. `disk_read_s` and `compute_s` are seconds.
+        computing. What is still queued for the disk is not in them: call `flush` before. `disk_read_s` and `compute_s`
+        are seconds.
         """
         return self._store.stats()
 
@@ -131,13 +132,18 @@ class EmbeddingCache:
         return None if prefix is None else prefix.hex()
 
     def fingerprints(self) -> dict[str, int]:
-        """Count the texts on disk by fingerprint, or those in memory where there is no disk. Reads all keys."""
+        """Count the texts on disk by fingerprint, or those in memory where there is no disk.
+
+        Waits for this process's queued rows, as `flush` does, and reads all keys.
+        """
+        self._store.flush()
         return dict(Counter(key[:PREFIX_BYTES].hex() for key in self._store.keys_with_prefix()))
 
     def verify(self) -> int:
         """Check every page and entry on disk, and delete entries with wrong checksums unless the cache is read-only.
 
-        A large folder's pages are checked here alone, those of a smaller one also when it is opened.
+        Waits for this process's queued rows first. A large folder's pages are checked here alone, those of a smaller
+        one also when it is opened.
 
         Returns:
             How many entries were wrong.

@@ -221,6 +221,7 @@ class DiskTier:
         Raises:
             CacheError: a page of LMDB is damaged.
         """
+        self.flush()
         wrong = []
         with self._reading(buffers=True) as transaction, transaction.cursor() as cursor:
             check_pages(cast(lmdb.Environment, self._env), self.path)

@@ -297,8 +297,8 @@ class Encoder(CalibratedForward):
             ConfigError: `at` is out of range, or above a layer of `layers`; or the model cannot be split.
         """
         top = max(self.layers)
-        if not 1 <= at < top:
-            raise ConfigError(f"split(at={at}): {top} layers are used, write a number from 1 to {top - 1}")
+        if not isinstance(at, int) or not 1 <= at < top:
+            raise ConfigError(f"split(at={at!r}): {top} layers are used, write a number from 1 to {top - 1}")
         if min(self.layers) < at:
             raise ConfigError(
                 f"split(at={at}): layer {min(self.layers)} of layers={self.layers} is below it, where the upper half "

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_at_least
 from .fingerprint import note_training
 from .layers import known_layers, layer_list
 from .rows import RowForward
@@ -73,13 +73,15 @@ class FreezableForward(RowForward):
                 them, and the parameters outside the layers, such as the embedding layer.
             parameters: train these instead, those of an adapter for example.
         Raises:
-            ConfigError: there are fewer layers, or the parameters are none or not this encoder's.
+            ConfigError: `layers` is no number, or there are fewer; or the parameters are none or not this encoder's.
         """
         if parameters is None:
             groups = self._layer_parameters()
+            if layers is not None:
+                check_at_least("layers", layers, 0)
             if layers:
                 layer_list(self.model)  # says what to do where the layers are not known
-            if layers is not None and not 0 <= layers < len(groups):
+            if layers is not None and layers >= len(groups):
                 raise ConfigError(f"layers={layers}: {len(groups) - 1} layers are used; None is all of them and more")
             chosen = [p for group in groups[: None if layers is None else layers] for p in group]
         else:

@@ -28,17 +28,23 @@ class GivenIds:
             self._least = int(example.lengths[0])
             self._of_prompt = int((~special[: self._least]).sum())
 
-    def batch(self, texts: Sequence[TokenizedText], vocab_size: int | None, *, in_words: bool) -> TokenBatch:
+    def batch(
+        self, texts: Sequence[TokenizedText] | TokenBatch, vocab_size: int | None, *, in_words: bool
+    ) -> TokenBatch:
         """Texts that are ids, of any length, as one batch.
 
         Args:
             texts: where one does not say which of its tokens are special, those that frame texts are, by their ids.
+                A batch may be changed.
             vocab_size: ids that the model knows; None checks only that they are not negative.
             in_words: whether each token, but those of the prompt, is needed with its word.
         Raises:
             EncoderError: a text has an unknown id, no ids, or no words; `.records` names all of these.
         """
-        tokens = TokenBatch.from_texts(texts)
+        if isinstance(texts, TokenBatch):
+            tokens, said = texts, [texts.special is not None]
+        else:
+            tokens, said = TokenBatch.from_texts(texts), [text.special is not None for text in texts]
         if self._least and (lacking := np.flatnonzero(tokens.lengths == 0)).size:
             raise EncoderError(
                 "the list of ids is empty: special tokens belong to the ids, also to those of an empty text",
@@ -49,12 +55,11 @@ class GivenIds:
         if unknown.any():
             known = "ids begin at 0" if vocab_size is None else f"the model knows 0 to {vocab_size - 1}"
             raise EncoderError(f"the token id {ids[unknown][0]}: {known}", records=_texts_with(unknown, tokens))
-        said = [text.special is not None for text in texts]
         if not all(said) and self._framing is None:
             tokens.special = None
         elif not all(said):
             found = self.special_among(ids)
-            if tokens.special is not None:
+            if tokens.special is not None and any(said):
                 found = np.where(np.repeat(said, tokens.lengths), tokens.special, found)
             tokens.special = found
         if in_words:

@@ -8,6 +8,7 @@ models (deberta-v2) change it in between.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -24,6 +25,10 @@ def name_layers(layers: int | Sequence[int]) -> tuple[int, ...]:
     Raises:
         ConfigError: none is named, or one is not a whole number.
     """
+    if isinstance(layers, str):
+        numbers = layers.strip("()[] ").replace(",", " ").split()
+        meant = all(re.fullmatch(r"[+-]?\d+", number) for number in numbers) and [int(number) for number in numbers]
+        raise ConfigError(f"layers={layers!r} is a string: write numbers, as in layers={meant or [-2, -1]}")
     named = tuple(layers) if isinstance(layers, Iterable) else (layers,)
     if not named or not all(isinstance(layer, int) for layer in named):
         raise ConfigError(f"layers={layers!r}: name one or several layers by number; 0 is the embeddings, -1 the last")

@@ -8,7 +8,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -183,7 +182,7 @@ class TextTokenizer:
         """
         out: dict[int, TokenizedText] = {}
         for indices, batch in self._tokenized(texts, self.backend.framed):
-            out |= dict(zip(indices, _one_by_one(batch), strict=True))
+            out |= dict(zip(indices, batch.apart(), strict=True))
         return [out[i] for i in range(len(texts))]
 
     def batch(self, texts: Sequence[Text], framing: Framing | None = None) -> TokenBatch:
@@ -195,7 +194,7 @@ class TextTokenizer:
         """
         return _in_order(self._tokenized(texts, framing or self.backend.framed))
 
-    def ids(self, texts: Sequence[TokenizedText]) -> TokenBatch:
+    def ids(self, texts: Sequence[TokenizedText] | TokenBatch) -> TokenBatch:
         """Texts that are ids already as one batch, in their order, as if they were tokenized here.
 
         Args:
@@ -343,7 +342,7 @@ class TextTokenizer:
                 "with several windows",
                 records=(index,),
             )
-        [out] = _one_by_one(framed.tokens)
+        [out] = framed.tokens.apart()
         if self.overflow == "truncate":
             left = kept(framed.sequence_ids, self.max_length, self._keeps_end)
             short = out.pick(left)
@@ -364,24 +363,6 @@ def _in_order(groups: Iterable[tuple[list[int], TokenBatch]]) -> TokenBatch:
         return groups[0][1]
     order = np.argsort(np.concatenate([indices for indices, _ in groups]))
     return TokenBatch.concat([batch for _, batch in groups]).pick(order)
-
-
-def _one_by_one(batch: TokenBatch) -> Iterator[TokenizedText]:
-    """The texts of a batch, as views of it where none was cut."""
-    cut = batch.window_lengths is not None or batch.words_cut is not None
-    for i, (start, end) in enumerate(pairwise(batch.cu_seqlens.tolist())):
-        one, own = (batch.pick(np.array([i])), slice(None)) if cut else (batch, slice(start, end))
-        yield TokenizedText(
-            input_ids=one.input_ids[own],
-            special=None if one.special is None else one.special[own],
-            token_type_ids=None if one.token_type_ids is None else one.token_type_ids[own],
-            word_ids=None if one.word_ids is None else one.word_ids[own],
-            num_words=int(batch.num_words[i]),
-            cut_tokens=int(batch.cut_tokens[i]),
-            words_cut=one.words_cut,
-            window_lengths=one.window_lengths,
-            owned=None if one.owned is None else one.owned[own],
-        )
 
 
 def _parts(text: Any, index: int) -> list[Any]:

@@ -6,6 +6,16 @@
 
 Lightning saves and loads a loader's state by itself, but takes one batch more from a loader without a length than its
 loop has: without the callback each resume would lose one. So the loader refuses a state that Lightning asked it for.
+
+Start several processes with torchrun. Those that Lightning starts itself learn their rank only in `fit`: make the
+loader and the callback there, in the module.
+
+    def setup(self, stage):
+        self.loader = bertstream.stream("shards/*.tar", encoder, text="txt")
+        self.trainer.callbacks.append(LoaderState(self.loader))
+
+    def train_dataloader(self):
+        return self.loader
 """
 
 from __future__ import annotations
@@ -36,6 +46,12 @@ class LoaderState(Callback):
         self._trained = 0  # batches of the loader's iteration that the loop has trained on
         self._epoch_is_new = False
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Become the first of the callbacks: others that save after a batch have to find it counted."""
+        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The loop has no batch of the iteration, though Lightning may hold one.
 
@@ -57,7 +73,7 @@ class LoaderState(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch; Lightning calls the callbacks that save after this one."""
+        """Count the batch, before any callback that saves."""
         self._trained += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from ..caching.cached_encoder import CachedEncoder
 from ..embeddings import SupportsEncode, SupportsTraining
 from ..errors import ConfigError, shortened
+from ..reading.dataset import TextStream
 from ..reading.tables import is_table
 from ..system.distributed import rank_and_world_size
 
@@ -33,7 +34,8 @@ def check_batches(loader: Any) -> None:
     """Refuse what yields no batches.
 
     Raises:
-        ConfigError: it is an encoder, a table, a mapping, or cannot be iterated.
+        ConfigError: it is an encoder, a table, a mapping or a DataLoader that joins a stream's batches, or it cannot be
+            iterated.
     """
     if hasattr(loader, "encode"):
         raise ConfigError("the first argument is an encoder: write wrap(loader, encoder)")
@@ -42,6 +44,12 @@ def check_batches(loader: Any) -> None:
         raise ConfigError(f"loader is a {kind}, which holds rows, not batches: write bertstream.stream(...) for it")
     if isinstance(loader, Mapping):
         raise ConfigError(f"loader is a {kind} with the keys {shortened(list(loader))}: pass a DataLoader over one")
+    joins = isinstance(loader, DataLoader) and loader.batch_size is not None and loader.collate_fn is default_collate
+    if joins and isinstance(loader.dataset, TextStream):
+        raise ConfigError(
+            f"the DataLoader has batch_size={loader.batch_size}, but its TextStream makes the batches: write "
+            "DataLoader(text_stream, batch_size=None), and batch_size= in TextStream"
+        )
     if not isinstance(loader, Iterable):
         raise ConfigError(f"loader is a {kind}: pass an iterable of batches")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..cursors import Cursor
-from ..errors import ConfigError, check_at_least, counted
+from ..errors import ConfigError, check_at_least
 from ..reading.dataset import StreamItems, TextStream
 from ..reading.lane_batches import LaneEnd
 from ..reading.messages import StreamLoader, StreamMessages
@@ -134,6 +134,10 @@ class Progress(ABC):
         self._places.append(self._place())
         return reader
 
+    def check_can_be_sent(self) -> None:
+        """After workers could not be started: ConfigError if that is because of what a stream is made of."""
+        return
+
     @abstractmethod
     def begun(self, iterator: Iterator[Any]) -> None:
         """The iteration has started."""
@@ -223,7 +227,8 @@ class ProgressInStream(Progress):
         self._to_come: int | None = None  # its batches, if somebody knows the length
         self._unfinished: int | None = None  # the epoch of the last batch, unless the loop has received all of it
         self._said_it_starts_over = False
-        self._say_if_workers_are_idle(getattr(loader, "num_workers", 0))
+        if (idle := stream.idle_workers(getattr(loader, "num_workers", 0))) is not None:
+            logger.warning("%s", idle)
 
     @property
     def epoch(self) -> int:
@@ -252,6 +257,10 @@ class ProgressInStream(Progress):
             return None
         self._knows_all_ranks = True  # so every rank's state names all lanes
         return Peers(stream.rank_timeout_s)
+
+    def check_can_be_sent(self) -> None:
+        """See `TextStream.check_can_be_sent`."""
+        self._stream.check_can_be_sent()
 
     def begun(self, iterator: Iterator[Any]) -> None:
         """Workers have taken the start with them: here the next iteration is not to find it."""
@@ -329,20 +338,4 @@ class ProgressInStream(Progress):
                 "steps_per_epoch= for epochs that continue where the last one stopped, or load the state, or call "
                 "set_epoch",
                 self.epoch,
-            )
-
-    def _say_if_workers_are_idle(self, num_workers: int) -> None:
-        busy, ranks = self._stream.lanes_with_data(), self._stream.world_size
-        if num_workers > max(1, busy):
-            logger.warning(
-                "%d of the %d workers %s nothing to read, because %s %s with data: write num_workers=%d, or "
-                "reading=StreamConfig(lanes=%d), which changes the order (data that cannot be cut, such as gz, also "
-                "needs as many shards)",
-                num_workers - busy,
-                num_workers,
-                "has" if num_workers - busy == 1 else "have",
-                f"rank {self._stream.rank} has" if ranks > 1 else "there is" if busy == 1 else "there are",
-                counted(busy, "lane"),
-                busy,
-                num_workers * ranks,
             )

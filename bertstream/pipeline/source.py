@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import pickle
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +18,14 @@ from ..reading.lane_batches import LaneEnd
 from ..reading.messages import StreamLoader
 from ..tokens import TokenBatch
 from .clocks import StageClocks
+from .default_collate import explained
 from .progress import Entry, Progress, ProgressInStream
 
 
 def read_in_workers(stream: TextStream, num_workers: int) -> Iterator[TokenBatch]:
     """The stream's batches, with its progress in this process and errors with their fields."""
     progress = ProgressInStream(StreamLoader(stream, num_workers), stream)
-    items = iter(progress.begin())
+    items = _start(progress)
     try:
         progress.begun(items)
         for item in items:
@@ -79,7 +82,7 @@ class Source:
         # What an epoch draws from torch's global generator when it starts, seeds of a sampler and of workers, was drawn
         # before a state within the epoch was saved: it is not to be drawn again.
         with torch.random.fork_rng(devices=[], enabled=self._progress.resumes):
-            self._iterator = iter(self._progress.begin())
+            self._iterator = _start(self._progress)
         self._progress.begun(self._iterator)
         for item in self:
             self._first.append((item, self.state))
@@ -95,7 +98,12 @@ class Source:
         if self._closed_by is not None or self._iterator is None:
             raise StopIteration
         with self._clocks.run("read", 1):
-            item = next(self._iterator)
+            try:
+                item = next(self._iterator)
+            except (KeyError, RuntimeError, TypeError) as error:
+                if (explanation := explained(error)) is not None:
+                    raise explanation from error
+                raise
         self.state = self._progress.state_of_source()
         return item
 
@@ -108,6 +116,17 @@ class Source:
         self._first.clear()
         _close(self._iterator)
         self._iterator = None  # last: Ctrl-C may strike before, and this is called again
+
+
+def _start(progress: Progress) -> Iterator[Any]:
+    reader = progress.begin()
+    try:
+        return iter(reader)
+    except (AttributeError, TypeError, pickle.PicklingError):  # what pickle raises for a function of the user's
+        context = getattr(reader, "multiprocessing_context", None) or multiprocessing
+        if getattr(reader, "num_workers", 0) and context.get_start_method() != "fork":
+            progress.check_can_be_sent()
+        raise
 
 
 def _close(iterator: Iterator[Any] | None) -> None:

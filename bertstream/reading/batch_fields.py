@@ -2,42 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 
 from ..errors import shortened
-from ..tokens import Record, TokenBatch, TokenizedText
+from ..tokens import Text, TokenBatch, TokenizedText
+from .options import PLACE
+from .raw import values_of
+from .record_columns import MISSING, Missing, RecordColumns
 
 # What torch's default collate makes of Python's numbers.
 _DTYPES: dict[type, type] = {bool: np.bool_, int: np.int64, float: np.float64}
 
 
-def add_fields(
-    batch: TokenBatch, records: Sequence[Record], *, keep_text_as: str | None, with_place: bool = True
-) -> None:
-    """Put the records' fields into their batch as columns, with `__key__`, `__shard__` and `__index__`.
+def fields_of(records: RecordColumns, *, keep_text_as: str | None, with_place: bool = True) -> dict[str, Any]:
+    """The columns of a batch's fields.
+
+    Args:
+        records: of the batch, or more.
+        keep_text_as: the field under which the raw texts stay in the batch; None drops them.
+        with_place: whether to add `__key__`, `__shard__` and `__index__`; False if those that are wanted are among the
+            records' fields.
+    """
+    fields = dict(records.fields)
+    if keep_text_as is not None:
+        fields[keep_text_as] = list(values_of(records.texts))
+    if with_place:
+        fields |= zip(PLACE, (records.keys, records.shards, records.indices), strict=True)
+    return fields
+
+
+def add_fields(batch: TokenBatch, fields: Mapping[str, Any], *, keep_text_as: str | None) -> None:
+    """Put fields into their batch, as arrays of numbers where they can be.
 
     Args:
         batch: changed in place.
-        records: one a text.
-        keep_text_as: the field under which the raw texts stay in the batch; None drops them.
-        with_place: whether to add these three; False if those that are wanted are among the records' fields.
+        fields: columns of `fields_of`, one entry a text.
+        keep_text_as: the field that holds the texts.
     """
-    names = dict.fromkeys(name for record in records for name in record.fields)
-    batch.fields = {name: stack_column([record.fields.get(name) for record in records]) for name in names}
-    if keep_text_as is not None:
-        texts = [record.text for record in records if not isinstance(record.text, TokenizedText)]
-        if len(texts) == len(records):  # ids have no characters
-            batch.texts = batch.fields[keep_text_as] = texts
-        else:
-            kept = (record.text for record in records)
-            batch.fields[keep_text_as] = [text.input_ids if isinstance(text, TokenizedText) else text for text in kept]
-    if with_place:
-        batch.fields["__key__"] = [record.key for record in records]
-        batch.fields["__shard__"] = [record.shard for record in records]
-        batch.fields["__index__"] = np.array([record.index for record in records], np.int64)
+    batch.fields = {}
+    for name, column in fields.items():
+        if not isinstance(column, list):
+            batch.fields[name] = column
+        elif name == keep_text_as:
+            has_ids = any(isinstance(text, TokenizedText) for text in column)
+            batch.fields[name] = [_plain(text) for text in column] if has_ids else column
+            batch.texts = None if has_ids else column  # ids have no characters
+        elif Missing not in (kinds := set(map(type, column))):
+            batch.fields[name] = stack_column(column)
+        elif len(kinds) > 1:
+            batch.fields[name] = stack_column([None if value is MISSING else value for value in column])
+
+
+def _plain(text: Text | TokenizedText) -> Any:
+    return text.input_ids if isinstance(text, TokenizedText) else text
 
 
 class Strings(list[str]):
@@ -87,6 +107,8 @@ def stack_column(values: list[Any]) -> Any:
     word, say) become arrays of one dtype, one a record, and are never joined. A missing value is None, and keeps the
     column a list.
     """
+    if set(map(type, values)) <= {str}:
+        return Strings(values)
     lists = [value for value in values if isinstance(value, list)]
     try:
         if dtype := _number_dtype(values):

@@ -20,7 +20,7 @@ from ..tokens import SupportsTokenize, TokenBatch
 from .bad_records import BadRecords
 from .config import StreamConfig
 from .counts import RecordCounts
-from .functions import Keep, Map, name_of
+from .functions import Keep, Map, check_can_be_sent, name_of
 from .lane_batches import LaneBatches, LaneEnd
 from .layout import Layout, lay_out, lay_out_mixture
 from .mixture import Mixture, open_sources
@@ -408,9 +408,20 @@ class TextStream(IterableDataset[TokenBatch]):
                 self.epoch,
             )
 
-    def lanes_with_data(self) -> int:
-        """This rank's lanes that have something to read in an epoch; no more workers than that are busy."""
-        return sum(map(bool, self._dealt(self._layout, 0)[self.rank :: self.world_size]))
+    def idle_workers(self, num_workers: int) -> str | None:
+        """What to write instead of a number of workers of which some have nothing to read; None where all have."""
+        busy = sum(map(bool, self._dealt(self._layout, 0)[self.rank :: self.world_size]))
+        layout, by_user = self._layout, self._reading.lanes is not None
+        return layout.idle_workers(num_workers, busy, self.rank, self.world_size, lanes_by_user=by_user)
+
+    def check_can_be_sent(self) -> None:
+        """Refuse the user's functions, tokenizer or rows if they cannot be sent to workers that are not forked.
+
+        Raises:
+            ConfigError: one of them does not pickle; it says which.
+        """
+        tokenizer = {"the encoder's tokenizer, or its word_splitter=,": self._batches.tokenizer}
+        check_can_be_sent(self._options.functions | tokenizer | {name: rows for (name, *_), rows in self._sources})
 
     def _dealt(self, layout: Layout, epoch: int) -> list[list[Piece]]:
         return layout.deal(self._seed if self.shuffle else None, epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -56,3 +57,22 @@ def kept_and_mapped(values: dict[str, Any], keep: Keep | None, map: Map | None) 
 def name_of(function: Any) -> str:
     """The function's name, for messages and states, or that of its type; without the function it is defined in."""
     return str(getattr(function, "__qualname__", type(function).__qualname__)).rpartition("<locals>.")[2]
+
+
+def check_can_be_sent(parts: Mapping[str, Any]) -> None:
+    """Refuse what cannot be sent to worker processes that are not forked.
+
+    Args:
+        parts: what is sent, by its name in the message.
+    Raises:
+        ConfigError: with the name of one that does not pickle, and the way out.
+    """
+    for name, part in parts.items():
+        try:
+            pickle.dumps(part)
+        except Exception as error:  # pickle raises anything, for its own reasons and for the object's
+            raise ConfigError(
+                f"{name} cannot be sent to worker processes, which here are not forked and receive it by pickle "
+                f"({described(error)}): a function has to be importable, as one that def makes at the top level of a "
+                "module; a lambda or a function within another one is not. Or write num_workers=0"
+            ) from error

@@ -10,22 +10,20 @@ import numpy as np
 
 from ..cursors import Cursor
 from ..errors import BertstreamError, EncoderError, ShardError
-from ..tokens import Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch, TokenizedText
-from .batch_fields import add_fields
+from ..tokens import Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch
+from .batch_fields import fields_of
 from .bucket import cut_bucket
+from .bucket_records import BucketRecords, JoinedRecords, TokenizedRecords, kinds_of
 from .config import StreamConfig
 from .lanes import LaneReader
 from .mixture import Mixing, MixtureReader
 from .options import ReadOptions
+from .record_columns import RecordColumns
 from .shards import Piece
 from .token_ids import tokens_of
 
 # Texts per call of the tokenizer: enough to use its threads, few enough that the first batch comes soon.
 _TOKENIZE_CHUNK = 256
-
-# Arrays that a batch need not have because other texts of its bucket do.
-_OF_LONG_TEXTS = frozenset(("words_cut", "window_lengths", "owned"))
-_OF_SOME_KINDS = frozenset(("word_ids", "token_type_ids"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +131,13 @@ class LaneBatches:
                     return
                 following = _Bucket(bucket.end, later_size)
                 reader.may_skip = self._may_skip
-                tokens = bucket.join()
-                surplus = len(tokens) % self.batch_size if self.drop_last and self.batch_size is not None else 0
+                records = bucket.records.join()
+                surplus = len(records) % self.batch_size if self.drop_last and self.batch_size is not None else 0
                 if not bucket.start.batch:
                     dropped += surplus
                 # The last ones that were read, not the longest: those would always be the same.
-                batches = self._cut(tokens.lengths[: len(tokens) - surplus], bucket.start)
-                for number, batch in enumerate(self._batches_of(bucket, tokens, batches), 1 + bucket.start.batch):
+                batches = self._cut(records.lengths[: len(records) - surplus], bucket.start)
+                for number, batch in enumerate(self._batches_of(bucket, records, batches), 1 + bucket.start.batch):
                     batch.report = ReadReport(read, tuple(bad), _pair(words), dropped) if read else None
                     if read:
                         words[:] = 0
@@ -166,7 +164,8 @@ class LaneBatches:
                 tolerant=tolerant,
             )
         options = self.options if self.options.rows is None else replace(self.options, epoch=start.epoch)
-        return LaneReader(pieces, options, start, open_shards=open_shards, tolerant=tolerant)
+        prepare = self._prepared
+        return LaneReader(pieces, options, start, open_shards=open_shards, tolerant=tolerant, prepare=prepare)
 
     @property
     def _tolerant(self) -> bool:
@@ -182,20 +181,24 @@ class LaneBatches:
         """Read and tokenize until the bucket has `count` records; an error is kept until the bucket's turn."""
         try:
             while (missing := count - self._held(bucket)) > 0 and not bucket.at_end and bucket.error is None:
-                dropped = reader.dropped
-                chunk = _chunk(reader, min(_TOKENIZE_CHUNK, missing))
-                bucket.at_end = not chunk
-                bucket.read += len(chunk)
+                dropped, counted = reader.dropped, self._word_count
+                at_most = min(_TOKENIZE_CHUNK, missing)
+                if columns := reader.read_columns(at_most):
+                    bucket.read += bucket.records.add(columns)
+                else:
+                    records = _records(reader, at_most)
+                    bucket.at_end = not records
+                    bucket.read += len(records)
                 bucket.end = reader.cursor(bucket.start)
                 bucket.skipped += reader.take_bad()
                 bucket.dropped += reader.dropped - dropped
-                counted = self._word_count
-                records, tokens, refused = self._tokenized(chunk)
+                if not columns:
+                    tokenized, refused = self._without_refused(records)
+                    if tokenized is not None:
+                        bucket.records.add([(tokenized, 0, len(tokenized.tokens))])
+                    bucket.refused += refused
+                    reader.may_skip -= len(refused)
                 bucket.words += self._word_count - counted
-                bucket.records += records
-                bucket.chunks += tokens
-                bucket.refused += refused
-                reader.may_skip -= len(refused)
         except BertstreamError as error:
             bucket.error = error
 
@@ -216,26 +219,34 @@ class LaneBatches:
             shuffle = np.random.default_rng((self.shuffle_seed, start.epoch, start.lane, start.next_piece, *opened))
         return cut_bucket(lengths, batch_size=self.batch_size, max_tokens=self.max_tokens, shuffle=shuffle)
 
-    def _batches_of(self, bucket: _Bucket, tokens: TokenBatch, batches: list[Indices]) -> Iterator[TokenBatch]:
-        may_be_idle = _OF_LONG_TEXTS
-        if (tokens.word_ids is not None or tokens.token_type_ids is not None) and len(set(bucket.kinds())) > 1:
-            may_be_idle |= _OF_SOME_KINDS
+    def _batches_of(self, bucket: _Bucket, records: JoinedRecords, batches: list[Indices]) -> Iterator[TokenBatch]:
         for number, chosen in enumerate(batches, 1):
             if number <= bucket.start.batch:
                 continue
-            batch = tokens.pick(chosen)
-            batch.drop_idle(may_be_idle)
-            records = [bucket.records[i] for i in chosen.tolist()]
-            add_fields(batch, records, keep_text_as=self.keep_text_as, with_place=not self.options.place)
+            batch = records.batch(chosen, keep_text_as=self.keep_text_as)
             batch.cursor = bucket.end if number == len(batches) else replace(bucket.start, batch=number)
             yield batch
 
-    def _tokenized(self, records: list[Record]) -> tuple[list[Record], list[TokenBatch], list[ShardError]]:
-        """The records with their tokens, as one chunk or none, and the errors of those that were skipped."""
+    def _prepared(self, records: RecordColumns) -> TokenizedRecords | None:
+        """Records with their tokens; None if the tokenizer refuses one, which it is then asked for record by record."""
+        try:
+            return self._tokenized(records)
+        except EncoderError as error:
+            if not error.records:
+                raise
+            return None
+
+    def _tokenized(self, records: RecordColumns) -> TokenizedRecords:
+        fields = fields_of(records, keep_text_as=self.keep_text_as, with_place=not self.options.place)
+        tokens = tokens_of(self.tokenizer, records.texts)
+        return TokenizedRecords(tokens, fields, kinds_of(records.texts, tokens))
+
+    def _without_refused(self, records: list[Record]) -> tuple[TokenizedRecords | None, list[ShardError]]:
+        """Records with their tokens, if any are left, and the errors of those that the tokenizer refused."""
         refused: list[ShardError] = []
         while records:
             try:
-                return records, [tokens_of(self.tokenizer, [record.text for record in records])], refused
+                return self._tokenized(RecordColumns.of(records)), refused
             except EncoderError as error:
                 if not error.records:
                     raise
@@ -250,11 +261,11 @@ class LaneBatches:
                     raise refusal from error
                 refused.append(refusal)
                 records = [record for record in records if record is not at]
-        return [], [], refused
+        return None, refused
 
 
-def _chunk(reader: LaneReader | MixtureReader, count: int) -> list[Record]:
-    """The next records, as many as there are up to a number."""
+def _records(reader: LaneReader | MixtureReader, count: int) -> list[Record]:
+    """The next records that are read one by one, as many as there are up to a number."""
     records: list[Record] = []
     while len(records) < count and (record := reader.read()) is not None:  # `iter` would compare the fields of each
         records.append(record)
@@ -280,23 +291,9 @@ class _Bucket:
         """The lane's cursor after it."""
         self.read = self.dropped = 0
         self.at_end = False
-        self.records: list[Record] = []
-        self.chunks: list[TokenBatch] = []
+        self.records = BucketRecords()
         self.words = np.zeros(2, np.int64)
         """Looked up and found in the word cache, as in `ReadReport`."""
         self.skipped: list[ShardError] = []
         self.refused: list[ShardError] = []
         self.error: BertstreamError | None = None
-
-    def join(self) -> TokenBatch:
-        """The tokens of all its records."""
-        chunks, self.chunks = self.chunks, []
-        return TokenBatch.concat(chunks) if chunks else TokenBatch.from_texts([])
-
-    def kinds(self) -> Iterator[tuple[type, ...]]:
-        """Of each record, whether its text is a string, a list of words, a pair of either, or ids, and with what."""
-        for text in (record.text for record in self.records):
-            if isinstance(text, TokenizedText):
-                yield type(text), type(text.word_ids), type(text.token_type_ids)
-            else:
-                yield (type(text), type(text[0])) if isinstance(text, tuple) else (type(text),)

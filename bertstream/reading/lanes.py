@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
 
 from ..cursors import Cursor, OpenPiece
 from ..errors import ShardError
-from ..tokens import Record
+from ..tokens import Indices, Record
 from .options import ReadOptions
-from .records import read_records
+from .record_columns import RecordColumns
+from .records import read_columns
 from .shards import Piece
 
 
@@ -30,6 +34,8 @@ class LaneReader:
         open_shards: how many pieces are open at a time.
         tolerant: whether to skip and report broken records, and give up a broken shard; otherwise they raise. Faults of
             the machine always do.
+        prepare: is given records that come as columns, and returns what `read_columns` gives of them; None where each
+            is to be read by itself. Without it all are.
     Attributes:
         may_skip: how many more broken records and shards it skips. Below 0 nothing more is read: the limit of the epoch
             is exceeded by this lane alone, which its report says.
@@ -37,11 +43,19 @@ class LaneReader:
     """
 
     def __init__(
-        self, pieces: Sequence[Piece], options: ReadOptions, start: Cursor, *, open_shards: int, tolerant: bool
+        self,
+        pieces: Sequence[Piece],
+        options: ReadOptions,
+        start: Cursor,
+        *,
+        open_shards: int,
+        tolerant: bool,
+        prepare: Callable[[RecordColumns], Any] = lambda columns: None,
     ) -> None:
         self._pieces = pieces
         self._options = options
         self._tolerant = tolerant
+        self._prepare = prepare
         self.may_skip = math.inf
         self.dropped = 0
         self._next = start.next_piece
@@ -51,19 +65,50 @@ class LaneReader:
             self._open.append(self._open_next())
 
     def read(self) -> Record | None:
-        """The next good record; None after the last, and once more was skipped than may be.
+        """The next good record; None after the last, once more was skipped than may be, and if it comes in columns.
 
         Raises:
             ShardError: a record or shard is broken, unless `tolerant`.
         """
+        opened = self._due()
+        if opened is None or not opened.ready:
+            return None
+        record = opened.ready.popleft()
+        opened.records = record.index - opened.start + 1
+        opened.offset = record.offset
+        self._open.rotate(-1)
+        return record
+
+    def read_columns(self, count: int) -> list[tuple[Any, int, int]]:
+        """The next records, as far as they come as columns: one of each column in turn.
+
+        Args:
+            count: how many at most.
+        Returns:
+            What `prepare` made of each of their columns, with the first and the last + 1 of its records, of which the
+            earlier columns may have one more than the later; nothing if `read` has the next record.
+        Raises:
+            ShardError: as for `read`.
+        """
+        opened = self._due()
+        if opened is None or opened.ready:
+            return []
+        pieces = len(self._open)
+        count = min(count, *(piece.left * pieces + turn for turn, piece in enumerate(self._open)))
+        found = []
+        for turn, piece in enumerate(self._open):
+            if taken := count // pieces + (turn < count % pieces):
+                found.append((piece.prepared, piece.given, piece.given + taken))
+                piece.give(taken)
+        self._open.rotate(-(count % pieces))
+        return found
+
+    def _due(self) -> _Opened | None:
+        """The piece whose turn it is, with its next record; None after the last, or if too much was skipped."""
         while self._open and self.may_skip >= 0:
             opened = self._open[0]
-            record = self._next_of(opened)
-            if record is not None:
-                opened.records = record.index - opened.start + 1
-                opened.offset = record.offset
-                self._open.rotate(-1)
-                return record
+            if opened.left or opened.ready or self._read_on(opened):
+                return opened
             self._open.popleft()
             if self._next < len(self._pieces):
                 self._open.appendleft(self._open_next())
@@ -100,13 +145,21 @@ class LaneReader:
         self._next += 1
         return _Opened(self._next - 1, start=self._pieces[self._next - 1].start)
 
-    def _next_of(self, opened: _Opened) -> Record | None:
+    def _read_on(self, opened: _Opened) -> bool:
+        """Read the next records of a piece; whether there are any."""
         try:
             if opened.reader is None:
                 piece, skip = _rest(self._pieces[opened.piece], opened)
                 on_bad = self._skip if self._tolerant else None
-                opened.reader = read_records(piece, self._options, skip=skip, on_bad=on_bad, on_drop=self._drop)
-            return next(opened.reader, None)
+                opened.reader = read_columns(piece, self._options, skip=skip, on_bad=on_bad, on_drop=self._drop)
+            item = next(opened.reader, None)
+            if isinstance(item, Record):
+                opened.ready.append(item)
+            elif item is not None and (prepared := self._prepare(item)) is None:
+                opened.ready.extend(item.records())
+            elif item is not None:
+                opened.prepared, opened.indices, opened.given = prepared, item.indices, 0
+            return item is not None
         except ShardError as error:
             if not error.skippable:
                 raise
@@ -116,18 +169,38 @@ class LaneReader:
                 raise
             error.gives_up_shard = True
             self._skip(error)
-            return None
+            return False
 
 
 @dataclass(slots=True)
 class _Opened:
-    """An `OpenPiece` while it is read, and where in its shard the piece starts."""
+    """An `OpenPiece` while it is read, where in its shard the piece starts, and what was read but not given yet.
+
+    Attributes:
+        ready: records that are given one by one.
+        prepared: the columns that are given, with the `indices` of their records, of which `given` have been.
+    """
 
     piece: int
     records: int = 0
     offset: int = 0
     start: int = 0
-    reader: Generator[Record, None, None] | None = None
+    reader: Generator[Record | RecordColumns, None, None] | None = None
+    ready: deque[Record] = field(default_factory=deque)
+    prepared: Any = None
+    indices: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
+    given: int = 0
+
+    @property
+    def left(self) -> int:
+        """Records of the columns that are not given yet."""
+        return len(self.indices) - self.given
+
+    def give(self, count: int) -> None:
+        """Count these of the columns as given."""
+        self.given += count
+        self.records = int(self.indices[self.given - 1]) - self.start + 1
+        self.offset = 0
 
 
 def _rest(piece: Piece, opened: _Opened) -> tuple[Piece, int]:

@@ -116,6 +116,32 @@ class Layout:
             "StreamConfig(shard_cache=) makes remote shards local; or use fewer ranks"
         )
 
+    def idle_workers(self, workers: int, busy: int, rank: int, ranks: int, *, lanes_by_user: bool) -> str | None:
+        """What to write instead of a number of workers of which some have nothing to read; None where all have.
+
+        Small data is told of no lanes: more of them would only make its batches smaller.
+
+        Args:
+            workers: how many read for the rank.
+            busy: how many of its lanes have data.
+            rank, ranks: which one of how many.
+            lanes_by_user: whether the user chose the number of lanes.
+        """
+        if workers <= max(1, busy):
+            return None
+        where = f" on rank {rank}" if ranks > 1 else ""
+        written, wanted = f"write num_workers={max(1, busy)}", workers * ranks
+        if len(range(rank, self.lanes, ranks)) > busy:
+            why = f"the data has only {counted(busy, 'piece')} for them{where} and cannot be cut further"
+            return f"num_workers={workers}, but {why}: {written}, or write the data to at least {wanted} shards"
+        if lanes_by_user or self.lanes >= _MOST_LANES:
+            instead = f"reading=StreamConfig(lanes={wanted}), which changes the order of the batches"
+            return (
+                f"num_workers={workers}, but there {'is' if busy == 1 else 'are'} {counted(busy, 'lane')}{where} "
+                f"for them: {written}, or {instead}"
+            )
+        return f"num_workers={workers}, but the data is enough for {busy} of them{where}: {written}"
+
 
 def lay_out(shards: Sequence[str], rows: Any, reading: StreamConfig, *, shuffle: bool, ranks: int) -> Layout:
     """Cut the data into pieces for lanes, at least one lane for each rank.

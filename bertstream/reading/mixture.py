@@ -241,6 +241,10 @@ class MixtureReader:
                 self._exhausted(source)
         return None
 
+    def read_columns(self, count: int) -> list[tuple[Any, int, int]]:
+        """Nothing: which source is due is decided record by record."""
+        return []
+
     def cursor(self, lane: Cursor) -> Cursor:
         """After the last record read, where a bucket of this lane and epoch would start."""
         places = []

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeAlias, cast
 
 from ..errors import ConfigError, described, shortened
-from ..labels import NumberOf, UnknownLabelError
+from ..labels import NumberOf, UnknownLabelError, as_listed
 from ..paths import find, splits
-from ..tokens import Text, TokenizedText
+from ..tokens import Text, TokenBatch, TokenizedText
 from .access import DEFAULT_ACCESS, Access
-from .functions import Keep, Map, check_functions, kept_and_mapped
-from .raw import BOM, RecordError, parse_text
+from .functions import Keep, Map, check_functions, kept_and_mapped, name_of
+from .raw import BOM, RecordError, parse_text, values_of
 from .token_ids import BESIDE_IDS, ids_of
 
 Fields: TypeAlias = Mapping[str, Callable[[Any], Any] | Sequence[str] | Mapping[str, int]] | Sequence[str] | None
@@ -111,6 +112,15 @@ class ReadOptions:
         """The names of the one or two fields that make the text."""
         return (self.text,) if self.pair is None else (self.text, self.pair)
 
+    @property
+    def functions(self) -> dict[str, Any]:
+        """The user's functions, by the arguments that hold them."""
+        own = {name: function for name in ("keep", "map") if (function := getattr(self, name)) is not None}
+        named = self.fields if isinstance(self.fields, Mapping) else {}
+        return {f"{name}={name_of(function)}": function for name, function in own.items()} | {
+            f"fields[{name!r}]={name_of(function)}": function for name, function in named.items()
+        }
+
 
 def _as_function(name: str, function: Callable[[Any], Any] | Sequence[str] | Mapping[str, int]) -> Callable[[Any], Any]:
     if callable(function):
@@ -164,6 +174,65 @@ def take_text_and_fields(
     return text, values
 
 
+def take_columns(
+    columns: Mapping[str, Any], options: ReadOptions, place: Sequence[Any]
+) -> tuple[list[Text | TokenizedText] | TokenBatch, dict[str, Any]] | None:
+    """What `take_text_and_fields` does, for several records at once.
+
+    Args:
+        columns: the records' fields, see `RawColumns`.
+        options: what to take.
+        place: the columns of `PLACE`.
+    Returns:
+        The texts and the columns of the other fields; None where a record may be broken or is to be looked at by
+        itself: then `take_text_and_fields` says of each what it is.
+    """
+    reserved = options.reserved if options.fields is None else options.place
+    looks_at_each = options.keep is not None or options.map is not None
+    if (
+        looks_at_each
+        or any(name not in columns for name in options.required)
+        or not columns.keys().isdisjoint(reserved)
+    ):
+        return None
+    text = columns[options.text]
+    if isinstance(text, TokenBatch):
+        if options.pair is not None:
+            return None
+    elif not _all_texts(text):
+        return None
+    elif options.pair is not None:
+        pair = columns[options.pair]
+        if not _all_texts(pair) or type(text[0]) is not type(pair[0]):
+            return None
+        text = list(zip(text, pair, strict=True))
+    if options.fields is None:
+        return text, {name: column for name, column in columns.items() if name not in options.texts}
+    columns = {**columns, **dict(zip(PLACE, place, strict=True))} if options.place else columns
+    if not isinstance(options.fields, Mapping):
+        return text, {name: columns[name] for name in options.fields}
+    try:
+        functions = cast("Mapping[str, Callable[[Any], Any]]", options.fields)
+        return text, {name: list(map(function, values_of(columns[name]))) for name, function in functions.items()}
+    except Exception:  # of a user's function, on one of the records
+        return None
+
+
+def _all_texts(column: Any) -> bool:
+    """Whether each entry is a good string, or each a list of good strings."""
+    if not isinstance(column, list):
+        return False
+    kinds = set(map(type, column))
+    words = list(chain.from_iterable(column)) if kinds == {list} else column
+    if not (kinds == {str} or (kinds == {list} and set(map(type, words)) <= {str})):
+        return False
+    try:
+        "".join(words).encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    return True
+
+
 def _text_of(values: dict[str, Any], options: ReadOptions) -> Text | TokenizedText:
     value = _value(values, options.text)
     ids = None if isinstance(value, str) else ids_of(value, values, options.text)
@@ -188,8 +257,9 @@ def _named_fields(values: dict[str, Any], named: Mapping[str, Any] | Sequence[st
         except UnknownLabelError as error:
             raise RecordError(str(error), name) from None
         except Exception as error:  # a user's function may raise anything; it stays attached as the cause
+            way_out = f": {as_listed(name)}" if function in (int, float) and isinstance(value, (str, bytes)) else ""
             raise RecordError(
-                f"the function for this field raised {described(error)} on {shortened(value)}", name
+                f"the function for this field raised {described(error)} on {shortened(value)}{way_out}", name
             ) from error
     return fields
 

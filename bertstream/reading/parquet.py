@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 from ..errors import ShardError, described, shortened
 from ..paths import splits
+from .arrow import records_of
 from .faults import outside_fault
 from .options import ReadOptions
-from .raw import RawRecord, RecordError, broken
+from .raw import RawColumns, RawRecord, RecordError, broken
 from .shards import Piece
-from .token_ids import BESIDE_IDS, check_tokenizer, columns_of_ids, holds_ids
+from .token_ids import BESIDE_IDS, check_tokenizer, holds_ids
 
 # Rows converted to Python values at a time: enough to cost little per row, few enough to hold few long texts.
 _BATCH_ROWS = 256
 
 
-def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[RawRecord]:
+def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterator[RawRecord | RawColumns]:
     """The rows from the row group of the piece's first row on; only the wanted columns are read.
 
     Where a row group breaks, its other rows come as one broken item, and reading continues with the next group.
@@ -38,11 +38,8 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
         if file.columns.count(name) > 1:
             message = f"{piece.path}, field {name!r}: several columns have this name: {shortened(file.columns)}"
             raise ShardError(message, path=piece.path, field=name)
-    as_columns = _as_columns
     if file.holds_ids(options.text):
         check_tokenizer(file.metadata, options.tokenizer, piece.path)
-    if file.holds_ids(options.text) and options.keep is None and options.map is None:  # which get plain lists
-        as_columns = partial(columns_of_ids, field=options.text, kept=options.required)
         if wanted is not None:
             wanted += [name for name in BESIDE_IDS if name in file.columns and name not in wanted]
     group = bisect_right(file.first_rows, piece.start, hi=len(file.sizes)) - 1 if file.sizes else 0
@@ -51,9 +48,10 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
     for number in range(group, len(file.sizes)):
         left = file.first_rows[number + 1] - file.first_rows[number]
         try:
-            for row in file.rows(number, wanted, as_columns):
-                yield row
-                left -= 1
+            for batch in file.batches(number, wanted):
+                for records in records_of(batch, options):
+                    yield records
+                    left -= records.records
             if left:
                 raise EOFError(f"it ends {left} rows before its footer says")
         except Exception as error:  # pyarrow may raise anything
@@ -62,31 +60,6 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
             refusal = RecordError(f"row group {number} cannot be read: {described(error)}")
             refusal.__cause__ = error
             yield RawRecord(broken, refusal, records=left)
-
-
-def _parse_row(row: dict[str, Any]) -> dict[str, Any]:
-    for name, value in row.items():
-        try:
-            row[name] = _plain(value)
-        except Exception as error:  # pyarrow may raise anything
-            raise RecordError(f"Python has no value for it: {described(error)}", name) from error
-    return row
-
-
-def _plain(value: Any) -> Any:
-    """The value as Python's own type; pyarrow raises if there is none."""
-    return value.as_py() if hasattr(value, "as_py") else value
-
-
-def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
-    return row
-
-
-_AsColumns: TypeAlias = Callable[[Any], tuple[list[str], list[Any]]]
-
-
-def _as_columns(batch: Any) -> tuple[list[str], list[Any]]:
-    return batch.schema.names, batch.columns
 
 
 class ParquetReader:
@@ -120,24 +93,12 @@ class ParquetReader:
         """Whether a column's values are lists of integers."""
         return column in self.columns and holds_ids(self._file.schema_arrow.field(column).type)
 
-    def rows(self, number: int, columns: list[str] | None, as_columns: _AsColumns = _as_columns) -> Iterator[RawRecord]:
-        """The rows of one row group, which become mappings from column to value.
+    def batches(self, number: int, columns: list[str] | None) -> Iterator[Any]:
+        """The rows of one row group, as record batches of Arrow.
 
         Args:
             number: of the row group, counted as in `first_rows`.
             columns: the columns to read; None for all.
-            as_columns: from a record batch to the names and values of its columns.
         """
         group = [self._groups[number]]
-        for batch in self._file.iter_batches(_BATCH_ROWS, row_groups=group, columns=columns, use_threads=False):
-            names, columns_of_batch = as_columns(batch)
-            values = [column if isinstance(column, list) else _values(column) for column in columns_of_batch]
-            parse = _parse_row if any(column and hasattr(column[0], "as_py") for column in values) else _as_it_is
-            yield from (RawRecord(parse, dict(zip(names, row, strict=True))) for row in zip(*values, strict=True))
-
-
-def _values(column: Any) -> list[Any]:
-    try:
-        return list(column.to_pylist())
-    except Exception:  # one row's value is at fault; parsing that row raises the reason
-        return list(column)
+        return iter(self._file.iter_batches(_BATCH_ROWS, row_groups=group, columns=columns, use_threads=False))

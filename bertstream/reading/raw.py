@@ -6,10 +6,14 @@ Parsing is left for later, so that skipped records cost little and a broken one 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from ..errors import shortened
+from ..tokens import TokenBatch
 
 BOM = b"\xef\xbb\xbf"
 _DECODER = json.JSONDecoder()
@@ -32,6 +36,51 @@ class RawRecord(NamedTuple):
     key: str | None = None
     offset: int = 0
     records: int = 1
+
+
+class RawColumns(NamedTuple):
+    """Several records, one after the other, that a shard stores as columns.
+
+    Attributes:
+        columns: by name, one entry a record: Python's values in a list, or numbers in an array of int64, float64 or
+            bool, or token ids.
+        records: how many records these are.
+    """
+
+    columns: Mapping[str, list[Any] | npt.NDArray[Any] | TokenBatch]
+    records: int
+
+    def part(self, own: range, first: int) -> Mapping[str, Any]:
+        """The columns of some of the records.
+
+        Args:
+            own: their indices in the shard.
+            first: the index of the first of all.
+        """
+        if len(own) == self.records:
+            return self.columns
+        chosen = slice(own.start - first, own.stop - first, own.step)
+        numbers = np.arange(self.records)[chosen]
+        return {
+            name: column.pick(numbers) if isinstance(column, TokenBatch) else column[chosen]
+            for name, column in self.columns.items()
+        }
+
+    def rows(self) -> Iterator[RawRecord]:
+        """The records one by one."""
+        columns = map(values_of, self.columns.values())
+        return (RawRecord(_as_it_is, dict(zip(self.columns, row, strict=True))) for row in zip(*columns, strict=True))
+
+
+def values_of(column: list[Any] | npt.NDArray[Any] | TokenBatch) -> Any:
+    """The entries of a column as Python's values, ids as texts."""
+    if isinstance(column, TokenBatch):
+        return column.apart()
+    return column.tolist() if isinstance(column, np.ndarray) else column
+
+
+def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
+    return row
 
 
 class RecordError(Exception):

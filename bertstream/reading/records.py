@@ -22,24 +22,28 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import BinaryIO, TypeAlias
 
+import numpy as np
+
 from ..errors import ConfigError, ShardError, check_at_least, described
-from ..tokens import Record, TokenizedText
+from ..tokens import Indices, Record, TokenizedText
 from .access import is_local
 from .delimited import DELIMITERS, read_csv
 from .faults import outside_fault
 from .files import is_file, open_bytes
 from .lines import read_json, read_jsonl, read_txt
-from .options import ReadOptions, take_text_and_fields
+from .options import ReadOptions, take_columns, take_text_and_fields
 from .parquet import read_parquet
-from .raw import RawRecord, RecordError
+from .raw import RawColumns, RawRecord, RecordError
+from .record_columns import RecordColumns
 from .rows import read_rows, split_rows
 from .shards import Piece, ShardKind, check_packages, read_errors, shard_kind
 from .tar import read_tar
 
 # The piece's `start` is the first wanted record: a reader yields the earlier ones too, or says how many it jumped over.
-_Reader: TypeAlias = Callable[[BinaryIO, Piece, ReadOptions], Iterator[RawRecord]]
+_Reader: TypeAlias = Callable[[BinaryIO, Piece, ReadOptions], Iterator[RawRecord] | Iterator[RawRecord | RawColumns]]
 
 _READERS: dict[str, _Reader] = {
     "tar": read_tar,
@@ -61,9 +65,26 @@ def read_records(
     on_bad: Callable[[ShardError], bool | None] | None = None,
     on_drop: Callable[[], None] | None = None,
 ) -> Generator[Record, None, None]:
-    """Read the records of a piece in order.
+    """Read the records of a piece in order, one by one; the arguments and errors are those of `read_columns`."""
+    with closing(read_columns(piece, options, skip=skip, on_bad=on_bad, on_drop=on_drop)) as found:
+        for item in found:
+            if isinstance(item, RecordColumns):
+                yield from item.records()
+            else:
+                yield item
 
-    Holds one record at a time. The file is closed when the generator ends, raises or is closed.
+
+def read_columns(
+    piece: Piece,
+    options: ReadOptions,
+    *,
+    skip: int = 0,
+    on_bad: Callable[[ShardError], bool | None] | None = None,
+    on_drop: Callable[[], None] | None = None,
+) -> Generator[Record | RecordColumns, None, None]:
+    """Read the records of a piece in order, as many at a time as its shard stores as columns.
+
+    Holds as few records as that. The file is closed when the generator ends, raises or is closed.
 
     Args:
         piece: the whole shard, as in `Piece(path)`, or a part of it; records of other shares are not parsed.
@@ -73,7 +94,7 @@ def read_records(
             skipped, or, if it returns True, end the reading; None raises the error.
         on_drop: called for each record that `options.keep` or `options.map` drops.
     Yields:
-        Records whose `index` is their index in the shard.
+        Records whose `index` is their index in the shard, one by one or as columns.
     Raises:
         ConfigError: the ending is unknown, a `pipe:` is not allowed, a package is missing, or `skip` is negative.
         ShardError: the shard is missing, unreadable, cut off or has no records; or, without `on_bad`, a record is
@@ -90,7 +111,7 @@ def read_records(
     try:
         with ExitStack() as stack:
             if options.rows is not None:
-                raw_records = read_rows(options.rows, wanted, options.epoch)
+                raw_records: Iterator[RawRecord | RawColumns] = read_rows(options.rows, wanted, options)
             else:
                 compression = None if kind.format == "parquet" else kind.compression
                 opened = open_bytes(piece.path, options.access, compression, piece.version)
@@ -102,7 +123,15 @@ def read_records(
                 if raw is None:
                     break
                 end = index + raw.records
-                if end > wanted.start and (piece.shares == 1 or wanted.own(index, end)):
+                if isinstance(raw, RawColumns):
+                    if own := wanted.own(index, end):
+                        keys, shards, indices = _places(own, kind.stem, piece.path)
+                        columns = take_columns(raw.part(own, index), options, (keys, shards, indices))
+                        if columns is None:  # one may be broken
+                            raw_records = chain(raw.rows(), raw_records)
+                            continue
+                        yield RecordColumns(*columns, keys, shards, indices)
+                elif end > wanted.start and (piece.shares == 1 or wanted.own(index, end)):
                     key = raw.key or f"{kind.stem}:{index}"
                     try:
                         taken = take_text_and_fields(raw.parse(raw.source), options, (key, piece.path, index))
@@ -137,6 +166,11 @@ def read_records(
     may_be_empty = options.rows is not None  # a filter may leave nothing of a dataset's shard
     if piece.stop is None and index == first and not may_be_empty:
         raise _from_record(wanted, index, f"it holds no record{f' from {first} on' if first else ''}")
+
+
+def _places(own: range, stem: str, path: str) -> tuple[list[str], list[str], Indices]:
+    """The columns of `PLACE` of records with these indices."""
+    return [f"{stem}:{index}" for index in own], [path] * len(own), np.array(own, np.int64)
 
 
 def begins_with_ids(path: str, options: ReadOptions) -> bool:

@@ -1,4 +1,4 @@
-"""How rows are read, as states hold it: only what differs from version 0.1.0, so that the states of then fit."""
+"""A stream's settings, as states hold them: what states of version 0.1.0 lack, and what differs, in words."""
 
 from __future__ import annotations
 
@@ -46,3 +46,45 @@ def completed(settings: dict[str, Any], state: Any, files: Sequence[str], access
     if settings["quoting"] == "auto" and "quoting" not in saved:
         settings["quoting"] = "auto" if any(reads_unquoted(path, access) for path in files) else "standard"
     return settings, state | {"settings": _DEFAULTS | saved}
+
+
+def difference(saved: dict[str, Any], settings: dict[str, Any]) -> tuple[str, str] | None:
+    """What keeps a state from its stream: the name of the first setting that differs, and all of them in words.
+
+    Args:
+        saved: the settings of the state.
+        settings: those of the stream.
+    Returns:
+        None if they are the same.
+    """
+    differing = [name for name in {**settings, **saved} if settings.get(name) != saved.get(name)]
+    if not differing:
+        return None
+    plain = [name for name in differing if name not in ("tokenizer", "shards")]
+    found = []
+    if plain:
+        here, there = (
+            " and ".join(_as_written(name, values.get(name)) for name in plain) for values in (settings, saved)
+        )
+        why = " (without StreamConfig(lanes=) the size of the data and the number of ranks decide)"
+        found.append(f"with {there}, this stream has {here}{why * ('lanes' in plain)}")
+    if "tokenizer" in differing:
+        found.append("with a tokenizer of other settings or another vocabulary than this encoder's")
+    if "shards" in differing:
+        there, here = (str(values.get("shards")).partition(" ")[0] for values in (saved, settings))
+        if there != here:
+            found.append(f"over other data: {there} shard{'s' * (there != '1')}, this stream has {here}")
+        elif not {"lanes", "open_shards"} & {*plain}:  # which alone change where the shards are cut
+            found.append(
+                f"over other data: as many shards, {here}, but of other names, sizes or records; a state has a digest "
+                "of these alone, so that it cannot say which"
+            )
+    return differing[0], "; ".join(found)
+
+
+def _as_written(name: str, value: Any) -> str:
+    """A setting as the user writes it; some have another name in states."""
+    if name == "passes_over_bad_records":
+        return "max_bad_records" + (" above 0" if value else "=0")
+    option = "bucket_size" if name == "window" else name
+    return f"{option}={value!r}"

@@ -15,6 +15,7 @@ from ..tokens import ReadReport
 from .bad_records import BadRecords
 from .lanes import LaneQueue
 from .layout import Layout
+from .saved_settings import difference
 
 logger = logging.getLogger(__name__)
 
@@ -228,15 +229,11 @@ class StreamProgress:
         for part, kind in parts.items():
             if not state[part] or not isinstance(state[part], kind):
                 raise StateError(f"this is no state of a stream: its {part!r} is {shortened(state[part])}", key=part)
-        for name in {**settings, **state["settings"]}:
-            value, saved = settings.get(name), state["settings"].get(name)
-            if saved != value:
-                option = {"window": "bucket_size"}.get(name, name)  # as the user writes it
-                raise StateError(
-                    f"the state was saved with {option}={saved!r}, this stream has {option}={value!r}: make the stream "
-                    "as it was, or start an epoch without the state",
-                    key=name,
-                )
+        if differs := difference(state["settings"], settings):
+            key, what = differs
+            raise StateError(
+                f"the state was saved {what}: make the stream as it was, or start an epoch without the state", key=key
+            )
         try:
             queues = [
                 None if queue is None else [cursor_from_json(entry, epoch) for entry in queue]

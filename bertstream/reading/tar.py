@@ -2,10 +2,10 @@
 
 Consecutive members that share a name up to its first dot are a record. Members are decoded by name, never by a look at
 their bytes, and never unpickled: txt, text, transcript to str; cls, cls2, class, count, index, inx, id to int; float,
-score, weight to float; json, jsn parsed. The keys of a member called just `json` or `jsn` that is an object become
-fields of the record. All other members stay bytes, except the text, which is always UTF-8. One of those that are
-decoded may be compressed: `txt.gz` is read as `txt`, unless `fields` names it as it is. Folders, hidden members,
-members without an ending and, as in webdataset, members such as `__meta__` belong to no record.
+score, weight to float, unless `fields` lists labels for them; json, jsn parsed. The keys of a member called just `json`
+or `jsn` that is an object become fields of the record. All other members stay bytes, except the text, which is always
+UTF-8. One of those that are decoded may be compressed: `txt.gz` is read as `txt`, unless `fields` names it as it is.
+Folders, hidden members, members without an ending and, as in webdataset, those such as `__meta__` belong to no record.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import itertools
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from ..errors import described, shortened
+from ..labels import NumberOf, as_listed
 from .compression import decompress_member
 from .endings import COMPRESSIONS
 from .options import ReadOptions, check_required
@@ -72,7 +73,7 @@ def _parse_members(tar: TarReader, options: ReadOptions, members: Iterable[TarMe
             payload = _decompressed(payload, compression, options.access.max_record_bytes, member.field)
             name_in_archive = f"member {member.info.name!r}"
             check_size(len(payload), options.access.max_record_bytes, name_in_archive, member.field)
-        value = _decode(name, payload)
+        value = _decode(name, payload, options)
         if name in ("json", "jsn") and isinstance(value, dict):
             objects.append(value)
         elif name in fields:
@@ -107,7 +108,7 @@ def _decompressed(payload: bytes, compression: str, limit: int, name: str) -> by
         raise RecordError(f"it cannot be decompressed: {described(error)}", name) from error
 
 
-def _decode(name: str, payload: bytes) -> Any:
+def _decode(name: str, payload: bytes, options: ReadOptions) -> Any:
     ending = name.rpartition(".")[2]
     text = payload.removeprefix(BOM)
     if ending in _TEXTS:
@@ -124,8 +125,13 @@ def _decode(name: str, payload: bytes) -> Any:
     try:
         return number(text)
     except ValueError as error:
-        message = f"a member of this name is read as {number.__name__}, but holds {shortened(payload)}"
-        raise RecordError(message, name) from error
+        if isinstance(options.fields, Mapping) and isinstance(options.fields.get(name), NumberOf):
+            return payload
+        raise RecordError(
+            f"a member of this name is read as {number.__name__}, but holds {shortened(payload)}: {as_listed(name)}, "
+            "or name the fields to read, without it, in fields=",
+            name,
+        ) from error
 
 
 # --- the archive ------------------------------------------------------------------------------------------------------

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -74,19 +73,25 @@ def ids_of(value: Any, values: Mapping[str, Any], field: str) -> TokenizedText |
         if len(entries) != len(ids):
             raise RecordError(f"it has {len(entries)} entries, {field!r} has {len(ids)}: one for each id", name)
     count = beside.get("num_words")
-    [text] = _texts(ids, np.array([0, len(ids)]), lists, None if count is None else _integers([count], "num_words"))
+    [text] = _batch(
+        ids, np.array([0, len(ids)]), lists, None if count is None else _integers([count], "num_words")
+    ).apart()
     return text
 
 
-def tokens_of(tokenizer: SupportsTokenize, texts: Sequence[Text | TokenizedText]) -> TokenBatch:
+def tokens_of(tokenizer: SupportsTokenize, texts: Sequence[Text | TokenizedText] | TokenBatch) -> TokenBatch:
     """Texts, those that are ids among them, as one batch in their order, with hashes.
 
     Args:
         tokenizer: takes texts; its method `ids`, if it has one, takes those that are ids, checks and cuts them.
-        texts: any kinds, mixed.
+        texts: any kinds, mixed; or ids alone, as a batch.
     Raises:
         EncoderError: a text cannot be tokenized, or its ids are wrong; `.records` names it.
     """
+    if isinstance(texts, TokenBatch):
+        tokens = tokenizer.ids(texts) if hasattr(tokenizer, "ids") else texts
+        tokens.hashes = hash_texts(tokens)
+        return tokens
     ready = [isinstance(text, TokenizedText) for text in texts]
     others = np.flatnonzero(~np.array(ready, np.bool_))
     tokenize = partial(tokenize_batch, tokenizer)
@@ -131,10 +136,10 @@ def _in_32_bits(array: npt.NDArray[Any], name: str) -> Int32Array:
     return small
 
 
-def _texts(
+def _batch(
     ids: Int32Array, bounds: Indices, lists: Mapping[str, Int32Array], num_words: Int32Array | None
-) -> list[TokenizedText]:
-    """Texts whose ids come one after the other.
+) -> TokenBatch:
+    """Texts whose ids come one after the other, without padding.
 
     Args:
         ids: [N].
@@ -150,18 +155,16 @@ def _texts(
         ids, bounds = ids[real], cumulate(real)[bounds].astype(np.int64)
         lists = {name: array[real] for name, array in lists.items()}
     special, types, words = (lists.get(name) for name in _LISTS[1:])
-    slices = list(map(slice, bounds[:-1].tolist(), bounds[1:].tolist()))
-
-    def parted(array: npt.NDArray[Any] | None) -> Iterable[Any]:
-        return repeat(None) if array is None else map(array.__getitem__, slices)
-
-    segments = parted(types)
-    if types is not None:  # a text whose segments are all 0 has none, like a single one from the tokenizer
-        used = np.diff(cumulate(types != 0)[bounds]) > 0
-        segments = [part if several else None for part, several in zip(segments, used.tolist(), strict=True)]
-    counts = repeat(0) if words is None else _word_counts(words, bounds, num_words).tolist()
-    marks = None if special is None else special != 0
-    return list(map(TokenizedText, parted(ids), parted(marks), segments, parted(words), counts))
+    nothing = np.zeros(len(bounds) - 1, np.int32)
+    return TokenBatch(
+        input_ids=ids,
+        cu_seqlens=bounds.astype(np.int32),
+        special=None if special is None else special != 0,
+        token_type_ids=types if types is not None and types.any() else None,
+        word_ids=words,
+        num_words=nothing if words is None else _word_counts(words, bounds, num_words),
+        cut_tokens=nothing,
+    )
 
 
 def _word_counts(words: Int32Array, bounds: Indices, num_words: Int32Array | None) -> Int32Array:
@@ -224,8 +227,8 @@ def holds_ids(kind: Any) -> bool:
     return _is_list(kind) and bool(types.is_integer(kind.value_type))
 
 
-def columns_of_ids(batch: Any, field: str, kept: Sequence[str]) -> tuple[list[str], list[Any]]:
-    """The columns of an Arrow record batch, the ids as texts, and without those that are taken with ids.
+def columns_of_ids(batch: Any, field: str, kept: Sequence[str]) -> dict[str, Any]:
+    """The columns of an Arrow record batch, the ids as one batch, and without those that are taken with ids.
 
     Where a record's ids are wrong, all columns are as they were: `ids_of` then finds the record, and says what is
     wrong.
@@ -235,22 +238,21 @@ def columns_of_ids(batch: Any, field: str, kept: Sequence[str]) -> tuple[list[st
         field: the column of ids.
         kept: the names of columns taken with ids that are also fields.
     Returns:
-        The columns' names, and the columns: lists, or as pyarrow has them.
+        The columns by name: the ids as a `TokenBatch` or a list, others as pyarrow has them.
     """
     columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-    texts: list[Any] | None = None
+    texts: TokenBatch | None = None
     with suppress(RecordError):
         texts = _texts_in(columns, field)
     if texts is None:
         # As arrays, because an empty list would be one of words.
-        texts = [np.zeros(0, np.int32) if row == [] else row for row in columns[field].to_pylist()]
-    else:
-        columns = {name: column for name, column in columns.items() if name in kept or name not in BESIDE_IDS}
-    columns[field] = texts
-    return list(columns), list(columns.values())
+        columns[field] = [np.zeros(0, np.int32) if row == [] else row for row in columns[field].to_pylist()]
+        return columns
+    columns = {name: column for name, column in columns.items() if name in kept or name not in BESIDE_IDS}
+    return columns | {field: texts}
 
 
-def _texts_in(columns: Mapping[str, Any], field: str) -> list[TokenizedText] | None:
+def _texts_in(columns: Mapping[str, Any], field: str) -> TokenBatch | None:
     """The rows' texts; None if a row lacks what others have, or its lists are of several lengths."""
     used = {name: column for name in BESIDE_IDS if (column := columns.get(name)) is not None and not _is_empty(column)}
     counts = used.pop("num_words", None)
@@ -265,7 +267,7 @@ def _texts_in(columns: Mapping[str, Any], field: str) -> list[TokenizedText] | N
             return None
         lists[name] = _in_32_bits(part[0], name)
     num_words = None if counts is None else _integers(counts.to_numpy(zero_copy_only=False), "num_words")
-    return _texts(_in_32_bits(ids, field), bounds, lists, num_words)
+    return _batch(_in_32_bits(ids, field), bounds, lists, num_words)
 
 
 def _is_empty(column: Any) -> bool:

@@ -31,7 +31,11 @@ def rank_and_world_size() -> tuple[int, int]:
     if rank is None and world_size is None:
         return 0, 1
     if rank is None or world_size is None or not rank.isdecimal() or not world_size.isdecimal():
-        raise ConfigError(f"RANK={rank!r} with WORLD_SIZE={world_size!r}: set both, as whole numbers, or neither")
+        by_lightning = "; Lightning's own launcher sets one: start with torchrun, or make the loader in setup()"
+        raise ConfigError(
+            f"RANK={rank!r} with WORLD_SIZE={world_size!r}: set both, as whole numbers, or neither"
+            f"{by_lightning * (rank is None)}"
+        )
     if int(rank) >= int(world_size):
         raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={world_size}")
     return int(rank), int(world_size)

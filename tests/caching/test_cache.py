@@ -564,6 +564,21 @@ def test_fingerprints_can_be_counted_and_dropped(tmp_path: Path, disk: bool) -> 
             cache.drop("x")
 
 
+def test_fingerprints_and_verify_wait_for_rows_that_are_still_being_written(tmp_path: Path) -> None:
+    encoder = FakeEncoder()
+    with EmbeddingCache(0, tmp_path, "16MiB") as cache:
+        cached, disk = cache.of(encoder), cache._store._disk
+        assert disk is not None
+        for text, look in ((1, cache.fingerprints), (2, cache.verify)):
+            disk._write_lock.acquire()
+            cached.encode(batch_of([text]))
+            assert cache.stats()["disk_texts"] == text - 1
+            threading.Timer(0.05, disk._write_lock.release).start()
+            look()
+            assert cache.stats()["disk_texts"] == text
+        assert cache.fingerprints() == {cache.fingerprint(encoder): 2}
+
+
 def test_a_read_only_cache_refuses_an_encoder_it_holds_nothing_of(tmp_path: Path) -> None:
     one, two = FakeEncoder(1), FakeEncoder(2)
     with EmbeddingCache(0, tmp_path, "16MiB") as cache:

@@ -676,6 +676,9 @@ def test_float16_that_overflows_is_refused_at_the_first_batch(tokenizer: Any) ->
         ({"layers": (7,)}, r"layers=\(7,\): the model has the layers 0 \(embeddings\) to 6"),
         ({"layers": (-8,)}, r"layers=\(-8,\)"),
         ({"layers": ()}, r"layers=\(\)"),
+        ({"layers": "-2,-1"}, r"layers='-2,-1' is a string: write numbers, as in layers=\[-2, -1\]$"),
+        ({"layers": "(4,)"}, r"as in layers=\[4\]$"),
+        ({"layers": "last"}, r"layers='last' is a string: write numbers, as in layers=\[-2, -1\]$"),
         ({"layers": (6, -1)}, r"layers=\(6, -1\)"),
         ({"combine": "max"}, "combine='max'"),
         ({"pooling": "mean"}, "token output is not pooled"),
@@ -696,6 +699,15 @@ def test_another_encoders_model_can_be_used_at_any_layer(minilm: Encoder, tokeni
     found = Encoder(minilm.model, tokenizer, layers=(1,))(["The bank of the river."])
     assert torch.equal(found.values, Encoder(minilm.model, tokenizer, layers=(1,), packed=True)(found.tokens).values)
     assert minilm.batching.way == "fused" and len(minilm(["still works"])) == 1
+
+
+def test_a_number_of_layers_is_a_number(minilm: Encoder) -> None:
+    encoder: Any = minilm
+    for layers in ("2", [2]):
+        with pytest.raises(ConfigError, match=r"layers=.+: write a whole number of at least 0"):
+            encoder.unfreeze(layers)
+    with pytest.raises(ConfigError, match=r"split\(at='2'\): 6 layers are used, write a number from 1 to 5"):
+        encoder.split(at="2")
 
 
 def test_a_single_layer_needs_no_tuple(small_folder: str) -> None:

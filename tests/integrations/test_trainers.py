@@ -373,6 +373,36 @@ def test_lightning_takes_the_length_of_a_stream_in_order_and_its_epochs_are_coun
         assert loaders[-1].epoch == 3
 
 
+def test_a_callback_that_saves_before_the_loaders_own_is_called_saves_the_same_state(
+    streamed: Make, tmp_path: Path
+) -> None:
+    whole = fitted(streamed, tmp_path, max_steps=7)
+
+    class Late(Module):
+        """Makes the loader where several processes of Lightning's launcher have to make it."""
+
+        def setup(self, stage: str) -> None:
+            self.loader = streamed()
+            self.trainer.callbacks.append(for_lightning.LoaderState(self.loader))
+
+        def train_dataloader(self) -> EmbeddingLoader:
+            return self.loader
+
+        def teardown(self, stage: str) -> None:
+            self.loader.close()
+
+    for stop in (None, 5):
+        module = Late()
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_steps=7,
+            callbacks=[SaveAt(tmp_path, [5])],
+            **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+        )
+        trainer.fit(module, ckpt_path=None if stop is None else tmp_path / "5.ckpt", weights_only=False)
+        assert module.model.steps == whole[stop:]
+
+
 def test_a_trainer_is_told_no_length_that_holds_for_one_epoch_alone(streamed: Make) -> None:
     class Asking(lightning.Callback):
         def on_train_start(self, *others: Any) -> None:

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
-from bertstream.reading.batch_fields import add_fields, stack_column
+from bertstream.reading.batch_fields import add_fields, fields_of, stack_column
+from bertstream.reading.record_columns import RecordColumns
 from bertstream.tokens import Record, TokenBatch, TokenizedText
 
 # Batches of records.
@@ -27,7 +28,8 @@ def records(fields: list[dict[str, Any]]) -> list[Record]:
 
 def batch_of(fields: list[dict[str, Any]], keep_text_as: str | None = None) -> TokenBatch:
     batch = TokenBatch.from_texts([TokenizedText(np.full(i + 1, i, np.int32)) for i in range(len(fields))])
-    add_fields(batch, records(fields), keep_text_as=keep_text_as)
+    columns = RecordColumns.of(records(fields))
+    add_fields(batch, fields_of(columns, keep_text_as=keep_text_as), keep_text_as=keep_text_as)
     return batch
 
 

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from shard_files import read, read_until_error, tar_bytes, texts, write
+from torch.utils.data import DataLoader
 
 import bertstream
 from bertstream import ConfigError, ShardError, StateError, StreamConfig, TextStream
@@ -314,5 +315,37 @@ def test_a_state_fits_streams_with_the_same_functions_and_has_no_entry_without_a
         assert not {"keep", "map"} & set(plain["settings"]) and "dropped" not in plain["bad"]
     with loader(shards) as stream:
         assert stream.state_dict()["settings"]["map"] == "halved"
-        with pytest.raises(StateError, match="saved with keep=None, this stream has keep='mostly_odd'"):
+        with pytest.raises(StateError, match="keep=None and map=None, this stream has keep='mostly_odd' and"):
             stream.load_state_dict(plain)
+
+
+def spawned(shards: list[str], encoder: FakeEncoder | None = None, **options: Any) -> bertstream.EmbeddingLoader:
+    stream = TextStream(shards, encoder or FakeEncoder(), batch_size=50, **options)
+    context = {"num_workers": 1, "multiprocessing_context": "spawn"}
+    return bertstream.wrap(DataLoader(stream, batch_size=None, **context), FakeEncoder())
+
+
+def test_functions_of_a_module_reach_workers_that_are_spawned(shards: list[str]) -> None:
+    with spawned(shards, keep=mostly_odd, map=halved) as stream:
+        assert ids(stream) == KEPT
+
+
+@pytest.mark.filterwarnings("ignore:Got pickle error")
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"keep": lambda record: True}, "keep=<lambda>"),
+        ({"map": lambda record: record}, "map=<lambda>"),
+        ({"keep": mostly_odd, "fields": {"id": lambda value: value}}, r"fields\['id'\]=<lambda>"),
+        ({}, "the encoder's tokenizer, or its word_splitter=,"),
+    ],
+)
+def test_a_function_that_workers_cannot_be_sent_is_named_with_the_way_out(
+    shards: list[str], options: dict[str, Any], name: str
+) -> None:
+    encoder = FakeEncoder()
+    if not options:
+        encoder.tokenizer.word_splitter = lambda text: text.split()  # type: ignore[attr-defined]
+    message = rf"^{name} cannot be sent to worker processes, .*def makes at the top level of a module.*num_workers=0"
+    with spawned(shards, encoder, **options) as stream, pytest.raises(ConfigError, match=message):
+        next(iter(stream))

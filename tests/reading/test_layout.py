@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import bertstream
 from bertstream import ConfigError, EmbeddingLoader, ShardError, StateError, StreamConfig, TextStream
-from bertstream.reading.layout import lay_out
+from bertstream.reading.layout import Layout, lay_out
 from bertstream.reading.state import layout_ranks_of
 from bertstream.testing import FakeEncoder, assert_resumes_exactly
 from tests.shard_files import tar_bytes, write
@@ -313,7 +313,42 @@ def test_workers_without_data_are_said_once_with_the_number_to_write(
                 assert len(list(loader)) == len(list(loader))
         warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
         assert len(warnings) == said
-    assert (
-        "2 of the 3 workers have nothing to read, because there is 1 lane with data" in warnings[0]
-        and "num_workers=1" in warnings[0]
-    )
+    assert warnings == ["num_workers=3, but the data is enough for 1 of them: write num_workers=1"]
+
+
+@pytest.mark.parametrize(
+    ("lanes", "by_user", "busy", "ranks", "message"),
+    [
+        (1, False, 1, 1, "the data is enough for 1 of them: write num_workers=1"),
+        (4, False, 2, 2, "the data is enough for 2 of them on rank 1: write num_workers=2"),
+        (6, True, 6, 1, "there are 6 lanes for them: write num_workers=6, or reading=StreamConfig(lanes=8), which "),
+        (
+            32,
+            False,
+            4,
+            8,
+            "there are 4 lanes on rank 1 for them: write num_workers=4, or reading=StreamConfig(lanes=64)",
+        ),
+        (
+            32,
+            False,
+            1,
+            1,
+            "the data has only 1 piece for them and cannot be cut further: write num_workers=1, or write ",
+        ),
+        (
+            8,
+            True,
+            0,
+            1,
+            "the data has only 0 pieces for them and cannot be cut further: write num_workers=1, or write ",
+        ),
+        (8, False, 8, 1, None),
+        (32, False, 32, 1, None),
+    ],
+)
+def test_idle_workers_are_told_what_to_write(
+    lanes: int, by_user: bool, busy: int, ranks: int, message: str | None
+) -> None:
+    found = Layout([], lanes, 1).idle_workers(8, busy, min(1, ranks - 1), ranks, lanes_by_user=by_user)
+    assert found is None if message is None else (found or "").startswith(f"num_workers=8, but {message}")

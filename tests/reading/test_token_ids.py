@@ -22,7 +22,7 @@ from bertstream.reading.records import read_records
 from bertstream.reading.shards import Piece
 from bertstream.reading.token_ids import columns_of_ids, ids_of
 from bertstream.testing import FakeEncoder, assert_resumes_exactly
-from bertstream.tokens import Record, TokenizedText
+from bertstream.tokens import Record, TokenBatch, TokenizedText
 
 IDS = ReadOptions(text="input_ids")
 RECORDS: list[dict[str, Any]] = [
@@ -198,8 +198,10 @@ def tables(draw: st.DrawFn) -> list[dict[str, Any]]:
 def test_whole_columns_give_what_each_record_gives(rows: list[dict[str, Any]]) -> None:
     schema = pa.schema({name: pa.int8() if name == "label" else pa.list_(pa.int32()) for name in rows[0]})
     [batch] = pa.Table.from_pylist([rows[0], *rows], schema).slice(1).to_batches()
-    names, columns = columns_of_ids(batch, "input_ids", ())
-    values = [column if isinstance(column, list) else column.to_pylist() for column in columns]
+    columns = columns_of_ids(batch, "input_ids", ())
+    ids = columns.pop("input_ids")
+    names = ["input_ids", *columns]
+    values = [list(ids.apart() if isinstance(ids, TokenBatch) else ids), *(c.to_pylist() for c in columns.values())]
     for row, *entries in zip(rows, *values, strict=True):
         ids = np.zeros(0, np.int32) if row["input_ids"] == [] else row["input_ids"]
         assert outcome(dict(zip(names, entries, strict=True))) == outcome(row | {"input_ids": ids})

@@ -40,6 +40,7 @@ def test_a_contradictory_environment_is_refused_with_its_values(
     with pytest.raises(ConfigError, match="RANK=.*WORLD_SIZE=") as caught:
         rank_and_world_size()
     assert all(value in str(caught.value) for value in (rank, world_size) if value)
+    assert ("Lightning's own launcher sets one: start with torchrun" in str(caught.value)) == (rank is None)
 
 
 def test_an_initialized_process_group_takes_precedence_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,203 @@
+"""Whether records come one by one or as columns changes nothing: the order, the batches, the errors, the states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import bertstream
+from bertstream.errors import ShardError
+from bertstream.reading import records
+from bertstream.reading.options import ReadOptions
+from bertstream.reading.record_columns import MISSING, RecordColumns
+from bertstream.reading.records import read_columns, read_records
+from bertstream.reading.shards import Piece
+from bertstream.testing import FakeEncoder
+from bertstream.tokens import Record
+
+COLUMNS = {
+    "small": (pa.int8(), st.integers(-128, 127)),
+    "unsigned": (pa.uint64(), st.integers(0, 2**64 - 1)),
+    "half": (pa.float32(), st.floats(width=32, allow_nan=False)),
+    "flag": (pa.bool_(), st.booleans()),
+    "name": (pa.string(), st.text(max_size=3)),
+    "tags": (pa.list_(pa.int32()), st.lists(st.integers(0, 9), max_size=2)),
+    "day": (pa.timestamp("ms"), st.sampled_from([0, 2**52])),  # the second is no time of Python's
+}
+TEXTS = [
+    (pa.string(), st.text(max_size=4)),
+    (pa.large_string(), st.text(max_size=4)),
+    (pa.binary(), st.sampled_from([b"a", "ü".encode(), b"\xff"])),
+    (pa.list_(pa.string()), st.lists(st.text(max_size=2), max_size=3)),
+    (pa.list_(pa.int64()), st.lists(st.integers(0, 2**31), max_size=3)),
+]
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> pa.Table:
+    """Rows with some fields; a value may be missing, or one that Python or the stream refuses."""
+    rows = draw(st.integers(1, 12))
+    kind, texts = draw(st.sampled_from(TEXTS))
+    columns = {"text": (kind, texts)}
+    columns |= {name: COLUMNS[name] for name in sorted(draw(st.sets(st.sampled_from(sorted(COLUMNS)), max_size=3)))}
+    may_lack = draw(st.booleans())
+    return pa.table(
+        {
+            name: pa.array(draw(st.lists(st.none() | value if may_lack else value, min_size=rows, max_size=rows)), kind)
+            for name, (kind, value) in columns.items()
+        }
+    )
+
+
+def one_by_one() -> Any:
+    """While this is open, every record is looked at by itself."""
+    return mock.patch.object(records, "take_columns", return_value=None)
+
+
+def found(piece: Piece, options: ReadOptions, skip: int = 0) -> list[Any]:
+    """The records as plain values, and what is said of the broken ones."""
+    out: list[Any] = []
+    for record in read_records(piece, options, skip=skip, on_bad=lambda error: out.append(said(error))):
+        text = record.text if isinstance(record.text, (str, list, tuple)) else record.text.input_ids.tolist()
+        fields = {name: (type(value), value) for name, value in record.fields.items()}
+        out.append((text, fields, record.key, record.shard, record.index))
+    return out
+
+
+def said(error: ShardError) -> Any:
+    return error.index, error.field, error.records
+
+
+@given(data=st.data(), table=tables(), a_group=st.integers(1, 12))
+def test_columns_hold_the_records_that_are_there_one_by_one(
+    data: st.DataObject, table: pa.Table, a_group: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "columns.parquet"
+    pq.write_table(table, path, row_group_size=a_group)
+    start = data.draw(st.integers(0, len(table) - 1))
+    stop = data.draw(st.none() | st.integers(start + 1, len(table)))
+    shares = data.draw(st.integers(1, 3))
+    piece = Piece(str(path), start, stop, share=data.draw(st.integers(0, shares - 1)), shares=shares)
+    fields = data.draw(st.sampled_from([None, (), {"name": len}, {"small": lambda value: 1 / value}]))
+    if isinstance(fields, dict) and not fields.keys() <= set(table.column_names):
+        fields = None
+    options, skip = ReadOptions(fields=fields), data.draw(st.integers(0, 3))
+    as_columns = found(piece, options, skip)
+    with one_by_one():
+        assert found(piece, options, skip) == as_columns
+
+
+def test_columns_stay_columns_but_where_a_record_is_broken(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    rows = [{"text": f"text {i}", "n": i} for i in range(700)]
+    rows[300]["text"] = None  # type: ignore[assignment]
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=256)
+    bad: list[ShardError] = []
+    items = list(read_columns(Piece(path), ReadOptions(), on_bad=bad.append))
+    columns = [item for item in items if isinstance(item, RecordColumns)]
+    assert [(int(part.indices[0]), len(part)) for part in columns] == [(0, 256), (512, 188)]
+    assert sum(isinstance(item, Record) for item in items) == 255 and [error.index for error in bad] == [300]
+
+
+FIELDS = st.dictionaries(st.sampled_from("abc"), st.integers(0, 3) | st.none())
+
+
+@given(st.lists(FIELDS, min_size=1, max_size=5))
+@example([{}, {}])
+def test_records_become_columns_and_records_again(fields: list[dict[str, Any]]) -> None:
+    some = [Record(f"text {i}", own, f"k{i}", "a.tar", i) for i, own in enumerate(fields)]
+    columns = RecordColumns.of(some)
+    assert len(columns) == len(some)
+    for record, again in zip(some, columns.records(), strict=True):
+        there = {name: value for name, value in again.fields.items() if value is not MISSING}
+        assert Record(again.text, there, again.key, again.shard, again.index) == record
+
+
+# Streams.
+
+
+def written(folder: Path, sizes: list[int], a_group: int) -> list[str]:
+    """Shards of Parquet that differ in the type of a field, which one has and others lack."""
+    paths, count = [], 0
+    for shard, size in enumerate(sizes):
+        numbers = range(count, count + size)
+        count += size
+        kind = (pa.int16(), pa.int64(), pa.float64())[shard % 3]
+        columns: dict[str, Any] = {"text": [" ".join(["a"] * (1 + i % 4)) for i in numbers]}
+        columns |= {"id": pa.array(numbers), "n": pa.array(numbers, kind)}
+        if shard % 2:
+            columns["only"] = [str(i) for i in numbers]
+        paths.append(str(folder / f"{shard}.parquet"))
+        pq.write_table(pa.table(columns), paths[-1], row_group_size=a_group)
+    return paths
+
+
+def contents(batch: Any) -> Any:
+    fields = {
+        name: (str(column.dtype), column.tolist()) if isinstance(column, np.ndarray) else list(column)
+        for name, column in batch.fields.items()
+    }
+    return batch.input_ids.tolist(), batch.cu_seqlens.tolist(), fields, batch.cursor, batch.report
+
+
+def batches(paths: list[str], start: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
+    stream = bertstream.TextStream(paths, FakeEncoder(), **options)
+    if start is not None:
+        stream.load_state_dict(start)
+    for batch in stream:
+        yield contents(batch), stream.state_dict()
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    a_group=st.integers(1, 20),
+    shuffle=st.booleans(),
+    lanes=st.integers(1, 2),
+    open_shards=st.integers(1, 4),
+    bucket_size=st.integers(1, 40),
+    stop=st.integers(0, 10),
+)
+def test_a_stream_of_columns_is_that_of_its_records_also_from_a_state_on(
+    sizes: list[int],
+    a_group: int,
+    shuffle: bool,
+    lanes: int,
+    open_shards: int,
+    bucket_size: int,
+    stop: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    paths = written(tmp_path_factory.mktemp("shards"), sizes, a_group)
+    reading = bertstream.StreamConfig(lanes=min(lanes, sum(sizes)), open_shards=open_shards, bucket_size=bucket_size)
+    options: dict[str, Any] = {"shuffle": shuffle, "batch_size": 4, "reading": reading, "keep_text_as": "text"}
+    as_columns = list(batches(paths, **options))
+    with one_by_one():
+        assert list(batches(paths, **options)) == as_columns
+    state = as_columns[min(stop, len(as_columns) - 1)][1]
+    rest = [batch[:4] for batch, _ in batches(paths, state, **options)]
+    assert rest == [batch[:4] for batch, _ in as_columns[min(stop, len(as_columns) - 1) + 1 :]]
+
+
+@pytest.mark.parametrize("field", ["text", "input_ids"])
+def test_a_text_that_the_tokenizer_refuses_costs_itself_alone(tmp_path: Path, minilm_folder: str, field: str) -> None:
+    encoder = bertstream.Encoder.from_pretrained(minilm_folder, device="cpu", max_length=5, overflow="error")
+    texts = ["a b", "c", "a b c d e", "b"] * 100
+    shard = str(tmp_path / "a.parquet")
+    ids = [text.input_ids.tolist() for text in encoder.tokenizer.whole()(texts)]
+    pq.write_table(pa.table({"text": texts, "input_ids": ids, "n": range(400)}), shard)
+    path = f"{shard}, record 2, field '{field}': text"
+    with pytest.raises(ShardError, match=path):
+        list(bertstream.TextStream(shard, encoder, text=field))
+    stream = bertstream.TextStream(shard, encoder, text=field, reading=bertstream.StreamConfig(max_bad_records=0.5))
+    numbers = [n for batch in stream for n in batch.fields["n"].tolist()]
+    assert sorted(numbers) == [i for i in range(400) if i % 4 != 2]
+    assert stream.progress.bad.records == 100
