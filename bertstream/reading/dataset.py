@@ -67,7 +67,7 @@ class TextStream(IterableDataset[TokenBatch]):
         shuffle: shuffles shards, and batches within a bucket, by seed and epoch. Without it the order is fixed.
         seed: of the shuffle.
         fields: which other fields a batch carries: names, or name -> function of the raw value, or labels that become
-            numbers, as for `stream`; None carries all.
+            numbers, as for `stream`; "__none__" leaves out `__key__` and its like; None carries all.
         keep: whether a record, a dict of all its fields, is read; called in the workers, as `map` is.
         map: the record to read instead of one that is kept, or None to drop it.
         keep_text_as: the field under which the raw text stays in the batch; None drops it.
