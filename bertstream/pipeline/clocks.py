@@ -7,8 +7,6 @@ import os
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -17,6 +15,28 @@ from torch.profiler import record_function
 
 Stage: TypeAlias = Literal["read", "tokenize", "encode", "hand_over", "wait", "step"]
 """What is timed. `stats.WORK` also has "lookup", which is derived: "encode" minus the cache's compute time."""
+
+
+class _Span:
+    """A `with` block that is timed; no generator, because several are entered for each batch."""
+
+    __slots__ = ("_clocks", "_items", "_named", "_stage", "_started")
+
+    def __init__(self, clocks: StageClocks, stage: Stage, items: int) -> None:
+        self._clocks, self._stage, self._items = clocks, stage, items
+        self._named: record_function | None = None
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+        if profiler._is_profiler_enabled:  # without one to see it, the name would cost as much as the rest of a span
+            self._named = record_function(f"bertstream.{self._stage}")
+            self._named.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if self._named is not None:
+            self._named.__exit__(*error)
+        self._clocks.add(self._stage, self._started, self._items)
+
 
 _KEPT_SPANS = 20_000
 """The trace keeps the latest spans: about 4 MB, some two minutes of a fast loop."""
@@ -38,17 +58,9 @@ class StageClocks:
         self.items: defaultdict[str, int] = defaultdict(int)
         self._spans: deque[tuple[str, int, float, float, int]] = deque(maxlen=_KEPT_SPANS)
 
-    @contextmanager
-    def run(self, stage: Stage, items: int = 0) -> Iterator[None]:
+    def run(self, stage: Stage, items: int = 0) -> _Span:
         """Time the `with` block as one span of the stage; `torch.profiler` shows it as "bertstream.<stage>"."""
-        started = time.perf_counter()
-        # Without a profiler to see it the name costs as much as all other work on a batch's span.
-        named = record_function(f"bertstream.{stage}") if profiler._is_profiler_enabled else nullcontext()
-        try:
-            with named:
-                yield
-        finally:
-            self.add(stage, started, items)
+        return _Span(self, stage, items)
 
     def add(self, stage: Stage, started: float, items: int = 0) -> None:
         """Add a span from `started` (a `time.perf_counter()`) until now."""

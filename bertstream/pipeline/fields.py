@@ -16,6 +16,7 @@ from ..embeddings import Embeddings, Layout
 from ..encoding.texts import text_list
 from ..errors import BertstreamError, ConfigError, described, shortened, table_columns
 from ..paths import find, splits, trail
+from ..reading.batch_fields import Strings
 from ..reading.tables import is_table
 from ..tokens import SupportsTokenize, TokenBatch, tokenize_batch
 
@@ -169,6 +170,8 @@ def put_fields(holder: Any, values: Mapping[Any, Any], way: Sequence[Field] = ()
 
 def as_tensors(column: Any) -> Any:
     """A column of `bucket.stack_column`, its arrays of numbers as tensors that share their memory."""
+    if isinstance(column, Strings):
+        return column
     if isinstance(column, list):
         if not any(issubclass(kind, np.ndarray) for kind in set(map(type, column))):
             return column  # keys and names, mostly: no look at each costs the loop's thread less

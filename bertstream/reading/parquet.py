@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
-from typing import Any, BinaryIO, TypeAlias
-
-import numpy as np
+from typing import Any, BinaryIO
 
 from ..errors import ShardError, described, shortened
 from ..paths import splits
-from ..tokens import TokenBatch
+from .arrow import records_of
 from .faults import outside_fault
 from .options import ReadOptions
 from .raw import RawColumns, RawRecord, RecordError, broken
 from .shards import Piece
-from .token_ids import BESIDE_IDS, check_tokenizer, columns_of_ids, holds_ids
+from .token_ids import BESIDE_IDS, check_tokenizer, holds_ids
 
 # Rows converted to Python values at a time: enough to cost little per row, few enough to hold few long texts.
 _BATCH_ROWS = 256
@@ -41,11 +38,8 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
         if file.columns.count(name) > 1:
             message = f"{piece.path}, field {name!r}: several columns have this name: {shortened(file.columns)}"
             raise ShardError(message, path=piece.path, field=name)
-    as_columns = _as_columns
     if file.holds_ids(options.text):
         check_tokenizer(file.metadata, options.tokenizer, piece.path)
-    if file.holds_ids(options.text) and options.keep is None and options.map is None:  # which get plain lists
-        as_columns = partial(columns_of_ids, field=options.text, kept=options.required)
         if wanted is not None:
             wanted += [name for name in BESIDE_IDS if name in file.columns and name not in wanted]
     group = bisect_right(file.first_rows, piece.start, hi=len(file.sizes)) - 1 if file.sizes else 0
@@ -54,9 +48,10 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
     for number in range(group, len(file.sizes)):
         left = file.first_rows[number + 1] - file.first_rows[number]
         try:
-            for rows in file.rows(number, wanted, as_columns):
-                yield rows
-                left -= rows.records
+            for batch in file.batches(number, wanted):
+                for records in records_of(batch, options):
+                    yield records
+                    left -= records.records
             if left:
                 raise EOFError(f"it ends {left} rows before its footer says")
         except Exception as error:  # pyarrow may raise anything
@@ -65,27 +60,6 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
             refusal = RecordError(f"row group {number} cannot be read: {described(error)}")
             refusal.__cause__ = error
             yield RawRecord(broken, refusal, records=left)
-
-
-def _parse_row(row: dict[str, Any]) -> dict[str, Any]:
-    for name, value in row.items():
-        try:
-            row[name] = _plain(value)
-        except Exception as error:  # pyarrow may raise anything
-            raise RecordError(f"Python has no value for it: {described(error)}", name) from error
-    return row
-
-
-def _plain(value: Any) -> Any:
-    """The value as Python's own type; pyarrow raises if there is none."""
-    return value.as_py() if hasattr(value, "as_py") else value
-
-
-_AsColumns: TypeAlias = Callable[[Any], dict[str, Any]]
-
-
-def _as_columns(batch: Any) -> dict[str, Any]:
-    return dict(zip(batch.schema.names, batch.columns, strict=True))
 
 
 class ParquetReader:
@@ -119,47 +93,12 @@ class ParquetReader:
         """Whether a column's values are lists of integers."""
         return column in self.columns and holds_ids(self._file.schema_arrow.field(column).type)
 
-    def rows(
-        self, number: int, columns: list[str] | None, as_columns: _AsColumns = _as_columns
-    ) -> Iterator[RawRecord | RawColumns]:
-        """The rows of one row group: as columns, or one by one where a column has a value that Python lacks.
+    def batches(self, number: int, columns: list[str] | None) -> Iterator[Any]:
+        """The rows of one row group, as record batches of Arrow.
 
         Args:
             number: of the row group, counted as in `first_rows`.
             columns: the columns to read; None for all.
-            as_columns: from a record batch to its columns by name.
         """
         group = [self._groups[number]]
-        for batch in self._file.iter_batches(_BATCH_ROWS, row_groups=group, columns=columns, use_threads=False):
-            arrays = as_columns(batch)
-            if (values := _values_of(arrays)) is not None:
-                yield RawColumns(values, batch.num_rows)
-            else:  # one row's value is at fault; parsing that row raises the reason
-                entries = (array.apart() if isinstance(array, TokenBatch) else array for array in arrays.values())
-                for row in zip(*entries, strict=True):
-                    yield RawRecord(_parse_row, dict(zip(arrays, row, strict=True)))
-
-
-def _values_of(arrays: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The values of each column; None if Python has no value for an entry."""
-    try:
-        return {name: _values(array) for name, array in arrays.items()}
-    except Exception:  # pyarrow may raise anything
-        return None
-
-
-def _values(array: Any) -> Any:
-    """Numbers in an array of int64, float64 or bool where none is missing, else Python's values in a list."""
-    if isinstance(array, (list, TokenBatch)):
-        return array
-    from pyarrow import types
-
-    kind = array.type
-    if not array.null_count:
-        if types.is_boolean(kind):
-            return array.to_numpy(zero_copy_only=False)
-        if types.is_integer(kind) and kind != "uint64":  # whose numbers may exceed 64 bits with a sign
-            return array.to_numpy().astype(np.int64)
-        if types.is_float32(kind) or types.is_float64(kind):
-            return array.to_numpy().astype(np.float64)
-    return array.to_pylist()
+        return iter(self._file.iter_batches(_BATCH_ROWS, row_groups=group, columns=columns, use_threads=False))

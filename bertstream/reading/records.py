@@ -111,7 +111,7 @@ def read_columns(
     try:
         with ExitStack() as stack:
             if options.rows is not None:
-                raw_records: Iterator[RawRecord | RawColumns] = read_rows(options.rows, wanted, options.epoch)
+                raw_records: Iterator[RawRecord | RawColumns] = read_rows(options.rows, wanted, options)
             else:
                 compression = None if kind.format == "parquet" else kind.compression
                 opened = open_bytes(piece.path, options.access, compression, piece.version)

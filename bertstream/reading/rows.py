@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch.utils.data import DataLoader
 
 from ..errors import ConfigError, described, shortened, table_columns
+from ..paths import splits
+from .arrow import records_of
 from .faults import outside_fault
-from .raw import RawRecord, RecordError
+from .options import ReadOptions
+from .raw import RawColumns, RawRecord, RecordError
 from .shards import Piece
 from .tables import TableRows, is_table
+from .token_ids import BESIDE_IDS
+
+T = TypeVar("T")
 
 _BATCH_ROWS = 256
 
@@ -103,7 +109,7 @@ def split_rows(rows: Any, parts: int) -> list[tuple[Piece, int]]:
     return [(Piece(name, start, stop), stop - start) for start, stop in itertools.pairwise(bounds)]
 
 
-def read_rows(rows: Any, piece: Piece, epoch: int = 0) -> Iterator[RawRecord]:
+def read_rows(rows: Any, piece: Piece, options: ReadOptions) -> Iterator[RawRecord | RawColumns]:
     """The rows of a piece that `split_rows` made, in the order that a dataset which shuffles itself has in this epoch.
 
     A row that raises is a broken record, if the dataset has positions. An `IterableDataset` that raises ends there,
@@ -115,11 +121,9 @@ def read_rows(rows: Any, piece: Piece, epoch: int = 0) -> Iterator[RawRecord]:
         read_row = partial(_row_at, rows)
         position, stop = piece.start, len(rows) if piece.stop is None else piece.stop
         while position < stop:
-            if hasattr(rows, "select"):
-                # Of tables, and of Hugging Face: many rows at a time.
-                for row in _rows_until_error(rows.select(range(position, stop))):
-                    yield RawRecord(_copied, row)
-                    position += 1
+            for found in _until_error(_several(rows, range(position, stop), options)):
+                yield found
+                position += found.records
             if position < stop:  # alone, the row gives its fault or, where another of the same read is at fault, itself
                 yield RawRecord(read_row, position)
                 position += 1
@@ -127,30 +131,83 @@ def read_rows(rows: Any, piece: Piece, epoch: int = 0) -> Iterator[RawRecord]:
         number, count = (int(word) for word in piece.path.split()[-3::2])  # "<name> shard <number> of <count>"
         shard, given = rows.shard(num_shards=count, index=number), 0
         if hasattr(shard, "set_epoch"):
-            shard.set_epoch(epoch)
+            shard.set_epoch(options.epoch)
         try:
-            for row in _streamed_rows(shard, _BATCH_ROWS):
-                yield RawRecord(_plain, row)
-                given += 1
+            for found in _streamed(shard, _BATCH_ROWS):
+                yield found
+                given += found.records
         except Exception as error:  # a dataset may raise anything
             if outside_fault(error):
                 raise
             # The rows that were read together with the one at fault are lost: read them again, one at a time.
-            for row in itertools.islice(_streamed_rows(shard, 1), given, None):
-                yield RawRecord(_plain, row)
+            yield from itertools.islice(_streamed(shard, 1), given, None)
 
 
-def _streamed_rows(shard: Any, at_a_time: int) -> Iterator[Iterator[tuple[str, Any]]]:
-    """The rows of an `IterableDataset`, each as pairs of field and value."""
+def _several(rows: Any, positions: range, options: ReadOptions) -> Iterator[RawRecord | RawColumns]:
+    """The rows at these positions, where the dataset gives many at a time; else none."""
+    if isinstance(rows, TableRows):
+        for run in rows.runs(positions):
+            if isinstance(run, dict):
+                yield _columns(run)
+            else:
+                yield from records_of(run, options)
+    elif hasattr(rows, "select"):  # of Hugging Face
+        names = _stored_as_they_are(rows, options)
+        if names is None:
+            yield from (RawRecord(_copied, row) for row in rows.select(positions))
+        else:
+            in_arrow = rows.select(positions).select_columns(names).with_format("arrow")
+            for table in in_arrow.iter(_BATCH_ROWS):
+                for batch in table.combine_chunks().to_batches():
+                    yield from records_of(batch, options)
+
+
+def _stored_as_they_are(rows: Any, options: ReadOptions) -> list[str] | None:
+    """The columns to read of a dataset of Hugging Face, if what Arrow holds of them is what a row of it holds.
+
+    None where it decodes files, runs a function of the user's, or lacks a column: its rows are asked for then.
+    """
+    form = getattr(rows, "format", None)
+    if form is None or form["type"] is not None:
+        return None
+    names = rows.column_names if form["output_all_columns"] else form["columns"]
+    if any(head not in names for name in options.stored for head, _ in [next(splits(name))]):
+        return None
+    if options.wanted is not None:
+        names = [name for name in names if name in options.wanted or name in BESIDE_IDS]
+    return names if all(_is_stored_as_it_is(rows.features[name]) for name in names) else None
+
+
+def _is_stored_as_it_is(feature: Any) -> bool:
+    kind = type(feature).__name__
+    if kind in ("Sequence", "List", "LargeList"):
+        return _is_stored_as_it_is(feature.feature)
+    if isinstance(feature, Mapping):
+        return all(map(_is_stored_as_it_is, feature.values()))
+    return kind in ("Value", "ClassLabel")
+
+
+def _streamed(shard: Any, at_a_time: int) -> Iterator[RawColumns]:
+    """The rows of an `IterableDataset`."""
     # By batches: its iterator of single rows would split them among DataLoader workers once more.
     for batch in shard.iter(at_a_time):
-        for row in zip(*batch.values(), strict=True):
-            yield zip(batch, row, strict=True)
+        yield _columns(batch)
 
 
-def _rows_until_error(rows: Iterable[Any]) -> Iterator[Any]:
+def _columns(columns: Mapping[str, Any]) -> RawColumns:
+    plain = {name: _plain_column(column) for name, column in columns.items()}
+    return RawColumns(plain, len(next(iter(plain.values()), ())))
+
+
+def _plain_column(column: Any) -> list[Any]:
+    column = column if isinstance(column, list) else list(column)
+    has_arrays = any(hasattr(kind, "shape") for kind in set(map(type, column)))
+    return [_plain_value(value) for value in column] if has_arrays else column
+
+
+def _until_error(items: Iterator[T]) -> Iterator[T]:
     try:
-        yield from rows
+        yield from items
     except Exception as error:  # a dataset may raise anything
         if outside_fault(error):
             raise
@@ -169,17 +226,13 @@ def _copied(row: Any) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise RecordError(f"a row is a mapping from field to value, not {shortened(row)}")
     try:
-        return _plain(row.items())
+        return {name: _plain_value(value) for name, value in row.items()}
     except Exception as error:  # of values that are decoded here
         raise RecordError(f"the row raised {described(error)}") from error
 
 
-def _plain(row: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """A row; where a table, or a function of the dataset, made arrays of single numbers or of strings, these."""
-    return {name: _plain_value(value) for name, value in row}
-
-
 def _plain_value(value: Any) -> Any:
+    """Where a table, or a function of the dataset, made an array of a single number or of strings, these."""
     if getattr(value, "shape", None) == ():
         return value.item()
     return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "OUT" else value

@@ -9,13 +9,19 @@ from ..errors import ConfigError, shortened, table_columns
 
 _AT_A_TIME = 256
 
-_ROWS: dict[tuple[str, str], Callable[[Any, int, int], list[dict[str, Any]]]] = {
-    ("pandas", "DataFrame"): lambda table, start, stop: table.iloc[start:stop].rename(columns=str).to_dict("records"),
-    ("polars", "DataFrame"): lambda table, start, stop: table[start:stop].to_dicts(),
-    ("pyarrow", "Table"): lambda table, start, stop: table.slice(start, stop - start).to_pylist(),
-    ("pyarrow", "RecordBatch"): lambda table, start, stop: table.slice(start, stop - start).to_pylist(),
+_RUNS: dict[tuple[str, str], Callable[[Any, int, int], Any]] = {
+    ("pandas", "DataFrame"): lambda table, start, stop: _of_pandas(table.iloc[start:stop]),
+    ("polars", "DataFrame"): lambda table, start, stop: table[start:stop].to_dict(as_series=False),
+    ("pyarrow", "Table"): lambda table, start, stop: table.slice(start, stop - start).combine_chunks().to_batches()[0],
+    ("pyarrow", "RecordBatch"): lambda table, start, stop: table.slice(start, stop - start),
 }
-"""By package and class: the rows from `start` to `stop`."""
+"""By package and class: the rows from `start` to `stop`, as a record batch of Arrow or a dict of columns."""
+
+
+def _of_pandas(rows: Any) -> dict[str, list[Any]]:
+    # By way of rows: its columns as lists hold other values where some are missing.
+    records = rows.rename(columns=str).to_dict("records")
+    return {name: [record[name] for record in records] for name in map(str, rows.columns)}
 
 
 def is_table(value: object) -> bool:
@@ -25,7 +31,7 @@ def is_table(value: object) -> bool:
 
 def _kind(value: object) -> tuple[str, str] | None:
     names = ((kind.__module__.partition(".")[0], kind.__name__) for kind in type(value).__mro__)
-    return next((name for name in names if name in _ROWS), None)
+    return next((name for name in names if name in _RUNS), None)
 
 
 class TableRows:
@@ -60,12 +66,11 @@ class TableRows:
         return len(self._table)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        return self._rows(position, position + 1)[0]
+        [run] = self.runs(range(position, position + 1))
+        columns = run if isinstance(run, dict) else run.to_pydict()
+        return {name: value for name, [value] in columns.items()}
 
-    def select(self, positions: range) -> Iterator[dict[str, Any]]:
-        """The rows of a run of positions."""
+    def runs(self, positions: range) -> Iterator[Any]:
+        """The rows at these positions, a run at a time: record batches of Arrow, or dicts of columns."""
         for start in range(positions.start, positions.stop, _AT_A_TIME):
-            yield from self._rows(start, min(start + _AT_A_TIME, positions.stop))
-
-    def _rows(self, start: int, stop: int) -> list[dict[str, Any]]:
-        return _ROWS[self._kind](self._table, start, stop)
+            yield _RUNS[self._kind](self._table, start, min(start + _AT_A_TIME, positions.stop))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,12 @@ from torch.utils.data import DataLoader
 
 import bertstream
 from bertstream import ConfigError, EmbeddingLoader, ShardError, StreamConfig, TextStream
+from bertstream.reading.options import ReadOptions
+from bertstream.reading.record_columns import RecordColumns
+from bertstream.reading.records import read_columns
+from bertstream.reading.shards import Piece
 from bertstream.testing import FakeEncoder, assert_resumes_exactly
+from bertstream.tokens import TokenBatch
 
 datasets = pytest.importorskip("datasets")
 pandas = pytest.importorskip("pandas")
@@ -96,6 +102,56 @@ def test_lists_of_words_are_texts_in_any_format(hugging_face: Any, form: str | N
     right = columns(ROWS, text="words", fields=["id"])
     assert words(hugging_face) == right
     assert sorted(i for batch in words(hugging_face.to_iterable_dataset(4)) for i in batch["id"][2]) == [*range(COUNT)]
+
+
+def test_values_of_every_kind_are_those_of_the_rows() -> None:
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["ham", "spam"]),
+            "score": datasets.Value("float32"),
+            "day": datasets.Value("timestamp[ms]"),
+            "raw": datasets.Value("binary"),
+            "big": datasets.Value("uint64"),
+            "nested": {"a": datasets.Value("int8"), "b": datasets.List(datasets.Value("string"))},
+            "pairs": datasets.List({"x": datasets.Value("bool")}),
+            "grid": datasets.Array2D((1, 2), "int32"),
+        }
+    )
+    rows = [
+        {
+            "text": f"text {i}",
+            "label": i % 2,
+            "score": i / 3 if i % 3 else None,
+            "day": datetime.datetime(2026, 1, 1 + i),
+            "raw": bytes([i]),
+            "big": 2**63 - 1 - i,
+            "nested": {"a": i, "b": ["x"] * i},
+            "pairs": [{"x": True}] * i,
+            "grid": [[i, i]],
+        }
+        for i in range(20)
+    ]
+    dataset = datasets.Dataset.from_list(rows, features=features)
+    for some in (dataset, dataset.remove_columns("grid"), dataset.shuffle(seed=1)):  # as it is, and as Arrow holds it
+        assert columns(some) == columns(list(some))
+
+
+def test_columns_that_nobody_wants_are_not_decoded() -> None:
+    dataset = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1], "picture": [b"no picture"] * 2})
+    dataset = dataset.cast_column("picture", datasets.Image())
+    [batch] = bertstream.stream(dataset, FakeEncoder(), fields=["label"])
+    assert batch["label"].tolist() == [0, 1]
+    with pytest.raises(ShardError, match="record 0"):
+        list(bertstream.stream(dataset, FakeEncoder()))
+
+
+def test_ids_of_a_dataset_stay_columns(hugging_face: Any) -> None:
+    dataset = hugging_face.map(lambda row: {"input_ids": [row["id"], 2], "attention_mask": [1, 0]})
+    items = list(read_columns(Piece("Dataset", 0, COUNT), ReadOptions(text="input_ids", rows=dataset)))
+    [found] = items
+    assert isinstance(found, RecordColumns) and isinstance(found.texts, TokenBatch)
+    assert found.texts.input_ids.tolist() == list(range(COUNT)) and "attention_mask" not in found.fields
 
 
 def test_a_format_of_some_columns_leaves_out_the_others(hugging_face: Any) -> None:

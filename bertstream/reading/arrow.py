@@ -1,0 +1,75 @@
+"""Record batches of Arrow, as Parquet, tables and Hugging Face's datasets hold them, as columns of Python's values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import described
+from ..tokens import TokenBatch
+from .options import ReadOptions
+from .raw import RawColumns, RawRecord, RecordError
+from .token_ids import columns_of_ids, holds_ids
+
+
+def records_of(batch: Any, options: ReadOptions) -> Iterator[RawColumns | RawRecord]:
+    """The rows of a record batch: as columns, or one by one where Python has no value for an entry.
+
+    Args:
+        batch: a `pyarrow.RecordBatch`.
+        options: say which column holds the text: where that is ids, they become one batch.
+    """
+    arrays = dict(zip(batch.schema.names, batch.columns, strict=True))
+    text = arrays.get(options.text)
+    # Functions of a record get plain lists.
+    if text is not None and holds_ids(text.type) and options.keep is None and options.map is None:
+        arrays = columns_of_ids(batch, options.text, options.required)
+    values = _values_of(arrays)
+    if values is not None:
+        yield RawColumns(values, batch.num_rows)
+        return
+    # One row's value is at fault; parsing that row raises the reason.
+    entries = (array.apart() if isinstance(array, TokenBatch) else array for array in arrays.values())
+    for row in zip(*entries, strict=True):
+        yield RawRecord(_parse_row, dict(zip(arrays, row, strict=True)))
+
+
+def _values_of(arrays: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The values of each column; None if Python has no value for an entry."""
+    try:
+        return {name: _values(array) for name, array in arrays.items()}
+    except Exception:  # pyarrow may raise anything
+        return None
+
+
+def _values(array: Any) -> Any:
+    """Numbers in an array of int64, float64 or bool where none is missing, else Python's values in a list."""
+    if isinstance(array, (list, TokenBatch)):
+        return array
+    from pyarrow import types
+
+    kind = array.type
+    if not array.null_count:
+        if types.is_boolean(kind):
+            return array.to_numpy(zero_copy_only=False)
+        if types.is_integer(kind) and kind != "uint64":  # whose numbers may be beyond those of int64
+            return array.to_numpy().astype(np.int64)
+        if types.is_float32(kind) or types.is_float64(kind):
+            return array.to_numpy().astype(np.float64)
+    return array.to_pylist()
+
+
+def _parse_row(row: dict[str, Any]) -> dict[str, Any]:
+    for name, value in row.items():
+        try:
+            row[name] = _plain(value)
+        except Exception as error:  # pyarrow may raise anything
+            raise RecordError(f"Python has no value for it: {described(error)}", name) from error
+    return row
+
+
+def _plain(value: Any) -> Any:
+    """The value as Python's own type; pyarrow raises if there is none."""
+    return value.as_py() if hasattr(value, "as_py") else value
