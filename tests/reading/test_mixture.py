@@ -268,6 +268,8 @@ def test_stats_count_the_texts_of_each_source_and_batches_say_which_it_is(files:
         stats = loader.stats()
     assert (stats["source_0_texts"], stats["source_1_texts"]) == (found[0], found[1]) == (60, 30)
     assert "  source_1_texts" in str(stats)
+    # What "first" left of the second source, as the docstring of `Mixture` says.
+    assert bertstream.stream(files[2], FakeEncoder()).count_records() == 30
 
 
 def test_a_stream_of_one_source_has_no_numbers_of_sources_and_may_have_a_field_of_that_name() -> None:
