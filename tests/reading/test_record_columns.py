@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 
 import bertstream
 from bertstream.errors import ShardError
-from bertstream.reading import records
+from bertstream.reading import raw, records
 from bertstream.reading.options import ReadOptions
 from bertstream.reading.record_columns import MISSING, RecordColumns
 from bertstream.reading.records import read_columns, read_records
@@ -106,6 +108,20 @@ def test_columns_stay_columns_but_where_a_record_is_broken(tmp_path: Path) -> No
     columns = [item for item in items if isinstance(item, RecordColumns)]
     assert [(int(part.indices[0]), len(part)) for part in columns] == [(0, 256), (512, 188)]
     assert sum(isinstance(item, Record) for item in items) == 255 and [error.index for error in bad] == [300]
+
+
+def test_a_shard_whose_columns_are_all_taken_apart_is_read_as_fast_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [raw.RawColumns({"text": ["a"]}, 1)] * 24_000
+    monkeypatch.setattr(records, "read_rows", lambda *args: iter(runs))
+    found = read_records(Piece("list"), ReadOptions(rows=[{}], keep=bool))
+
+    def seconds() -> float:
+        started = time.process_time()
+        assert len(list(itertools.islice(found, 2_000))) == 2_000
+        return time.process_time() - started
+
+    first, *_, last = [seconds() for _ in range(12)]
+    assert last < 5 * first
 
 
 FIELDS = st.dictionaries(st.sampled_from("abc"), st.integers(0, 3) | st.none())
