@@ -15,7 +15,7 @@ class UnknownLabelError(ValueError):
 
 def as_listed(field: str) -> str:
     """What to write where a field holds names of labels and a number is wanted, for messages."""
-    return f'where these are labels, list them, as in fields={{{json.dumps(field)}: ["ham", "spam"]}}'
+    return f'if these are labels, list them or give a label2id, as in fields={{{json.dumps(field)}: ["ham", "spam"]}}'
 
 
 class NumberOf:

@@ -160,7 +160,8 @@ def stream(
             the member's bytes, except that txt, text and transcript are str, json and jsn parsed, cls, cls2, class,
             count, index, inx and id int, and float, score and weight float. `__key__`, `__shard__` and `__index__` come
             along, unless some of them are among the names: then only these do (`["label", "__index__"]` leaves out the
-            two lists of strings).
+            two lists of strings), and none with "__none__" (`["label", "__none__"]`, or in a mapping `"__none__":
+            None`).
         keep: a function of a record, a dict of all its fields, that says whether to read it. It is called in the
             workers, so where those are spawned it must be importable.
         map: a function from a record that is kept to the one to read instead, a dict with the fields that `text` and

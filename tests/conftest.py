@@ -18,7 +18,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -29,7 +29,7 @@ import torch
 from fork_server import ENCODERS, RANKS
 from hypothesis import settings
 from tokenizers import Tokenizer
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from bertstream import Encoder
 from bertstream.tokens import Text
@@ -75,6 +75,11 @@ def _without_cuda() -> Iterator[None]:
         patch.setattr(torch.cuda, "device_count", lambda: 0)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first: at the end, when one of several processes has none left, it takes over quick ones."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -173,11 +178,23 @@ def minilm_folder() -> str:
     return os.path.join(next(iter(spec.submodule_search_locations or ())), "model")
 
 
+def unmeasured_forward_tokens(
+    candidates: Sequence[int], run: Callable[[int], object], device: torch.device, default: int
+) -> int:
+    """In place of `fastest_forward_tokens`: try the default alone."""
+    run(default)
+    return default
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _no_layout_by_chance() -> Iterator[None]:
-    """Which layout of weights is faster, and so the last bits of shared encoders, is not to depend on the clock."""
+def _nothing_by_the_clock() -> Iterator[None]:
+    """Which layout of weights is faster, and so the last bits of shared encoders, is not to depend on the clock.
+
+    Nor is the size of forwards, which takes a second to measure for each encoder.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bertstream.encoding.calibrating.is_faster", lambda run, than: False)
+        patch.setattr("bertstream.encoding.calibrating.fastest_forward_tokens", unmeasured_forward_tokens)
         yield
 
 
@@ -185,6 +202,28 @@ def _no_layout_by_chance() -> Iterator[None]:
 def minilm(minilm_folder: str) -> Encoder:
     """all-MiniLM-L6-v2, token output, float32."""
     return Encoder.from_pretrained(minilm_folder, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def small_folder(minilm_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a model with all-MiniLM-L6-v2's tokenizer and pooling, and 3 random layers of 32 numbers.
+
+    For tests of what is done with an encoder: it loads in a tenth of the time.
+    """
+    folder = tmp_path_factory.mktemp("small") / "model"
+    shutil.copytree(minilm_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "README.md", "data_config*"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=30522, **sizes)).save_pretrained(folder)
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"word_embedding_dimension": 32}))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def small(small_folder: str) -> Encoder:
+    """The model of `small_folder`, token output, float32."""
+    return Encoder.from_pretrained(small_folder, dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="session")

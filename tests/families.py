@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,11 +68,16 @@ class Tokenizer:
     """MiniLM's tokenizer, presented as another family's."""
 
     def __init__(self, folder: str, model: nn.Module) -> None:
-        own = transformers.AutoTokenizer.from_pretrained(folder)
-        self.backend_tokenizer = own.backend_tokenizer
+        self.backend_tokenizer = _backend(folder)
         self.model_max_length = 80
         two = getattr(model.config, "type_vocab_size", 0) > 1
         self.model_input_names = ["input_ids", "attention_mask", *(["token_type_ids"] if two else [])]
+
+
+@functools.cache
+def _backend(folder: str) -> Any:
+    """Read once: encoders never change it."""
+    return transformers.AutoTokenizer.from_pretrained(folder).backend_tokenizer
 
 
 def loss_of(rows: list[Tensor]) -> Tensor:

@@ -25,19 +25,21 @@ from bertstream.encoding import pretrained
 from bertstream.testing import write_shards
 
 ROOT = Path(__file__).parents[1]
-MODEL = ("--model", "all-MiniLM-L6-v2", "--dtype", "float32")
+MODEL = ("--model", "SMALL", "--dtype", "float32")
+"""What `call` puts the folder of a small model for."""
+
 VERBS = ("inspect", "embed", "tokenize", "warm", "cache", "doctor")
 
 Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
+def call(capsys: pytest.CaptureFixture[str], small_folder: str) -> Call:
     """Call the command: its exit status, and what it printed on standard output and standard error."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         try:
-            status = cli.main([str(argument) for argument in arguments])
+            status = cli.main([small_folder if argument == "SMALL" else str(argument) for argument in arguments])
         except SystemExit as stopped:  # argparse
             status = int(stopped.code or 0)
         transformers.utils.logging.enable_progress_bar()
@@ -81,10 +83,10 @@ def test_inspect_prints_what_the_library_finds(call: Call, shard: str, tmp_path:
     assert "packed equals one by one" in out and "  id: 0" in out
 
 
-def test_embed_writes_and_continues(call: Call, shard: str, tmp_path: Path, minilm: Encoder) -> None:
+def test_embed_writes_and_continues(call: Call, shard: str, tmp_path: Path, small: Encoder) -> None:
     command = ("embed", shard, "--out", tmp_path / "out", *MODEL, "--output", "sentence", "--format", "safetensors")
     status, out, err = call(*command)
-    assert (status, err) == (0, "") and "40 vectors of 384 in 1 file in" in out
+    assert (status, err) == (0, "") and "40 vectors of 32 in 1 file in" in out
     status, out, _ = call(*command, "--json")
     assert status == 0 and json.loads(out)["texts_before"] == 40
     assert (tmp_path / "out" / "part-000000.safetensors").exists()
@@ -92,14 +94,14 @@ def test_embed_writes_and_continues(call: Call, shard: str, tmp_path: Path, mini
     assert status == 0
 
 
-def test_tokenize_writes_and_continues(call: Call, shard: str, tmp_path: Path, minilm: Encoder) -> None:
+def test_tokenize_writes_and_continues(call: Call, shard: str, tmp_path: Path, small: Encoder) -> None:
     command = ("tokenize", shard, "--out", tmp_path / "out", *MODEL, "--fields", "id", "--max-length", 16)
     status, out, err = call(*command)
     assert (status, err) == (0, "") and re.search(
         r"^40 texts, [\d,]+ tokens in 1 file in .* \(text='input_ids' reads them\); texts .* takes: \d", out
     )
     assert json.loads(call(*command, "--json")[1])["texts_before"] == 40
-    loader = bertstream.stream(str(tmp_path / "out" / "*.parquet"), minilm, text="input_ids")
+    loader = bertstream.stream(str(tmp_path / "out" / "*.parquet"), small, text="input_ids")
     assert sum(len(batch["id"]) for batch in loader) == 40
 
 
@@ -120,14 +122,14 @@ def test_cut_texts_and_skipped_records_are_reported(call: Call, tmp_path: Path) 
     assert status == 0 and "; broken records skipped: 1; broken shards given up: 1\n" in out
 
 
-def test_a_cache_is_filled_shown_checked_and_dropped(call: Call, shard: str, tmp_path: Path, minilm: Encoder) -> None:
+def test_a_cache_is_filled_shown_checked_and_dropped(call: Call, shard: str, tmp_path: Path, small: Encoder) -> None:
     folder = tmp_path / "cache"
     command = ("warm", shard, "--cache", folder, "--limit", "64MiB", *MODEL)
     status, out, err = call(*command)
     assert (status, err) == (0, "") and out.startswith("40 texts, 40 of them computed now")
     assert json.loads(call(*command, "--json")[1])["computed"] == 0
     with EmbeddingCache("1MiB", folder, "64MiB", read_only=True) as cache:  # as a training run opens it
-        name = cache.fingerprint(minilm)
+        name = cache.fingerprint(small)
     status, out, _ = call("cache", folder, "--json")
     assert status == 0 and json.loads(out)["fingerprints"] == {name: 40}
     assert call("cache", folder, "--verify")[:2][0] == 0
@@ -145,19 +147,20 @@ def test_a_cache_is_filled_shown_checked_and_dropped(call: Call, shard: str, tmp
 
 def test_warm_reports_a_cache_that_is_too_small(call: Call, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", [f"{'word ' * 400}{i}" for i in range(100)])
-    status, out, _ = call("warm", *shards, "--cache", tmp_path / "cache", "--limit", "16MiB", *MODEL, "--layers", 0)
+    wide = ("--model", "all-MiniLM-L6-v2", "--layers", 0)
+    status, out, _ = call("warm", *shards, "--cache", tmp_path / "cache", "--limit", "16MiB", *wide)
     assert status == 1 and "raise --limit" in out
 
 
 def test_doctor_describes_models_and_fails_if_one_cannot_be_loaded(call: Call) -> None:
-    status, out, _ = call("doctor", "--model", "all-MiniLM-L6-v2", "--dtype", "float32")
+    status, out, _ = call("doctor", *MODEL)
     assert status == 0 and "runs: fused" in out and f"torch {version('torch')}" in out
     status, out, _ = call("doctor", "--model", "no-such-model", "--json")
     assert status == 1 and "no model" in json.loads(out)["models"]["no-such-model"]["error"]
 
 
 def test_doctor_names_a_model_that_is_no_text_encoder_and_still_describes_the_others(
-    call: Call, monkeypatch: pytest.MonkeyPatch
+    call: Call, small_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = transformers.ViTModel(transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     others: dict[str, torch.nn.Module] = {"images": images, "linear": torch.nn.Linear(1, 1)}
@@ -171,11 +174,11 @@ def test_doctor_names_a_model_that_is_no_text_encoder_and_still_describes_the_ot
         return pretrained.Pretrained(name, name, config, None, None)
 
     monkeypatch.setattr("bertstream.encoding.encoder.find_pretrained", find_others)
-    status, out, _ = call("doctor", "--model", *others, "all-MiniLM-L6-v2", "--dtype", "float32", "--json")
+    status, out, _ = call("doctor", "--model", *others, "SMALL", "--dtype", "float32", "--json")
     models = json.loads(out)["models"]
     assert status == 1 and "Linear is not a transformers text encoder" in models["linear"]["error"]
     assert "ViTModel is not a transformers text encoder" in models["images"]["error"]
-    assert models["all-MiniLM-L6-v2"]["runs"] == "fused"
+    assert models[small_folder]["runs"] == "fused"
 
 
 MISTAKES: list[tuple[tuple[Any, ...], int, str]] = [
@@ -229,9 +232,9 @@ def test_a_bug_keeps_its_traceback(call: Call, shard: str, monkeypatch: pytest.M
         call("inspect", shard, *MODEL)
 
 
-def test_a_reader_that_closes_the_pipe_is_no_error(minilm: Encoder, tmp_path: Path, shard: str) -> None:
+def test_a_reader_that_closes_the_pipe_is_no_error(small: Encoder, tmp_path: Path, shard: str) -> None:
     with EmbeddingCache(0, tmp_path, "64MiB") as cache:
-        bertstream.warm(shard, minilm, cache, progress=False)
+        bertstream.warm(shard, small, cache, progress=False)
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "bertstream", "cache", str(tmp_path)]
@@ -261,7 +264,7 @@ def test_csv_is_read_as_the_arguments_say_from_the_home_folder(
     assert call("inspect", "~/a.csv", "--delimiter", "||", *MODEL)[0] == 2
 
 
-def test_odd_endings_and_nested_texts_are_read_by_every_verb(call: Call, tmp_path: Path, minilm: Encoder) -> None:
+def test_odd_endings_and_nested_texts_are_read_by_every_verb(call: Call, tmp_path: Path, small: Encoder) -> None:
     shard = tmp_path / "part-0000"
     shard.write_bytes(gzip.compress(b"".join(b'{"data": {"text": "text %d"}}\n' % i for i in range(5))))
     where = (shard, "--shard-format", "jsonl", "--text", "data.text", *MODEL)

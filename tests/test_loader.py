@@ -25,6 +25,7 @@ import pytest
 import torch
 import webdataset
 from conftest import GRACE_S, running
+from fork_server import RANKS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -897,12 +898,15 @@ SCRIPT = """
 """
 
 
+def program(body: str) -> str:
+    return textwrap.dedent(SCRIPT).format(body=body)
+
+
 def run(body: str) -> subprocess.Popen[str]:
-    script = textwrap.dedent(SCRIPT).format(body=body)
     root = str(Path(__file__).parent.parent)
     env = os.environ | {"PYTHONPATH": root}
     return subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        [sys.executable, "-c", program(body)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
 
 
@@ -930,10 +934,10 @@ except KeyboardInterrupt:
     assert out == "0 1\nagain\n", err
 
 
+@pytest.mark.slow
 def test_a_program_may_exit_during_an_iteration() -> None:
-    process = run("iteration = iter(loader); next(iteration); print('done', flush=True)")
-    out, err = process.communicate(timeout=60)
-    assert (out, process.returncode) == ("done\n", 0), err
+    out, err, status = RANKS.start(program("iteration = iter(loader); next(iteration); print('done')")).finish()
+    assert (out, status) == ("done\n", 0), err
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from soak import train_and_kill
 
 import bertstream
 from bertstream import EmbeddingLoader, ShardError, StateError, StreamConfig, TextStream
-from bertstream.testing import FakeEncoder, FakeTokenizer, write_shards
+from bertstream.testing import FakeEncoder, write_shards
 
 pytestmark = pytest.mark.slow
 
@@ -124,7 +124,7 @@ def run(
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [((1, 0), (3, 0)), ((1, 2), (2, 0)), ((2, 0), (1, 2)), ((2, 2), (3, 0)), ((3, 0), (2, 2)), ((3, 2), (1, 0))],
+    [((1, 2), (3, 0)), ((2, 2), (1, 0)), ((3, 0), (2, 2))],  # each number before and after
 )
 def test_every_record_comes_once_when_ranks_and_workers_change(
     shards: list[str], tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
@@ -201,12 +201,17 @@ def test_fewer_records_than_ranks_are_an_error_on_every_rank(tmp_path: Path) -> 
     assert all("ShardError: of 3 ranks, [2] have no record in this epoch" in errors for _, errors, _ in found)
 
 
-def test_ranks_go_on_in_their_own_order_with_any_number_of_workers(shards: list[str], tmp_path: Path) -> None:
-    whole = run(tmp_path, 2, shards=shards, workers=0, fresh=True)
-    first = run(tmp_path, 2, shards=shards, workers=2, stop=7)
-    rest = run(tmp_path, 2, shards=shards, workers=1, state=first[0][0][-1])
+def test_ranks_have_the_same_states_and_go_on_in_their_own_order(shards: list[str], tmp_path: Path) -> None:
+    """With any number of workers, and also while lanes end on one rank, of which the others do not hear."""
+    reading = {"lanes": 5}
+    whole = run(tmp_path, 2, shards=shards, workers=0, states=True, reading=reading, fresh=True)
+    states = [[line["queues"] for line in lines if isinstance(line, dict)] for lines, _, _ in whole]
+    assert len(states[0]) > 20 and states[0] == states[1]
+    first = run(tmp_path, 2, shards=shards, workers=2, stop=7, reading=reading)
+    rest = run(tmp_path, 2, shards=shards, workers=1, state=first[0][0][-1], reading=reading)
     for rank in range(2):
-        assert first[rank][0][:-1] + rest[rank][0] == whole[rank][0]
+        batches = [line for line in whole[rank][0] if isinstance(line, list)]
+        assert first[rank][0][:-1] + rest[rank][0] == batches
 
 
 def test_a_state_of_one_rank_is_that_of_all_while_each_holds_batches(shards: list[str], tmp_path: Path) -> None:
@@ -229,13 +234,6 @@ def test_a_state_taken_while_a_rank_was_padded_goes_on(tmp_path: Path, world_siz
     assert all(status == 0 for _, _, status in rest), rest
     counts = [sum(map(len, batches)) for lines in (first, rest) for batches in [line[0] for line in lines]]
     assert sum(counts) - sum(len(lines[0][-1]) for lines in first) == len(TEXTS) + 20
-
-
-def test_all_ranks_have_the_same_state_at_every_step(shards: list[str], tmp_path: Path) -> None:
-    """Also while lanes end on one of them, of which the others do not hear."""
-    ranks = run(tmp_path, 2, shards=shards, workers=0, states=True, reading={"lanes": 5}, fresh=True)
-    states = [[line["queues"] for line in lines if isinstance(line, dict)] for lines, _, _ in ranks]
-    assert len(states[0]) > 20 and states[0] == states[1]
 
 
 def test_a_rank_that_fails_at_its_first_record_is_named_at_once(tmp_path: Path) -> None:
@@ -355,41 +353,12 @@ def test_a_state_of_another_stream_is_refused_with_the_difference(
         assert caught.value.key == "version"
 
 
-def test_a_state_of_other_data_says_in_words_what_differs(tmp_path: Path) -> None:
-    paths = write_shards(tmp_path, TEXTS[:8], shards=2)
-
-    def stream(encoder: Any = None, **options: Any) -> Any:
-        return bertstream.stream(paths, encoder or FakeEncoder(), **options)
-
-    state = stream().state_dict()
-    with pytest.raises(StateError, match="saved with seed=0 and batch_size=32, this stream has seed=1 and batch"):
-        stream(seed=1, batch_size=8).load_state_dict(state)
-    with pytest.raises(StateError, match=r"lanes=1, .* lanes=2 \(without .* decide\): make the stream"):
-        stream(reading=StreamConfig(lanes=2)).load_state_dict(state)
-    with pytest.raises(StateError, match="saved with max_bad_records=0, this stream has max_bad_records above 0: make"):
-        stream(reading=StreamConfig(max_bad_records=3)).load_state_dict(state)
-
-    class Another(FakeTokenizer):
-        identity = ("Another",)
-
-    encoder = FakeEncoder()
-    encoder.tokenizer = Another()
-    with pytest.raises(StateError, match="saved with a tokenizer of other settings or another vocabulary") as caught:
-        stream(encoder, shuffle=True).load_state_dict(state)
-    assert caught.value.key == "shuffle" and "shuffle=True; with a tokenizer" in str(caught.value)
-
-    Path(paths[1]).write_text('{"text": "changed"}\n')
-    with pytest.raises(StateError, match="over other data: as many shards, 2, but of other names, sizes") as caught:
-        stream().load_state_dict(state)
-    assert caught.value.key == "shards" and "digest of these alone" in str(caught.value)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "kills"), [(0, 1), (2, 2)])
 def test_a_training_that_is_killed_goes_on_where_its_checkpoint_was(
-    shards: list[str], tmp_path: Path, workers: int
+    shards: list[str], tmp_path: Path, workers: int, kills: int
 ) -> None:
-    found = train_and_kill(tmp_path, shards, kills=3, workers=workers)
-    assert found["exact"] and len(found["resumed_from"]) == 3
+    found = train_and_kill(tmp_path, shards, kills=kills, workers=workers)
+    assert found["exact"] and len(found["resumed_from"]) == kills
     assert not found["processes_left"] and not found["shared_memory_left"]
 
 

@@ -125,7 +125,7 @@ def tokenize(
 def _as_settings(fields: Fields) -> Any:
     """The option as JSON: names, or what each field is made by, so that no file of a folder has other numbers."""
     if isinstance(fields, Mapping):
-        return {name: name_of(by) if callable(by) else list(by) for name, by in fields.items()}
+        return {name: name_of(by) if callable(by) else list(by or ()) for name, by in fields.items()}
     return None if fields is None else list(fields)
 
 

@@ -266,7 +266,7 @@ def with_vectors(
         for found in embeddings.values()
     ]
     if isinstance(batch, TokenBatch):
-        if not batch.fields:
+        if not batch.fields and text is None:  # a stream names its text, so that its batches are dicts in any case
             return vectors[0]
         ways: list[tuple[Field, ...]] = [(text or ("text",))[:1]]
         batch = {name: as_tensors(column) for name, column in batch.fields.items()}

@@ -134,8 +134,8 @@ class Progress(ABC):
         self._places.append(self._place())
         return reader
 
-    def check_can_be_sent(self) -> None:
-        """After workers could not be started: ConfigError if that is because of what a stream is made of."""
+    def check_can_be_sent(self, *, failed: bool) -> None:
+        """ConfigError if workers that are not forked cannot be sent what a stream is made of; see `TextStream`."""
         return
 
     @abstractmethod
@@ -258,9 +258,9 @@ class ProgressInStream(Progress):
         self._knows_all_ranks = True  # so every rank's state names all lanes
         return Peers(stream.rank_timeout_s)
 
-    def check_can_be_sent(self) -> None:
+    def check_can_be_sent(self, *, failed: bool) -> None:
         """See `TextStream.check_can_be_sent`."""
-        self._stream.check_can_be_sent()
+        self._stream.check_can_be_sent(failed=failed)
 
     def begun(self, iterator: Iterator[Any]) -> None:
         """Workers have taken the start with them: here the next iteration is not to find it."""

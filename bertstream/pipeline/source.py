@@ -120,12 +120,14 @@ class Source:
 
 def _start(progress: Progress) -> Iterator[Any]:
     reader = progress.begin()
+    context = getattr(reader, "multiprocessing_context", None) or multiprocessing
+    if not getattr(reader, "num_workers", 0) or context.get_start_method() == "fork":
+        return iter(reader)
+    progress.check_can_be_sent(failed=False)
     try:
         return iter(reader)
     except (AttributeError, TypeError, pickle.PicklingError):  # what pickle raises for a function of the user's
-        context = getattr(reader, "multiprocessing_context", None) or multiprocessing
-        if getattr(reader, "num_workers", 0) and context.get_start_method() != "fork":
-            progress.check_can_be_sent()
+        progress.check_can_be_sent(failed=True)
         raise
 
 

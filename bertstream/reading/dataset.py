@@ -67,7 +67,7 @@ class TextStream(IterableDataset[TokenBatch]):
         shuffle: shuffles shards, and batches within a bucket, by seed and epoch. Without it the order is fixed.
         seed: of the shuffle.
         fields: which other fields a batch carries: names, or name -> function of the raw value, or labels that become
-            numbers, as for `stream`; None carries all.
+            numbers, as for `stream`; "__none__" leaves out `__key__` and its like; None carries all.
         keep: whether a record, a dict of all its fields, is read; called in the workers, as `map` is.
         map: the record to read instead of one that is kept, or None to drop it.
         keep_text_as: the field under which the raw text stays in the batch; None drops it.
@@ -414,14 +414,17 @@ class TextStream(IterableDataset[TokenBatch]):
         layout, by_user = self._layout, self._reading.lanes is not None
         return layout.idle_workers(num_workers, busy, self.rank, self.world_size, lanes_by_user=by_user)
 
-    def check_can_be_sent(self) -> None:
+    def check_can_be_sent(self, *, failed: bool) -> None:
         """Refuse the user's functions, tokenizer or rows if they cannot be sent to workers that are not forked.
 
+        Args:
+            failed: whether sending was tried, and failed.
         Raises:
-            ConfigError: one of them does not pickle; it says which.
+            ConfigError: with the name of one that cannot be sent.
         """
         tokenizer = {"the encoder's tokenizer, or its word_splitter=,": self._batches.tokenizer}
-        check_can_be_sent(self._options.functions | tokenizer | {name: rows for (name, *_), rows in self._sources})
+        rows = {name: rows for (name, *_), rows in self._sources}
+        check_can_be_sent(self._options.functions | tokenizer | rows, failed=failed)
 
     def _dealt(self, layout: Layout, epoch: int) -> list[list[Piece]]:
         return layout.deal(self._seed if self.shuffle else None, epoch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -59,15 +60,24 @@ def name_of(function: Any) -> str:
     return str(getattr(function, "__qualname__", type(function).__qualname__)).rpartition("<locals>.")[2]
 
 
-def check_can_be_sent(parts: Mapping[str, Any]) -> None:
+def check_can_be_sent(parts: Mapping[str, Any], *, failed: bool) -> None:
     """Refuse what cannot be sent to worker processes that are not forked.
 
     Args:
         parts: what is sent, by its name in the message.
+        failed: whether sending was tried, and failed: only then is it tried for each part.
     Raises:
-        ConfigError: with the name of one that does not pickle, and the way out.
+        ConfigError: with the name of one that does not pickle, or that workers would not find, and the way out.
     """
+    interactive = not hasattr(sys.modules["__main__"], "__file__")
     for name, part in parts.items():
+        if interactive and getattr(part, "__module__", None) == "__main__":
+            raise ConfigError(
+                f"{name} is of a notebook or an interactive program, where worker processes, which here are not "
+                "forked, cannot import it: write it to a module and import it from there, or write num_workers=0"
+            )
+        if not failed:
+            continue
         try:
             pickle.dumps(part)
         except Exception as error:  # pickle raises anything, for its own reasons and for the object's

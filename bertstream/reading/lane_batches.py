@@ -237,7 +237,7 @@ class LaneBatches:
             return None
 
     def _tokenized(self, records: RecordColumns) -> TokenizedRecords:
-        fields = fields_of(records, keep_text_as=self.keep_text_as, with_place=not self.options.place)
+        fields = fields_of(records, keep_text_as=self.keep_text_as, with_place=self.options.with_place)
         tokens = tokens_of(self.tokenizer, records.texts)
         return TokenizedRecords(tokens, fields, kinds_of(records.texts, tokens))
 

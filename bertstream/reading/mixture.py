@@ -50,7 +50,8 @@ class Mixture:
         sources: pairs of shards and weight: shards as for `bertstream.stream`, or a dataset of rows; weights are
             positive numbers, and count in relation to their sum.
         stopping: when an epoch ends. "first": a lane ends once a source that is due has no record left in it. No record
-            comes twice, and what the other sources still hold is not read; `stats()` says how many texts of each came.
+            comes twice, and what the other sources still hold is not read. `stats()` says how many texts of each came;
+            how many a source holds, `bertstream.stream(source, encoder).count_records()` says where counting is fast.
             "all": a source that has no record left starts over, in another order if the stream shuffles, until every
             record of every source came at least once.
     Attributes:

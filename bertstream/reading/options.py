@@ -17,11 +17,14 @@ from .functions import Keep, Map, check_functions, kept_and_mapped, name_of
 from .raw import BOM, RecordError, parse_text, values_of
 from .token_ids import BESIDE_IDS, ids_of
 
-Fields: TypeAlias = Mapping[str, Callable[[Any], Any] | Sequence[str] | Mapping[str, int]] | Sequence[str] | None
+Fields: TypeAlias = Mapping[str, Callable[[Any], Any] | Sequence[str] | Mapping[str, int] | None] | Sequence[str] | None
 """The option `fields`, see `ReadOptions`."""
 
 PLACE = ("__key__", "__shard__", "__index__")
 """Fields of a batch that say where its records are from."""
+
+NO_PLACE = "__none__"
+"""Named in `fields`, it leaves out all of `PLACE`; naming none of them keeps all, as since version 0.1.0."""
 
 RESERVED = (*PLACE, "__repeated__")
 """Fields that a batch has of its own."""
@@ -41,7 +44,7 @@ class ReadOptions:
         fields: the other fields to keep. None keeps all; names keep only these; a mapping from names to functions keeps
             these, each passed through its function; a list of labels, or a mapping from labels to numbers, in place of
             a function makes numbers of them.
-            A name of `PLACE` among them keeps only the named ones of these.
+            A name of `PLACE` among them keeps only the named ones of these, and `NO_PLACE` keeps none.
         keep: says of a record, a dict of all its fields, whether it is read at all.
         map: makes the record of one that is kept, or None to drop it.
         access: how shards are opened.
@@ -50,7 +53,9 @@ class ReadOptions:
         reserved: names that no other field may have.
         tokenizer: what token ids depend on, by name, to refuse Parquet files that `bertstream.tokenize` wrote with
             another tokenizer; None refuses none.
+        named: `fields` without `NO_PLACE`, and with functions for labels.
         place: those of `PLACE` that `fields` names.
+        with_place: whether a batch has all of `PLACE`, because `fields` names none of them.
         required: the fields that every record must have in the end: the texts, and the other names in `fields`.
         stored: those of them that shards must hold: none where `map` may make them.
         wanted: the keys and columns to read; None for all.
@@ -68,7 +73,9 @@ class ReadOptions:
     epoch: int = 0
     reserved: tuple[str, ...] = field(default=RESERVED, repr=False)
     tokenizer: Mapping[str, Any] | None = field(default=None, repr=False)
+    named: Mapping[str, Callable[[Any], Any]] | Sequence[str] | None = field(init=False, repr=False)
     place: tuple[str, ...] = field(init=False, repr=False)
+    with_place: bool = field(init=False, repr=False)
     required: tuple[str, ...] = field(init=False, repr=False)
     stored: tuple[str, ...] = field(init=False, repr=False)
     wanted: frozenset[str] | None = field(init=False, repr=False)
@@ -87,7 +94,10 @@ class ReadOptions:
         if not all(isinstance(name, str) for name in names):
             raise ConfigError(f"fields takes names of fields; got {names!r}")
         place = tuple(name for name in names if name in PLACE)
-        names = [name for name in names if name not in PLACE]
+        if place and NO_PLACE in names:
+            raise ConfigError(f"fields names {place[0]!r}, and {NO_PLACE!r}, which leaves it out: write one of the two")
+        object.__setattr__(self, "with_place", not place and NO_PLACE not in names)
+        names = [name for name in names if name not in (*PLACE, NO_PLACE)]
         for name in (*self.texts, *names):
             if name in self.reserved:
                 way_out = "leave it out of fields=, or rename it in the data"
@@ -95,9 +105,10 @@ class ReadOptions:
         for text in self.texts:
             if text in names:
                 raise ConfigError(f"fields lists the other fields: leave out {text!r}, which is the text")
+        named: Any = None if self.fields is None else tuple(name for name in self.fields if name != NO_PLACE)
         if isinstance(self.fields, Mapping):
-            functions = {name: _as_function(name, function) for name, function in self.fields.items()}
-            object.__setattr__(self, "fields", functions)
+            named = {name: _as_function(name, self.fields[name]) for name in named}
+        object.__setattr__(self, "named", named)
         check_functions(self.keep, self.map)
         required = (*self.texts, *names)
         chooses = self.keep is not None or self.map is not None
@@ -116,15 +127,15 @@ class ReadOptions:
     def functions(self) -> dict[str, Any]:
         """The user's functions, by the arguments that hold them."""
         own = {name: function for name in ("keep", "map") if (function := getattr(self, name)) is not None}
-        named = self.fields if isinstance(self.fields, Mapping) else {}
+        named = self.named if isinstance(self.named, Mapping) else {}
         return {f"{name}={name_of(function)}": function for name, function in own.items()} | {
             f"fields[{name!r}]={name_of(function)}": function for name, function in named.items()
         }
 
 
-def _as_function(name: str, function: Callable[[Any], Any] | Sequence[str] | Mapping[str, int]) -> Callable[[Any], Any]:
+def _as_function(name: str, function: Any) -> Callable[[Any], Any]:
     if callable(function):
-        return function
+        return cast("Callable[[Any], Any]", function)
     if isinstance(function, (list, tuple, Mapping)):
         return NumberOf(
             function, f"fields[{name!r}]", instead=f", or write a function, as in {{{json.dumps(name)}: int}}"
@@ -161,10 +172,10 @@ def take_text_and_fields(
     if not values.keys().isdisjoint(reserved):
         name = next(name for name in reserved if name in values)
         raise RecordError("each batch has a field of this name: rename it, or name others with fields=", name)
-    if options.fields is not None:
+    if options.named is not None:
         if options.place:
             values |= zip(PLACE, place, strict=True)
-        return text, _named_fields(values, options.fields)
+        return text, _named_fields(values, options.named)
     if isinstance(text, TokenizedText) and options.text in values and not values.keys().isdisjoint(BESIDE_IDS):
         for name in BESIDE_IDS:
             values.pop(name, None)
@@ -206,14 +217,13 @@ def take_columns(
         if not _all_texts(pair) or type(text[0]) is not type(pair[0]):
             return None
         text = list(zip(text, pair, strict=True))
-    if options.fields is None:
+    if options.named is None:
         return text, {name: column for name, column in columns.items() if name not in options.texts}
     columns = {**columns, **dict(zip(PLACE, place, strict=True))} if options.place else columns
-    if not isinstance(options.fields, Mapping):
-        return text, {name: columns[name] for name in options.fields}
+    if not isinstance(options.named, Mapping):
+        return text, {name: columns[name] for name in options.named}
     try:
-        functions = cast("Mapping[str, Callable[[Any], Any]]", options.fields)
-        return text, {name: list(map(function, values_of(columns[name]))) for name, function in functions.items()}
+        return text, {name: list(map(function, values_of(columns[name]))) for name, function in options.named.items()}
     except Exception:  # of a user's function, on one of the records
         return None
 

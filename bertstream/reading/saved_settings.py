@@ -61,6 +61,8 @@ def difference(saved: dict[str, Any], settings: dict[str, Any]) -> tuple[str, st
     if not differing:
         return None
     plain = [name for name in differing if name not in ("tokenizer", "shards")]
+    if {"shuffle", "lanes"} & {*plain}:  # which decide it, where the user does not
+        plain = [name for name in plain if name != "open_shards"]
     found = []
     if plain:
         here, there = (
@@ -74,7 +76,7 @@ def difference(saved: dict[str, Any], settings: dict[str, Any]) -> tuple[str, st
         there, here = (str(values.get("shards")).partition(" ")[0] for values in (saved, settings))
         if there != here:
             found.append(f"over other data: {there} shard{'s' * (there != '1')}, this stream has {here}")
-        elif not {"lanes", "open_shards"} & {*plain}:  # which alone change where the shards are cut
+        elif not {"lanes", "open_shards"} & {*differing}:  # which alone change where the shards are cut
             found.append(
                 f"over other data: as many shards, {here}, but of other names, sizes or records; a state has a digest "
                 "of these alone, so that it cannot say which"

@@ -125,7 +125,7 @@ def _decode(name: str, payload: bytes, options: ReadOptions) -> Any:
     try:
         return number(text)
     except ValueError as error:
-        if isinstance(options.fields, Mapping) and isinstance(options.fields.get(name), NumberOf):
+        if isinstance(options.named, Mapping) and isinstance(options.named.get(name), NumberOf):
             return payload
         raise RecordError(
             f"a member of this name is read as {number.__name__}, but holds {shortened(payload)}: {as_listed(name)}, "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tracemalloc
 from collections import OrderedDict
 
 import pytest
 import torch
-from conftest import ROOT
+from fork_server import RANKS
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -174,6 +173,7 @@ def test_the_index_takes_no_more_than_it_is_counted_as(device: torch.device) -> 
     assert 0.5 * limit < index + rows_held <= limit
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_resident_memory_stays_within_a_tenth_of_the_bound(device: torch.device) -> None:
     code = """
@@ -193,12 +193,14 @@ for start in range(0, texts, 64):
     tier.put([str(i).encode().zfill(24) for i in range(start, start + 64)], [10] * 64, rows)
 print((resident() - before) / limit, tier.num_bytes / limit, tier.evictions > 8 * len(tier))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    taken, counted, turned_over = done.stdout.split()
+    printed, errors, status = RANKS.start(code).finish()
+    assert status == 0, errors
+    taken, counted, turned_over = printed.split()
     assert turned_over == "True" and 0.95 < float(counted) <= 1
     assert 0.9 < float(taken) < 1.1
 
 
+@pytest.mark.slow
 def test_a_large_bound_on_the_host_takes_nothing_until_used(device: torch.device) -> None:
     if device.type != "cpu":
         pytest.skip("on other devices all of it is allocated up front")
@@ -212,5 +214,6 @@ tier = MemoryTier(4 << 30, 1536)
 tier.put([b"a" * 24], [1], torch.ones((1, 1536), dtype=torch.uint8, device="cpu"))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert int(done.stdout) < 50_000  # KiB
+    printed, errors, status = RANKS.start(code).finish()
+    assert status == 0, errors
+    assert int(printed) < 50_000  # KiB

@@ -18,12 +18,7 @@ from bertstream.tokens import Text, TokenBatch, TokenizedText
 
 WORDS = st.sampled_from(["bank", "unbelievable", "don't", "", "\ufffd", "[SEP]", "東京"])
 STRINGS = st.lists(WORDS, max_size=12).map(" ".join)
-TEXTS: dict[str, st.SearchStrategy[Text]] = {
-    "strings": STRINGS,
-    "lists of words": st.lists(WORDS, max_size=12),
-    "pairs": st.tuples(STRINGS, STRINGS),
-    "all kinds": STRINGS | st.lists(WORDS, max_size=12) | st.tuples(STRINGS, STRINGS),
-}
+KINDS: list[st.SearchStrategy[Text]] = [STRINGS, st.lists(WORDS, max_size=12), st.tuples(STRINGS, STRINGS)]
 WAYS: list[dict[str, Any]] = [
     {},
     {"overflow": "truncate", "max_length": 8},
@@ -59,15 +54,14 @@ def outcome(tokenize: Any, texts: Sequence[Any]) -> Any:
         return error.records
 
 
-@pytest.mark.parametrize("options", WAYS, ids=str)
-@pytest.mark.parametrize("kind", TEXTS)
-@settings(max_examples=10)
-@given(data=st.data())
-def test_whole_ids_of_texts_are_cut_as_their_texts_are(
-    auto: Any, kind: str, options: dict[str, Any], data: st.DataObject
-) -> None:
-    texts = data.draw(st.lists(TEXTS[kind], min_size=1, max_size=4))
-    tokenizer = of(auto, **options)
+@pytest.fixture(scope="module", params=WAYS, ids=str)
+def tokenizer(request: pytest.FixtureRequest, auto: Any) -> TextTokenizer:
+    return of(auto, **request.param)
+
+
+@settings(max_examples=40)
+@given(texts=st.one_of(*[st.lists(kind, min_size=1, max_size=4) for kind in (*KINDS, st.one_of(*KINDS))]))
+def test_whole_ids_of_texts_are_cut_as_their_texts_are(tokenizer: TextTokenizer, texts: list[Text]) -> None:
     assert outcome(tokenizer.ids, tokenizer.whole()(texts)) == outcome(tokenizer.batch, texts)
 
 

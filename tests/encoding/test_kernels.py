@@ -1,6 +1,7 @@
 """The Triton kernels, against float64: on a GPU where there is one, and in Triton's interpreter on any CPU.
 
-Triton reads TRITON_INTERPRET once, when it is imported, so one test runs this file again in a process that has it set.
+Triton reads TRITON_INTERPRET once, when it is imported, so one test runs this file again in a process that has it set,
+and there the forwards of test_fused.py that launch kernels too.
 """
 
 from __future__ import annotations
@@ -271,13 +272,17 @@ def test_the_kernels_are_available() -> None:
 
 @plain
 @needs_interpreter
-def test_in_tritons_interpreter_the_kernels_are_right() -> None:
-    options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not cuda", "-x"]
+@pytest.mark.slow
+def test_in_tritons_interpreter_the_kernels_and_the_whole_forward_are_right() -> None:
+    forwards = str(Path(__file__).with_name("test_fused.py"))
+    options = ["-q", "-rp", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not cuda", "-x"]
+    options += ["-k", "test_kernels or heads_that_fit_the_kernels"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__],
+        [sys.executable, "-m", "pytest", *options, __file__, forwards],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASSED tests/encoding/test_fused.py") == 3
 
 
 @plain

@@ -81,13 +81,13 @@ def xlnet() -> nn.Module:
 
 
 @torch.no_grad()
-def alone(model: nn.Module, text: Int32Array, layer: int) -> Tensor:
-    """A layer of one text through plain transformers; a fresh model, because some change themselves."""
+def alone(model: nn.Module, text: Int32Array, layers: Sequence[int]) -> Tensor:
+    """Layers of one text through plain transformers; a fresh model, because some change themselves."""
     ids = torch.from_numpy(text.astype(np.int64))[None]
     out = copy.deepcopy(model)(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
     count = len(out.hidden_states) - 1
-    states = out.last_hidden_state if layer == count else out.hidden_states[layer]
-    return states[0, : len(text)]
+    states = [out.last_hidden_state if layer == count else out.hidden_states[layer] for layer in layers]
+    return torch.cat([layer[0, : len(text)] for layer in states], -1)
 
 
 def worst_error(encoder: Encoder, model: nn.Module, texts: Sequence[Int32Array]) -> float:
@@ -96,7 +96,7 @@ def worst_error(encoder: Encoder, model: nn.Module, texts: Sequence[Int32Array])
     for text, found in zip(texts, encoder(batch_of(texts)), strict=True):
         key = text.tobytes()
         if key not in known:
-            known[key] = torch.cat([alone(model, text, layer) for layer in encoder.layers], -1)
+            known[key] = alone(model, text, encoder.layers)
         right = known[key]
         errors.append(float((found - right).norm() / right.norm()))
     return max(errors)
@@ -353,7 +353,7 @@ def test_a_model_with_several_lists_of_layers_is_trained_whole_or_not_at_all(min
 
 def test_a_model_that_gave_its_hidden_states_before_is_pickled(minilm_folder: str) -> None:
     model = make("Bert")
-    alone(model, np.arange(5, 9, dtype=np.int32), 1)
+    alone(model, np.arange(5, 9, dtype=np.int32), (1,))
     model(input_ids=torch.tensor([[5, 6]]), output_hidden_states=True)
     encoder = Encoder(model, Tokenizer(minilm_folder, model), layers=1)
     assert pickle.loads(pickle.dumps(encoder.model)).config.num_hidden_layers == 2

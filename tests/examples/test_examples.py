@@ -152,13 +152,13 @@ def test_the_tagger_learns_parts_of_speech_from_word_vectors(run: Run, tmp_path:
 
 
 def test_finetune_trains_the_encoder_after_its_frozen_epochs(run: Run) -> None:
-    printed = run("examples/finetune.py", "--epochs", 3)
+    printed = run("examples/finetune.py", "--epochs", 2, "--frozen", 1)
     match = re.search(r"^test accuracy (\d\.\d{4}) of 120 texts in 12 classes$", printed, re.MULTILINE)
     assert match and float(match[1]) >= 0.95
 
 
 def test_split_finetune_trains_the_upper_half(run: Run) -> None:
-    printed = run("examples/split_finetune.py", "--epochs", 3)
+    printed = run("examples/split_finetune.py", "--epochs", 2)
     match = re.search(r"^test accuracy (\d\.\d{4}) of 120 texts in 12 classes$", printed, re.MULTILINE)
     assert match and float(match[1]) >= 0.9
 

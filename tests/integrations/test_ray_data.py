@@ -107,34 +107,34 @@ def column(*values: Any) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("output", ["tokens", "words", "sentence"])
-def test_a_batch_gets_a_column_of_vectors(minilm_folder: str, output: str) -> None:
-    embed = Embed(minilm_folder, output=output, dtype="float32", device="cpu")
+def test_a_batch_gets_a_column_of_vectors(small_folder: str, output: str) -> None:
+    embed = Embed(small_folder, output=output, dtype="float32", device="cpu")
     texts = ["The bank.", "A river bank of the river.", "The bank."]
     found = embed({"text": np.array(texts), "id": np.arange(3)})
     assert list(found) == ["text", "id", "vectors"] and found["id"].tolist() == [0, 1, 2]
     for text, vectors in zip(texts, found["vectors"], strict=True):
         np.testing.assert_allclose(vectors, embed.encoder([text])[0].numpy(), rtol=1e-3, atol=1e-5)
     if output == "sentence":
-        assert found["vectors"].shape == (3, 384)
+        assert found["vectors"].shape == (3, 32)
         return
     x, mask = padded(found["vectors"])
     assert x.shape[:2] == mask.shape == (3, max(map(len, found["vectors"])))
     assert torch.equal(x[0][mask[0]], torch.from_numpy(found["vectors"][0])) and not x[~mask].any()
 
 
-def test_word_lists_and_pairs_are_texts_too(minilm_folder: str) -> None:
+def test_word_lists_and_pairs_are_texts_too(small_folder: str) -> None:
     words = [["Bats", "fly"], ["The", "unbelievable", "bass", "swims"]]
-    embed = Embed(minilm_folder, text="a", output="words", dtype="float32", device="cpu")
+    embed = Embed(small_folder, text="a", output="words", dtype="float32", device="cpu")
     found = embed({"a": column(*map(np.array, words))})
     assert [len(vectors) for vectors in found["vectors"]] == [2, 4]
-    pairs = Embed(minilm_folder, text="a", pair="b", into="x", output="sentence", dtype="float32", device="cpu")
+    pairs = Embed(small_folder, text="a", pair="b", into="x", output="sentence", dtype="float32", device="cpu")
     found = pairs({"a": np.array(["Who?"]), "b": np.array(["The bank."])})
     right = pairs.encoder([("Who?", "The bank.")]).vectors.numpy()
     np.testing.assert_allclose(found["x"], right, rtol=1e-3, atol=1e-5)
 
 
-def test_a_repeated_text_is_computed_once(minilm_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    embed = Embed(minilm_folder, output="sentence", cache={"memory": "1MiB"}, dtype="float32", device="cpu")
+def test_a_repeated_text_is_computed_once(small_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed = Embed(small_folder, output="sentence", cache={"memory": "1MiB"}, dtype="float32", device="cpu")
     encode, computed = embed.encoder.encode, []
     monkeypatch.setattr(embed.encoder, "encode", lambda batch: computed.append(len(batch)) or encode(batch))
     for _ in range(2):
@@ -142,16 +142,16 @@ def test_a_repeated_text_is_computed_once(minilm_folder: str, monkeypatch: pytes
     assert computed == [2]
 
 
-def test_an_empty_batch_stays_empty(minilm_folder: str) -> None:
+def test_an_empty_batch_stays_empty(small_folder: str) -> None:
     for output in ("words", "sentence"):
-        embed = Embed(minilm_folder, output=output, dtype="float32", device="cpu")
+        embed = Embed(small_folder, output=output, dtype="float32", device="cpu")
         assert len(embed({"text": np.array([], str)})["vectors"]) == 0
 
 
-def test_a_dtype_that_numpy_lacks_is_refused_before_a_model_is_loaded(minilm_folder: str) -> None:
+def test_a_dtype_that_numpy_lacks_is_refused_before_a_model_is_loaded(small_folder: str) -> None:
     with pytest.raises(ConfigError, match="output_dtype=torch.bfloat16: .* take torch.float32 or torch.float16"):
         Embed("no-such-model", output_dtype=torch.bfloat16)
-    embed = Embed(minilm_folder, output_dtype=torch.float16, device="cpu")
+    embed = Embed(small_folder, output_dtype=torch.float16, device="cpu")
     assert embed({"text": np.array(["The bank."])})["vectors"][0].dtype == np.float16
 
 
@@ -161,8 +161,8 @@ def test_a_column_without_rows_cannot_be_padded(empty: Any) -> None:
         padded(empty)
 
 
-def test_mistakes_are_named(minilm_folder: str) -> None:
-    embed = Embed(minilm_folder, device="cpu")
+def test_mistakes_are_named(small_folder: str) -> None:
+    embed = Embed(small_folder, device="cpu")
     with pytest.raises(ConfigError, match="no column is called 'text': this batch has \\['body'\\]"):
         embed({"body": np.array(["a"])})
     with pytest.raises(ConfigError, match="'vectors' already"):

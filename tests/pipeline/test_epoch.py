@@ -78,14 +78,14 @@ def next_struck(iteration: Iterator[Any], strike: Strike) -> None:
 
 def loop_struck_at(number: int, prefetch: int) -> tuple[str, int, int]:
     """Where Ctrl-C struck, and the threads and iterators that are left while it is handled."""
-    source = Batches(6)
+    source = Batches(5)
     loader = bertstream.wrap(source, FakeEncoder(), prefetch=prefetch, deterministic=True)
     iteration = iter(loader)
     strike = Strike(number)
     before = threading.active_count()
     left = (0, 0)
     try:
-        for _ in range(4):
+        for _ in range(3):
             next_struck(iteration, strike)
     except KeyboardInterrupt:
         left = threading.active_count() - before, source.open

@@ -423,7 +423,8 @@ def test_bare_texts_become_bare_vectors() -> None:
 
 def test_a_streams_tokens_become_a_dict_of_their_fields() -> None:
     found = encoded("a b", "c")
-    assert with_vectors(found.tokens, {None: found}, text=("text",), into=None, layout=None) is found
+    assert with_vectors(found.tokens, {None: found}, text=None, into=None, layout=None) is found
+    assert with_vectors(found.tokens, {None: found}, text=("text",), into=None, layout=None) == {"text": found}
     found.tokens.fields = {"label": np.array([3, 4]), "id": ["x", "y"]}
     out = with_vectors(found.tokens, {None: found}, text=("said",), into=None, layout=None)
     assert list(out) == ["label", "id", "said"] and out["said"] is found and out["id"] == ["x", "y"]

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -349,3 +350,15 @@ def test_a_function_that_workers_cannot_be_sent_is_named_with_the_way_out(
     message = rf"^{name} cannot be sent to worker processes, .*def makes at the top level of a module.*num_workers=0"
     with spawned(shards, encoder, **options) as stream, pytest.raises(ConfigError, match=message):
         next(iter(stream))
+
+
+def test_a_function_of_a_notebook_is_refused_before_workers_are_spawned(
+    shards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    with spawned(shards, keep=mostly_odd) as stream:
+        monkeypatch.setattr(mostly_odd, "__module__", "__main__")
+        with pytest.raises(
+            ConfigError, match="keep=mostly_odd is of a notebook .*: write it to a module and import it"
+        ):
+            next(iter(stream))

@@ -57,6 +57,8 @@ def test_options_pickle_and_hide_passwords() -> None:
         ({"fields": [1]}, "names of fields"),
         ({"fields": {"label": "int"}}, "names to functions"),
         ({"text": "a", "fields": ["a"]}, "leave out 'a'"),
+        ({"fields": ["__none__", "__key__"]}, "fields names '__key__', and '__none__', which leaves it out: write one"),
+        ({"fields": {"label": None}}, "fields maps names to functions, or to lists of labels; got 'label': None"),
         ({"fields": ["__repeated__"]}, "'__repeated__' is a field that each batch has of its own"),
         ({"text": "__index__"}, "'__index__' is a field"),
         ({"pair": "__shard__"}, "'__shard__' is a field"),
@@ -198,16 +200,28 @@ def test_no_shard_needs_columns_of_these_names(tmp_path: Path, ending: str) -> N
         pq = pytest.importorskip("pyarrow.parquet")
         pq.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "a.parquet")
         rows = tmp_path / "a.parquet"
-    for fields, names in (([], PLACE), (["n"], ("n", *PLACE)), (["n", "__index__"], ("n", "__index__"))):
+    choices: list[tuple[Any, Any]] = [
+        ([], PLACE),
+        (["n"], ("n", *PLACE)),
+        (["n", "__none__"], ["n"]),
+        (["__none__"], []),
+        ({"__none__": None, "n": str}, ["n"]),
+        (["n", "__index__"], ("n", "__index__")),
+    ]
+    for fields, names in choices:
         [batch] = bertstream.stream(rows, FakeEncoder(), fields=fields)
-        assert batch.keys() == {"text", *names}
+        assert isinstance(batch, dict) and batch.keys() == {"text", *names}
     assert batch["__index__"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stream_without_its_places_resumes_exactly(tmp_path: Path, num_workers: int) -> None:
     paths = write_shards(tmp_path, [f"text {i}" for i in range(40)], shards=3)
-    fields = {"id": int, "__index__": int}
-    assert_resumes_exactly(
-        lambda: bertstream.stream(paths, FakeEncoder(), fields=fields, batch_size=8, num_workers=num_workers), cuts=[2]
-    )
+    choices: list[Any] = [{"id": int, "__index__": int}, ["id", "__none__"]]
+    for fields in choices:
+        assert_resumes_exactly(
+            lambda fields=fields: bertstream.stream(  # type: ignore[misc]
+                paths, FakeEncoder(), fields=fields, batch_size=8, num_workers=num_workers
+            ),
+            cuts=[2],
+        )
