@@ -169,7 +169,7 @@ def put_fields(holder: Any, values: Mapping[Any, Any], way: Sequence[Field] = ()
 
 
 def as_tensors(column: Any) -> Any:
-    """A column of `bucket.stack_column`, its arrays of numbers as tensors that share their memory."""
+    """A column of `stack_column`, its arrays of numbers as tensors that share their memory."""
     if isinstance(column, Strings):
         return column
     if isinstance(column, list):

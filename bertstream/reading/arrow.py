@@ -13,14 +13,28 @@ from .options import ReadOptions
 from .raw import RawColumns, RawRecord, RecordError
 from .token_ids import columns_of_ids, holds_ids
 
+# Of the columns made at a time, of which every open piece holds its own: more cost little less for each row.
+_BYTES = 1 << 20
+
 
 def records_of(batch: Any, options: ReadOptions) -> Iterator[RawColumns | RawRecord]:
-    """The rows of a record batch: as columns, or one by one where Python has no value for an entry.
+    """The rows of a record batch: as columns, some at a time, or one by one where Python has no value for an entry.
 
     Args:
         batch: a `pyarrow.RecordBatch`.
         options: say which column holds the text: where that is ids, they become one batch.
     """
+    rows = rows_at_a_time(batch)
+    for start in range(0, batch.num_rows, rows):
+        yield from _records_of(batch.slice(start, rows), options)
+
+
+def rows_at_a_time(table: Any) -> int:
+    """How many rows of a table or record batch become columns at a time, by their mean size."""
+    return max(4, _BYTES * int(table.num_rows) // max(1, int(table.nbytes)))  # 4, as some arrays count bytes of other rows too
+
+
+def _records_of(batch: Any, options: ReadOptions) -> Iterator[RawColumns | RawRecord]:
     arrays = dict(zip(batch.schema.names, batch.columns, strict=True))
     text = arrays.get(options.text)
     # Functions of a record get plain lists.

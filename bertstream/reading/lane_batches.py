@@ -10,10 +10,10 @@ import numpy as np
 
 from ..cursors import Cursor
 from ..errors import BertstreamError, EncoderError, ShardError
-from ..tokens import Indices, Int32Array, ReadReport, Record, SupportsTokenize, TokenBatch
+from ..tokens import Indices, Int32Array, ReadReport, SupportsTokenize, TokenBatch
 from .batch_fields import fields_of
 from .bucket import cut_bucket
-from .bucket_records import BucketRecords, JoinedRecords, TokenizedRecords, kinds_of
+from .bucket_records import TokenizedRecords, kinds_of
 from .config import StreamConfig
 from .lanes import LaneReader
 from .mixture import Mixing, MixtureReader
@@ -131,12 +131,13 @@ class LaneBatches:
                     return
                 following = _Bucket(bucket.end, later_size)
                 reader.may_skip = self._may_skip
-                records = bucket.records.join()
+                records = TokenizedRecords.concat(bucket.records)
+                bucket.records.clear()
                 surplus = len(records) % self.batch_size if self.drop_last and self.batch_size is not None else 0
                 if not bucket.start.batch:
                     dropped += surplus
                 # The last ones that were read, not the longest: those would always be the same.
-                batches = self._cut(records.lengths[: len(records) - surplus], bucket.start)
+                batches = self._cut(records.tokens.lengths[: len(records) - surplus], bucket.start)
                 for number, batch in enumerate(self._batches_of(bucket, records, batches), 1 + bucket.start.batch):
                     batch.report = ReadReport(read, tuple(bad), _pair(words), dropped) if read else None
                     if read:
@@ -164,8 +165,7 @@ class LaneBatches:
                 tolerant=tolerant,
             )
         options = self.options if self.options.rows is None else replace(self.options, epoch=start.epoch)
-        prepare = self._prepared
-        return LaneReader(pieces, options, start, open_shards=open_shards, tolerant=tolerant, prepare=prepare)
+        return LaneReader(pieces, options, start, open_shards=open_shards, tolerant=tolerant)
 
     @property
     def _tolerant(self) -> bool:
@@ -182,29 +182,23 @@ class LaneBatches:
         try:
             while (missing := count - self._held(bucket)) > 0 and not bucket.at_end and bucket.error is None:
                 dropped, counted = reader.dropped, self._word_count
-                at_most = min(_TOKENIZE_CHUNK, missing)
-                if columns := reader.read_columns(at_most):
-                    bucket.read += bucket.records.add(columns)
-                else:
-                    records = _records(reader, at_most)
-                    bucket.at_end = not records
-                    bucket.read += len(records)
+                records = reader.read_columns(min(_TOKENIZE_CHUNK, missing))
+                bucket.at_end = not len(records)
+                bucket.read += len(records)
                 bucket.end = reader.cursor(bucket.start)
                 bucket.skipped += reader.take_bad()
                 bucket.dropped += reader.dropped - dropped
-                if not columns:
-                    tokenized, refused = self._without_refused(records)
-                    if tokenized is not None:
-                        bucket.records.add([(tokenized, 0, len(tokenized.tokens))])
-                    bucket.refused += refused
-                    reader.may_skip -= len(refused)
+                tokenized, refused = self._tokenized(records)
+                bucket.records += tokenized
+                bucket.refused += refused
+                reader.may_skip -= len(refused)
                 bucket.words += self._word_count - counted
         except BertstreamError as error:
             bucket.error = error
 
     def _held(self, bucket: _Bucket) -> int:
         """How many records count for a bucket's size: with `drop_last` not those that the tokenizer refused."""
-        return len(bucket.records) if self.drop_last else bucket.read
+        return sum(map(len, bucket.records)) if self.drop_last else bucket.read
 
     @property
     def _word_count(self) -> Indices:
@@ -219,7 +213,7 @@ class LaneBatches:
             shuffle = np.random.default_rng((self.shuffle_seed, start.epoch, start.lane, start.next_piece, *opened))
         return cut_bucket(lengths, batch_size=self.batch_size, max_tokens=self.max_tokens, shuffle=shuffle)
 
-    def _batches_of(self, bucket: _Bucket, records: JoinedRecords, batches: list[Indices]) -> Iterator[TokenBatch]:
+    def _batches_of(self, bucket: _Bucket, records: TokenizedRecords, batches: list[Indices]) -> Iterator[TokenBatch]:
         for number, chosen in enumerate(batches, 1):
             if number <= bucket.start.batch:
                 continue
@@ -227,49 +221,27 @@ class LaneBatches:
             batch.cursor = bucket.end if number == len(batches) else replace(bucket.start, batch=number)
             yield batch
 
-    def _prepared(self, records: RecordColumns) -> TokenizedRecords | None:
-        """Records with their tokens; None if the tokenizer refuses one, which it is then asked for record by record."""
-        try:
-            return self._tokenized(records)
-        except EncoderError as error:
-            if not error.records:
-                raise
-            return None
-
-    def _tokenized(self, records: RecordColumns) -> TokenizedRecords:
-        fields = fields_of(records, keep_text_as=self.keep_text_as, with_place=self.options.with_place)
-        tokens = tokens_of(self.tokenizer, records.texts)
-        return TokenizedRecords(tokens, fields, kinds_of(records.texts, tokens))
-
-    def _without_refused(self, records: list[Record]) -> tuple[TokenizedRecords | None, list[ShardError]]:
-        """Records with their tokens, if any are left, and the errors of those that the tokenizer refused."""
+    def _tokenized(self, records: RecordColumns) -> tuple[list[TokenizedRecords], list[ShardError]]:
+        """The records with their tokens, none if none are left, and the errors of those that the tokenizer refused."""
         refused: list[ShardError] = []
-        while records:
+        while len(records):
+            fields = fields_of(records, keep_text_as=self.keep_text_as, with_place=self.options.with_place)
             try:
-                return self._tokenized(RecordColumns.of(records)), refused
+                tokens = tokens_of(self.tokenizer, records.texts)
+                return [TokenizedRecords(tokens, fields, kinds_of(records.texts, tokens))], refused
             except EncoderError as error:
                 if not error.records:
                     raise
-                at, field = records[error.records[0]], self.options.text
+                at = error.records[0]
+                shard, index, field = records.shards[at], int(records.indices[at]), self.options.text
                 refusal = ShardError(
-                    f"{at.shard}, record {at.index}, field {field!r}: {error}",
-                    path=at.shard,
-                    index=at.index,
-                    field=field,
+                    f"{shard}, record {index}, field {field!r}: {error}", path=shard, index=index, field=field
                 )
                 if not self._tolerant:
                     raise refusal from error
                 refused.append(refusal)
-                records = [record for record in records if record is not at]
-        return None, refused
-
-
-def _records(reader: LaneReader | MixtureReader, count: int) -> list[Record]:
-    """The next records that are read one by one, as many as there are up to a number."""
-    records: list[Record] = []
-    while len(records) < count and (record := reader.read()) is not None:  # `iter` would compare the fields of each
-        records.append(record)
-    return records
+                records = records.pick(np.delete(np.arange(len(records)), at))
+        return [], refused
 
 
 def _pair(words: Indices) -> tuple[int, int]:
@@ -291,7 +263,7 @@ class _Bucket:
         """The lane's cursor after it."""
         self.read = self.dropped = 0
         self.at_end = False
-        self.records = BucketRecords()
+        self.records: list[TokenizedRecords] = []
         self.words = np.zeros(2, np.int64)
         """Looked up and found in the word cache, as in `ReadReport`."""
         self.skipped: list[ShardError] = []

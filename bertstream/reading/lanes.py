@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..cursors import Cursor, OpenPiece
 from ..errors import ShardError
-from ..tokens import Indices, Record
+from ..tokens import Record
 from .options import ReadOptions
 from .record_columns import RecordColumns
-from .records import read_columns
+from .records import read_columns, read_records
 from .shards import Piece
 
 
@@ -34,8 +33,7 @@ class LaneReader:
         open_shards: how many pieces are open at a time.
         tolerant: whether to skip and report broken records, and give up a broken shard; otherwise they raise. Faults of
             the machine always do.
-        prepare: is given records that come as columns, and returns what `read_columns` gives of them; None where each
-            is to be read by itself. Without it all are.
+        one_by_one: whether records are taken by `read` alone; otherwise by `read_columns` alone.
     Attributes:
         may_skip: how many more broken records and shards it skips. Below 0 nothing more is read: the limit of the epoch
             is exceeded by this lane alone, which its report says.
@@ -50,12 +48,12 @@ class LaneReader:
         *,
         open_shards: int,
         tolerant: bool,
-        prepare: Callable[[RecordColumns], Any] = lambda columns: None,
+        one_by_one: bool = False,
     ) -> None:
         self._pieces = pieces
         self._options = options
         self._tolerant = tolerant
-        self._prepare = prepare
+        self._read_piece = read_records if one_by_one else read_columns
         self.may_skip = math.inf
         self.dropped = 0
         self._next = start.next_piece
@@ -65,49 +63,60 @@ class LaneReader:
             self._open.append(self._open_next())
 
     def read(self) -> Record | None:
-        """The next good record; None after the last, once more was skipped than may be, and if it comes in columns.
+        """The next good record; None after the last, and once more was skipped than may be. For `one_by_one` readers.
 
         Raises:
             ShardError: a record or shard is broken, unless `tolerant`.
         """
         opened = self._due()
-        if opened is None or not opened.ready:
-            return None
-        record = opened.ready.popleft()
+        return None if opened is None else self._give_record(opened)
+
+    def read_columns(self, count: int) -> RecordColumns:
+        """The next good records: this many, or as many as there are until `read` would return None.
+
+        Raises:
+            ShardError: as for `read`.
+        """
+        parts: list[RecordColumns] = []
+        places: list[Sequence[int]] = []  # of the records of each part among all
+        alone: list[Record] = []
+        places_alone: list[int] = []
+        found = 0
+        while found < count and (opened := self._due()) is not None:
+            if opened.record is not None:
+                alone.append(self._give_record(opened))
+                places_alone.append(found)
+                found += 1
+                continue
+            # All pieces take turns until one has no columns left.
+            pieces = len(self._open)
+            end = min(count, *(found + piece.left * pieces + turn for turn, piece in enumerate(self._open)))
+            for turn, piece in enumerate(self._open):
+                if own := range(found + turn, end, pieces):
+                    parts.append(piece.give(len(own)))
+                    places.append(own)
+            self._open.rotate(found - end)
+            found = end
+        if alone or not parts:
+            parts.append(RecordColumns.of(alone))
+            places.append(places_alone)
+        if len(parts) == 1:
+            return parts[0]
+        return RecordColumns.concat(parts).pick(np.argsort(np.concatenate(places)))
+
+    def _give_record(self, opened: _Opened) -> Record:
+        record, opened.record = opened.record, None
+        assert record is not None
         opened.records = record.index - opened.start + 1
         opened.offset = record.offset
         self._open.rotate(-1)
         return record
 
-    def read_columns(self, count: int) -> list[tuple[Any, int, int]]:
-        """The next records, as far as they come as columns: one of each column in turn.
-
-        Args:
-            count: how many at most.
-        Returns:
-            What `prepare` made of each of their columns, with the first and the last + 1 of its records, of which the
-            earlier columns may have one more than the later; nothing if `read` has the next record.
-        Raises:
-            ShardError: as for `read`.
-        """
-        opened = self._due()
-        if opened is None or opened.ready:
-            return []
-        pieces = len(self._open)
-        count = min(count, *(piece.left * pieces + turn for turn, piece in enumerate(self._open)))
-        found = []
-        for turn, piece in enumerate(self._open):
-            if taken := count // pieces + (turn < count % pieces):
-                found.append((piece.prepared, piece.given, piece.given + taken))
-                piece.give(taken)
-        self._open.rotate(-(count % pieces))
-        return found
-
     def _due(self) -> _Opened | None:
         """The piece whose turn it is, with its next record; None after the last, or if too much was skipped."""
         while self._open and self.may_skip >= 0:
             opened = self._open[0]
-            if opened.left or opened.ready or self._read_on(opened):
+            if opened.record is not None or opened.left or self._read_on(opened):
                 return opened
             self._open.popleft()
             if self._next < len(self._pieces):
@@ -151,14 +160,12 @@ class LaneReader:
             if opened.reader is None:
                 piece, skip = _rest(self._pieces[opened.piece], opened)
                 on_bad = self._skip if self._tolerant else None
-                opened.reader = read_columns(piece, self._options, skip=skip, on_bad=on_bad, on_drop=self._drop)
+                opened.reader = self._read_piece(piece, self._options, skip=skip, on_bad=on_bad, on_drop=self._drop)
             item = next(opened.reader, None)
-            if isinstance(item, Record):
-                opened.ready.append(item)
-            elif item is not None and (prepared := self._prepare(item)) is None:
-                opened.ready.extend(item.records())
-            elif item is not None:
-                opened.prepared, opened.indices, opened.given = prepared, item.indices, 0
+            if isinstance(item, RecordColumns):
+                opened.columns, opened.given = item, 0
+            else:
+                opened.record = item
             return item is not None
         except ShardError as error:
             if not error.skippable:
@@ -177,8 +184,8 @@ class _Opened:
     """An `OpenPiece` while it is read, where in its shard the piece starts, and what was read but not given yet.
 
     Attributes:
-        ready: records that are given one by one.
-        prepared: the columns that are given, with the `indices` of their records, of which `given` have been.
+        record: that is given next, where records come one by one.
+        columns: records that are given next, all but the first `given` of them.
     """
 
     piece: int
@@ -186,21 +193,23 @@ class _Opened:
     offset: int = 0
     start: int = 0
     reader: Generator[Record | RecordColumns, None, None] | None = None
-    ready: deque[Record] = field(default_factory=deque)
-    prepared: Any = None
-    indices: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
+    record: Record | None = None
+    columns: RecordColumns | None = None
     given: int = 0
 
     @property
     def left(self) -> int:
         """Records of the columns that are not given yet."""
-        return len(self.indices) - self.given
+        return 0 if self.columns is None else len(self.columns) - self.given
 
-    def give(self, count: int) -> None:
-        """Count these of the columns as given."""
+    def give(self, count: int) -> RecordColumns:
+        """The next ones of the columns."""
+        assert self.columns is not None
+        given = self.columns.part(self.given, self.given + count)
         self.given += count
-        self.records = int(self.indices[self.given - 1]) - self.start + 1
+        self.records = int(given.indices[-1]) - self.start + 1
         self.offset = 0
+        return given
 
 
 def _rest(piece: Piece, opened: _Opened) -> tuple[Piece, int]:

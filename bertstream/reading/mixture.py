@@ -30,6 +30,7 @@ from ..tokens import Record
 from .access import Access
 from .lanes import LaneReader
 from .options import SOURCE, ReadOptions
+from .record_columns import RecordColumns
 from .rows import find_rows, name_of_rows
 from .shards import Piece, expand_shards
 
@@ -242,9 +243,12 @@ class MixtureReader:
                 self._exhausted(source)
         return None
 
-    def read_columns(self, count: int) -> list[tuple[Any, int, int]]:
-        """Nothing: which source is due is decided record by record."""
-        return []
+    def read_columns(self, count: int) -> RecordColumns:
+        """The next good records: this many, or as many as there are until `read` returns None."""
+        records: list[Record] = []
+        while len(records) < count and (record := self.read()) is not None:
+            records.append(record)
+        return RecordColumns.of(records)
 
     def cursor(self, lane: Cursor) -> Cursor:
         """After the last record read, where a bucket of this lane and epoch would start."""
@@ -278,7 +282,9 @@ class MixtureReader:
         if options.rows is not None:
             options = replace(options, epoch=lane.epoch + place.passes)
         start = replace(lane, next_piece=place.next_piece, open=place.open)
-        return LaneReader(pieces, options, start, open_shards=self._open_shards, tolerant=self._tolerant)
+        return LaneReader(
+            pieces, options, start, open_shards=self._open_shards, tolerant=self._tolerant, one_by_one=True
+        )
 
     def _exhausted(self, source: _Source) -> None:
         """The source that is due has no record left: the lane ends, or reads on without it, or it starts over."""

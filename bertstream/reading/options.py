@@ -210,7 +210,7 @@ def take_columns(
     if isinstance(text, TokenBatch):
         if options.pair is not None:
             return None
-    elif not _all_texts(text):
+    elif not _all_texts(text) or ([] in text and not columns.keys().isdisjoint(BESIDE_IDS)):  # it may be one of ids
         return None
     elif options.pair is not None:
         pair = columns[options.pair]

@@ -1,18 +1,19 @@
 """Records as columns: a list or array for each field, so that one of many costs next to nothing of Python.
 
-What a shard stores as columns stays so up to the batch. Records that are read one by one become columns when they are
-tokenized.
+What a shard stores as columns stays so up to the batch. Records that are read one by one become columns when a lane has
+read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from ..columns import picked_fields
 from ..tokens import Indices, Record, Text, TokenBatch, TokenizedText
 from .raw import values_of
 
@@ -54,6 +55,44 @@ class RecordColumns:
             indices=np.array([record.index for record in records], np.int64),
         )
 
+    @classmethod
+    def concat(cls, parts: Sequence[RecordColumns]) -> RecordColumns:
+        """The records of all parts, one part after the other; at least one part."""
+        batches = [part.texts for part in parts if isinstance(part.texts, TokenBatch)]
+        said = {(batch.special is None, batch.word_ids is None) for batch in batches}  # what `TokenBatch.concat` loses
+        return cls(
+            texts=TokenBatch.concat(batches)
+            if len(batches) == len(parts) and len(said) == 1
+            else list(chain.from_iterable(values_of(part.texts) for part in parts)),
+            fields=joined_columns([part.fields for part in parts], list(map(len, parts))),
+            keys=list(chain.from_iterable(part.keys for part in parts)),
+            shards=list(chain.from_iterable(part.shards for part in parts)),
+            indices=np.concatenate([part.indices for part in parts]),
+        )
+
+    def part(self, start: int, stop: int) -> RecordColumns:
+        """Those of the records from `start` to `stop`, counted from 0."""
+        if stop - start == len(self):
+            return self
+        own, texts = slice(start, stop), self.texts
+        return RecordColumns(
+            texts=texts.pick(np.arange(start, stop)) if isinstance(texts, TokenBatch) else texts[own],
+            fields={name: column[own] for name, column in self.fields.items()},
+            keys=self.keys[own],
+            shards=self.shards[own],
+            indices=self.indices[own],
+        )
+
+    def pick(self, chosen: Indices) -> RecordColumns:
+        """These of the records, counted from 0."""
+        columns = picked_fields({"keys": self.keys, "shards": self.shards, "indices": self.indices}, chosen)
+        texts = self.texts
+        return RecordColumns(
+            texts=texts.pick(chosen) if isinstance(texts, TokenBatch) else [texts[i] for i in chosen.tolist()],
+            fields=picked_fields(self.fields, chosen),
+            **columns,
+        )
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -64,3 +103,21 @@ class RecordColumns:
         places = zip(values_of(self.texts), rows, self.keys, self.shards, self.indices.tolist(), strict=True)
         for text, row, key, shard, index in places:
             yield Record(text, dict(zip(self.fields, row, strict=True)), key, shard, index)
+
+
+def joined_columns(parts: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> dict[str, Any]:
+    """The columns of all parts, one part after the other, with `MISSING` where a part lacks one that others have.
+
+    Args:
+        parts: columns by name, each a list or an array.
+        sizes: how many entries those of each part have.
+    """
+    joined: dict[str, Any] = {}
+    for name in dict.fromkeys(chain.from_iterable(parts)):
+        columns = [part.get(name, [MISSING] * size) for part, size in zip(parts, sizes, strict=True)]
+        kinds = {column.dtype if isinstance(column, np.ndarray) else None for column in columns}
+        if len(kinds) == 1 and None not in kinds:
+            joined[name] = np.concatenate(columns)
+        else:  # which numbers share an array is decided by batch
+            joined[name] = list(chain.from_iterable(map(values_of, columns)))
+    return joined

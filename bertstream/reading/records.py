@@ -22,7 +22,6 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
@@ -118,8 +117,9 @@ def read_columns(
                 stream = stack.enter_context(opened)
                 seekable = is_local(piece.path) and is_file(stream)
                 raw_records = _READERS[kind.format](stream, wanted, options)
+            apart: Iterator[RawRecord] = iter(())  # of columns, the records that are left
             while piece.stop is None or index < piece.stop:  # checked before reading: a record after it may be broken
-                raw = next(raw_records, None)
+                raw = next(apart, None) or next(raw_records, None)
                 if raw is None:
                     break
                 end = index + raw.records
@@ -128,7 +128,7 @@ def read_columns(
                         keys, shards, indices = _places(own, kind.stem, piece.path)
                         columns = take_columns(raw.part(own, index), options, (keys, shards, indices))
                         if columns is None:  # one may be broken
-                            raw_records = chain(raw.rows(), raw_records)
+                            apart = raw.rows()
                             continue
                         yield RecordColumns(*columns, keys, shards, indices)
                 elif end > wanted.start and (piece.shares == 1 or wanted.own(index, end)):

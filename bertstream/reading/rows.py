@@ -12,8 +12,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from ..errors import ConfigError, described, shortened, table_columns
-from ..paths import splits
-from .arrow import records_of
+from .arrow import records_of, rows_at_a_time
 from .faults import outside_fault
 from .options import ReadOptions
 from .raw import RawColumns, RawRecord, RecordError
@@ -157,7 +156,7 @@ def _several(rows: Any, positions: range, options: ReadOptions) -> Iterator[RawR
             yield from (RawRecord(_copied, row) for row in rows.select(positions))
         else:
             in_arrow = rows.select(positions).select_columns(names).with_format("arrow")
-            for table in in_arrow.iter(_BATCH_ROWS):
+            for table in in_arrow.iter(min(_BATCH_ROWS, rows_at_a_time(in_arrow.data))):
                 for batch in table.combine_chunks().to_batches():
                     yield from records_of(batch, options)
 
@@ -171,7 +170,7 @@ def _stored_as_they_are(rows: Any, options: ReadOptions) -> list[str] | None:
     if form is None or form["type"] is not None:
         return None
     names = rows.column_names if form["output_all_columns"] else form["columns"]
-    if any(head not in names for name in options.stored for head, _ in [next(splits(name))]):
+    if any(name not in names for name in options.stored):
         return None
     if options.wanted is not None:
         names = [name for name in names if name in options.wanted or name in BESIDE_IDS]

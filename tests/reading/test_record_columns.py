@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,13 @@ from hypothesis import strategies as st
 
 import bertstream
 from bertstream.errors import ShardError
-from bertstream.reading import records
+from bertstream.reading import raw, records
 from bertstream.reading.options import ReadOptions
 from bertstream.reading.record_columns import MISSING, RecordColumns
 from bertstream.reading.records import read_columns, read_records
 from bertstream.reading.shards import Piece
-from bertstream.testing import FakeEncoder
-from bertstream.tokens import Record
+from bertstream.testing import FakeEncoder, write_shards
+from bertstream.tokens import Record, TokenizedText
 
 COLUMNS = {
     "small": (pa.int8(), st.integers(-128, 127)),
@@ -106,6 +108,20 @@ def test_columns_stay_columns_but_where_a_record_is_broken(tmp_path: Path) -> No
     columns = [item for item in items if isinstance(item, RecordColumns)]
     assert [(int(part.indices[0]), len(part)) for part in columns] == [(0, 256), (512, 188)]
     assert sum(isinstance(item, Record) for item in items) == 255 and [error.index for error in bad] == [300]
+
+
+def test_a_shard_whose_columns_are_all_taken_apart_is_read_as_fast_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [raw.RawColumns({"text": ["a"]}, 1)] * 24_000
+    monkeypatch.setattr(records, "read_rows", lambda *args: iter(runs))
+    found = read_records(Piece("list"), ReadOptions(rows=[{}], keep=bool))
+
+    def seconds() -> float:
+        started = time.process_time()
+        assert len(list(itertools.islice(found, 2_000))) == 2_000
+        return time.process_time() - started
+
+    first, *_, last = [seconds() for _ in range(12)]
+    assert last < 5 * first
 
 
 FIELDS = st.dictionaries(st.sampled_from("abc"), st.integers(0, 3) | st.none())
@@ -201,3 +217,61 @@ def test_a_text_that_the_tokenizer_refuses_costs_itself_alone(tmp_path: Path, mi
     numbers = [n for batch in stream for n in batch.fields["n"].tolist()]
     assert sorted(numbers) == [i for i in range(400) if i % 4 != 2]
     assert stream.progress.bad.records == 100
+
+
+class CountingEncoder(FakeEncoder):
+    """Notes how many texts are tokenized in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        plain, self.calls = self.tokenizer, []  # type: ignore[var-annotated]
+
+        def counted(texts: Any) -> Any:
+            self.calls.append(len(texts))
+            return plain(texts)
+
+        self.tokenizer = counted  # type: ignore[assignment]
+
+
+def test_a_lane_of_several_formats_tokenizes_many_texts_at_a_time(tmp_path: Path) -> None:
+    paths = written(tmp_path, [500], 100) + write_shards(tmp_path / "lines", ["a"] * 500)
+    encoder = CountingEncoder()
+    reading = bertstream.StreamConfig(lanes=1, open_shards=2)
+    found = [n for batch in bertstream.TextStream(paths, encoder, reading=reading) for n in batch.fields["id"].tolist()]
+    assert sorted(found) == sorted([*range(500)] * 2)
+    assert len(encoder.calls) == -(-1000 // 256)
+
+
+def test_a_first_batch_waits_for_its_bucket_alone_however_large_the_blocks_of_its_shards_are(tmp_path: Path) -> None:
+    encoder = CountingEncoder()
+    reading = bertstream.StreamConfig(lanes=1, open_shards=8, bucket_size=64)
+    next(iter(bertstream.TextStream(written(tmp_path, [300] * 8, 300), encoder, reading=reading)))
+    assert sum(encoder.calls) == 64
+
+
+def test_ids_of_shards_that_say_which_are_special_stay_apart_from_others(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{shard}.parquet") for shard in range(2)]
+    ids = [[101, 7, 102, 8, 102]] * 20
+    pq.write_table(pa.table({"input_ids": ids, "special_tokens_mask": [[1, 0, 0, 0, 1]] * 20}), paths[0])
+    pq.write_table(pa.table({"input_ids": ids}), paths[1])
+    reading = ReadOptions(text="input_ids")
+    parts = [next(iter(read_columns(Piece(path), reading))) for path in paths]
+    assert all(isinstance(part, RecordColumns) for part in parts)
+    joined = RecordColumns.concat(parts)  # type: ignore[arg-type]
+    said = [None if text.special is None else text.special.tolist() for text in joined.texts]  # type: ignore[union-attr]
+    assert said == [[True, False, False, False, True]] * 20 + [None] * 20
+
+
+def test_empty_lists_beside_fields_of_ids_are_no_lists_of_words() -> None:
+    streamed = pytest.importorskip("datasets").IterableDataset.from_generator(
+        lambda: iter([{"text": [], "attention_mask": []}] * 3)
+    )
+    kinds = {type(record.text) for record in read_records(Piece("x shard 0 of 1"), ReadOptions(rows=streamed))}
+    assert kinds == {TokenizedText}
+
+
+def test_rows_of_many_bytes_become_columns_a_few_at_a_time(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["a"] * 100, "image": [bytes(100_000)] * 100}), path)
+    sizes = [len(part) for part in read_columns(Piece(path), ReadOptions()) if isinstance(part, RecordColumns)]
+    assert sum(sizes) == 100 and max(sizes) <= 11
