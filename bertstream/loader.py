@@ -155,10 +155,11 @@ def stream(
         shuffle: whether to shuffle, by seed and epoch; each full iteration advances the epoch.
         seed: of the shuffle.
         fields: which other fields a batch carries: names, or name -> function of the raw value (`{"label": int}`), or
-            in its place labels, which become numbers from 0 (`{"label": ["ham", "spam"]}`) or those of a mapping
-            (`{"label": {"ham": 0, "spam": 1}}`); None carries all as they are. The raw value in csv is a str, in a tar
-            the member's bytes, except that txt, text and transcript are str, json and jsn parsed, cls, cls2, class,
-            count, index, inx and id int, and float, score and weight float. `__key__`, `__shard__` and `__index__` come
+            in its place labels, which become numbers from 0 (`{"label": ["ham", "spam"]}`, also an array or a
+            `ClassLabel`) or those of a mapping (`{"label": {"ham": 0, "spam": 1}}`), or None, which keeps the value
+            (`{"label": ["ham", "spam"], "id": None}`); None carries all as they are. The raw value in csv is a str, in
+            a tar the member's bytes, except that txt, text and transcript are str, json and jsn parsed, cls, cls2,
+            class, count, index, inx and id int, and float, score and weight float. `__key__`, `__shard__` and `__index__` come
             along, unless some of them are among the names: then only these do (`["label", "__index__"]` leaves out the
             two lists of strings), and none with "__none__" (`["label", "__none__"]`, or in a mapping `"__none__":
             None`).
