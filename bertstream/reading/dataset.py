@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..cursors import Cursor
-from ..errors import BertstreamError, ConfigError, StateError, check_at_least
+from ..errors import BertstreamError, ConfigError, StateError, check_at_least, check_flag
 from ..system.distributed import can_talk, rank_and_world_size
 from ..system.process import collect_garbage_rarely, exit_with_parent
 from ..tokens import SupportsTokenize, TokenBatch
@@ -106,6 +106,8 @@ class TextStream(IterableDataset[TokenBatch]):
                 f"drop_last={drop_last} with max_tokens={max_tokens}: such batches have no fixed number of texts, of "
                 "which the last could have too few: leave it out, or write batch_size="
             )
+        check_flag("drop_last", drop_last)
+        check_flag("shuffle", shuffle)
         check_at_least("seed", seed, 0)
         self.shuffle = shuffle
         self._seed = seed
