@@ -31,7 +31,8 @@ def records_of(batch: Any, options: ReadOptions) -> Iterator[RawColumns | RawRec
 
 def rows_at_a_time(table: Any) -> int:
     """How many rows of a table or record batch become columns at a time, by their mean size."""
-    return max(4, _BYTES * int(table.num_rows) // max(1, int(table.nbytes)))  # 4, as some arrays count bytes of other rows too
+    fitting = _BYTES * int(table.num_rows) // max(1, int(table.nbytes))
+    return max(4, fitting)  # some arrays count bytes of other rows too
 
 
 def _records_of(batch: Any, options: ReadOptions) -> Iterator[RawColumns | RawRecord]:
