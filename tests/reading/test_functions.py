@@ -355,7 +355,7 @@ def test_a_function_that_workers_cannot_be_sent_is_named_with_the_way_out(
 def test_a_function_of_a_notebook_is_refused_before_workers_are_spawned(
     shards: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)  # a test process of xdist has none
     with spawned(shards, keep=mostly_odd) as stream:
         monkeypatch.setattr(mostly_odd, "__module__", "__main__")
         with pytest.raises(
