@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import described
 from ..tokens import TokenBatch
 from .options import ReadOptions
-from .raw import RawColumns, RawRecord, RecordError
+from .raw import RawColumns, RawRecord, RecordError, values_of
 from .token_ids import columns_of_ids, holds_ids
 
 # Of the columns made at a time, of which every open piece holds its own: more cost little less for each row.
@@ -49,7 +49,7 @@ def _records_of(batch: Any, options: ReadOptions) -> Iterator[RawColumns | RawRe
         yield RawColumns(columns, batch.num_rows)
         return
     # Python has no value for an entry of one row; parsing that row raises the reason.
-    entries = (array.apart() if isinstance(array, TokenBatch) else array for array in arrays.values())
+    entries = (values_of(array) if isinstance(array, TokenBatch) else array for array in arrays.values())
     for row in zip(*entries, strict=True):
         yield RawRecord(_parse_row, dict(zip(arrays, row, strict=True)))
 
