@@ -26,6 +26,7 @@ from .layout import Layout, lay_out, lay_out_mixture
 from .mixture import Mixture, open_sources
 from .options import RESERVED, SOURCE, Fields, ReadOptions
 from .records import begins_with_ids
+from .rows import digest_of_rows
 from .saved_settings import completed, row_settings
 from .shards import Piece
 from .state import Queues, StreamProgress, layout_ranks_of
@@ -203,11 +204,16 @@ class TextStream(IterableDataset[TokenBatch]):
             },
             "tokenizer": self._tokenizer_digest,
             "shards": layout.digest,
+            **self._rows_digest,
         }
 
     @cached_property
     def _row_settings(self) -> dict[str, str]:
         return row_settings(self._files, self._reading)
+
+    @cached_property
+    def _rows_digest(self) -> dict[str, str]:
+        return digest_of_rows([rows for _, rows in self._sources], self._options.texts)
 
     @property
     def _files(self) -> list[str]:
