@@ -142,6 +142,10 @@ NOT_IN_PARQUET = [
     ({"input_ids": [1.5, 2.0]}, "input_ids", "whole numbers belongs here, not [1.5, 2.0]"),
     ({"input_ids": [True, False]}, "input_ids", "whole numbers belongs here, not [True, False]"),
     ({"input_ids": [1, [2]]}, "input_ids", "whole numbers belongs here, not [1, [2]]"),
+    ({"input_ids": [[1, 2]]}, "input_ids", "[[1, 2]] has one dimension too many: the numbers of one text are one list"),
+    ({"input_ids": [[1], [2, 3]]}, "input_ids", "whole numbers belongs here, not [[1], [2, 3]]"),
+    ({"input_ids": [["a"]]}, "input_ids", "a string or a list of strings, or a list of token ids, not [['a']]"),
+    ({"attention_mask": [[1] * 5]}, "attention_mask", "[[1, 1, 1, 1, 1]] has one dimension too many"),
     ({"attention_mask": 1}, "attention_mask", "whole numbers belongs here, not 1"),
 ]
 """A column of Parquet has values of one type."""
