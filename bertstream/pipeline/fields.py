@@ -388,6 +388,12 @@ def _checked_texts(texts: Any, where: str) -> list[Any]:
         raise ConfigError(
             f"{where} is a {kind}: a batch of texts is a list of strings or of lists of words, or such a column"
         ) from error
+    if any(isinstance(entry, Tensor) for entry in listed):
+        raise ConfigError(
+            f"{where} holds tensors: torch's default collate transposes lists, which puts the first ids of all texts "
+            "together. Give the DataLoader collate_fn=bertstream.TokenCollate(encoder, text=...), which takes lists of "
+            "token ids with their attention_mask"
+        )
     if any(isinstance(entry, tuple) for entry in listed):
         raise ConfigError(
             f"{where} holds tuples: torch's default collate transposes lists, which puts the first words of all texts "

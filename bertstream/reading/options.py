@@ -252,7 +252,7 @@ def _text_of(values: dict[str, Any], options: ReadOptions) -> Text | TokenizedTe
     value = _value(values, options.text)
     ids = None if isinstance(value, str) else ids_of(value, values, options.text)
     if options.pair is None:
-        return _checked_text(value, options.text) if ids is None else ids
+        return _checked_text(value, options.text, or_ids=True) if ids is None else ids
     if ids is not None:
         raise RecordError("ids are of both texts of a pair: leave out pair=, or name fields of text", options.text)
     pair = _checked_text(value, options.text), _checked_text(_value(values, options.pair), options.pair)
@@ -303,14 +303,15 @@ def check_required(options: ReadOptions, values: Mapping[str, Any], unread: Sequ
                 raise RecordError(f"the record has no such field{after}; it has {there}", name) from None
 
 
-def _checked_text(text: Any, name: str) -> str | list[str]:
+def _checked_text(text: Any, name: str, *, or_ids: bool = False) -> str | list[str]:
     if type(text) is str and text.isascii():  # the common case; the checks below take a microsecond
         return text
     if isinstance(text, bytes):
         text = parse_text(text.removeprefix(BOM), name)
     words = [text] if isinstance(text, str) else text
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise RecordError(f"a text is a string or a list of strings, not {shortened(text)}", name)
+        others = ", or a list of token ids" if or_ids else ""
+        raise RecordError(f"a text is a string or a list of strings{others}, not {shortened(text)}", name)
     for word in words:
         if not word.isascii():
             try:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 from transformers import AutoTokenizer, BatchEncoding
 
 import bertstream
@@ -290,6 +290,14 @@ def columns_of(values: list[Any]) -> Iterator[Any]:
     yield pandas.Series(values, dtype=pandas.ArrowDtype(pyarrow.array(values).type))
     if importlib.util.find_spec("polars") is not None:
         yield importlib.import_module("polars").Series(values)
+
+
+def test_lists_of_ids_that_default_collate_transposed_are_told_apart() -> None:
+    batch = default_collate([{"input_ids": [101, 102]}, {"input_ids": [101, 102]}])
+    with pytest.raises(
+        ConfigError, match=r"text='input_ids' holds tensors: torch's default collate transposes .*TokenC"
+    ):
+        texts_of(batch, ("input_ids",), FakeTokenizer())
 
 
 def test_arrays_and_columns_of_strings_are_texts() -> None:
