@@ -22,7 +22,7 @@ from .config import StreamConfig
 from .counts import RecordCounts
 from .functions import Keep, Map, check_can_be_sent, name_of
 from .lane_batches import LaneBatches, LaneEnd
-from .layout import Layout, lay_out, lay_out_mixture
+from .layout import Layout, lay_out, lay_out_mixture, mixes_little
 from .mixture import Mixture, open_sources
 from .options import RESERVED, SOURCE, Fields, ReadOptions
 from .records import begins_with_ids
@@ -128,6 +128,7 @@ class TextStream(IterableDataset[TokenBatch]):
         self.text = text
         self.uneven, self.rank_timeout_s = reading.uneven, reading.rank_timeout_s
         self.shards = [name for names, _ in self._sources for name in names]
+        self._files = [path for paths, rows in self._sources if rows is None for path in paths]
         if repeated := [path for names, _ in self._sources for path, times in Counter(names).items() if times > 1]:
             logger.warning(
                 "%d shards are named more than once and are read as many times: %s", len(repeated), repeated[0]
@@ -135,6 +136,8 @@ class TextStream(IterableDataset[TokenBatch]):
         self.rank, self.world_size = rank_and_world_size()
         self._layout = layout = self._laid_out_for(self.world_size)
         self.num_lanes, self.open_shards = layout.lanes, layout.open_shards
+        if shuffle and (little := mixes_little(layout, self._files, reading)):
+            logger.warning("%s", little)
         if refusal := layout.refusal(self.world_size, is_rows=rows is not None):
             # With "leave" no rank waits for another or repeats its batches.
             if self.uneven != "leave" or self.world_size > layout.lanes:
@@ -212,11 +215,6 @@ class TextStream(IterableDataset[TokenBatch]):
     @cached_property
     def _rows_digest(self) -> dict[str, str]:
         return digest_of_rows([rows for _, rows in self._sources], self._options.texts)
-
-    @property
-    def _files(self) -> list[str]:
-        """The shards that are no datasets of rows."""
-        return [path for paths, rows in self._sources if rows is None for path in paths]
 
     @cached_property
     def _tokenizer_digest(self) -> str:
