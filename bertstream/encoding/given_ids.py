@@ -15,10 +15,14 @@ class GivenIds:
 
     Args:
         tokenize: texts as one batch, none of them cut; None if there is no tokenizer, so that nothing is known of them.
+        padding: id and name of the token that fills texts up to one length; None if there is none.
     """
 
-    def __init__(self, tokenize: Callable[[Sequence[Text]], TokenBatch] | None) -> None:
+    def __init__(
+        self, tokenize: Callable[[Sequence[Text]], TokenBatch] | None, padding: tuple[int, str] | None = None
+    ) -> None:
         self._framing: Int32Array | None = None
+        self._padding: tuple[int, str] | None = None
         self._least = 1
         self._of_prompt = 0
         if tokenize is not None:
@@ -27,6 +31,8 @@ class GivenIds:
             self._framing = np.unique(example.input_ids[special])
             self._least = int(example.lengths[0])
             self._of_prompt = int((~special[: self._least]).sum())
+            if padding is not None and special[: self._least].any() and padding[0] not in self._framing:
+                self._padding = padding
 
     def batch(
         self, texts: Sequence[TokenizedText] | TokenBatch, vocab_size: int | None, *, in_words: bool
@@ -39,7 +45,7 @@ class GivenIds:
             vocab_size: ids that the model knows; None checks only that they are not negative.
             in_words: whether each token, but those of the prompt, is needed with its word.
         Raises:
-            EncoderError: a text has an unknown id, no ids, or no words; `.records` names all of these.
+            EncoderError: a text has an unknown id, padding, no ids, or no words; `.records` names all of these.
         """
         if isinstance(texts, TokenBatch):
             tokens, said = texts, [texts.special is not None]
@@ -55,6 +61,7 @@ class GivenIds:
         if unknown.any():
             known = "ids begin at 0" if vocab_size is None else f"the model knows 0 to {vocab_size - 1}"
             raise EncoderError(f"the token id {ids[unknown][0]}: {known}", records=_texts_with(unknown, tokens))
+        self._check_padding(tokens, said)
         if not all(said) and self._framing is None:
             tokens.special = None
         elif not all(said):
@@ -74,6 +81,35 @@ class GivenIds:
                     records=_texts_with(loose, tokens),
                 )
         return tokens
+
+    def _check_padding(self, tokens: TokenBatch, said: Sequence[bool]) -> None:
+        """Refuse texts that begin or end with padding, which their framing tokens would be around.
+
+        Args:
+            tokens: none is empty where an empty text has framing tokens.
+            said: of each text, or of all, whether it is known which tokens are special: one that is not is no padding.
+        """
+        if self._padding is None or not len(tokens):
+            return
+        number, name = self._padding
+        padding = tokens.input_ids == number
+        if tokens.special is not None:
+            padding &= tokens.special | ~np.repeat(np.broadcast_to(said, len(tokens)), tokens.lengths)
+        ends, starts = padding[tokens.cu_seqlens[1:] - 1], padding[tokens.cu_seqlens[:-1]]
+        if not (wrong := np.flatnonzero(ends | starts)).size:
+            return
+        first = wrong[0]
+        others = np.flatnonzero(~padding[slice(*tokens.cu_seqlens[first : first + 2])])
+        length = int(tokens.lengths[first])
+        if not len(others):
+            seen = f"are {length}"
+        else:
+            seen = f"end with {length - 1 - others[-1]}" if ends[first] else f"begin with {others[0]}"
+        raise EncoderError(
+            f"the ids {seen} of the padding token {name} ({number}): put attention_mask beside them, or remove the "
+            "padding",
+            records=wrong.tolist(),
+        )
 
     def special_among(self, ids: Int32Array) -> BoolArray:
         """[N] which of these ids are of tokens that frame texts; there is a tokenizer."""

@@ -99,6 +99,8 @@ class TextTokenizer:
         ConfigError: an argument is out of range, or has no effect without a tokenizer.
     """
 
+    _padding: tuple[int, str] | None = None  # of the class: tokenizers that were pickled before have none
+
     def __init__(
         self,
         tokenizer: Any,
@@ -144,6 +146,8 @@ class TextTokenizer:
         self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()) if prompt else ())
         self._warned = False
         self._ids: GivenIds | None = None
+        if (padding := getattr(tokenizer, "pad_token_id", None)) is not None:
+            self._padding = (int(padding), str(tokenizer.pad_token))
 
     @property
     def takes_texts(self) -> bool:
@@ -200,8 +204,8 @@ class TextTokenizer:
         Args:
             texts: whole, with special tokens; which ones these are is found by their ids where a text does not say it.
         Raises:
-            EncoderError: an id is not in the vocabulary, a text has no ids, or no words where they are needed, or is
-                too long where overflow is "error"; `.records` names it.
+            EncoderError: an id is not in the vocabulary, a text has no ids, has padding, or no words where they are
+                needed, or is too long where overflow is "error"; `.records` names it.
         """
         tokens = self._own_ids.batch(texts, self.vocab_size, in_words=self.word_splitter is not None)
         if not self.segments and self.takes_texts:
@@ -215,7 +219,7 @@ class TextTokenizer:
     @property
     def _own_ids(self) -> GivenIds:
         if self._ids is None:
-            self._ids = GivenIds(self.whole().batch if self.takes_texts else None)
+            self._ids = GivenIds(self.whole().batch if self.takes_texts else None, self._padding)
         return self._ids
 
     @property

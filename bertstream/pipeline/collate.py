@@ -15,8 +15,22 @@ from ..embeddings import SupportsEncode
 from ..encoding.texts import text_list
 from ..errors import BertstreamError, ConfigError, EncoderError
 from ..reading.batch_fields import stack_column
-from ..tokens import TokenBatch, tokenize_batch
-from .fields import Field, as_fields, as_tensors, check_pair, describe, get_field, position, put_fields, way_to
+from ..reading.raw import RecordError
+from ..reading.token_ids import BESIDE_IDS, ids_of, tokens_of
+from ..tokens import Text, TokenBatch, TokenizedText
+from .fields import (
+    Field,
+    as_fields,
+    as_tensors,
+    as_written,
+    check_pair,
+    describe,
+    follow,
+    get_field,
+    position,
+    put_fields,
+    way_to,
+)
 
 
 class TokenCollate:
@@ -26,6 +40,9 @@ class TokenCollate:
     (dict, tuple, list, namedtuple or dataclass; or a bare text), with a `TokenBatch` in place of the text. In the other
     fields, numbers become a tensor [B], tensors of one shape are stacked, a list of numbers per record (one for each
     word, say) becomes one tensor per record, and all else becomes a list.
+
+    A text may be ids already, as a list, array or tensor: `attention_mask`, `token_type_ids`, `special_tokens_mask` and
+    `word_ids` beside it in the record are taken with it, and stay in the batch too.
 
     Args:
         encoder: whose tokenizer to use.
@@ -60,9 +77,8 @@ class TokenCollate:
         check_pair(pair, self._fields)
 
     def __repr__(self) -> str:
-        text = self._fields[0] if self._fields is not None and len(self._fields) == 1 else self._fields
         pair = f", pair={self._pair!r}" if self._pair is not None else ""
-        return f"TokenCollate(text={text!r}{pair}, {self._tokenizer!r})"
+        return f"TokenCollate(text={as_written(self._fields)!r}{pair}, {self._tokenizer!r})"
 
     def __call__(self, records: Sequence[Any]) -> Any:
         """Make a batch of a list of records.
@@ -83,26 +99,60 @@ class TokenCollate:
 
     def _batch(self, records: Sequence[Any]) -> Any:
         if self._fields is None:
-            return self._tokenize(records, None)
+            return self._tokenize([_given(text, i) for i, text in enumerate(text_list(records))], None)
         return _collated(
             records,
             {
-                way_to(records[0], field): self._tokenize([self._text(record, field) for record in records], field)
+                way_to(records[0], field): self._tokenize(
+                    [self._text(record, i, field) for i, record in enumerate(records)], field
+                )
                 for field in self._fields
             },
         )
 
-    def _text(self, record: Any, field: Field) -> Any:
+    def _text(self, record: Any, index: int, field: Field) -> Any:
         text = get_field(record, field)
-        return text if self._pair is None else (text, get_field(record, self._pair, "pair"))
+        if self._pair is not None:
+            return text, get_field(record, self._pair, "pair")
+        return _given(text, index, record, field)
 
     def _tokenize(self, texts: Sequence[Any], field: Field | None) -> TokenBatch:
+        texts = text_list(texts)
         try:
-            return tokenize_batch(self._tokenizer, text_list(texts), keep_text=self._keep_text)
+            tokens = tokens_of(self._tokenizer, texts)
         except EncoderError as error:
-            if field is not None:
-                raise EncoderError(f"field {field!r}: {error}", records=error.records) from error
-            raise
+            # The errors of texts say which text it is, those of ids do not.
+            where = [f"record {i}" for i in error.records[:1] if isinstance(texts[i], TokenizedText)]
+            where += [] if field is None else [f"field {field!r}"]
+            raise EncoderError(
+                f"{', '.join(where)}: {error}" if where else str(error), records=error.records
+            ) from error
+        has_ids = any(isinstance(text, TokenizedText) for text in texts)  # ids have no characters
+        tokens.texts = texts if self._keep_text and not has_ids else None
+        return tokens
+
+
+def _given(text: Any, index: int, record: Any = None, field: Field | None = None) -> Text | TokenizedText:
+    """A record's text as it is, or its ids with what is beside them in the record.
+
+    Raises:
+        EncoderError: ids, or what is beside them, are no lists of whole numbers that fit.
+    """
+    if isinstance(text, (str, tuple)) or (isinstance(text, list) and text and isinstance(text[0], str)):
+        return text
+    holder = None if field is None else follow(record, way_to(record, field)[:-1])
+    name = "text" if field is None else str(field)
+    beside = {
+        other: get_field(holder, other)
+        for other in BESIDE_IDS
+        if (other in holder if isinstance(holder, Mapping) else hasattr(holder, other))
+    }
+    try:
+        ids = ids_of(text, beside | {name: text}, name)
+    except RecordError as error:
+        where = f"record {index}" if field is None else f"record {index}, field {error.field!r}"
+        raise EncoderError(f"{where}: {error}", records=(index,)) from error
+    return text if ids is None else ids
 
 
 def tensor_column(values: list[Any]) -> Any:

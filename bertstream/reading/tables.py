@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..errors import ConfigError, shortened, table_columns
 
 _AT_A_TIME = 256
@@ -21,7 +23,12 @@ _RUNS: dict[tuple[str, str], Callable[[Any, int, int], Any]] = {
 def _of_pandas(rows: Any) -> dict[str, list[Any]]:
     # By way of rows: its columns as lists hold other values where some are missing.
     records = rows.rename(columns=str).to_dict("records")
-    return {name: [record[name] for record in records] for name in map(str, rows.columns)}
+    columns = {name: [record[name] for record in records] for name in map(str, rows.columns)}
+    for position, (name, dtype) in enumerate(zip(columns, rows.dtypes, strict=True)):
+        if not (isinstance(dtype, np.dtype) and dtype.kind in "biufc"):  # NaN among plain numbers is a number
+            missing = rows.iloc[:, position].isna()  # None, NaN, NA or NaT, by dtype and version of pandas
+            columns[name] = [None if lacks else value for value, lacks in zip(columns[name], missing, strict=True)]
+    return columns
 
 
 def is_table(value: object) -> bool:

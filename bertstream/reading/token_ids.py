@@ -56,7 +56,7 @@ def ids_of(value: Any, values: Mapping[str, Any], field: str) -> TokenizedText |
     if isinstance(value, TokenizedText):
         return value
     if isinstance(value, list):
-        if value and not isinstance(value[0], (int, float, np.number, np.bool_)):
+        if value and not _begins_with_a_number(value):
             return None
     elif isinstance(value, np.ndarray):
         if value.dtype.kind not in "biuf":
@@ -113,6 +113,14 @@ def _at(indices: Indices, texts: Sequence[Any], tokenize: Callable[[list[Any]], 
         raise EncoderError(str(error), records=indices[list(error.records)].tolist()) from error
 
 
+def _begins_with_a_number(value: list[Any]) -> bool:
+    """Whether this is a list of numbers, or such a list within others: `_integers` says what is wrong with these."""
+    first: Any = value
+    while isinstance(first, list) and first:
+        first = first[0]
+    return isinstance(first, (int, float, np.number, np.bool_))
+
+
 def _integers(value: Any, name: str) -> Int32Array:
     if isinstance(value, Tensor):
         value = value.numpy()
@@ -122,6 +130,12 @@ def _integers(value: Any, name: str) -> Int32Array:
         array = np.asarray(value) if len(value) else np.zeros(0, np.int32)
     except (TypeError, ValueError):  # a single number, or lists within the list
         array = np.array(None)
+    if array.ndim > 1:
+        raise RecordError(
+            f"{shortened(array.tolist())} has one dimension too many: the numbers of one text are one list, as a "
+            "tokenizer gives them without return_tensors=",
+            name,
+        )
     if array.ndim != 1 or array.dtype.kind not in ("biu" if name in _MASKS else "iu"):
         raise RecordError(f"a list of whole numbers belongs here, not {shortened(value)}", name)
     return _in_32_bits(array, name)

@@ -21,7 +21,7 @@ from bertstream.encoding.tokenizer import TextTokenizer
 from bertstream.errors import ConfigError, EncoderError
 from bertstream.pipeline.collate import TokenCollate, tensor_column
 from bertstream.pipeline.fields import Field, get_field
-from bertstream.tokens import TokenBatch
+from bertstream.tokens import TokenBatch, tokenize_batch
 
 TEXTS = ["the bank", "of the river"]
 OTHERS = ["a spring", "in the desert"]
@@ -405,3 +405,65 @@ def test_records_of_several_structures_are_refused(encoder: Any, odd: Any, seen:
 def test_an_encoder_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(ConfigError, match="encoder is a str without a tokenizer"):
         TokenCollate("bert-base-uncased")  # type: ignore[arg-type]
+
+
+# --- ids --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ids:
+    input_ids: Any
+    attention_mask: Any
+
+
+IN_KINDS = {
+    "lists": lambda auto, text: dict(auto(text)),
+    "padded tensors": lambda auto, text: {
+        name: part[0]
+        for name, part in auto(
+            text, return_tensors="pt", padding="max_length", max_length=16, padding_side="left"
+        ).items()
+    },
+    "arrays": lambda auto, text: {
+        name: np.array(part) for name, part in auto(text, return_special_tokens_mask=True).items()
+    },
+    "deeper": lambda auto, text: {"one": {"tokens": dict(auto(text, padding="max_length", max_length=16))}},
+}
+
+
+@pytest.mark.parametrize("kind", IN_KINDS)
+def test_ids_are_the_tokens_of_their_texts(encoder: Any, minilm_folder: str, kind: str) -> None:
+    auto = AutoTokenizer.from_pretrained(minilm_folder)
+    records = [IN_KINDS[kind](auto, text) for text in TEXTS]
+    field = "one.tokens.input_ids" if kind == "deeper" else "input_ids"
+    batch = TokenCollate(encoder, text=field, keep_text=True)(records)
+    tokens = get_field(batch, field)
+    right = tokenize_batch(encoder.tokenizer, TEXTS)
+    assert holds(encoder, tokens, TEXTS) and tokens.hashes.tolist() == right.hashes.tolist()
+    assert tokens.special.tolist() == right.special.tolist() and tokens.texts is None
+    assert "attention_mask" in (batch if kind != "deeper" else batch["one"]["tokens"])
+
+
+def test_ids_come_bare_or_in_a_dataclass_beside_texts(encoder: Any) -> None:
+    ids = [text.input_ids.tolist() for text in encoder.tokenizer(TEXTS)]
+    assert holds(encoder, TokenCollate(encoder)(ids), TEXTS)
+    assert holds(encoder, TokenCollate(encoder)([ids[0], TEXTS[1]]), TEXTS)
+    padded = [Ids([*one, 0], [1] * len(one) + [0]) for one in ids]
+    assert holds(encoder, TokenCollate(encoder, text="input_ids")(padded).input_ids, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"x": [101, 102, 0]}, r"^record 1, field 'x': the ids end with 1 of the padding token \[PAD\]"),
+        ({"x": [101, -5]}, "^record 1, field 'x': the token id -5: ids begin at 0"),
+        ({"x": [[101, 102]]}, r"^record 1, field 'x': \[\[101, 102\]\] has one dimension too many"),
+        ({"x": torch.ones(1, 3)}, "^record 1, field 'x': .* has one dimension too many"),
+        ({"x": [101], "attention_mask": [1, 1]}, "^record 1, field 'attention_mask': it has 2 entries, 'x' has 1"),
+        ({"x": [101, *[7] * 30]}, "^record 1, field 'x': text 1 has 31 tokens"),
+    ],
+)
+def test_wrong_ids_name_their_record_and_field(encoder: Any, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(EncoderError, match=message) as caught:
+        TokenCollate(encoder, text="x")([{"x": [101, 102], "attention_mask": [1, 1]}, wrong])
+    assert caught.value.records == (1,)

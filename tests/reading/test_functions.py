@@ -261,7 +261,10 @@ def test_a_shard_whose_records_are_all_dropped_is_no_broken_shard(tmp_path: Path
         ),
         ({"map": lambda record: [record]}, r"map=<lambda> returned \[{"),
         ({"map": lambda record: {"n": 1}}, r"field 'text': the record has no such field after map=; it has \['n'\]"),
-        ({"map": lambda record: {"text": 3}}, r"field 'text': a text is a string or a list of strings, not 3"),
+        (
+            {"map": lambda record: {"text": 3}},
+            r"field 'text': a text is a string or a list of strings, or a list of token ids, not 3",
+        ),
         (
             {"map": lambda record: {"text": "b", "__key__": "x"}},
             r"field '__key__': each batch has a field of this name",

@@ -14,15 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shard_files import texts
+from transformers import AutoTokenizer
 
 from bertstream import ShardError, StreamConfig, TextStream, stream
+from bertstream.encoding.tokenizer import TextTokenizer
 from bertstream.reading.options import ReadOptions
-from bertstream.reading.raw import RecordError
+from bertstream.reading.raw import RecordError, values_of
 from bertstream.reading.records import read_records
 from bertstream.reading.shards import Piece
 from bertstream.reading.token_ids import columns_of_ids, ids_of
 from bertstream.testing import FakeEncoder, assert_resumes_exactly
-from bertstream.tokens import Record, TokenBatch, TokenizedText
+from bertstream.tokens import Record, TokenizedText
 
 IDS = ReadOptions(text="input_ids")
 RECORDS: list[dict[str, Any]] = [
@@ -140,6 +142,10 @@ NOT_IN_PARQUET = [
     ({"input_ids": [1.5, 2.0]}, "input_ids", "whole numbers belongs here, not [1.5, 2.0]"),
     ({"input_ids": [True, False]}, "input_ids", "whole numbers belongs here, not [True, False]"),
     ({"input_ids": [1, [2]]}, "input_ids", "whole numbers belongs here, not [1, [2]]"),
+    ({"input_ids": [[1, 2]]}, "input_ids", "[[1, 2]] has one dimension too many: the numbers of one text are one list"),
+    ({"input_ids": [[1], [2, 3]]}, "input_ids", "whole numbers belongs here, not [[1], [2, 3]]"),
+    ({"input_ids": [["a"]]}, "input_ids", "a string or a list of strings, or a list of token ids, not [['a']]"),
+    ({"attention_mask": [[1] * 5]}, "attention_mask", "[[1, 1, 1, 1, 1]] has one dimension too many"),
     ({"attention_mask": 1}, "attention_mask", "whole numbers belongs here, not 1"),
 ]
 """A column of Parquet has values of one type."""
@@ -169,6 +175,23 @@ def test_a_broken_record_names_its_shard_index_field_and_value(
     [error] = errors
     assert (error.path, error.index, error.field) == (path, 1, field)
     assert message in str(error)
+
+
+@pytest.mark.parametrize("write", [in_jsonl, in_parquet])
+def test_padding_without_its_mask_names_its_record(tmp_path: Path, minilm_folder: str, write: Any) -> None:
+    encoder: Any = FakeEncoder()
+    encoder.tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(minilm_folder), max_length=9)
+    path = write(tmp_path, [{"input_ids": [101, 102, *[0] * i], "mask": [1, 1, *[0] * i]} for i in range(3)])
+    message = r"record 1, field 'input_ids': the ids end with 1 of the padding token \[PAD\] \(0\): put attention_mask"
+    with pytest.raises(ShardError, match=message) as caught:
+        list(TextStream(path, encoder, text="input_ids"))
+    assert (caught.value.path, caught.value.index, caught.value.field) == (path, 1, "input_ids")
+
+    def with_mask(row: dict[str, Any]) -> dict[str, Any]:
+        return {"input_ids": row["input_ids"], "attention_mask": row["mask"]}
+
+    [batch] = TextStream(path, encoder, text="input_ids", map=with_mask)
+    assert batch.lengths.tolist() == [2, 2, 2]
 
 
 numbers = st.integers(0, 5)
@@ -201,7 +224,7 @@ def test_whole_columns_give_what_each_record_gives(rows: list[dict[str, Any]]) -
     columns = columns_of_ids(batch, "input_ids", ())
     ids = columns.pop("input_ids")
     names = ["input_ids", *columns]
-    values = [list(ids.apart() if isinstance(ids, TokenBatch) else ids), *(c.to_pylist() for c in columns.values())]
+    values = [list(values_of(ids)), *(c.to_pylist() for c in columns.values())]
     for row, *entries in zip(rows, *values, strict=True):
         ids = np.zeros(0, np.int32) if row["input_ids"] == [] else row["input_ids"]
         assert outcome(dict(zip(names, entries, strict=True))) == outcome(row | {"input_ids": ids})
