@@ -51,9 +51,9 @@ def tokenize(
 ) -> dict[str, int]:
     """Write the ids of all texts of these shards to Parquet files, with the records' other fields.
 
-    `stream(f"{out}/*.parquet", encoder, text="input_ids")` then yields what a stream of the texts yields, and
-    its workers do not tokenize. Texts are written whole: `max_length`, `overflow` and `stride` are those of the encoder
-    that reads them.
+    In `stream(f"{out}/*.parquet", encoder, text="input_ids")` each text then has the ids and vectors that it has in a
+    stream of the texts, and the workers do not tokenize; batches and their order differ where both are cut otherwise.
+    Texts are written whole: `max_length`, `overflow` and `stride` are those of the encoder that reads them.
 
     You can stop it at any time, even by SIGKILL, and call it again with the same arguments: it continues after the last
     finished part, and writes the files that an undisturbed run writes. With several ranks, each writes its share;

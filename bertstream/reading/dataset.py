@@ -20,7 +20,7 @@ from .config import StreamConfig
 from .counts import RecordCounts
 from .functions import Keep, Map, check_can_be_sent
 from .lane_batches import LaneBatches, LaneEnd
-from .layout import Layout, lay_out, lay_out_mixture
+from .layout import Layout, lay_out, lay_out_mixture, mixes_little
 from .mixture import Mixture, open_sources
 from .options import RESERVED, SOURCE, Fields, ReadOptions
 from .records import begins_with_ids
@@ -133,6 +133,9 @@ class TextStream(IterableDataset[TokenBatch]):
         self.rank, self.world_size = rank_and_world_size()
         self._layout = layout = self._laid_out_for(self.world_size)
         self.num_lanes, self.open_shards = layout.lanes, layout.open_shards
+        files = [path for names, rows in self._sources if rows is None for path in names]
+        if shuffle and (little := mixes_little(layout, files, reading)):
+            logger.warning("%s", little)
         if refusal := layout.refusal(self.world_size, is_rows=rows is not None):
             # With "leave" no rank waits for another or repeats its batches.
             if self.uneven != "leave" or self.world_size > layout.lanes:

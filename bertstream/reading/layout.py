@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, counted
+from .access import is_local
 from .config import StreamConfig
 from .files import shard_size
-from .pieces import split_shard
+from .options import ReadOptions
+from .pieces import count_records, split_shard
 from .rows import split_rows
-from .shards import Piece
+from .shards import Piece, shard_kind
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,9 @@ _SOURCE_BYTES = 4 << 10
 # Of a mixture: pieces open in all lanes, as many as a plain stream of 32 lanes has; and the most, of many sources.
 _OPEN_IN_MIXTURE, _MOST_OPEN = 128, 512
 
+# A shuffled stream over fewer pieces mixes too little, where one of them holds more than two buckets. Where records are
+# not counted, each is taken for as long as the shortest in a tar, so that there is no warning without a need.
+_FEW_PIECES, _RECORD_BYTES = 8, 2048
 _SMALLER_GROUPS = "smaller row groups, as in to_parquet(row_group_size=1000)"
 
 
@@ -146,6 +151,44 @@ class Layout:
                 f"for them: {written}, or {instead}"
             )
         return f"num_workers={workers}, but the data is enough for {busy} of them{where}: {written}"
+
+
+def mixes_little(layout: Layout, files: Sequence[str], reading: StreamConfig) -> str | None:
+    """Why a shuffled stream leaves records that follow each other together, with what to write; None if it does not.
+
+    It is known without reading: of local Parquet by the number of rows, of other files by their size.
+
+    Args:
+        layout: of the stream.
+        files: the shards that are no datasets of rows.
+        reading: lanes, open shards and buckets.
+    """
+    if layout.lanes * layout.open_shards < 2 * _FEW_PIECES:  # as the user chose
+        return None
+    for source in range(layout.sources):
+        pieces = {
+            (piece.path, piece.start): (piece, size * piece.shares)
+            for piece, size in layout.pieces
+            if piece.source == source and piece.path in files
+        }
+        if len(pieces) >= _FEW_PIECES:
+            continue
+        for piece, size in pieces.values():
+            records = size // _RECORD_BYTES
+            is_parquet = shard_kind(piece.path, reading).format == "parquet"
+            if is_parquet and is_local(piece.path):
+                stop = piece.stop or count_records(piece.path, ReadOptions(access=reading)) or 0
+                records = stop - piece.start
+            if records > 2 * reading.bucket_size:
+                way = _SMALLER_GROUPS if is_parquet else "it uncompressed, or to more shards (tools/make_shards.py)"
+                if not is_parquet and "://" in piece.path:
+                    way += ", or StreamConfig(shard_cache=), which makes it local"
+                return (
+                    f"a shuffled stream mixes the records of the pieces of its data, and {piece.path} has a large one "
+                    f"that cannot be cut, of {counted(len(pieces), 'piece')} in all: if its records are sorted, those "
+                    f"of a batch are much alike; write {way}"
+                )
+    return None
 
 
 def lay_out(shards: Sequence[str], rows: Any, reading: StreamConfig, *, shuffle: bool, ranks: int) -> Layout:

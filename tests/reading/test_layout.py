@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -358,3 +359,45 @@ def test_idle_workers_are_told_what_to_write(
 def test_idle_workers_over_parquet_are_told_of_row_groups() -> None:
     found = Layout([(Piece("a.parquet"), 1)], 32, 1).idle_workers(8, 1, 0, 1, lanes_by_user=False)
     assert (found or "").endswith("8 shards or row groups (smaller row groups, as in to_parquet(row_group_size=1000))")
+
+
+def rows_in_groups(rows: int, group: int) -> bytes:
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["word"] * rows}), out, row_group_size=group)
+    return out.getvalue()
+
+
+NOISE = b"".join(b'{"text": "%s"}\n' % os.urandom(1500).hex().encode() for _ in range(120))
+SMALL = StreamConfig(bucket_size=32)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "options", "way"),
+    [
+        ("a.parquet", rows_in_groups(400, 400), {}, "write smaller row groups, as in to_parquet(row_group_size=1000)"),
+        ("a.parquet", rows_in_groups(400, 100), {}, "of 4 pieces in all"),
+        ("a.jsonl.gz", gzip.compress(NOISE), {}, "write it uncompressed, or to more shards (tools/make_shards.py)"),
+        ("a.parquet", rows_in_groups(400, 40), {}, None),
+        ("a.parquet", rows_in_groups(60, 60), {}, None),
+        ("a.jsonl", NOISE, {}, None),
+        ("a.parquet", rows_in_groups(400, 400), {"shuffle": False}, None),
+        ("a.parquet", rows_in_groups(400, 400), {"reading": StreamConfig(bucket_size=32, open_shards=1)}, None),
+    ],
+)
+def test_a_shuffled_stream_over_few_large_pieces_says_so_once(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    data: bytes,
+    options: dict[str, Any],
+    way: str | None,
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    options = {"shuffle": True, "reading": SMALL} | options
+    for shards in (str(tmp_path / name), bertstream.Mixture([(str(tmp_path / name), 1), ([{"text": "b"}] * 99, 1)])):
+        caplog.clear()
+        loader = bertstream.stream(shards, FakeEncoder(), **options)
+        next(iter(loader))
+        said = [record.getMessage() for record in caplog.records if "mixes the records" in record.getMessage()]
+        assert len(said) == (way is not None)
+        assert way is None or (way in said[0] and name in said[0])

@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow
+import pyarrow.parquet
 
 import bertstream
 from bertstream.testing import FakeEncoder
@@ -23,11 +28,21 @@ def mix(arguments: argparse.Namespace) -> dict[str, object]:
     classes = {"file_order": classes_in_batches(labels), "all_mixed": classes_in_batches(mixed)}
     shard = arguments.data / "banking77" / "train.csv"
     for open_shards in (1, 4, 16, 64):
-        reading = bertstream.StreamConfig(open_shards=open_shards)
-        dataset = bertstream.TextStream(shard, FakeEncoder(), batch_size=32, shuffle=True, reading=reading)
-        counts = [len(set(batch.fields["category"])) for batch in dataset if len(batch) == 32]
-        classes[f"stream_open_shards_{open_shards}"] = statistics.mean(counts)
+        classes[f"stream_open_shards_{open_shards}"] = classes_through(shard, open_shards=open_shards)
+    with tempfile.TemporaryDirectory() as folder:
+        table = pyarrow.Table.from_pylist(rows)
+        for group in (len(rows), 1000, 500, 100):
+            path = Path(folder) / f"{group}.parquet"
+            pyarrow.parquet.write_table(table, path, row_group_size=group)
+            classes[f"stream_row_groups_of_{group}"] = classes_through(path)
     return {"records": len(rows), "classes_in_a_batch": {name: round(count, 1) for name, count in classes.items()}}
+
+
+def classes_through(shard: Path, **options: Any) -> float:
+    """Mean number of distinct classes in the batches of 32 of a shuffled stream."""
+    reading = bertstream.StreamConfig(**options)
+    dataset = bertstream.TextStream(shard, FakeEncoder(), batch_size=32, shuffle=True, reading=reading)
+    return statistics.mean(len(set(batch.fields["category"])) for batch in dataset if len(batch) == 32)
 
 
 def classes_in_batches(labels: npt.NDArray[np.int64]) -> float:
