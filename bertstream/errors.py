@@ -18,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import get_args
 
+import numpy as np
+
 
 class BertstreamError(Exception):
     """The base of all errors that bertstream raises on purpose."""
@@ -123,10 +125,29 @@ def check_at_least(name: str, value: object, least: int) -> None:
         raise ConfigError(f"{name}={shortened(value)}: write a whole number of at least {least}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Refuse anything but a truth value, such as the "no" of a config file; 0, 1 and None pass as they always did.
+
+    Args:
+        name: the argument, as the user writes it.
+        value: what the user wrote.
+    Raises:
+        ConfigError: with the value seen.
+    """
+    if value is not None and not isinstance(value, np.bool_) and not (isinstance(value, int) and value in (0, 1)):
+        raise ConfigError(f"{name}={shortened(value)}: write True or False")
+
+
 def shortened(value: object) -> str:
     """The start of a value's repr for a message, 60 characters; long values are cut before their repr is made."""
     shown = repr(value[:60] if isinstance(value, (str, bytes, list)) else value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def kind_of(value: object) -> str:
+    """The name of a value's type with its article, such as "a list" and "an IterableDataset"."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
 
 
 def counted(count: int, what: str) -> str:

@@ -18,18 +18,34 @@ def as_listed(field: str) -> str:
     return f'if these are labels, list them or give a label2id, as in fields={{{json.dumps(field)}: ["ham", "spam"]}}'
 
 
+def is_class_label(value: object) -> bool:
+    """Whether this is the `ClassLabel` of Hugging Face's datasets, which is not imported for it; it can be called."""
+    return type(value).__name__ == "ClassLabel" and hasattr(value, "names")
+
+
+def as_labels(value: Any) -> Any:
+    """The list of labels that an array, a Series, an Index or a `ClassLabel` holds; anything else as it is."""
+    if is_class_label(value):
+        return value.names
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 class NumberOf:
     """The number of a label, counted from 0 in a list; of a list of labels, the list of theirs. Pickles.
 
     Args:
-        labels: strings, each another, in the order of their numbers; or label -> number, as `label2id` of a model.
+        labels: strings, each another, in the order of their numbers (a list, or an array or column of them, or a
+            `ClassLabel` of Hugging Face); or label -> number, as `label2id` of a model.
         option: the argument that names them, for messages.
         instead: what to write where these are no labels, for the message.
     Raises:
         ConfigError: they are neither.
     """
 
-    def __init__(self, labels: Sequence[str] | Mapping[str, int], option: str, *, instead: str = "") -> None:
+    def __init__(self, labels: Any, option: str, *, instead: str = "") -> None:
+        if isinstance(labels, (set, frozenset)):
+            raise ConfigError(f"{option}={shortened(labels)}: a set has no order: write sorted(...) of it")
+        labels = as_labels(labels)
         listed = isinstance(labels, (Sequence, Mapping)) and not isinstance(labels, str)
         if not listed or not labels or not all(isinstance(label, str) for label in labels):
             way_out = f"list the labels, strings, in the order of their numbers{instead}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from .caching.cache import EmbeddingCache
 from .embeddings import Layout, SupportsEncode
-from .errors import ConfigError, check_at_least, shortened
+from .errors import ConfigError, check_at_least, check_flag, shortened
 from .pipeline.checks import check_batches, check_encoder, check_not_replicated
 from .pipeline.embedding_loader import EmbeddingLoader
 from .pipeline.fields import Field, as_fields, check_pair
@@ -75,6 +75,7 @@ def wrap(
         ConfigError: an argument is out of range, or several ranks would each read all of the data.
     """
     check_batches(loader)
+    check_flag("allow_replicated", allow_replicated)
     fields, targets = as_fields(text), as_fields(into, "into")
     masks, segments = as_fields(mask, "mask"), as_fields(token_type_ids, "token_type_ids")
     check_pair(pair, fields)
@@ -155,13 +156,14 @@ def stream(
         shuffle: whether to shuffle, by seed and epoch; each full iteration advances the epoch.
         seed: of the shuffle.
         fields: which other fields a batch carries: names, or name -> function of the raw value (`{"label": int}`), or
-            in its place labels, which become numbers from 0 (`{"label": ["ham", "spam"]}`) or those of a mapping
-            (`{"label": {"ham": 0, "spam": 1}}`); None carries all as they are. The raw value in csv is a str, in a tar
-            the member's bytes, except that txt, text and transcript are str, json and jsn parsed, cls, cls2, class,
-            count, index, inx and id int, and float, score and weight float. `__key__`, `__shard__` and `__index__` come
-            along, unless some of them are among the names: then only these do (`["label", "__index__"]` leaves out the
-            two lists of strings), and none with "__none__" (`["label", "__none__"]`, or in a mapping `"__none__":
-            None`).
+            in its place labels, which become numbers from 0 (`{"label": ["ham", "spam"]}`, also an array or a
+            `ClassLabel`) or those of a mapping (`{"label": {"ham": 0, "spam": 1}}`), or None, which keeps the value
+            (`{"label": ["ham", "spam"], "id": None}`); None carries all as they are. The raw value in csv is a str, in
+            a tar the member's bytes, except that txt, text and transcript are str, json and jsn parsed, cls, cls2,
+            class, count, index, inx and id int, and float, score and weight float. `__key__`, `__shard__` and
+            `__index__` come along, unless some of them are among the names: then only these do (`["label",
+            "__index__"]` leaves out the two lists of strings), and none with "__none__" (`["label", "__none__"]`, or in
+            a mapping `"__none__": None`).
         keep: a function of a record, a dict of all its fields, that says whether to read it. It is called in the
             workers, so where those are spawned it must be importable.
         map: a function from a record that is kept to the one to read instead, a dict with the fields that `text` and

@@ -213,15 +213,14 @@ class TokenBatch:
         return out
 
     def apart(self) -> Iterator[TokenizedText]:
-        """Its texts one by one, as views of it where none was cut; one whose segments are all 0 has none."""
+        """Its texts one by one, as views of it where none was cut."""
         cut = self.window_lengths is not None or self.words_cut is not None
         for i, (start, end) in enumerate(pairwise(self.cu_seqlens.tolist())):
             one, own = (self.pick(np.array([i])), slice(None)) if cut else (self, slice(start, end))
-            segments = None if one.token_type_ids is None else one.token_type_ids[own]
             yield TokenizedText(
                 input_ids=one.input_ids[own],
                 special=None if one.special is None else one.special[own],
-                token_type_ids=segments if segments is not None and segments.any() else None,
+                token_type_ids=None if one.token_type_ids is None else one.token_type_ids[own],
                 word_ids=None if one.word_ids is None else one.word_ids[own],
                 num_words=int(self.num_words[i]),
                 cut_tokens=int(self.cut_tokens[i]),

@@ -20,7 +20,9 @@ from bertstream.errors import (
     StateError,
     check_at_least,
     check_choice,
+    check_flag,
     described,
+    kind_of,
     shortened,
 )
 
@@ -105,3 +107,21 @@ def test_messages_name_the_type_of_an_error_and_shorten_long_values() -> None:
     assert described(KeyError("a")) == "KeyError: 'a'"
     assert shortened("x" * 100) == "'" + "x" * 56 + "..."
     assert shortened([1]) == "[1]"
+
+
+@pytest.mark.parametrize("value", [True, False, np.True_, 0, 1, None])
+def test_truth_values_pass(value: Any) -> None:
+    check_flag("shuffle", value)
+
+
+@pytest.mark.parametrize("value", ["yes", "", 1000, -1, 1.0, [], np.ones(2)], ids=repr)
+def test_other_values_of_a_flag_are_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^shuffle=.*: write True or False$"):
+        check_flag("shuffle", value)
+
+
+def test_a_type_has_its_article() -> None:
+    assert (kind_of([]), kind_of(BertstreamError()), kind_of(ConfigError())) == (
+        "a list", "a BertstreamError", "a ConfigError",
+    )  # fmt: skip
+    assert kind_of(EncoderError("it broke")) == "an EncoderError"

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -44,6 +47,35 @@ def test_labels_of_words_become_lists_of_numbers(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array(["refund", "card"]),
+        pandas.Series(["refund", "card"]).unique(),
+        pandas.Series(["refund", "card"]),
+        pandas.Index(["refund", "card"]),
+        pandas.Categorical(["refund", "card"]),
+        pyarrow.array(["refund", "card"]),
+        datasets.ClassLabel(names=["refund", "card"]),
+    ],
+    ids=lambda labels: type(labels).__name__,
+)
+def test_labels_may_come_as_an_array_or_a_class_label(labels: Any) -> None:
+    rows = [{"text": ["a"], "c": "card"}, {"text": ["b"], "c": "refund"}]
+    [batch] = bertstream.stream(rows, FakeEncoder(), fields={"c": labels, "__index__": None})
+    assert batch["c"].tolist() == [1 - index for index in batch["__index__"]]
+    assert batch["text"].align([["card"], ["refund"]], names=labels).tolist() == [[1], [0]]
+
+
+@pytest.mark.parametrize("read", [lambda rows: rows, pyarrow.Table.from_pylist], ids=["records", "columns"])
+def test_none_keeps_a_field_beside_labels_as_it_is(read: Callable[[Any], Any]) -> None:
+    rows = read([{"text": "a", "c": "card", "n": 0.5, "unread": 1}, {"text": "b", "c": "card", "n": None, "unread": 2}])
+    loader = bertstream.stream(rows, FakeEncoder(), fields={"n": None, "c": ["card"], "__none__": None})
+    [batch] = loader
+    assert sorted(batch) == ["c", "n", "text"] and sorted(batch["n"], key=str) == [0.5, None]
+    pickle.dumps(loader._stream)
+
+
 @pytest.mark.parametrize("value", ["refnd", None, 0, ["refund", "x"], {"a": 1}])
 def test_an_unknown_label_is_a_broken_record_that_names_the_known_ones(tmp_path: Path, value: Any) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": "a", "c": "card"}\n' + json.dumps({"text": "b", "c": value}))
@@ -64,6 +96,9 @@ def test_an_unknown_label_is_a_broken_record_that_names_the_known_ones(tmp_path:
         ({1: 0}, r"list the labels, strings"),
         ({"a": "0"}, r"fields\['c'\]=\{'a': '0'\}: the number of a label is an int"),
         ({"a": True}, "the number of a label is an int"),
+        (np.array([1, 2]), r"fields\['c'\]=\[1, 2\]: list the labels, strings"),
+        ({"a", "b"}, r"fields\['c'\]=\{.*\}: a set has no order: write sorted\(...\) of it$"),
+        (frozenset([*map(str, range(999))]), r"^fields\['c'\]=frozenset.{51}: a set has no order"),
         ("ab", "lists of labels; got 'c': 'ab'"),
         (7, "lists of labels; got 'c': 7"),
     ],

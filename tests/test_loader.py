@@ -1053,6 +1053,8 @@ def test_a_batch_without_the_text_is_refused_with_the_fields_it_has(batch: Any, 
         ({"loader": FakeEncoder(), "encoder": batches(1)}, r"write wrap\(loader, encoder\)"),
         ({"cache": "1GiB"}, "cache='1GiB' is a str: pass a bertstream.EmbeddingCache"),
         ({"encoder": object()}, "encoder is a object without encode"),
+        ({"deterministic": "no"}, "deterministic='no': write True or False"),
+        ({"allow_replicated": "no"}, "allow_replicated='no': write True or False"),
     ],
 )
 def test_a_bad_argument_of_wrap_is_refused_with_the_value_seen(options: dict[str, Any], seen: str) -> None:
@@ -1066,6 +1068,9 @@ def test_a_bad_argument_of_wrap_is_refused_with_the_value_seen(options: dict[str
     [
         ({"num_workers": -1}, "num_workers=-1"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"shuffle": "yes"}, "shuffle='yes': write True or False"),
+        ({"shuffle": 1000}, "shuffle=1000: write True or False"),
+        ({"drop_last": "no"}, "drop_last='no': write True or False"),
         ({"reading": {"lanes": 2}}, r"reading=\{'lanes': 2\}: pass a bertstream.StreamConfig"),
     ],
 )

@@ -229,7 +229,7 @@ class Encoder(CalibratedForward):
             combine=combine,
             pooling=pooling,
             special_tokens=special_tokens,
-            normalize=bool(normalize),
+            normalize=False if normalize is None else normalize,
             output_dtype=output_dtype,
         )
         check_cutting(output, word_splitter, overflow, stride, max_length, prompt, word_cache)

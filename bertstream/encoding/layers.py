@@ -30,7 +30,7 @@ def name_layers(layers: int | Sequence[int]) -> tuple[int, ...]:
         meant = all(re.fullmatch(r"[+-]?\d+", number) for number in numbers) and [int(number) for number in numbers]
         raise ConfigError(f"layers={layers!r} is a string: write numbers, as in layers={meant or [-2, -1]}")
     named = tuple(layers) if isinstance(layers, Iterable) else (layers,)
-    if not named or not all(isinstance(layer, int) for layer in named):
+    if not named or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in named):
         raise ConfigError(f"layers={layers!r}: name one or several layers by number; 0 is the embeddings, -1 the last")
     return named
 

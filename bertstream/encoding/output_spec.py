@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..embeddings import Output
-from ..errors import ConfigError, check_choice
+from ..errors import ConfigError, check_choice, check_flag
 from .layers import name_layers, resolve_layers
 from .pooling import Combine, SentencePooling, WordPooling
 
@@ -63,6 +63,8 @@ class OutputSpec:
         """
         check_choice("output", output, Output)
         check_choice("combine", combine, Combine)
+        check_flag("special_tokens", special_tokens)
+        check_flag("normalize", normalize)
         if normalize and output != "sentence":
             raise ConfigError(f"normalize=True has no effect on output={output!r}: it is for sentence vectors")
         if not special_tokens and output == "words":

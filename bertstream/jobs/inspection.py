@@ -32,7 +32,7 @@ from ..reading.options import ReadOptions
 from ..reading.rows import find_rows, split_rows
 from ..reading.shards import Piece
 from ..repeats import text_bytes
-from ..tokens import TokenBatch
+from ..tokens import TokenBatch, TokenizedText
 
 Numbers: TypeAlias = npt.NDArray[Any]
 
@@ -164,6 +164,7 @@ def inspect_shards(
     with closing(first):
         example = first.read()
     assert example is not None  # an epoch without a good record is an error
+    shown = example.text.input_ids.tolist() if isinstance(example.text, TokenizedText) else example.text
     lengths = np.concatenate(found.lengths)
     fitting = np.minimum(lengths, tokenizer.max_length)
     sizes = np.array([len(part) for part in found.lengths])
@@ -176,7 +177,7 @@ def inspect_shards(
     return Inspection(
         shards=len(stream.shards),
         shard_bytes=0 if dataset is not None else sum(shard_size(path, reading) for path in stream.shards),
-        fields={text: shortened(example.text)} | {name: shortened(value) for name, value in example.fields.items()},
+        fields={text: shortened(shown)} | {name: shortened(value) for name, value in example.fields.items()},
         texts=len(lengths),
         repeated_texts=len(lengths) - len(once),
         bad_records=stream.progress.bad.records,

@@ -106,9 +106,10 @@ class PartFolder:
         try:
             loading(self.state)
         except StateError as error:
+            other = "other" if error.key in ("shards", "rows") else "another"
             raise StateError(
-                f"{self.path} was started with {'other' if error.key == 'shards' else 'another'} {error.key}: name "
-                "another folder, or use the shards and settings that it was started with",
+                f"{self.path} was started with {other} {error.key}: name another folder, or use the shards and "
+                "settings that it was started with",
                 key=error.key,
             ) from error
 

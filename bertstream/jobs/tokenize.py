@@ -29,8 +29,9 @@ from .parts import PartFolder, local_folder
 IDS = "input_ids"
 """The column of ids: the `text=` of a stream of the files."""
 
-_GROUP_TOKENS = 1 << 20
-"""Of a row group, which is read whole, and is the smallest piece that a shard is cut into."""
+_GROUPS, _GROUP_ROWS = 64, (100, 10_240)
+"""Row groups of a file, and the fewest and most rows of one. A group is the smallest piece that a file is cut into, and
+a shuffled stream mixes 64 pieces: fewer would mix less, and workers could not share them. Smaller ones read slower."""
 
 
 def tokenize(
@@ -188,7 +189,8 @@ class _Part:
 
         table = pyarrow.table(self._columns_of_ids() | self._fields())
         table = table.replace_schema_metadata(metadata_of(self._tokenizer.ids_identity or {}))
-        group = max(256, _GROUP_TOKENS * len(self._tokens) // max(1, self._tokens.num_tokens))
+        fewest, most = _GROUP_ROWS
+        group = min(max(fewest, len(self._tokens) // _GROUPS), most)
         pyarrow.parquet.write_table(table, path, row_group_size=group)
 
     def _columns_of_ids(self) -> dict[str, Any]:

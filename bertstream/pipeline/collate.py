@@ -18,7 +18,19 @@ from ..reading.batch_fields import stack_column
 from ..reading.raw import RecordError
 from ..reading.token_ids import BESIDE_IDS, ids_of, tokens_of
 from ..tokens import Text, TokenBatch, TokenizedText
-from .fields import Field, as_fields, as_tensors, check_pair, describe, follow, get_field, position, put_fields, way_to
+from .fields import (
+    Field,
+    as_fields,
+    as_tensors,
+    as_written,
+    check_pair,
+    describe,
+    follow,
+    get_field,
+    position,
+    put_fields,
+    way_to,
+)
 
 
 class TokenCollate:
@@ -65,9 +77,8 @@ class TokenCollate:
         check_pair(pair, self._fields)
 
     def __repr__(self) -> str:
-        text = self._fields[0] if self._fields is not None and len(self._fields) == 1 else self._fields
         pair = f", pair={self._pair!r}" if self._pair is not None else ""
-        return f"TokenCollate(text={text!r}{pair}, {self._tokenizer!r})"
+        return f"TokenCollate(text={as_written(self._fields)!r}{pair}, {self._tokenizer!r})"
 
     def __call__(self, records: Sequence[Any]) -> Any:
         """Make a batch of a list of records.

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from ..caching.cache import EmbeddingCache
 from ..embeddings import Layout, SupportsEncode, SupportsTraining
-from ..errors import ConfigError, LoaderClosedError, StateError, check_at_least, check_choice
+from ..errors import ConfigError, LoaderClosedError, StateError, check_at_least, check_choice, check_flag, kind_of
 from ..reading.state import STATE_VERSION
 from .checks import check_cacheable, check_encoder
 from .clocks import Stage, StageClocks
@@ -71,6 +71,7 @@ class EmbeddingLoader(OwnLoader):
             check_choice("layout", layout, Layout)
         if prefetch is not None:
             check_at_least("prefetch", prefetch, 0)
+        check_flag("deterministic", deterministic)
         self.encoder = encoder
         self._source = source
         self._stream = text_stream(source)
@@ -177,7 +178,8 @@ class EmbeddingLoader(OwnLoader):
     def __len__(self) -> int:
         """The number of batches in an epoch: `steps_per_epoch`, or those of the wrapped loader.
 
-        Of a stream it is counted for the next epoch, where `count_records` can do that, or there are several ranks.
+        Of a stream it is counted for the next epoch, where `count_records` can do that, or there are several ranks. It
+        is that of a whole epoch also where a loaded state leaves fewer.
         Epochs of a shuffled stream may have a few more or fewer, so Trainers of Lightning and Hugging Face, which take
         one length for all epochs, are told none.
 
@@ -194,6 +196,10 @@ class EmbeddingLoader(OwnLoader):
                 )
             return self._stream.count_batches()
         return len(self._source)  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        """True: otherwise `if loader:` would ask for its length, which may be unknown."""
+        return True
 
     def count_records(self) -> int | None:
         """Records in a stream's epoch, with broken ones, if counting is much faster than reading; else None.
@@ -422,7 +428,7 @@ class EmbeddingLoader(OwnLoader):
         try:
             return getattr(self._source, name)
         except AttributeError as error:
-            raise AttributeError(f"a {type(self._source).__name__} has no {name!r}; {_REBUILT}") from error
+            raise AttributeError(f"{kind_of(self._source)} has no {name!r}; {_REBUILT}") from error
 
     def _has_length(self) -> bool:
         try:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..embeddings import Embeddings, Layout
 from ..encoding.texts import text_list
-from ..errors import BertstreamError, ConfigError, described, shortened, table_columns
+from ..errors import BertstreamError, ConfigError, described, kind_of, shortened, table_columns
 from ..paths import find, splits, trail
 from ..reading.batch_fields import Strings
 from ..reading.tables import is_table
@@ -39,6 +39,11 @@ def as_fields(text: Field | Sequence[Field] | None, option: str = "text") -> tup
     if not fields or not named or len(set(fields)) < len(fields):
         raise ConfigError(f"{option}={text!r}: name a key, a position or an attribute, or several different ones")
     return fields
+
+
+def as_written(fields: Sequence[Field] | None) -> Field | Sequence[Field] | None:
+    """Fields of `as_fields` as the user wrote them, for messages: one of them alone."""
+    return fields[0] if fields is not None and len(fields) == 1 else fields
 
 
 def check_pair(pair: Field | None, fields: tuple[Field, ...] | None) -> None:
@@ -282,7 +287,7 @@ def with_vectors(
         holder = follow(batch, place)
         if into is not None:
             _check_into(into, names, holder, place)
-            _check_new(found, holder, texts, f"into={into!r}")
+            _check_new(found, holder, texts, f"into={as_written(into)!r}")
         if isinstance(holder, Mapping) and layout == "padded":
             masks: dict[Any, Any] = {
                 f"{name}_mask": value[1] for name, value in found.items() if isinstance(value, tuple)
@@ -296,8 +301,8 @@ def with_vectors(
 def _check_into(into: tuple[Field, ...], names: Sequence[Field], holder: Any, place: tuple[Field, ...]) -> None:
     path = ".".join(map(str, place))
     if not isinstance(holder, Mapping):
-        seen = f"this is a {type(holder).__name__}" if not place else f"{path!r} is {describe(holder)}"
-        raise ConfigError(f"into={into!r} needs batches that are dicts; {seen}")
+        seen = f"this is {kind_of(holder)}" if not place else f"{path!r} is {describe(holder)}"
+        raise ConfigError(f"into={as_written(into)!r} needs batches that are dicts; {seen}")
     for name in names:
         if place and str(name).startswith(f"{path}."):
             key = str(name)[len(path) + 1 :]
@@ -312,7 +317,7 @@ def _check_new(names: Iterable[Any], batch: Mapping[Any, Any], texts: Sequence[F
 
 def describe(holder: Any) -> str:
     """A record or batch for an error message: its type and its fields."""
-    kind = f"a {type(holder).__name__}"
+    kind = kind_of(holder)
     if isinstance(holder, Mapping):
         return f"{kind} with the keys {list(holder)}"
     if hasattr(holder, "_fields"):

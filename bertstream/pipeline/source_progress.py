@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ..errors import ConfigError, StateError, check_at_least
+from ..errors import ConfigError, StateError, check_at_least, kind_of
 from ..reading.state import STATE_VERSION, epoch_of
 from ..tokens import ReadReport
 from .progress import Entry, OwnLoader, Progress
@@ -104,7 +104,7 @@ class ProgressInSource(Progress):
         epoch, state = place
         if state is None:
             raise StateError(
-                f"a {type(self._source).__name__} that has yielded a batch does not know the state before it: save "
+                f"{kind_of(self._source)} that has yielded a batch does not know the state before it: save "
                 "after the first batch",
                 key="source",
             )
@@ -118,7 +118,7 @@ class ProgressInSource(Progress):
         """StateError if the source has no state."""
         if not self._has_state:
             raise StateError(
-                f"a {type(self._source).__name__} cannot say where it is, so this loader cannot resume: wrap "
+                f"{kind_of(self._source)} cannot say where it is, so this loader cannot resume: wrap "
                 "torchdata's StatefulDataLoader, or read shards with bertstream.stream",
                 key="source",
             )

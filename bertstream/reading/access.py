@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from ..errors import ConfigError, check_at_least, check_choice
+from ..errors import ConfigError, check_at_least, check_choice, check_flag
 from .endings import parse_format
 
 Quoting: TypeAlias = Literal["auto", "standard", "none"]
@@ -74,6 +74,7 @@ class Access:
             and self.delimiter not in '"\r\n'
         ):
             raise ConfigError(f"delimiter={self.delimiter!r}: write one ASCII character, such as ';', or None")
+        check_flag("allow_pipe", self.allow_pipe)
         check_choice("quoting", self.quoting, Quoting)
         object.__setattr__(self, "header", _checked_header(self.header))
         object.__setattr__(self, "encoding", _checked_encoding(self.encoding))

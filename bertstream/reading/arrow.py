@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from ..errors import described
 from ..tokens import TokenBatch
 from .options import ReadOptions
-from .raw import RawColumns, RawRecord, RecordError
+from .raw import RawColumns, RawRecord, RecordError, values_of
 from .token_ids import columns_of_ids, holds_ids
 
 # Of the columns made at a time, of which every open piece holds its own: more cost little less for each row.
@@ -31,7 +32,8 @@ def records_of(batch: Any, options: ReadOptions) -> Iterator[RawColumns | RawRec
 
 def rows_at_a_time(table: Any) -> int:
     """How many rows of a table or record batch become columns at a time, by their mean size."""
-    return max(4, _BYTES * int(table.num_rows) // max(1, int(table.nbytes)))  # 4, as some arrays count bytes of other rows too
+    fitting = _BYTES * int(table.num_rows) // max(1, int(table.nbytes))
+    return max(4, fitting)  # some arrays count bytes of other rows too
 
 
 def _records_of(batch: Any, options: ReadOptions) -> Iterator[RawColumns | RawRecord]:
@@ -40,25 +42,19 @@ def _records_of(batch: Any, options: ReadOptions) -> Iterator[RawColumns | RawRe
     # Functions of a record get plain lists.
     if text is not None and holds_ids(text.type) and options.keep is None and options.map is None:
         arrays = columns_of_ids(batch, options.text, options.required)
-    values = _values_of(arrays)
-    if values is not None:
-        yield RawColumns(values, batch.num_rows)
+    columns = None
+    with suppress(Exception):  # pyarrow may raise anything
+        columns = {name: _column(array) for name, array in arrays.items()}
+    if columns is not None:
+        yield RawColumns(columns, batch.num_rows)
         return
-    # One row's value is at fault; parsing that row raises the reason.
-    entries = (array.apart() if isinstance(array, TokenBatch) else array for array in arrays.values())
+    # Python has no value for an entry of one row; parsing that row raises the reason.
+    entries = (values_of(array) if isinstance(array, TokenBatch) else array for array in arrays.values())
     for row in zip(*entries, strict=True):
         yield RawRecord(_parse_row, dict(zip(arrays, row, strict=True)))
 
 
-def _values_of(arrays: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The values of each column; None if Python has no value for an entry."""
-    try:
-        return {name: _values(array) for name, array in arrays.items()}
-    except Exception:  # pyarrow may raise anything
-        return None
-
-
-def _values(array: Any) -> Any:
+def _column(array: Any) -> Any:
     """Numbers in an array of int64, float64 or bool where none is missing, else Python's values in a list."""
     if isinstance(array, (list, TokenBatch)):
         return array

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..cursors import Cursor
-from ..errors import BertstreamError, described
+from ..errors import BertstreamError, described, kind_of
 from .lane_batches import LaneBatches
 from .layout import Layout
 from .options import ReadOptions
@@ -87,7 +87,7 @@ class RecordCounts:
             return "max_bad_records= may skip any number of records"
         unknown = dict.fromkeys(piece.path for piece, _ in layout.pieces if piece.stop is None)
         if options.rows is not None:
-            return f"a {type(options.rows).__name__} has no length" if unknown else None
+            return f"{kind_of(options.rows)} has no length" if unknown else None
         try:
             size = sum(
                 size

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..cursors import Cursor
-from ..errors import BertstreamError, ConfigError, StateError, check_at_least
+from ..errors import BertstreamError, ConfigError, StateError, check_at_least, check_flag
 from ..system.distributed import can_talk, rank_and_world_size
 from ..system.process import collect_garbage_rarely, exit_with_parent
 from ..tokens import SupportsTokenize, TokenBatch
 from .bad_records import BadRecords
 from .config import StreamConfig
 from .counts import RecordCounts
-from .functions import Keep, Map, check_can_be_sent, name_of
+from .functions import Keep, Map, check_can_be_sent
 from .lane_batches import LaneBatches, LaneEnd
 from .layout import Layout, lay_out, lay_out_mixture
 from .mixture import Mixture, open_sources
 from .options import RESERVED, SOURCE, Fields, ReadOptions
 from .records import begins_with_ids
-from .saved_settings import completed, row_settings
 from .shards import Piece
 from .state import Queues, StreamProgress, layout_ranks_of
+from .stream_settings import StreamSettings
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +104,10 @@ class TextStream(IterableDataset[TokenBatch]):
                 f"drop_last={drop_last} with max_tokens={max_tokens}: such batches have no fixed number of texts, of "
                 "which the last could have too few: leave it out, or write batch_size="
             )
+        check_flag("drop_last", drop_last)
+        check_flag("shuffle", shuffle)
         check_at_least("seed", seed, 0)
         self.shuffle = shuffle
-        self._seed = seed
         self._reading = reading = reading or StreamConfig()
         self.mixture = shards if isinstance(shards, Mixture) else None
         options = ReadOptions(
@@ -159,6 +158,7 @@ class TextStream(IterableDataset[TokenBatch]):
             keep_text_as=keep_text_as,
             mixing=None if self.mixture is None else self.mixture.mixing(options, self._sources),
         )
+        self._settings = StreamSettings(self._sources, self.mixture, self._batches, shuffle=shuffle, seed=seed)
         given = {"keep=": keep is not None, "map=": map is not None, "drop_last": drop_last}
         bad = BadRecords(reading.max_bad_records, tuple(name for name, is_given in given.items() if is_given))
         self.progress = StreamProgress(layout, self.rank, self.world_size, bad)
@@ -176,46 +176,7 @@ class TextStream(IterableDataset[TokenBatch]):
     @property
     def settings(self) -> dict[str, Any]:
         """All that the batches and their order depend on, except the epoch; a state of another stream differs in it."""
-        return self._settings_in(self.progress.layout)
-
-    def _settings_in(self, layout: Layout) -> dict[str, Any]:
-        mixture = self.mixture
-        mixed = {} if mixture is None else {"weights": [*mixture.weights], "stopping": mixture.stopping}
-        return {
-            **mixed,  # causes first: the first difference is the one that is reported
-            "shuffle": self.shuffle,
-            "seed": self._seed,
-            "lanes": layout.lanes,
-            "open_shards": layout.open_shards,
-            "window": self._reading.bucket_size,  # the name in states since version 0.1
-            "batch_size": self._batches.batch_size,
-            "max_tokens": self._batches.max_tokens,
-            "text": list(self._options.texts),
-            "passes_over_bad_records": self._reading.max_bad_records > 0,
-            **({"drop_last": True} if self._batches.drop_last else {}),
-            **self._row_settings,
-            **{
-                name: name_of(function)  # only where there is one: states of before have no such entries
-                for name in ("keep", "map")
-                if (function := getattr(self._options, name)) is not None
-            },
-            "tokenizer": self._tokenizer_digest,
-            "shards": layout.digest,
-        }
-
-    @cached_property
-    def _row_settings(self) -> dict[str, str]:
-        return row_settings(self._files, self._reading)
-
-    @property
-    def _files(self) -> list[str]:
-        """The shards that are no datasets of rows."""
-        return [path for paths, rows in self._sources if rows is None for path in paths]
-
-    @cached_property
-    def _tokenizer_digest(self) -> str:
-        identity = getattr(self._batches.tokenizer, "identity", None)
-        return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+        return self._settings.within(self.progress.layout)
 
     @property
     def ranks(self) -> range:
@@ -265,7 +226,7 @@ class TextStream(IterableDataset[TokenBatch]):
             )
         ranks = layout_ranks_of(state)
         layout = self._layout if ranks == self._layout.ranks else self._laid_out_for(ranks)
-        settings, state = completed(self._settings_in(layout), state, self._files, self._reading)
+        settings, state = self._settings.completed(layout, state)
         load = self.progress.loading(state, settings, layout)
 
         def load_here() -> None:
@@ -427,7 +388,7 @@ class TextStream(IterableDataset[TokenBatch]):
         check_can_be_sent(self._options.functions | tokenizer | rows, failed=failed)
 
     def _dealt(self, layout: Layout, epoch: int) -> list[list[Piece]]:
-        return layout.deal(self._seed if self.shuffle else None, epoch)
+        return layout.deal(self._batches.shuffle_seed, epoch)
 
     def _lane_batches(self, layout: Layout) -> LaneBatches:
         return replace(self._batches, num_lanes=layout.lanes, open_shards=layout.open_shards)

@@ -32,6 +32,8 @@ _SOURCE_BYTES = 4 << 10
 # Of a mixture: pieces open in all lanes, as many as a plain stream of 32 lanes has; and the most, of many sources.
 _OPEN_IN_MIXTURE, _MOST_OPEN = 128, 512
 
+_SMALLER_GROUPS = "smaller row groups, as in to_parquet(row_group_size=1000)"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -133,7 +135,10 @@ class Layout:
         written, wanted = f"write num_workers={max(1, busy)}", workers * ranks
         if len(range(rank, self.lanes, ranks)) > busy:
             why = f"the data has only {counted(busy, 'piece')} for them{where} and cannot be cut further"
-            return f"num_workers={workers}, but {why}: {written}, or write the data to at least {wanted} shards"
+            more = f"write the data to at least {wanted} shards"
+            if any(".parquet" in piece.path for piece, _ in self.pieces):
+                more += f" or row groups ({_SMALLER_GROUPS})"
+            return f"num_workers={workers}, but {why}: {written}, or {more}"
         if lanes_by_user or self.lanes >= _MOST_LANES:
             instead = f"reading=StreamConfig(lanes={wanted}), which changes the order of the batches"
             return (

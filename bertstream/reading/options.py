@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any, TypeAlias, cast
 
 from ..errors import ConfigError, described, shortened
-from ..labels import NumberOf, UnknownLabelError, as_listed
+from ..labels import NumberOf, UnknownLabelError, as_labels, as_listed, is_class_label
 from ..paths import find, splits
 from ..tokens import Text, TokenBatch, TokenizedText
 from .access import DEFAULT_ACCESS, Access
@@ -42,8 +42,8 @@ class ReadOptions:
             path such as "data.text" leads to what nested objects hold; so do the names of the other options.
         pair: the field that holds the second text of a pair; None if records are single texts.
         fields: the other fields to keep. None keeps all; names keep only these; a mapping from names to functions keeps
-            these, each passed through its function; a list of labels, or a mapping from labels to numbers, in place of
-            a function makes numbers of them.
+            these, each passed through its function, or as it is for None; a list or array of labels, or a mapping from
+            labels to numbers, in place of a function makes numbers of them.
             A name of `PLACE` among them keeps only the named ones of these, and `NO_PLACE` keeps none.
         keep: says of a record, a dict of all its fields, whether it is read at all.
         map: makes the record of one that is kept, or None to drop it.
@@ -73,7 +73,7 @@ class ReadOptions:
     epoch: int = 0
     reserved: tuple[str, ...] = field(default=RESERVED, repr=False)
     tokenizer: Mapping[str, Any] | None = field(default=None, repr=False)
-    named: Mapping[str, Callable[[Any], Any]] | Sequence[str] | None = field(init=False, repr=False)
+    named: Mapping[str, Callable[[Any], Any] | None] | Sequence[str] | None = field(init=False, repr=False)
     place: tuple[str, ...] = field(init=False, repr=False)
     with_place: bool = field(init=False, repr=False)
     required: tuple[str, ...] = field(init=False, repr=False)
@@ -92,7 +92,7 @@ class ReadOptions:
             raise ConfigError(f"fields takes several names: write fields=[{self.fields!r}]")
         names = list(self.fields or ())
         if not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"fields takes names of fields; got {names!r}")
+            raise ConfigError(f"fields takes names of fields; got {shortened(names)}")
         place = tuple(name for name in names if name in PLACE)
         if place and NO_PLACE in names:
             raise ConfigError(f"fields names {place[0]!r}, and {NO_PLACE!r}, which leaves it out: write one of the two")
@@ -129,18 +129,20 @@ class ReadOptions:
         own = {name: function for name in ("keep", "map") if (function := getattr(self, name)) is not None}
         named = self.named if isinstance(self.named, Mapping) else {}
         return {f"{name}={name_of(function)}": function for name, function in own.items()} | {
-            f"fields[{name!r}]={name_of(function)}": function for name, function in named.items()
+            f"fields[{name!r}]={name_of(function)}": function
+            for name, function in named.items()
+            if function is not None
         }
 
 
-def _as_function(name: str, function: Any) -> Callable[[Any], Any]:
-    if callable(function):
-        return cast("Callable[[Any], Any]", function)
-    if isinstance(function, (list, tuple, Mapping)):
+def _as_function(name: str, function: Any) -> Callable[[Any], Any] | None:
+    if function is None or (callable(function) and not is_class_label(function)):
+        return cast("Callable[[Any], Any] | None", function)
+    if isinstance(as_labels(function), (list, tuple, set, frozenset, Mapping)):
         return NumberOf(
             function, f"fields[{name!r}]", instead=f", or write a function, as in {{{json.dumps(name)}: int}}"
         )
-    raise ConfigError(f"fields maps names to functions, or to lists of labels; got {name!r}: {function!r}")
+    raise ConfigError(f"fields maps names to functions, or to lists of labels; got {name!r}: {shortened(function)}")
 
 
 def take_text_and_fields(
@@ -223,7 +225,10 @@ def take_columns(
     if not isinstance(options.named, Mapping):
         return text, {name: columns[name] for name in options.named}
     try:
-        return text, {name: list(map(function, values_of(columns[name]))) for name, function in options.named.items()}
+        return text, {
+            name: columns[name] if function is None else list(map(function, values_of(columns[name])))
+            for name, function in options.named.items()
+        }
     except Exception:  # of a user's function, on one of the records
         return None
 
@@ -263,7 +268,7 @@ def _named_fields(values: dict[str, Any], named: Mapping[str, Any] | Sequence[st
     for name, function in named.items():
         value = _value(values, name)
         try:
-            fields[name] = function(value)
+            fields[name] = value if function is None else function(value)
         except UnknownLabelError as error:
             raise RecordError(str(error), name) from None
         except Exception as error:  # a user's function may raise anything; it stays attached as the cause

@@ -73,9 +73,13 @@ class RawColumns(NamedTuple):
 
 
 def values_of(column: list[Any] | npt.NDArray[Any] | TokenBatch) -> Any:
-    """The entries of a column as Python's values, ids as texts."""
+    """The entries of a column as Python's values, ids as texts; one whose segments are all 0 has none."""
     if isinstance(column, TokenBatch):
-        return column.apart()
+        texts = list(column.apart())
+        for text in texts:
+            if text.token_type_ids is not None and not text.token_type_ids.any():
+                text.token_type_ids = None
+        return texts
     return column.tolist() if isinstance(column, np.ndarray) else column
 
 

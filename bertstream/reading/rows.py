@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,6 +14,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from ..errors import ConfigError, described, shortened, table_columns
+from ..paths import find, splits
 from .arrow import records_of, rows_at_a_time
 from .faults import outside_fault
 from .options import ReadOptions
@@ -23,6 +26,8 @@ from .token_ids import BESIDE_IDS
 T = TypeVar("T")
 
 _BATCH_ROWS = 256
+
+_ROWS_IN_DIGEST = 32
 
 
 def find_rows(source: Any) -> Any | None:
@@ -93,6 +98,72 @@ def _check_source(source: Any) -> None:
 def name_of_rows(rows: Any) -> str:
     """What messages and states call a dataset of rows: its class, or that of its table."""
     return rows.name if isinstance(rows, TableRows) else type(rows).__name__
+
+
+def digest_of_rows(sources: Sequence[Any], texts: Sequence[str]) -> dict[str, str]:
+    """What a state holds of rows, to know others, or another order of the same: a digest of the texts of some.
+
+    Args:
+        sources: the dataset of rows of each source, or None for shards.
+        texts: the fields that hold the text.
+    Returns:
+        The digest as the setting "rows"; nothing where no source has rows that stay what they are.
+    """
+    found = [None if rows is None else _texts_of_some(rows, texts) for rows in sources]
+    if all(source is None for source in found):
+        return {}
+    return {"rows": hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]}
+
+
+def _texts_of_some(rows: Any, texts: Sequence[str]) -> list[Any] | None:
+    """The texts of up to 32 rows, the first, the last and evenly spaced ones between, as JSON takes them.
+
+    None where a row may be another each time it is asked for, because code of the user's makes it, or where one cannot
+    be read, which reading reports.
+    """
+    of_hugging_face = hasattr(rows, "select_columns") and hasattr(rows, "__len__")
+    if of_hugging_face:
+        form = getattr(rows, "format", None)
+        if form is None or form["type"] is not None:
+            return None
+    elif not isinstance(rows, TableRows) and type(rows) not in (list, tuple):
+        return None
+    count = min(_ROWS_IN_DIGEST, len(rows))
+    positions = [(len(rows) - 1) * i // max(1, count - 1) for i in range(count)]
+    try:
+        if of_hugging_face:
+            names = [head for name in texts for head, _ in splits(name) if head in rows.column_names]
+            # A function of the user's makes the text: of what it is made, all that needs no decoding.
+            names = names or [name for name in rows.column_names if _is_stored_as_it_is(rows.features[name])]
+            columns = rows.with_format(None).select_columns(names)[positions]
+            some: list[Any] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        else:
+            some = rows.some(positions) if isinstance(rows, TableRows) else [rows[position] for position in positions]
+        return [_texts_of(row, texts) for row in some]
+    except Exception:  # a dataset may raise anything
+        return None
+
+
+def _texts_of(row: Any, texts: Sequence[str]) -> Any:
+    """A row's texts, or where it has none, because a function of the user's makes them, all of it."""
+    if type(row) is not dict:  # it may have code of its own
+        return None
+    try:
+        return [_as_json(find(row, name)) for name in texts]
+    except KeyError:
+        return _as_json(row)
+
+
+def _as_json(value: Any) -> Any:
+    """The value with None for all that may look different in another process."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(part) for part in value]
+    if isinstance(value, bytes):
+        return value.decode("latin-1")
+    return value if isinstance(value, (str, int, float)) else None
 
 
 def split_rows(rows: Any, parts: int) -> list[tuple[Piece, int]]:

@@ -45,6 +45,10 @@ def completed(settings: dict[str, Any], state: Any, files: Sequence[str], access
     # Of version 0.1.0: does this stream read the same rows?
     if settings["quoting"] == "auto" and "quoting" not in saved:
         settings["quoting"] = "auto" if any(reads_unquoted(path, access) for path in files) else "standard"
+    if not ("rows" in saved and "rows" in settings):  # a state of before, or rows that could not be read
+        settings, saved = (
+            {name: value for name, value in values.items() if name != "rows"} for values in (settings, saved)
+        )
     return settings, state | {"settings": _DEFAULTS | saved}
 
 
@@ -60,7 +64,7 @@ def difference(saved: dict[str, Any], settings: dict[str, Any]) -> tuple[str, st
     differing = [name for name in {**settings, **saved} if settings.get(name) != saved.get(name)]
     if not differing:
         return None
-    plain = [name for name in differing if name not in ("tokenizer", "shards")]
+    plain = [name for name in differing if name not in ("tokenizer", "shards", "rows")]
     if {"shuffle", "lanes"} & {*plain}:  # which decide it, where the user does not
         plain = [name for name in plain if name != "open_shards"]
     found = []
@@ -81,6 +85,11 @@ def difference(saved: dict[str, Any], settings: dict[str, Any]) -> tuple[str, st
                 f"over other data: as many shards, {here}, but of other names, sizes or records; a state has a digest "
                 "of these alone, so that it cannot say which"
             )
+    elif "rows" in differing and "text" not in differing:
+        found.append(
+            "over other rows, or over these in another order, such as that of another shuffle(seed=); a state has a "
+            "digest of the texts of 32 rows, so that it cannot say which"
+        )
     return differing[0], "; ".join(found)
 
 

@@ -16,7 +16,7 @@ from bertstream.jobs.doctor import examine
 def test_versions_devices_and_models_are_plain_json(minilm: Encoder) -> None:
     found = json.loads(json.dumps(examine(["all-MiniLM-L6-v2", "no-such-model"], dtype="float32", device="cpu")))
     assert found["versions"]["bertstream"] == bertstream.__version__
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     cpu = found["devices"][0]
     assert cpu["device"] == "cpu" and cpu["auto_dtype"] in ("float32", "bfloat16")
     assert len(found["devices"]) == 1 + torch.cuda.device_count()

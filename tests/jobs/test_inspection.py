@@ -141,6 +141,11 @@ def test_a_dataset_of_rows_is_inspected_too(minilm: Encoder) -> None:
     assert (found.texts, found.shard_bytes) == (5, 0) and found.fields == {"text": "'text 0'", "label": "0"}
 
 
+def test_token_ids_are_shown_as_numbers(minilm: Encoder) -> None:
+    found = inspect_shards([{"input_ids": [101, *range(2000, 2099), 102]}] * 2, minilm, text="input_ids", **QUIET)
+    assert found.fields["input_ids"].startswith("[101, 2000, 2001, ") and len(found.fields["input_ids"]) == 60
+
+
 def test_both_a_batch_size_and_a_budget_are_refused(minilm: Encoder, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give one of the two"):
         inspect_shards(write_shards(tmp_path, ["a"]), minilm, batch_size=1, max_tokens=1, **QUIET)

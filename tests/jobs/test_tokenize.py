@@ -228,6 +228,17 @@ def test_each_rank_writes_its_share(auto: Any, shard: str, tmp_path: Path, monke
     assert sorted(labels) == list(range(300))
 
 
+@pytest.mark.parametrize(("count", "rows"), [(99, 99), (640, 100), (12_800, 200)])
+def test_a_file_has_64_row_groups_that_shuffle_and_that_workers_share(
+    auto: Any, tmp_path: Path, count: int, rows: int
+) -> None:
+    tokenized([{"text": "a"}] * count, OnlyTokenizer(auto), tmp_path, reading=StreamConfig(lanes=1))
+    [path] = tmp_path.glob("*.parquet")
+    assert pq.read_metadata(path).row_group(0).num_rows == rows
+    layout = TextStream(str(path), OnlyTokenizer(auto), text="input_ids", shuffle=True)._layout
+    assert len(layout.pieces) == -(-count // rows)
+
+
 def test_records_that_keep_drops_are_counted_and_map_makes_fields(auto: Any, tmp_path: Path) -> None:
     options = {"keep": lambda row: row["label"] % 2, "map": lambda row: {"text": row["text"], "n": row["label"] * 10}}
     counts = tokenized(CASES["strings"][0], OnlyTokenizer(auto), tmp_path, **options)

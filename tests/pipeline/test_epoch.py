@@ -43,7 +43,7 @@ class Strike:
     """Raises KeyboardInterrupt at the n-th line (or call) of the package that this thread reaches.
 
     Only where a signal can be handled: not at a `with` line, which is traced again before the block is left, not at a
-    `try:`, which calls nothing and is not inside it yet, and not where a generator is resumed, which is.
+    `try:`, which calls nothing and is not inside it yet, and not where a generator begins or is resumed.
     """
 
     def __init__(self, number: int, within: str = PACKAGE) -> None:
@@ -57,7 +57,7 @@ class Strike:
             return None
         if not file.startswith(self.within):
             return self
-        resumed = event == "call" and frame.f_lasti > 0 and frame.f_code.co_flags & inspect.CO_GENERATOR
+        resumed = event == "call" and frame.f_code.co_flags & inspect.CO_GENERATOR
         at_block = linecache.getline(file, line).lstrip().startswith(("with ", "try:"))
         if event in ("call", "line") and not resumed and not at_block:
             self.left -= 1

@@ -416,7 +416,7 @@ def test_no_other_field_of_the_user_is_overwritten() -> None:
     batch = {"text": ["a b"], "text_mask": "mine", "label": "mine"}
     with pytest.raises(ConfigError, match="layout='padded' would overwrite the batch's own 'text_mask'"):
         with_vectors(batch, found, text=("text",), into=None, layout="padded")
-    with pytest.raises(ConfigError, match=r"into=\('label',\) would overwrite the batch's own 'label'"):
+    with pytest.raises(ConfigError, match="into='label' would overwrite the batch's own 'label'"):
         with_vectors(batch, found, text=("text",), into=("label",), layout=None)
     assert with_vectors(batch, found, text=("text",), into=("text",), layout=None) == batch | found
     assert with_vectors(batch, found, text=("text",), into=("v",), layout="padded").keys() == {*batch, "v", "v_mask"}
@@ -445,7 +445,7 @@ def test_into_gives_each_text_a_key_and_needs_dicts() -> None:
     embeddings: dict[Field | None, Embeddings] = {"q": encoded("a"), "a": encoded("b")}
     out = with_vectors({"q": ["a"], "a": ["b"]}, embeddings, text=("q", "a"), into=("x", "y"), layout=None)
     assert out == {"q": ["a"], "a": ["b"], "x": embeddings["q"], "y": embeddings["a"]}
-    with pytest.raises(ConfigError, match=r"into=\('x',\) needs batches that are dicts; this is a list"):
+    with pytest.raises(ConfigError, match=r"into='x' needs batches that are dicts; this is a list"):
         with_vectors([["a"]], {0: encoded("a")}, text=(0,), into=("x",), layout=None)
 
 
@@ -467,9 +467,9 @@ def test_into_is_a_key_beside_the_text_in_the_innermost_dict(layout: Any) -> Non
 @pytest.mark.parametrize(
     ("batch", "into", "message"),
     [
-        ({"in": {"q": ["a"], "label": 1}}, "label", r"into=\('label',\) would overwrite the batch's own 'label'"),
+        ({"in": {"q": ["a"], "label": 1}}, "label", r"into='label' would overwrite the batch's own 'label'"),
         ({"in": {"q": ["a"]}}, "in.x", "into='in.x': the vectors go beside the text, into 'in': write into='x'"),
-        ({"in": Sample(["a"])}, "x", r"into=\('x',\) needs batches that are dicts; 'in' is a Sample with the fields"),
+        ({"in": Sample(["a"])}, "x", r"into='x' needs batches that are dicts; 'in' is a Sample with the fields"),
     ],
 )
 def test_a_key_that_cannot_be_put_beside_the_text_is_refused(batch: Any, into: str, message: str) -> None:

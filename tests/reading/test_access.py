@@ -48,6 +48,8 @@ def test_a_stream_config_pickles_and_hides_passwords() -> None:
 
 
 def test_a_pipe_that_is_not_allowed_runs_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="allow_pipe='no': write True or False"):
+        Access(allow_pipe="no")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="allow_pipe=True"):
         read(f"pipe:touch {tmp_path}/trace; echo a.txt")
     assert not (tmp_path / "trace").exists()

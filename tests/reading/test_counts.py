@@ -159,7 +159,8 @@ def test_a_length_that_is_not_known_is_a_type_error_with_the_reason(shards: list
 def test_a_streaming_dataset_has_no_length() -> None:
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"text": "a"}] * 9).to_iterable_dataset()
-    with made(rows) as loader, pytest.raises(TypeError, match="a IterableDataset has no length"):
+    with made(rows) as loader, pytest.raises(TypeError, match="an IterableDataset has no length"):
+        assert loader, "is true without being asked for its length"
         len(loader)
 
 

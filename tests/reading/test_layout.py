@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import bertstream
 from bertstream import ConfigError, EmbeddingLoader, ShardError, StateError, StreamConfig, TextStream
 from bertstream.reading.layout import Layout, lay_out
+from bertstream.reading.shards import Piece
 from bertstream.reading.state import layout_ranks_of
 from bertstream.testing import FakeEncoder, assert_resumes_exactly
 from tests.shard_files import tar_bytes, write
@@ -352,3 +353,8 @@ def test_idle_workers_are_told_what_to_write(
 ) -> None:
     found = Layout([], lanes, 1).idle_workers(8, busy, min(1, ranks - 1), ranks, lanes_by_user=by_user)
     assert found is None if message is None else (found or "").startswith(f"num_workers=8, but {message}")
+
+
+def test_idle_workers_over_parquet_are_told_of_row_groups() -> None:
+    found = Layout([(Piece("a.parquet"), 1)], 32, 1).idle_workers(8, 1, 0, 1, lanes_by_user=False)
+    assert (found or "").endswith("8 shards or row groups (smaller row groups, as in to_parquet(row_group_size=1000))")

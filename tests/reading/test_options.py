@@ -58,7 +58,7 @@ def test_options_pickle_and_hide_passwords() -> None:
         ({"fields": {"label": "int"}}, "names to functions"),
         ({"text": "a", "fields": ["a"]}, "leave out 'a'"),
         ({"fields": ["__none__", "__key__"]}, "fields names '__key__', and '__none__', which leaves it out: write one"),
-        ({"fields": {"label": None}}, "fields maps names to functions, or to lists of labels; got 'label': None"),
+        ({"fields": {"label": 7}}, "fields maps names to functions, or to lists of labels; got 'label': 7"),
         ({"fields": ["__repeated__"]}, "'__repeated__' is a field that each batch has of its own"),
         ({"text": "__index__"}, "'__index__' is a field"),
         ({"pair": "__shard__"}, "'__shard__' is a field"),

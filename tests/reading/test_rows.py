@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import bertstream
-from bertstream import ConfigError, EmbeddingLoader, ShardError, StreamConfig, TextStream
+from bertstream import ConfigError, EmbeddingLoader, ShardError, StateError, StreamConfig, TextStream
 from bertstream.reading.options import ReadOptions
 from bertstream.reading.record_columns import RecordColumns
 from bertstream.reading.records import read_columns
@@ -240,6 +241,71 @@ def test_rows_of_a_dataset_come_once_and_resume_exactly(hugging_face: Any, sourc
     found = [i for batch in make() for i in batch["id"].tolist()]
     assert sorted(found) == [i for i in range(COUNT) if i != 7 or "filtered" not in source] != found
     assert_resumes_exactly(make, cuts=[4], resume_with=lambda: make(0))
+
+
+ROWS_THAT_STAY: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
+    "list": list,
+    "tuple": tuple,
+    "Hugging Face": lambda rows: datasets.Dataset.from_list(rows),
+    "Hugging Face, as tensors": lambda rows: datasets.Dataset.from_list(rows).with_format("torch"),
+    "pandas": lambda rows: pandas.DataFrame(rows),
+    "polars": lambda rows: pytest.importorskip("polars").DataFrame(rows),
+    "Arrow": lambda rows: pytest.importorskip("pyarrow").Table.from_pylist(rows),
+    "in a mixture": lambda rows: bertstream.Mixture([(rows, 1), (datasets.Dataset.from_list(ROWS), 1)]),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS_THAT_STAY)
+@pytest.mark.parametrize("text", ["text", "words", "tags"])
+def test_a_state_of_the_rows_in_another_order_is_refused(kind: str, text: str) -> None:
+    def stream(rows: list[dict[str, Any]], **options: Any) -> EmbeddingLoader:
+        return bertstream.stream(ROWS_THAT_STAY[kind](rows), FakeEncoder(), text=text, reading=LANES, **options)
+
+    state = json.loads(json.dumps(stream(ROWS).state_dict()))
+    stream([dict(row) for row in ROWS]).load_state_dict(state)
+    moved, other = ROWS[1:] + ROWS[:1], [row(i) for i in range(500, 500 + COUNT)]
+    for rows in (moved, other):
+        with pytest.raises(StateError, match=r"over other rows, or .* another order, .*shuffle\(seed=\)") as caught:
+            stream(rows).load_state_dict(state)
+        assert caught.value.key == "rows"
+    with pytest.raises(StateError, match="saved with seed=0, this stream has seed=1; over other rows"):
+        stream(moved, seed=1).load_state_dict(state)
+    del state["settings"]["rows"]  # as before states had it
+    stream(moved).load_state_dict(state)
+
+
+def test_a_hugging_face_dataset_that_was_shuffled_otherwise_is_other_rows(hugging_face: Any) -> None:
+    state = bertstream.stream(hugging_face.shuffle(seed=1), FakeEncoder()).state_dict()
+    bertstream.stream(hugging_face.shuffle(seed=1), FakeEncoder()).load_state_dict(state)
+    with pytest.raises(StateError, match="over other rows"):
+        bertstream.stream(hugging_face.shuffle(seed=2), FakeEncoder()).load_state_dict(state)
+
+
+def test_where_map_makes_the_text_all_of_a_row_is_compared() -> None:
+    rows = [{"parts": {"title": f"title {i}", "body": b"x"}, "image": object()} for i in range(40)]
+
+    def stream(rows: list[dict[str, Any]]) -> TextStream:
+        return TextStream(rows, FakeEncoder(), map=lambda row: {"text": row["parts"]["title"]})
+
+    state = stream(rows).state_dict()
+    stream([row | {"image": object()} for row in rows]).load_state_dict(state)
+    with pytest.raises(StateError, match="over other rows"):
+        stream(rows[::-1]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", ["with its own code", "with a transform", "streaming"])
+def test_rows_that_may_be_others_each_time_are_not_compared(hugging_face: Any, kind: str) -> None:
+    rows = {
+        "with its own code": lambda: OwnRows(),
+        "with a transform": lambda: hugging_face.with_transform(lambda rows: rows),
+        "streaming": lambda: hugging_face.to_iterable_dataset(),
+    }[kind]()
+    assert "rows" not in TextStream(rows, FakeEncoder()).settings
+
+
+class OwnRows(list[Any]):
+    def __init__(self) -> None:
+        super().__init__(ROWS)
 
 
 def test_a_row_without_a_text_is_named(hugging_face: Any) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from test_rows import ROWS, columns
 
 import bertstream
@@ -74,6 +76,28 @@ def test_a_missing_text_is_a_broken_record_with_its_index(missing: Any) -> None:
     assert caught.value.index == 2
     loader = bertstream.stream(rows, FakeEncoder(), reading=StreamConfig(max_bad_records=1))
     assert [len(batch["text"]) for batch in loader] == [3] and loader.stats()["bad_records"] == 1
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), pandas.NA, pandas.NaT], ids=repr)
+def test_a_missing_value_of_pandas_is_none_for_functions_and_in_batches(missing: Any) -> None:
+    rows = pandas.DataFrame({"text": pandas.Series(["a", missing, "c"], dtype=object), "number": [0, 1, 2]})
+    rows["object"] = rows["text"]
+    rows["string"] = pandas.Series(["a", missing, "c"], dtype="string")
+    rows["category"] = rows["object"].astype("category")
+    rows["nullable"] = pandas.Series([1, pandas.NA, 3], dtype="Int64")
+    rows["day"] = pandas.to_datetime(pandas.Series(["2020-01-01", None, "2020-01-03"]))
+    rows["arrays"] = pandas.Series([np.array([1, 2]), missing, np.array([3])], dtype=object)
+    assert [name for name, value in TableRows(rows)[1].items() if value is not None] == ["number"]
+    [batch] = bertstream.stream(rows, FakeEncoder(), keep=lambda row: row["text"] is not None)
+    assert batch["number"].tolist() == [0, 2]
+    [batch] = bertstream.stream(rows, FakeEncoder(), map=lambda row: {**row, "text": row["text"] or "none"})
+    assert [batch["nullable"][i] for i in batch["number"].argsort()] == [1, None, 3]
+
+
+def test_nan_among_plain_numbers_of_pandas_stays_a_number() -> None:
+    rows = pandas.DataFrame({"text": ["a", "b"], "score": [0.5, None]})
+    [batch] = bertstream.stream(rows, FakeEncoder(), fields=["score"])
+    assert batch["score"].dtype == torch.float64 and batch["score"].isnan().sum() == 1
 
 
 def test_columns_without_a_name_are_named_by_their_number() -> None:

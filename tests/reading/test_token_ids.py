@@ -19,12 +19,12 @@ from transformers import AutoTokenizer
 from bertstream import ShardError, StreamConfig, TextStream, stream
 from bertstream.encoding.tokenizer import TextTokenizer
 from bertstream.reading.options import ReadOptions
-from bertstream.reading.raw import RecordError
+from bertstream.reading.raw import RecordError, values_of
 from bertstream.reading.records import read_records
 from bertstream.reading.shards import Piece
 from bertstream.reading.token_ids import columns_of_ids, ids_of
 from bertstream.testing import FakeEncoder, assert_resumes_exactly
-from bertstream.tokens import Record, TokenBatch, TokenizedText
+from bertstream.tokens import Record, TokenizedText
 
 IDS = ReadOptions(text="input_ids")
 RECORDS: list[dict[str, Any]] = [
@@ -224,7 +224,7 @@ def test_whole_columns_give_what_each_record_gives(rows: list[dict[str, Any]]) -
     columns = columns_of_ids(batch, "input_ids", ())
     ids = columns.pop("input_ids")
     names = ["input_ids", *columns]
-    values = [list(ids.apart() if isinstance(ids, TokenBatch) else ids), *(c.to_pylist() for c in columns.values())]
+    values = [list(values_of(ids)), *(c.to_pylist() for c in columns.values())]
     for row, *entries in zip(rows, *values, strict=True):
         ids = np.zeros(0, np.int32) if row["input_ids"] == [] else row["input_ids"]
         assert outcome(dict(zip(names, entries, strict=True))) == outcome(row | {"input_ids": ids})
