@@ -159,7 +159,8 @@ def test_a_stopped_run_continues(
     monkeypatch.setattr(encoder, "encode", encode)
     before = json.loads((tmp_path / "_progress.json").read_text())["counts"]
     done = bertstream.embed(shards, encoder, tmp_path, **settings)
-    assert done["texts_before"] == before["texts"] and (before["texts"] > 0) == (calls > 1)
+    assert done["texts_before"] == before["texts"]
+    assert calls > 1 or not before["texts"]  # after more calls, it depends on the clock which parts are written yet
     assert done["texts"] == 90
     assert_same(written(tmp_path), right(encoder, shards))
     # A third run finds nothing to do.
