@@ -134,7 +134,8 @@ def stream(
     """Read text shards, bucket the records by length, and yield batches with embeddings.
 
     A batch is a dict: the records' fields, `__key__`, `__shard__` and `__index__`, and the vectors under the text's
-    name. Numbers are tensors [B]; anything else is a list with one entry per text.
+    name. Numbers are tensors [B] of int64, float64 or bool, whatever their width in the data; anything else, lists of
+    numbers included, is a list with one entry per text, and so are numbers of which one is missing, which is None.
 
     Args:
         shards: paths or URLs of WebDataset tars, jsonl (also as ndjson or json), csv, tsv, txt or Parquet files, all

@@ -9,7 +9,7 @@ from collections import Counter
 import torch
 
 from ..embeddings import SupportsCache, SupportsEncode
-from ..errors import CacheError, ConfigError, check_choice, shortened
+from ..errors import CacheError, ConfigError, check_choice, check_flag, shortened
 from ..system.cuda import resolve_device
 from .cached_encoder import PREFIX_BYTES, CachedEncoder
 from .codec import Storage
@@ -63,6 +63,7 @@ class EmbeddingCache:
         read_only: bool = False,
     ) -> None:
         check_choice("dtype", dtype, Storage)
+        check_flag("read_only", read_only)
         self.device = resolve_device(device)
         self.dtype: Storage = dtype
         self.memory_bytes = as_bytes("memory", memory)

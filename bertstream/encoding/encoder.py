@@ -90,7 +90,7 @@ class Encoder(CalibratedForward):
         split: deprecated alias of `word_splitter`, removed in the next version.
     Attributes:
         tokenizer: the `TextTokenizer`, light enough for worker processes; its `batch(texts)` is what `encode` takes.
-            transformers' own is `AutoTokenizer.from_pretrained(name)`.
+            transformers' own is `AutoTokenizer.from_pretrained(encoder.model.config._name_or_path)`.
         spec: what it returns, as one `OutputSpec`; its fields are attributes of the encoder too.
         batching: the self-test's result: whether texts run fused, packed, padded or grouped by length (`way`), and why
             (`reason`).

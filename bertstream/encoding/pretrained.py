@@ -19,7 +19,7 @@ import torch
 from tokenizers import normalizers
 from torch import nn
 
-from ..errors import ConfigError, EncoderError, described
+from ..errors import ConfigError, EncoderError, check_flag, described
 from .output_spec import OutputSpec
 from .sentence_folder import SentenceFolder, read_sentence_folder
 from .sentence_head import HEAD, load_head
@@ -39,6 +39,10 @@ class HubOptions:
     cache_dir: str | os.PathLike[str] | None = None
     subfolder: str = ""
     local_files_only: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag("trust_remote_code", self.trust_remote_code)  # a "no" would run code
+        check_flag("local_files_only", self.local_files_only)
 
     def chosen(self) -> dict[str, Any]:
         """Those that were chosen, by name."""

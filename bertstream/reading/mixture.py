@@ -44,7 +44,8 @@ class Mixture:
     `source_0_texts` and so on. Sources may be of different formats; the text is in a field of the same name.
 
     Each of the stream's lanes has a share of every source and mixes it by itself, so the proportions hold in every
-    bucket, and to within a record a source over all lanes together. A source of fewer records than there are lanes is
+    bucket (whose batches are sorted by length, and may hold one source alone where lengths differ), and to within a
+    record a source over all lanes together. A source of fewer records than there are lanes is
     refused, or is an error of the first lane that has none of it.
 
     Args:

@@ -83,6 +83,10 @@ def _check_source(source: Any) -> None:
         raise ConfigError(f"shards is a {kind} with the keys {shortened(names)}: {way_out}")
     if isinstance(source, Set):
         raise ConfigError(f"shards is a {kind}, which has no order: pass a list")
+    if any(base.__module__.partition(".")[0] == "pyarrow" for base in type(source).__mro__):
+        for method in ("read_all", "to_table"):  # of a RecordBatchReader; of a Dataset or Scanner
+            if hasattr(source, method):
+                raise ConfigError(f"shards is a {kind}, which has no positions to share out: pass its {method}()")
     if kind == "LazyFrame":
         raise ConfigError("shards is a LazyFrame, which has no rows yet: pass what its collect() returns")
     if isinstance(source, DataLoader) or (hasattr(source, "__getitem__") and not hasattr(source, "__len__")):

@@ -8,9 +8,9 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
@@ -78,15 +78,15 @@ def expand_shards(
             a `pipe:` shard is not allowed, or a format needs a package that is not installed.
         ShardError: a local shard does not exist, or a URL cannot be listed.
     """
-    patterns = [shards] if isinstance(shards, (str, os.PathLike)) or not isinstance(shards, Iterable) else list(shards)
+    several = isinstance(shards, Iterable) and not isinstance(shards, (str, os.PathLike))
+    names: Any = shards if several else [shards]
+    patterns = list(map(_checked_name, names))
     if not patterns:
-        raise ConfigError(f"there are no shards: got {shards!r}")
+        raise ConfigError(f"there are no shards: got {shortened(shards)}")
     paths: list[str] = []
     for pattern in patterns:
-        if not isinstance(pattern, (str, os.PathLike)) or not (name := os.fspath(pattern)):
-            raise ConfigError(f"the name of a shard is a str or a path; got {pattern!r}")
         try:
-            found = list(_expand(name, access))
+            found = list(_expand(os.fspath(pattern), access))
             kinds = [shard_kind(path, access) for path in found]
         except ConfigError:
             if text := next(filter(_looks_like_text, patterns), None):
@@ -104,6 +104,17 @@ def expand_shards(
         elif is_local(path) and not os.path.exists(path):
             raise ShardError(f"{path}: there is no such shard", path=path)
     return paths
+
+
+def _checked_name(name: Any) -> str | os.PathLike[str]:
+    if isinstance(name, Mapping):  # of an iterator: it is refused at its first row, before the others are read
+        raise ConfigError(
+            f"shards holds rows, such as {shortened(name)}, but has no positions to share out: pass a list of them, "
+            "list(...)"
+        )
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise ConfigError(f"the name of a shard is a str or a path; got {shortened(name)}")
+    return name
 
 
 # --- endings ----------------------------------------------------------------------------------------------------------
@@ -141,6 +152,11 @@ def shard_kind(path: str, access: Access = DEFAULT_ACCESS) -> ShardKind:
     if access.format is None:
         if found is None:
             way_out = "StreamConfig(format=) names the format of files with another"
+            if base.lower().endswith((".arrow", ".feather")):
+                way_out += (
+                    "; Arrow's files are read as rows: pass datasets.load_from_disk(folder) of the folder that "
+                    f"save_to_disk wrote, or pyarrow.feather.read_table({path!r})"
+                )
             raise ConfigError(f"the ending of {path!r} is unknown; known are {ENDINGS}; {way_out}")
         stem, shard_format, compression = found
         return ShardKind(shard_format, compression, stem)
@@ -183,13 +199,21 @@ def _commonest_ending(folder: str) -> str:
     return endings.most_common(1)[0][0] if endings else ".tar"
 
 
+def _way_into(folder: str) -> str:
+    """What to pass in place of a folder."""
+    if os.path.exists(os.path.join(folder, "dataset_dict.json")):
+        return f"save_to_disk wrote several splits there, pass one of those of datasets.load_from_disk({folder!r})"
+    if all(os.path.exists(os.path.join(folder, name)) for name in ("state.json", "dataset_info.json")):
+        return f"save_to_disk wrote it, pass datasets.load_from_disk({folder!r})"
+    return f"name its shards, as in {os.path.join(folder, f'*{_commonest_ending(folder)}')!r}"
+
+
 def _expand(pattern: str, access: Access) -> Iterator[str]:
     if is_local(pattern):
         pattern = os.path.expanduser(pattern)
     if is_local(pattern) and os.path.exists(pattern):
         if os.path.isdir(pattern):
-            shards = os.path.join(pattern, f"*{_commonest_ending(pattern)}")
-            raise ConfigError(f"{pattern!r} is a folder: name its shards, as in {shards!r}")
+            raise ConfigError(f"{pattern!r} is a folder: {_way_into(pattern)}")
         yield pattern
         return
     try:

@@ -26,8 +26,9 @@ def _of_pandas(rows: Any) -> dict[str, list[Any]]:
     columns = {name: [record[name] for record in records] for name in map(str, rows.columns)}
     for position, (name, dtype) in enumerate(zip(columns, rows.dtypes, strict=True)):
         if not (isinstance(dtype, np.dtype) and dtype.kind in "biufc"):  # NaN among plain numbers is a number
-            missing = rows.iloc[:, position].isna()  # None, NaN, NA or NaT, by dtype and version of pandas
-            columns[name] = [None if lacks else value for value, lacks in zip(columns[name], missing, strict=True)]
+            missing = rows.iloc[:, position].isna().to_numpy()  # None, NaN, NA or NaT, by dtype and version of pandas
+            for row in missing.nonzero()[0]:
+                columns[name][row] = None
     return columns
 
 

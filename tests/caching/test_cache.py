@@ -612,6 +612,7 @@ def test_encoders_with_different_row_sizes_cannot_share_memory() -> None:
         ({"read_only": True}, "read_only"),
         ({"device": "nowhere"}, "device='nowhere'"),
         ({"disk": "unused", "disk_limit": 100}, "disk_limit=100"),
+        ({"disk": "unused", "read_only": "no"}, "read_only='no': write True or False"),
         ({"disk": "unused", "disk_limit": "1PB"}, "disk_limit='1PB'"),
     ],
 )

@@ -676,6 +676,7 @@ def test_float16_that_overflows_is_refused_at_the_first_batch(tokenizer: Any) ->
         ({"layers": (7,)}, r"layers=\(7,\): the model has the layers 0 \(embeddings\) to 6"),
         ({"layers": (-8,)}, r"layers=\(-8,\)"),
         ({"layers": ()}, r"layers=\(\)"),
+        ({"trust_remote_code": "no"}, "trust_remote_code='no': write True or False"),
         ({"layers": True}, "layers=True: name one or several layers by number"),
         ({"layers": (1, True)}, r"layers=\(1, True\): name one or several layers by number"),
         ({"special_tokens": "no"}, "special_tokens='no': write True or False"),

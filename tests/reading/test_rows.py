@@ -23,6 +23,8 @@ from bertstream.testing import FakeEncoder, assert_resumes_exactly
 from bertstream.tokens import TokenBatch
 
 datasets = pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.dataset")
 pandas = pytest.importorskip("pandas")
 
 COUNT = 103
@@ -335,6 +337,11 @@ class Uncounted(torch.utils.data.Dataset[Any]):
         (lambda rows: {}, r"dict with the keys \[\]: pass a list of dicts, one a record$"),
         (lambda rows: {"a.jsonl", "b.jsonl"}, "set, which has no order: pass a list"),
         (lambda rows: DataLoader(ROWS), "DataLoader, which has no positions to share out: use bertstream.wrap"),  # type: ignore[arg-type]
+        (lambda rows: pyarrow.table({"text": ["a"]}).to_reader(), r"RecordBatchReader, .*: pass its read_all\(\)$"),
+        (
+            lambda rows: pyarrow.dataset.dataset(pyarrow.table({"text": ["a"]})),
+            r".*Dataset, .*: pass its to_table\(\)$",
+        ),
         (lambda rows: Uncounted(), "Uncounted, which has no positions to share out: use bertstream.wrap"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -81,6 +82,33 @@ def test_the_hint_for_a_folder_names_the_ending_of_its_shards(tmp_path: Path, na
         write(tmp_path / name, "x")
     with pytest.raises(ConfigError, match=re.escape(f"is a folder: name its shards, as in {str(tmp_path / hint)!r}")):
         expand_shards(tmp_path)
+
+
+def test_a_folder_of_save_to_disk_is_loaded(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"text": "a bank"}])
+    for saved, folder, hint in [
+        (rows, tmp_path / "one", "pass datasets.load_from_disk({!r})"),
+        (datasets.DatasetDict(train=rows), tmp_path / "several", "pass one of those of datasets.load_from_disk({!r})"),
+    ]:
+        saved.save_to_disk(folder)
+        with pytest.raises(ConfigError, match=f"is a folder: .*{re.escape(hint.format(str(folder)))}$"):
+            expand_shards(folder)
+    with pytest.raises(
+        ConfigError, match=r"pass datasets\.load_from_disk\(folder\) .*, or pyarrow\.feather\.read_table\('"
+    ):
+        expand_shards(tmp_path / "one/*.arrow")
+
+
+def test_an_iterator_of_rows_is_refused_at_its_first_one_and_one_of_paths_is_read(tmp_path: Path) -> None:
+    rows = ({"text": "a bank" * 99, "id": i} for i in itertools.count())
+    with pytest.raises(
+        ConfigError, match=r"shards holds rows, such as \{'text': .*pass a list of them, list\("
+    ) as caught:
+        bertstream.stream(rows, FakeEncoder())
+    assert len(str(caught.value)) < 200 and next(rows)["id"] == 1
+    path = write(tmp_path / "a.txt", "x")
+    assert expand_shards(tmp_path.glob("*.txt")) == [path]
 
 
 @pytest.mark.parametrize("texts", [["Win a prize now!"], ["Yes", "Is it {1, 2?"], ["Yes?", "see you"], ["a b" * 5000]])
