@@ -212,6 +212,18 @@ class TokenBatch:
             out.texts = None if self.texts is None else [self.texts[i] for i in indices.tolist()]
         return out
 
+    def part(self, start: int, stop: int) -> TokenBatch:
+        """Its texts from one to another, without cursor and fields; much faster than `pick` for a few of many."""
+        bounds = self.cu_seqlens[start : stop + 1]
+        entries = {"tokens": slice(int(bounds[0]), int(bounds[-1])), "texts": slice(start, stop)}
+        if self.words_cut is not None:
+            words = cumulate(self.num_words)
+            entries["words"] = slice(int(words[start]), int(words[stop]))
+        if self.window_lengths is not None:
+            windows = cumulate(np.bincount(self._window_texts(), minlength=len(self)))
+            entries["windows"] = slice(int(windows[start]), int(windows[stop]))
+        return TokenBatch(cu_seqlens=bounds - bounds[0], **picked(self, entries))
+
     def apart(self) -> Iterator[TokenizedText]:
         """Its texts one by one, as views of it where none was cut."""
         cut = self.window_lengths is not None or self.words_cut is not None

@@ -92,6 +92,14 @@ def test_picked_texts_equal_a_batch_of_these_texts(texts: list[TokenizedText], d
 
 
 @given(st.lists(any_text(), min_size=1, max_size=5), st.data())
+def test_a_part_is_what_picking_its_texts_gives(texts: list[TokenizedText], data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(texts)))
+    stop = data.draw(st.integers(start, len(texts)))
+    whole = TokenBatch.from_texts(texts)
+    assert same(whole.part(start, stop), whole.pick(np.arange(start, stop)))
+
+
+@given(st.lists(any_text(), min_size=1, max_size=5), st.data())
 def test_a_picked_batch_without_idle_arrays_is_the_batch_of_its_texts(
     texts: list[TokenizedText], data: st.DataObject
 ) -> None:

@@ -25,6 +25,9 @@ from .token_ids import tokens_of
 # Texts per call of the tokenizer: enough to use its threads, few enough that the first batch comes soon.
 _TOKENIZE_CHUNK = 256
 
+# Of each open shard in a chunk, at least: taking some of the rows of a column costs as much for one as for many.
+_ROWS_AT_A_TIME = 16
+
 
 @dataclass(frozen=True, slots=True)
 class LaneEnd:
@@ -145,7 +148,7 @@ class LaneBatches:
                     read, dropped, bad = 0, 0, []
                     yield batch
                     due = following.size * number // len(batches)
-                    if due - following.read >= _TOKENIZE_CHUNK:
+                    if due - following.read >= self._chunk:
                         self._fill(following, reader, due)
                 self._fill(following, reader, following.size)
                 bucket = following
@@ -168,6 +171,11 @@ class LaneBatches:
         return LaneReader(pieces, options, start, open_shards=open_shards, tolerant=tolerant)
 
     @property
+    def _chunk(self) -> int:
+        """Records that are read and tokenized at a time."""
+        return max(_TOKENIZE_CHUNK, _ROWS_AT_A_TIME * self.open_shards)
+
+    @property
     def _tolerant(self) -> bool:
         return self.reading.max_bad_records > 0
 
@@ -182,7 +190,7 @@ class LaneBatches:
         try:
             while (missing := count - self._held(bucket)) > 0 and not bucket.at_end and bucket.error is None:
                 dropped, counted = reader.dropped, self._word_count
-                records = reader.read_columns(min(_TOKENIZE_CHUNK, missing))
+                records = reader.read_columns(min(self._chunk, missing))
                 bucket.at_end = not len(records)
                 bucket.read += len(records)
                 bucket.end = reader.cursor(bucket.start)

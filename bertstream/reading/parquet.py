@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from ..errors import ShardError, described, shortened
 from ..paths import splits
 from .arrow import records_of
-from .faults import outside_fault
+from .faults import Version, outside_fault
 from .options import ReadOptions
 from .raw import RawColumns, RawRecord, RecordError, broken
 from .shards import Piece
@@ -28,7 +28,7 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
     Raises:
         ShardError: a required column is missing, or a wanted name is that of several columns.
     """
-    file = ParquetReader(stream)
+    file = _opened(stream, piece)
     wanted = None if options.wanted is None else [name for name in file.columns if name in options.wanted]
     for name in options.stored:
         if not any(head in file.columns for head, _ in splits(name)):
@@ -62,12 +62,34 @@ def read_parquet(stream: BinaryIO, piece: Piece, options: ReadOptions) -> Iterat
             yield RawRecord(broken, refusal, records=left)
 
 
+def _opened(stream: BinaryIO, piece: Piece) -> ParquetReader:
+    """The file; its footer is read once for all pieces that were cut from this version of it."""
+    if piece.version is None:
+        return ParquetReader(stream)
+    key = piece.path, piece.version
+    footer = _FOOTERS.pop(key, None)
+    file = ParquetReader(stream, footer)
+    _FOOTERS[key] = file.footer
+    if len(_FOOTERS) > _MOST_FOOTERS:
+        del _FOOTERS[next(iter(_FOOTERS))]
+    return file
+
+
+_FOOTERS: dict[tuple[str, Version], Any] = {}
+"""Of the files that were opened last."""
+
+_MOST_FOOTERS = 64
+"""A shuffled stream has as many pieces open; a footer takes some 100 KB."""
+
+
 class ParquetReader:
     """The rows and row groups of a Parquet file.
 
     Args:
         stream: the file, seekable.
+        footer: of the same file, where it is known.
     Attributes:
+        footer: as pyarrow has it.
         columns: the columns' names, in order; a file may use one twice.
         metadata: of its schema.
         first_rows: the index of the first row of each row group that has rows, and then the number of all rows.
@@ -76,11 +98,12 @@ class ParquetReader:
         OSError or ValueError: the file is broken, or not Parquet; pyarrow's errors are both.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, footer: Any = None) -> None:
         import pyarrow.parquet
 
         # No threads of pyarrow: they would read the stream concurrently, and take cores from other workers.
-        self._file = pyarrow.parquet.ParquetFile(stream, pre_buffer=False)
+        self._file = pyarrow.parquet.ParquetFile(stream, metadata=footer, pre_buffer=False)
+        self.footer = self._file.metadata
         self.columns: list[str] = self._file.schema_arrow.names
         self.metadata: Mapping[bytes, bytes] = self._file.schema_arrow.metadata or {}
         metadata = self._file.metadata

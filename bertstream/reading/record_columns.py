@@ -76,7 +76,7 @@ class RecordColumns:
             return self
         own, texts = slice(start, stop), self.texts
         return RecordColumns(
-            texts=texts.pick(np.arange(start, stop)) if isinstance(texts, TokenBatch) else texts[own],
+            texts=texts.part(start, stop) if isinstance(texts, TokenBatch) else texts[own],
             fields={name: column[own] for name, column in self.fields.items()},
             keys=self.keys[own],
             shards=self.shards[own],

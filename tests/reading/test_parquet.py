@@ -206,3 +206,22 @@ def test_a_server_that_does_not_say_the_size_needs_a_shard_cache(tmp_path: Path)
         assert "set shard_cache=" in str(error_of(url))
         options = ReadOptions(access=Access(shard_cache=tmp_path / "cache"))
         assert [record.text for record in read(url, options)] == ["a"]
+
+
+def test_a_footer_is_read_once_for_all_pieces_of_a_file_and_again_when_it_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[bool] = []
+    parquet_file = pq.ParquetFile
+
+    def counted(stream: Any, *, metadata: Any, **options: Any) -> Any:
+        opened.append(metadata is not None)
+        return parquet_file(stream, metadata=metadata, **options)
+
+    monkeypatch.setattr(pq, "ParquetFile", counted)
+    for rows in (["a", "b", "c"], ["d", "e", "f", "g"]):
+        path = written(tmp_path / "a.parquet", {"text": rows}, rows_a_group=1)
+        pieces = split_shard(path, 10)
+        opened.clear()
+        assert [record.text for piece in pieces for record in read_records(piece, LINES)] == rows
+        assert opened == [False] + [True] * (len(rows) - 1)
