@@ -11,13 +11,14 @@ from ..errors import ConfigError, shortened, table_columns
 
 _AT_A_TIME = 256
 
-_RUNS: dict[tuple[str, str], Callable[[Any, int, int], Any]] = {
-    ("pandas", "DataFrame"): lambda table, start, stop: _of_pandas(table.iloc[start:stop]),
-    ("polars", "DataFrame"): lambda table, start, stop: table[start:stop].to_dict(as_series=False),
-    ("pyarrow", "Table"): lambda table, start, stop: table.slice(start, stop - start).combine_chunks().to_batches()[0],
-    ("pyarrow", "RecordBatch"): lambda table, start, stop: table.slice(start, stop - start),
+_RUNS: dict[tuple[str, str], Callable[[Any, int, int], list[Any]]] = {
+    ("pandas", "DataFrame"): lambda table, start, stop: [_of_pandas(table.iloc[start:stop])],
+    ("polars", "DataFrame"): lambda table, start, stop: [table[start:stop].to_dict(as_series=False)],
+    # As many as the table has chunks there: nothing says that they fit into one.
+    ("pyarrow", "Table"): lambda table, start, stop: table.slice(start, stop - start).to_batches(),
+    ("pyarrow", "RecordBatch"): lambda table, start, stop: [table.slice(start, stop - start)],
 }
-"""By package and class: the rows from `start` to `stop`, as a record batch of Arrow or a dict of columns."""
+"""By package and class: the rows from `start` to `stop`, as record batches of Arrow or one dict of columns."""
 
 
 def _of_pandas(rows: Any) -> dict[str, list[Any]]:
@@ -88,4 +89,4 @@ class TableRows:
     def runs(self, positions: range) -> Iterator[Any]:
         """The rows at these positions, a run at a time: record batches of Arrow, or dicts of columns."""
         for start in range(positions.start, positions.stop, _AT_A_TIME):
-            yield _RUNS[self._kind](self._table, start, min(start + _AT_A_TIME, positions.stop))
+            yield from _RUNS[self._kind](self._table, start, min(start + _AT_A_TIME, positions.stop))

@@ -52,7 +52,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "IBert": {"pad_token_id": 1},
     "Longformer": {"attention_window": [16] * 3},
     "Nystromformer": {"num_landmarks": 8, "segment_means_seq_len": 8},
-    "RoFormer": {"embedding_size": 16},
     "SqueezeBert": {"embedding_size": 32},
     "XLM": {"emb_dim": 32, "n_layers": 3, "n_heads": 4, "pad_index": 0},
 }

@@ -100,6 +100,13 @@ def test_nan_among_plain_numbers_of_pandas_stays_a_number() -> None:
     assert batch["score"].dtype == torch.float64 and batch["score"].isnan().sum() == 1
 
 
+def test_a_table_of_many_chunks_gives_each_row_once() -> None:
+    whole = pyarrow.table({"text": [f"text {i}" for i in range(300)], "id": range(300)})
+    parts = [whole.slice(0, size) for size in (3, 0, 300, 1)]
+    loader = bertstream.stream(pyarrow.concat_tables(parts), FakeEncoder())
+    assert sorted(i for batch in loader for i in batch["id"].tolist()) == sorted([*range(3), *range(300), 0])
+
+
 def test_columns_without_a_name_are_named_by_their_number() -> None:
     rows = pandas.DataFrame([["a bank", 3]])
     [batch] = bertstream.stream(rows, FakeEncoder(), text="0")
