@@ -22,7 +22,7 @@ from transformers import (
 
 from bertstream import EncoderError
 from bertstream.encoding import attention
-from bertstream.encoding.attention import PACKED, Packing, packed_attention
+from bertstream.encoding.attention import PACKED, Packing, attend, packed_attention
 from bertstream.tokens import cumulate
 
 
@@ -93,6 +93,41 @@ def test_each_text_attends_only_to_itself(lengths: list[int], window: int | None
         strict=True,
     ):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+RUNS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 70) | st.integers(1, 6)), min_size=1, max_size=5)
+"""Texts and their length, one run after the other."""
+
+
+@given(runs=RUNS, window=st.none() | st.integers(1, 80), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_texts_that_share_a_block_see_only_themselves(
+    runs: list[tuple[int, int]], window: int | None, dtype: torch.dtype
+) -> None:
+    lengths = [length for texts, length in runs for _ in range(texts)]
+    states = torch.randn(sum(lengths), 6, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        q, k, v = states[None].transpose(1, 2).split(2, 1)
+        right = one_by_one(*(x.double() for x in (q, k, v)), lengths, window).float()
+        packed, _ = packed_attention(None, q, k, v, None, packing=packing_of(lengths), sliding_window=window)
+        fused = attend(states.flatten(1), 2, 2, 8, packing_of(lengths), window)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for found in (packed, fused.view_as(packed)):
+        torch.testing.assert_close(found.float(), right, atol=tolerance, rtol=tolerance)
+
+
+@given(runs=RUNS, chosen=st.integers(0, 10_000), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_no_bit_of_a_text_depends_on_what_the_others_hold(
+    runs: list[tuple[int, int]], chosen: int, dtype: torch.dtype
+) -> None:
+    lengths = [length for texts, length in runs for _ in range(texts)]
+    cu_seqlens = cumulate(np.array(lengths))
+    own = slice(*cu_seqlens[chosen % len(lengths) :][:2].tolist())
+    states = torch.randn(sum(lengths), 3 * 2 * 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    others = states * 1e18
+    others[own] = states[own]
+    with torch.no_grad():
+        alone, beside = (attend(x, 2, 2, 8, packing_of(lengths))[own] for x in (states, others))
+    assert torch.equal(alone, beside)
 
 
 @given(lengths=st.lists(st.integers(1, 5), max_size=20))
