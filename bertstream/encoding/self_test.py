@@ -77,13 +77,14 @@ class Probe:
             self._right_of_pairs = self._alone(model, self.segments) if self.segments else []
             self.tolerance = _EXACT if _is_exact(model) else max(1e-4, 8 * self._noise(model))
 
-    def errors(self, run: Run) -> list[float]:
+    def errors(self, run: Run, *, long_row: bool = True) -> list[float]:
         """The worst relative L2 error of a text, layer by layer; infinite where a value is not finite.
 
         Args:
             run: gives the vectors of texts that share a forward, or several.
+            long_row: whether texts are repeated until a row is longer than the model's table of positions.
         """
-        copies = self._copies()
+        copies = self._copies() if long_row else 1
         found = run(self.texts * copies, None)
         errors = [worst_error(layer, right * copies) for layer, right in zip(found, self.right, strict=True)]
         if self.segments:
@@ -298,7 +299,9 @@ class _Trial:
         device = next(self.model.parameters()).device
         try:
             with plain_mode(device):
-                self.errors = self.probe.errors(_run_of(self.model, support, self.probe))
+                # Other ways have no row of several texts, or one that our own loop reads by position ids alone.
+                run, long_row = _run_of(self.model, support, self.probe), support.way == "packed"
+                self.errors = self.probe.errors(run, long_row=long_row)
         except UndescribedError as error:
             self.reasons.append(f"not fused: {error}")
             return False
