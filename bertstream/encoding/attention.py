@@ -32,7 +32,7 @@ _LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 """Numbers of float32 in a vector register of this CPU."""
 
 _BLOCK = 2 * _LANES
-"""Tokens of a block in which short texts share attention. 16, 48, 64 and 96 were slower."""
+"""Tokens of a block in which short texts share attention. With 16 lanes, blocks of 16, 48, 64 and 96 were slower."""
 
 _MASK_SCORES = 2048
 """Scores of a head below which keys that a mask hides cost more than they save."""
@@ -133,7 +133,7 @@ def packed_attention(
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
         out.append(found.transpose(1, 2).flatten(0, 1)[: texts * length])
         start += texts * length
-    return (out[0] if len(out) == 1 else torch.cat(out))[None], None
+    return (out[0].contiguous() if len(out) == 1 else torch.cat(out))[None], None
 
 
 def attend(
@@ -193,7 +193,8 @@ def _block(
     """
     if window is not None and length > window:
         return 1, 0, packing.window_mask(length, window, like)
-    # Gradients of strided views are slow, and in float16 a text that overflows would give its neighbours NaN.
+    # Gradients of strided views are slow. And a text's NaN reaches those that share its block: in float16 one text may
+    # overflow alone, in float32 and bfloat16 only weights that are not finite make any.
     if like.is_cuda or like.dtype not in (torch.float32, torch.bfloat16) or torch.is_grad_enabled():
         return 1, 0, None
     most = min(texts, _BLOCK // max(1, length))
