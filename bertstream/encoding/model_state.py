@@ -32,20 +32,19 @@ class ModelState:
         self._config = config
         self._settings = dict(config.__dict__)
         self._modules = [
-            (module, _plain(module), dict(module._modules), dict(module._buffers), _clones(module))
+            (module, dict(module.__dict__), dict(module._modules), dict(module._buffers), _clones(module))
             for module in model.modules()
         ]
-        self._attributes = [dict(module.__dict__) for module in model.modules()]
 
     def differs(self) -> bool:
         """Whether the model is no longer as it was."""
         if not _same(self._config.__dict__, self._settings):
             return True
         return any(
-            not (_identical(module.__dict__, attributes) or _same(_plain(module), plain))
-            or not (_identical(module._modules, children) or _same(module._modules, children))
+            not (_identical(module.__dict__, attributes) or _same(_plain(module.__dict__), _plain(attributes)))
+            or not _same(module._modules, children)
             or not _same_content(module._buffers, clones)
-            for (module, plain, children, _, clones), attributes in zip(self._modules, self._attributes, strict=True)
+            for module, attributes, children, _, clones in self._modules
         )
 
     def put_back(self) -> None:
@@ -53,9 +52,10 @@ class ModelState:
         self._config.__dict__.clear()
         self._config.__dict__.update(self._settings)
         for module, attributes, children, buffers, clones in self._modules:
-            for name in _plain(module).keys() - attributes.keys():
+            plain = _plain(attributes)
+            for name in _plain(module.__dict__).keys() - plain.keys():
                 del module.__dict__[name]
-            module.__dict__.update(attributes)
+            module.__dict__.update(plain)
             _set(module._modules, children)
             _set(module._buffers, buffers)
             for name, clone in clones.items():
@@ -91,8 +91,8 @@ def remove_capture(model: nn.Module) -> None:
         module.__dict__.pop(_CAPTURING, None)
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN) and name != _CAPTURING}
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if isinstance(value, _PLAIN) and name != _CAPTURING}
 
 
 def _clones(module: nn.Module) -> dict[str, Tensor | None]:
@@ -105,8 +105,6 @@ def _identical(found: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
 
 
 def _same_content(found: dict[str, Tensor | None], before: dict[str, Tensor | None]) -> bool:
-    if not found and not before:
-        return True
     if found.keys() != before.keys():
         return False
     pairs = [(found[name], before[name]) for name in found]
@@ -114,6 +112,8 @@ def _same_content(found: dict[str, Tensor | None], before: dict[str, Tensor | No
 
 
 def _same(found: dict[str, Any], before: dict[str, Any]) -> bool:
+    if _identical(found, before):
+        return True
     if found.keys() != before.keys():
         return False
     return all(value is before[name] or _equal(value, before[name]) for name, value in found.items())
