@@ -69,7 +69,7 @@ class Probe:
             self._right_of_pairs = self._alone(model, self.segments) if self.segments else []
             self.tolerance = _EXACT if _is_exact(model) else max(1e-4, 8 * self._noise(model))
 
-    def errors(self, run: Run, *, long_row: bool = True) -> list[float]:
+    def errors(self, run: Run, *, long_row: bool) -> list[float]:
         """The worst relative L2 error of a text, layer by layer; infinite where a value is not finite.
 
         Args:
@@ -83,10 +83,6 @@ class Probe:
             found = run(self.texts[: len(self.segments)], self.segments)
             errors = list(map(max, errors, map(worst_error, found, self._right_of_pairs)))
         return errors
-
-    def worst_error(self, run: Run) -> float:
-        """The worst of `errors`."""
-        return max(self.errors(run))
 
     @property
     def most_row(self) -> int:

@@ -147,7 +147,7 @@ class _Trial:
         device = next(self.model.parameters()).device
         try:
             with plain_mode(device):
-                # Other ways have no row of several texts, or one that our own loop reads by position ids alone.
+                # For a model that reads positions by their place in the row; our own loop reads them by their ids.
                 run, long_row = _run_of(self.model, support, self.probe), support.way == "packed"
                 self.errors = self.probe.errors(run, long_row=long_row)
         except UndescribedError as error:
