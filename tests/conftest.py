@@ -80,8 +80,9 @@ def _without_cuda() -> Iterator[None]:
         yield
 
 
-def pytest_collection_finish() -> None:
-    """All is imported."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """All is imported. (The process that shares tests out to others runs this too, and collects none itself.)"""
     gc.enable()
 
 
