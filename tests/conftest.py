@@ -47,6 +47,9 @@ settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True
 settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+FULL_RUN = int(os.environ.get("BERTSTREAM_KILLS", "1")) >= 5
+"""Whether tests try all of a breadth; otherwise they try a sample of it."""
+
 HAS_CUDA = torch.cuda.is_available()
 """Asked before a test hides the devices: a process's driver reads CUDA_VISIBLE_DEVICES once."""
 
