@@ -38,7 +38,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from bertstream import ConfigError, Encoder, EncoderError
 from bertstream.encoding import attention
-from bertstream.encoding.attention import PACKED, BatchingSupport, packed_positions
+from bertstream.encoding.attention import PACKED, BatchingSupport, Packing, packed_positions
 from bertstream.encoding.pretrained import most_positions
 from bertstream.encoding.probe import MOST_TOKENS, _odd_lengths, batch_of, probe_texts
 from bertstream.encoding.self_test import probe_batching
@@ -307,12 +307,12 @@ def test_positions_end_where_the_frequencies_of_a_whole_forward_change() -> None
 
 def test_the_probed_texts_hold_what_breaks_packing() -> None:
     model = tiny(RobertaModel, RobertaConfig, pad_token_id=1, mask_token_id=150, attention_window=[64, 32, 5000])
-    texts = probe_texts(model, (77, None, 10**6))
+    texts = probe_texts(model, (78, None, 10**6))
     lengths = [len(text) for text in texts]
-    assert {1, 77, 150} <= set(np.concatenate(texts).tolist()) <= set(range(200))
+    assert {1, 78, 150} <= set(np.concatenate(texts).tolist()) <= set(range(200))
     assert {33, 65} <= set(lengths) and max(lengths) > 10 * min(lengths) and len(set(lengths)) < len(lengths)
     assert sum(lengths) <= MOST_TOKENS
-    assert all({1, 77, 150}.isdisjoint((text[0], text[-1])) for text in texts)
+    assert all({1, 78, 150}.isdisjoint((text[0], text[-1])) for text in texts)
     short = tiny(RobertaModel, RobertaConfig, pad_token_id=1, max_position_embeddings=8)
     assert max(len(text) for text in probe_texts(short)) == 6
 
@@ -405,6 +405,19 @@ def test_the_self_test_looks_beyond_a_sliding_window(monkeypatch: pytest.MonkeyP
     assert not probed(tiny(ModernBertModel, ModernBertConfig, **options)).packs
     monkeypatch.undo()
     attention.register()
+
+
+def test_the_self_test_tries_blocks_of_short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    block_mask = Packing.block_mask
+
+    def noted(packing: Packing, texts: int, length: int, more: int, like: Tensor) -> Tensor:
+        tried.append(texts)
+        return block_mask(packing, texts, length, more, like)
+
+    monkeypatch.setattr(Packing, "block_mask", noted)
+    assert probed(tiny(BertModel, BertConfig, max_position_embeddings=4096)).way == "fused"
+    assert max(tried, default=0) >= 3
 
 
 def test_a_model_whose_vectors_are_not_finite_is_refused() -> None:
