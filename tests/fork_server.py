@@ -17,14 +17,23 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
-# A forked child leaves the loop and then runs as any program does: tracebacks, exit status, atexit.
+# A forked child leaves the loop and then runs as any program does: tracebacks, exit status, threads, atexit. Only the
+# last step of Python's end is left out: to free all that was imported takes longer than most of these programs.
 CODE = """
-import gc, json, os, sys
+import atexit, gc, json, os, sys
 from importlib import import_module
+
+def leave():  # registered first, so called last
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+atexit.register(leave)
 for name in sys.argv[1:]:
     import_module(name)
-gc.freeze()  # collecting, at the latest when a child ends, would copy the pages of all that was imported
+gc.freeze()  # collecting would copy the pages of all that was imported
 
+status = 0
 for line in sys.stdin:
     request = json.loads(line)
     if "wait" in request:
@@ -39,9 +48,19 @@ for line in sys.stdin:
         break
     print(answer, flush=True)
 else:
-    os._exit(0)
-exec(program, {"__name__": "__main__"})
+    leave()
+status = 1
+try:
+    exec(program, {"__name__": "__main__"})
+    status = 0
+except SystemExit as end:
+    status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    raise
 """
+
+
+IN_FULL = "import __main__, atexit; atexit.unregister(__main__.leave)\n"
+"""First line of a program that is about how Python ends: its end has that last step too."""
 
 
 class ForkServer:
@@ -102,4 +121,4 @@ RANKS = ForkServer("torch.distributed", "bertstream.testing")
 """For programs with a fake encoder. `conftest.py` ends both."""
 
 ENCODERS = ForkServer("torch.distributed", "bertstream.testing", "transformers.models.bert.modeling_bert")
-"""For programs with a real one. When they end, Triton writes to standard error that it found its objects frozen."""
+"""For programs with a real one, or with torch's DistributedDataParallel, which imports half of torch."""

@@ -25,7 +25,7 @@ import pytest
 import torch
 import webdataset
 from conftest import GRACE_S, running
-from fork_server import RANKS
+from fork_server import IN_FULL, RANKS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -936,7 +936,8 @@ except KeyboardInterrupt:
 
 @pytest.mark.slow
 def test_a_program_may_exit_during_an_iteration() -> None:
-    out, err, status = RANKS.start(program("iteration = iter(loader); next(iteration); print('done')")).finish()
+    body = "iteration = iter(loader); next(iteration); print('done')"
+    out, err, status = RANKS.start(IN_FULL + program(body)).finish()
     assert (out, status) == ("done\n", 0), err
 
 

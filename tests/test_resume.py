@@ -249,7 +249,7 @@ def test_ranks_with_unequal_shards_end_together(tmp_path: Path, uneven: str) -> 
     long = ["word " * 300] * 20  # in steps of one: neither may wait for the other to read on before it handed out
     paths = write_shards(tmp_path / "large", TEXTS, shards=1) + write_shards(tmp_path / "small", long, shards=1)
     script = DDP.replace("UNEVEN", uneven)
-    ranks = [RANKS.start(script, str(rank), str(tmp_path / "store"), *paths) for rank in range(2)]
+    ranks = [ENCODERS.start(script, str(rank), str(tmp_path / "store"), *paths) for rank in range(2)]
     found = [json.loads(rank.finish()[0]) for rank in ranks]
     steps, seen, left = zip(*found, strict=True)
     assert steps[0] == steps[1] == (50 if uneven == "pad" else 3)
@@ -560,23 +560,31 @@ while loader.epoch < 2:
 """
 
 
+def train(folder: Path, shards: list[str], way: str = "", at: int = 0) -> tuple[list[Any], int]:
+    """The steps of a training in this folder, and its exit status."""
+    given = json.dumps([str(folder), way, at, *shards])
+    # Optimizers import half of torch when the first is made, which this server has done.
+    printed, _, status = ENCODERS.start(TRAINING, given).finish()
+    return [json.loads(line) for line in printed.splitlines()], status
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[Any]]:
+    """Small shards, and the steps of a training on them that nothing stops."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    shards = write_shards(folder / "shards", TEXTS[:16], shards=2)
+    steps, status = train(folder, shards)
+    assert status == 0 and [step[0] for step in steps] == list(range(1, 17))
+    return shards, steps
+
+
 @pytest.mark.parametrize(
     ("way", "at", "kept"), [("step", 4, 3), ("step", 8, 6), ("write", 3, 0), ("write", 9, 6), ("replace", 6, 3)]
 )
 def test_a_training_that_is_killed_continues_with_the_losses_of_the_undisturbed_one(
-    tmp_path: Path, way: str, at: int, kept: int
+    undisturbed: tuple[list[str], list[Any]], tmp_path: Path, way: str, at: int, kept: int
 ) -> None:
     """In a step, in the middle of writing a checkpoint, and between writing it and giving it its name."""
-    paths = write_shards(tmp_path / "shards", TEXTS[:16], shards=2)
-
-    def run(folder: str, way: str = "") -> tuple[list[Any], int]:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        given = json.dumps([str(tmp_path / folder), way, at, *paths])
-        # Optimizers import half of torch when the first is made, which this server has done.
-        printed, _, status = ENCODERS.start(TRAINING, given).finish()
-        return [json.loads(line) for line in printed.splitlines()], status
-
-    whole, status = run("whole")
-    assert status == 0 and [step[0] for step in whole] == list(range(1, 17))
-    assert run("killed", way) == (whole[:at], -signal.SIGKILL)
-    assert run("killed") == (whole[kept:], 0)
+    shards, whole = undisturbed
+    assert train(tmp_path, shards, way, at) == (whole[:at], -signal.SIGKILL)
+    assert train(tmp_path, shards) == (whole[kept:], 0)

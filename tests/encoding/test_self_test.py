@@ -40,7 +40,8 @@ from bertstream import ConfigError, Encoder, EncoderError
 from bertstream.encoding import attention
 from bertstream.encoding.attention import PACKED, BatchingSupport, packed_positions
 from bertstream.encoding.pretrained import most_positions
-from bertstream.encoding.self_test import MOST_TOKENS, _odd_lengths, batch_of, probe_batching, probe_texts
+from bertstream.encoding.probe import MOST_TOKENS, _odd_lengths, batch_of, probe_texts
+from bertstream.encoding.self_test import probe_batching
 from bertstream.tokens import Int32Array
 
 MASK, UNKNOWN = 103, 100
