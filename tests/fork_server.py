@@ -111,9 +111,13 @@ class Program:
         self._server = server
         self._out, self._errors = out, errors
 
+    def wait(self) -> int:
+        """Wait for its end, and return its exit status."""
+        return self._server.ask({"wait": self.pid})
+
     def finish(self) -> tuple[str, str, int]:
         """Wait for its end: what it printed on standard output and standard error, and its exit status."""
-        status = self._server.ask({"wait": self.pid})
+        status = self.wait()
         return self._out.read_text(), self._errors.read_text(), status
 
 
