@@ -439,7 +439,7 @@ def test_a_model_that_cannot_be_saved_whole_is_refused_with_the_way_out(minilm_f
         encoder_of(adapted, minilm_folder).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="layers=-1"):  # its one group is three layers here
         encoder_of(make("Albert"), minilm_folder, layers=(1, -1)).save_pretrained(tmp_path)
-    Encoder(make("Albert"), AutoTokenizer.from_pretrained(minilm_folder)).save_pretrained(tmp_path)
+    Encoder(make("Albert", vocab_size=30522), AutoTokenizer.from_pretrained(minilm_folder)).save_pretrained(tmp_path)
 
 
 def test_only_the_adapters_of_peft_are_trained(small_folder: str) -> None:

@@ -6,7 +6,8 @@ big_bird, for example, switches its sparse attention off at the first short text
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -34,16 +35,17 @@ class ModelState:
             (module, _plain(module), dict(module._modules), dict(module._buffers), _clones(module))
             for module in model.modules()
         ]
+        self._attributes = [dict(module.__dict__) for module in model.modules()]
 
     def differs(self) -> bool:
         """Whether the model is no longer as it was."""
         if not _same(self._config.__dict__, self._settings):
             return True
         return any(
-            not _same(_plain(module), attributes)
-            or not _same(module._modules, children)
+            not (_identical(module.__dict__, attributes) or _same(_plain(module), plain))
+            or not (_identical(module._modules, children) or _same(module._modules, children))
             or not _same_content(module._buffers, clones)
-            for module, attributes, children, _, clones in self._modules
+            for (module, plain, children, _, clones), attributes in zip(self._modules, self._attributes, strict=True)
         )
 
     def put_back(self) -> None:
@@ -97,7 +99,14 @@ def _clones(module: nn.Module) -> dict[str, Tensor | None]:
     return {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
 
 
+def _identical(found: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether these are the same objects in the same order: true of most modules, and quickly said."""
+    return found.keys() == before.keys() and all(map(operator.is_, found.values(), before.values()))
+
+
 def _same_content(found: dict[str, Tensor | None], before: dict[str, Tensor | None]) -> bool:
+    if not found and not before:
+        return True
     if found.keys() != before.keys():
         return False
     pairs = [(found[name], before[name]) for name in found]

@@ -16,8 +16,8 @@ from .attention import PACKED, plain_mode
 from .forward import BatchedForward
 from .layers import begin_at, begun_with, unroll
 from .own_model import own_copy
+from .probe import batch_of, probe_texts, worst_error
 from .rows import RowForward
-from .self_test import batch_of, probe_texts, worst_error
 
 logger = logging.getLogger(__name__)
 

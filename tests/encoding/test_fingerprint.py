@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from families import Tokenizer, make
+from fork_server import RANKS
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -85,18 +83,19 @@ def test_options_that_do_not_change_the_vectors_keep_the_fingerprint(tokenizer: 
 
 
 def test_the_fingerprint_is_the_same_in_another_process() -> None:
+    """And whatever the seed of its strings' hashes."""
     code = """
 import torch
 from torch import nn
 from bertstream.encoding.fingerprint import hash_weights
-print(hash_weights(nn.Embedding.from_pretrained(torch.eye(3)), "s", {"b": 1, "a": {2: 3}}).hex())
+print(hash_weights(nn.Embedding.from_pretrained(torch.eye(3)), "s", {"b": 1, "a": {2: 3}}).hex(), hash("a"))
 """
-    environment = os.environ | {"PYTHONHASHSEED": "7"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment
-    )
+    out, errors, status = RANKS.start(code).finish()
+    assert status == 0, errors
+    there, hashed = out.split()
+    assert int(hashed) != hash("a") or "PYTHONHASHSEED" in os.environ
     here = hash_weights(nn.Embedding.from_pretrained(torch.eye(3)), "s", {"a": {2: 3}, "b": 1})
-    assert done.stdout.strip() == here.hex()
+    assert there == here.hex()
 
 
 def test_the_fingerprint_follows_the_weights_there_and_back(tokenizer: Any) -> None:

@@ -29,10 +29,16 @@ def bert() -> nn.Module:
     return make("Bert").requires_grad_(False)
 
 
-@pytest.fixture(params=["plain", "blocked"])
-def encoder(bert: nn.Module, minilm_folder: str, request: pytest.FixtureRequest) -> Encoder:
+@pytest.fixture(scope="module")
+def unused(bert: nn.Module, minilm_folder: str) -> Encoder:
     own = copy.deepcopy(bert)
-    encoder = Encoder(own, Tokenizer(minilm_folder, own))
+    return Encoder(own, Tokenizer(minilm_folder, own))
+
+
+@pytest.fixture(params=["plain", "blocked"])
+def encoder(unused: Encoder, request: pytest.FixtureRequest) -> Encoder:
+    """One that a test may change."""
+    encoder = copy.deepcopy(unused)
     return with_blocked_weights(encoder) if request.param == "blocked" else encoder
 
 
@@ -42,8 +48,8 @@ def with_blocked_weights(encoder: Encoder) -> Encoder:
     return encoder
 
 
-def alone(model: nn.Module, encoder: Encoder, texts: list[Text], layer: int) -> Tensor:
-    """The hidden states of each text by the model itself, one after the other."""
+def alone(model: nn.Module, encoder: Encoder, texts: list[Text], *layers: int) -> Tensor:
+    """The hidden states of each text by the model itself, one after the other; of several layers side by side."""
     rows = []
     with torch.no_grad():
         for text in texts:
@@ -54,7 +60,7 @@ def alone(model: nn.Module, encoder: Encoder, texts: list[Text], layer: int) -> 
             if batch.token_type_ids is not None:
                 inputs["token_type_ids"] = torch.from_numpy(batch.token_type_ids).long()[None]
             out = model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), output_hidden_states=True)
-            rows.append(out.hidden_states[layer][0])
+            rows.append(torch.cat([out.hidden_states[layer][0] for layer in layers], -1))
     return torch.cat(rows)
 
 
@@ -65,10 +71,10 @@ def error(found: Tensor, right: Tensor) -> float:
 @pytest.mark.parametrize("name", FUSED)
 def test_every_layer_of_every_fused_family_equals_the_model_itself(name: str, minilm_folder: str) -> None:
     model = make(name).requires_grad_(False)
-    for layer in range(4):
-        encoder = Encoder(model, Tokenizer(minilm_folder, model), layers=layer)
+    for layers in ((0, 1, 2, 3), (FUSED.index(name) % 3,)):  # the second cuts the model off, here or there
+        encoder = Encoder(model, Tokenizer(minilm_folder, model), layers=layers)
         assert encoder.batching.way == "fused", encoder.batching
-        right = alone(model, encoder, TEXTS, layer)
+        right = alone(model, encoder, TEXTS, *layers)
         assert error(encoder(TEXTS).values, right) < 1e-5
         assert error(with_blocked_weights(encoder)(TEXTS).values, right) < 1e-5
 
@@ -92,7 +98,8 @@ def test_the_task_of_ernie_counts(minilm_folder: str) -> None:
 # Without them here; with them where test_kernels.py runs this in Triton's interpreter.
 @pytest.mark.parametrize("name", ["Bert", "ModernBert", "GroupedEuroBert"])
 def test_heads_that_fit_the_kernels_are_right_with_and_without_them(name: str, minilm_folder: str) -> None:
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2}  # heads of 16, and few: the interpreter is slow
+    # Heads of 16, few of them, and a short self-test: the interpreter is slow.
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 24}
     if "Euro" in name:
         sizes |= {"num_key_value_heads": 1, "head_dim": 16}
     model = make(name, **sizes).requires_grad_(False)
@@ -110,14 +117,14 @@ def test_pairs_and_windows_equal_the_packed_forward(name: str, minilm_folder: st
     model = make(name).requires_grad_(False)
     tokenizer = Tokenizer(minilm_folder, model)
     options: dict[str, Any] = {"layers": (0, 2, 3), "combine": "stack", "overflow": "windows", "stride": 4}
-    fused = Encoder(model, tokenizer, max_length=16, **options)
-    packed = Encoder(model, tokenizer, max_length=16, **options)
-    packed._fused = None
+    encoder = Encoder(model, tokenizer, max_length=16, **options)
+    assert encoder.batching.way == "fused", encoder.batching
     long = " ".join(WORDS * 3)
-    for texts in ([long, *TEXTS], PAIRS):
-        if texts is PAIRS and getattr(model.config, "type_vocab_size", 0) < 2:
-            continue
-        assert error(fused(texts).values, packed(texts).values) < 1e-5
+    kinds = [[long, *TEXTS], PAIRS] if getattr(model.config, "type_vocab_size", 0) > 1 else [[long, *TEXTS]]
+    fused = [encoder(texts).values for texts in kinds]
+    encoder._fused = None
+    for texts, found in zip(kinds, fused, strict=True):
+        assert error(found, encoder(texts).values) < 1e-5
 
 
 def test_a_lower_half_is_fused_and_the_upper_half_continues_it(encoder: Encoder) -> None:
