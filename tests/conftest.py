@@ -29,6 +29,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from families import VOCABULARY, first_pieces
 from fork_server import ENCODERS, RANKS
 from hypothesis import settings
 from tokenizers import Tokenizer
@@ -218,15 +219,17 @@ def minilm(minilm_folder: str) -> Encoder:
 
 @pytest.fixture(scope="session")
 def small_folder(minilm_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a model with all-MiniLM-L6-v2's tokenizer and pooling, and 3 random layers of 32 numbers.
+    """The folder of a model with all-MiniLM-L6-v2's pooling and first token ids, and 3 random layers of 32 numbers.
 
     For tests of what is done with an encoder: it loads in a tenth of the time.
     """
     folder = tmp_path_factory.mktemp("small") / "model"
-    shutil.copytree(minilm_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "README.md", "data_config*"))
+    left = shutil.ignore_patterns("*.safetensors", "README.md", "data_config*", "vocab.txt")
+    shutil.copytree(minilm_folder, folder, ignore=left)
+    (folder / "tokenizer.json").write_text(first_pieces(minilm_folder), "utf-8")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=30522, **sizes)).save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=VOCABULARY, **sizes)).save_pretrained(folder)
     pooling = folder / "1_Pooling" / "config.json"
     pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"word_embedding_dimension": 32}))
     return str(folder)

@@ -82,9 +82,14 @@ class Tokenizer:
 @functools.cache
 def _backend(folder: str) -> tokenizers.Tokenizer:
     """Read once: encoders never change it."""
+    return tokenizers.Tokenizer.from_str(first_pieces(folder))
+
+
+def first_pieces(folder: str) -> str:
+    """The tokenizer.json of MiniLM's folder with the ids below `VOCABULARY`."""
     parts = json.loads(Path(folder, "tokenizer.json").read_text("utf-8"))
     parts["model"]["vocab"] = {piece: i for piece, i in parts["model"]["vocab"].items() if i < VOCABULARY}
-    return tokenizers.Tokenizer.from_str(json.dumps(parts))
+    return json.dumps(parts)
 
 
 def loss_of(rows: list[Tensor]) -> Tensor:

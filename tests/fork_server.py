@@ -104,17 +104,26 @@ class ForkServer:
 
 
 class Program:
-    """A program that was started."""
+    """A program that was started.
+
+    Attributes:
+        pid: of its process.
+        out: the file of what it has printed on standard output so far; it may not exist yet.
+    """
 
     def __init__(self, server: ForkServer, pid: int, out: Path, errors: Path) -> None:
         self.pid = pid
         self._server = server
-        self._out, self._errors = out, errors
+        self.out, self._errors = out, errors
+
+    def wait(self) -> int:
+        """Wait for its end, and return its exit status."""
+        return self._server.ask({"wait": self.pid})
 
     def finish(self) -> tuple[str, str, int]:
         """Wait for its end: what it printed on standard output and standard error, and its exit status."""
-        status = self._server.ask({"wait": self.pid})
-        return self._out.read_text(), self._errors.read_text(), status
+        status = self.wait()
+        return self.out.read_text(), self._errors.read_text(), status
 
 
 RANKS = ForkServer("torch.distributed", "bertstream.testing")

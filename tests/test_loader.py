@@ -7,8 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -792,7 +790,7 @@ def test_leaving_a_loop_anywhere_leaves_nothing_running_and_the_next_loop_works(
 @pytest.mark.parametrize("through", ["wrap", "stream"])
 def test_leaving_a_loop_ends_worker_processes_and_closes_files(tmp_path: Path, through: str) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(5000)))
+    path.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(600)))
     fds = Path("/proc/self/fd")
 
     def loop() -> None:
@@ -902,14 +900,6 @@ def program(body: str) -> str:
     return textwrap.dedent(SCRIPT).format(body=body)
 
 
-def run(body: str) -> subprocess.Popen[str]:
-    root = str(Path(__file__).parent.parent)
-    env = os.environ | {"PYTHONPATH": root}
-    return subprocess.Popen(
-        [sys.executable, "-c", program(body)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    )
-
-
 def test_ctrl_c_ends_the_loop_and_the_next_iteration_works() -> None:
     body = """
 try:
@@ -926,12 +916,13 @@ except KeyboardInterrupt:
         print("again", flush=True)
         break
 """
-    process = run(body)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert out == "0 1\nagain\n", err
+    process = RANKS.start(program(body))
+    deadline = time.monotonic() + 60
+    while not (process.out.exists() and process.out.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    out, err, _ = process.finish()
+    assert out == "ready\n0 1\nagain\n", err
 
 
 @pytest.mark.slow

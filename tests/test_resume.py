@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fork_server import ENCODERS, ENVIRONMENT, RANKS
+from fork_server import ENCODERS, ENVIRONMENT, RANKS, Program
 from soak import train_and_kill
 
 import bertstream
@@ -357,7 +357,10 @@ def test_a_state_of_another_stream_is_refused_with_the_difference(
 def test_a_training_that_is_killed_goes_on_where_its_checkpoint_was(
     shards: list[str], tmp_path: Path, workers: int, kills: int
 ) -> None:
-    found = train_and_kill(tmp_path, shards, kills=kills, workers=workers)
+    def start(program: str, *arguments: str) -> Program:
+        return RANKS.start(f"import os; os.setsid()\n{program}", *arguments)
+
+    found = train_and_kill(tmp_path, shards, kills=kills, workers=workers, start=start)
     assert found["exact"] and len(found["resumed_from"]) == kills
     assert not found["processes_left"] and not found["shared_memory_left"]
 

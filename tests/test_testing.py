@@ -43,14 +43,14 @@ def test_a_stream_resumes_exactly(shards: list[str], bucket_size: int, workers: 
     def make(num_workers: int = workers) -> EmbeddingLoader:
         reading = StreamConfig(bucket_size=bucket_size, lanes=3)
         return bertstream.stream(
-            shards, FakeEncoder(), batch_size=16, shuffle=True, num_workers=num_workers, reading=reading
+            shards, FakeEncoder(), batch_size=24, shuffle=True, num_workers=num_workers, reading=reading
         )
 
     if not workers:
         assert_resumes_exactly(make)
     else:  # worker processes start slowly: few cuts, each resumed with another number of workers
         assert_resumes_exactly(make, cuts=[0, 5], resume_with=lambda: make(0))
-        assert_resumes_exactly(lambda: make(0), cuts=[14], resume_with=make)
+        assert_resumes_exactly(lambda: make(0), cuts=[9], resume_with=make)
 
 
 def test_file_order_and_token_budgets_resume_exactly(shards: list[str]) -> None:

@@ -12,12 +12,13 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,30 @@ with open(os.path.join(folder, "log"), "a", buffering=1) as log:
 """
 
 
-def train_and_kill(folder: Path, shards: list[str], *, kills: int, workers: int, seed: int = 0) -> dict[str, Any]:
+def new_python(program: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start a program in a Python of its own, as the first process of its session."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, start_new_session=True)
+
+
+def train_and_kill(
+    folder: Path,
+    shards: list[str],
+    *,
+    kills: int,
+    workers: int,
+    seed: int = 0,
+    start: Callable[..., Any] = new_python,
+) -> dict[str, Any]:
     """Kill the training program at random moments, let it finish, and compare its batches with an undisturbed epoch.
+
+    Args:
+        folder: for the log and the checkpoint.
+        shards: to train on.
+        kills: how often.
+        workers: of the training program's loader.
+        seed: of the moments.
+        start: starts a program as the first process of its session, and returns an object with `pid` and `wait()`.
 
     Returns:
         The number of batches of an epoch; the checkpoints that runs resumed from; whether the batches that counted (up
@@ -72,17 +95,18 @@ def train_and_kill(folder: Path, shards: list[str], *, kills: int, workers: int,
     rng = random.Random(seed)
     log = folder / "log"
     shared = shared_memory()
+    sessions = set()
     for number in range(kills + 1):
-        command = [sys.executable, "-c", TRAINING, str(folder), str(workers), *shards]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        trained = log_lines(log, "ids")
+        process = start(TRAINING, str(folder), str(workers), *shards)
+        sessions.add(process.pid)
         if number < kills:
-            trained = log_lines(log, "ids")
-            while process.poll() is None and log_lines(log, "ids") == trained:
+            deadline = time.monotonic() + 100
+            while log_lines(log, "ids") == trained and time.monotonic() < deadline:
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.08))
-            process.kill()
-        process.wait(timeout=100)
+            os.kill(process.pid, signal.SIGKILL)
+        process.wait()
     trained: list[Any] = []
     starts: list[int] = []
     for line in map(json.loads, log.read_text().splitlines()):
@@ -92,7 +116,7 @@ def train_and_kill(folder: Path, shards: list[str], *, kills: int, workers: int,
         elif "ids" in line:
             trained.append(line["ids"])
     deadline = time.monotonic() + 15
-    while (left := processes_of(folder)) and time.monotonic() < deadline:
+    while (left := processes_of(sessions)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return {
         "kills": kills,
@@ -110,13 +134,15 @@ def log_lines(log: Path, kind: str) -> int:
     return log.read_text().count(f'"{kind}"') if log.exists() else 0
 
 
-def processes_of(folder: Path) -> list[int]:
-    """Processes with the folder in their command line: the training program and its workers."""
+def processes_of(sessions: set[int]) -> list[int]:
+    """Processes of these sessions that run: the training program and its workers."""
     found = []
     for entry in Path("/proc").iterdir() if Path("/proc").exists() else ():
         try:
-            if entry.name.isdigit() and str(folder).encode() in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
+            if entry.name.isdigit():
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(session) in sessions and state != "Z":
+                    found.append(int(entry.name))
         except OSError:
             pass
     return found

@@ -621,8 +621,12 @@ def test_a_sentence_transformers_folder_says_how_sentences_are_pooled(
     (folder / "modules.json").write_text(json.dumps([m for m in modules if "Normalize" not in m["type"]]))
     followed = Encoder.from_pretrained(folder, output="sentence", dtype="float32")
     assert followed.pooling == pooling and not followed.normalize
-    assert Encoder.from_pretrained(folder, output="sentence", pooling="cls").pooling == ("cls",)
-    assert Encoder.from_pretrained(folder).pooling == ()
+
+
+def test_a_folders_pooling_is_for_sentences_alone_and_gives_way_to_ones_own(small_folder: str) -> None:
+    assert Encoder.from_pretrained(small_folder, output="sentence").pooling == ("mean",)
+    assert Encoder.from_pretrained(small_folder, output="sentence", pooling="cls").pooling == ("cls",)
+    assert Encoder.from_pretrained(small_folder).pooling == ()
 
 
 def test_layers_above_the_highest_wanted_one_are_dropped(small_folder: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import Tokenizer, make
+from families import VOCABULARY, Tokenizer, make
 from fork_server import RANKS
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertModel
@@ -19,14 +19,14 @@ from bertstream.encoding.fingerprint import hash_weights, weights_state
 
 
 @pytest.fixture(scope="module")
-def tokenizer(minilm_folder: str) -> Any:
-    return AutoTokenizer.from_pretrained(minilm_folder)
+def tokenizer(small_folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(small_folder)
 
 
 def tiny_bert(seed: int = 0, **options: Any) -> nn.Module:
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    return BertModel(BertConfig(vocab_size=30522, **sizes | options)).eval().requires_grad_(False)
+    return BertModel(BertConfig(vocab_size=VOCABULARY, **sizes | options)).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ KINDS = {
 
 @pytest.mark.parametrize("overflow", ["truncate", "windows"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_has_the_arrays_of_its_own_texts(tmp_path: Path, minilm_folder: str, kind: str, overflow: Any) -> None:
-    encoder = bertstream.Encoder.from_pretrained(minilm_folder, device="cpu", overflow=overflow, max_length=12)
+def test_a_batch_has_the_arrays_of_its_own_texts(tmp_path: Path, small_folder: str, kind: str, overflow: Any) -> None:
+    encoder = bertstream.Encoder.from_pretrained(small_folder, device="cpu", overflow=overflow, max_length=12)
     rng = np.random.default_rng(0)
     texts = [KINDS[kind](rng.choice(WORDS, rng.integers(1, 16)).tolist(), i) for i in range(90)]
     shard = tmp_path / "a.jsonl"

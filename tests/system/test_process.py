@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from fork_server import RANKS
 
 from bertstream.system import process
 from bertstream.system.process import on_one_core, release_openmp_threads, torch_modes, trim_heap, usable_cores
@@ -42,8 +43,8 @@ while time.thread_time() < started + 0.2: pass
 now = cpu_and_queue_s()
 print(now[0] - ran > 0.1, now[1] - queued > 0.05)
 """
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert found.stdout.split() == ["True", "True"], found
+    out, errors, _ = RANKS.start(program).finish()
+    assert out.split() == ["True", "True"], out + errors
 
 
 def compute() -> float:
@@ -135,6 +136,7 @@ def test_trimming_returns_the_free_memory_between_used_blocks() -> None:
 COLLECTING = """
 import gc
 from bertstream.system.process import collect_garbage_rarely
+gc.unfreeze()
 gc.set_threshold({before})
 collect_garbage_rarely()
 frozen = gc.get_freeze_count()
@@ -147,10 +149,8 @@ print(gc.get_threshold()[0])
 
 @pytest.mark.parametrize(("before", "after"), [(700, 10_000), (50_000, 50_000), (0, 0)])
 def test_collecting_rarely_leaves_out_existing_objects_and_never_lowers_the_threshold(before: int, after: int) -> None:
-    program = COLLECTING.format(before=before)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], check=True, env=environment, capture_output=True, text=True)
-    assert int(done.stdout) == after
+    out, errors, status = RANKS.start(COLLECTING.format(before=before)).finish()
+    assert (out, status) == (f"{after}\n", 0), errors
 
 
 @pytest.mark.usefixtures("two_threads")
