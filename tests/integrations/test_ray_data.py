@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import FULL_RUN
 
 from bertstream import ConfigError, Encoder, EncoderError
 from bertstream.integrations.ray_data import Embed, padded
 
 ROOT = Path(__file__).parents[2]
 # An actor that starts costs as much as all other tests of this file, so only the full run has two at once.
-ACTORS = [1, 2] if int(os.environ.get("BERTSTREAM_KILLS", "2")) >= 5 else [1]
+ACTORS = [1, 2] if FULL_RUN else [1]
 
 # Ray keeps threads and emits warnings, so everything that needs a cluster runs in one process of its own. There the
 # example's actors are mortal ones, and its vectors are kept on their way to the training workers.
