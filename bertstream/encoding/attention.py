@@ -127,9 +127,11 @@ def packed_attention(
     out: list[Tensor] = []
     start = 0
     for texts, length in packing.groups:
-        together, more, mask = _block(packing, texts, length, sliding_window, query)
+        together, more, mask = _best_block(packing, texts, length, sliding_window, query)
         blocks, size = -(-texts // together), together * length
-        q, k, v = (_blocks(x, start, blocks, size, extra) for x, extra in ((query, 0), (key, more), (value, more)))
+        q, k, v = (
+            _rows_in_blocks(x, start, blocks, size, extra) for x, extra in ((query, 0), (key, more), (value, more))
+        )
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
         out.append(found.transpose(1, 2).flatten(0, 1)[: texts * length])
         start += texts * length
@@ -159,7 +161,7 @@ def attend(
     found: list[Tensor] = []
     width, start = qkv.shape[1], 0
     for texts, length in packing.groups:
-        together, more, mask = _block(packing, texts, length, window, qkv)
+        together, more, mask = _best_block(packing, texts, length, window, qkv)
         blocks, size = -(-texts // together), together * length
         rows, first = qkv, start
         if (missing := start + blocks * size + more - len(qkv)) > 0:  # after the last texts of the row
@@ -177,7 +179,7 @@ def attend(
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _block(
+def _best_block(
     packing: Packing, texts: int, length: int, window: int | None, like: Tensor
 ) -> tuple[int, int, Tensor | None]:
     """How attention over texts of one length is computed fastest.
@@ -208,7 +210,7 @@ def _block(
     return together, more, packing.block_mask(together, length, more, like)
 
 
-def _blocks(x: Tensor, start: int, blocks: int, size: int, more: int) -> Tensor:
+def _rows_in_blocks(x: Tensor, start: int, blocks: int, size: int, more: int) -> Tensor:
     """[blocks, heads, size + more, d] of x [1, heads, N, d]: each block from row `start`, and what follows it in x.
 
     A view, so padding costs no copy; a mask hides the neighbours' keys, so their weights are exactly 0.
