@@ -65,6 +65,10 @@ class LaneReader:
         """
         records, found = Gathering(), 0
         while found < count and (ready := self.ready()):
+            if self._open[0].record is not None:  # the same as below, in half the time
+                self._give_record(found, records)
+                found += 1
+                continue
             end = min(count, found + ready)
             self.give(range(found, end), records)
             found = end
@@ -78,37 +82,38 @@ class LaneReader:
         Raises:
             ShardError: a record or shard is broken, unless `tolerant`.
         """
-        due = self._due()
-        if due is None:
-            return 0
-        if due.record is not None:
-            return 1
-        # All pieces take turns until one has no columns left.
-        return min(piece.left * len(self._open) + turn for turn, piece in enumerate(self._open))
+        while self._open and self.may_skip >= 0:
+            due = self._open[0]
+            if due.record is not None:
+                return 1
+            if due.left:  # all pieces take turns until one has no columns left
+                return min(piece.left * len(self._open) + turn for turn, piece in enumerate(self._open))
+            if not self._read_on(due):
+                self._open.popleft()
+                if self._next < len(self._pieces):
+                    self._open.appendleft(self._open_next())
+        return 0
 
     def give(self, places: Sequence[int], records: Gathering) -> None:
         """Put the next good records at these places of others, no more of them than are `ready`."""
         if not places:
             return
-        due, pieces = self._open[0], len(self._open)
-        if due.record is not None:
-            records.add_record(places[0], due.give_record())
-        else:
-            for turn, piece in enumerate(self._open):
-                if own := places[turn::pieces]:
-                    records.add_columns(own, piece.give(len(own)))
+        if self._open[0].record is not None:
+            self._give_record(places[0], records)
+            return
+        for turn, piece in enumerate(self._open):
+            if own := places[turn :: len(self._open)]:
+                records.parts.append((own, piece.give(len(own))))
         self._open.rotate(-len(places))
 
-    def _due(self) -> _Opened | None:
-        """The piece whose turn it is, with its next record; None after the last, or if too much was skipped."""
-        while self._open and self.may_skip >= 0:
-            opened = self._open[0]
-            if opened.record is not None or opened.left or self._read_on(opened):
-                return opened
-            self._open.popleft()
-            if self._next < len(self._pieces):
-                self._open.appendleft(self._open_next())
-        return None
+    def _give_record(self, place: int, records: Gathering) -> None:
+        due = self._open[0]
+        record, due.record = due.record, None
+        assert record is not None
+        due.records = record.index - due.start + 1
+        due.offset = record.offset
+        records.alone[place] = record
+        self._open.rotate(-1)
 
     def cursor(self, lane: Cursor) -> Cursor:
         """After the last record read, where a bucket of this lane and epoch would start."""
@@ -197,14 +202,6 @@ class _Opened:
         self.records = int(given.indices[-1]) - self.start + 1
         self.offset = 0
         return given
-
-    def give_record(self) -> Record:
-        """The record."""
-        record, self.record = self.record, None
-        assert record is not None
-        self.records = record.index - self.start + 1
-        self.offset = record.offset
-        return record
 
 
 def _rest(piece: Piece, opened: _Opened) -> tuple[Piece, int]:

@@ -106,29 +106,26 @@ class RecordColumns:
 
 
 class Gathering:
-    """Records in the order of their places, put together from columns and from records that were read one by one."""
+    """Records in the order of their places, put together from columns and from records that were read one by one.
+
+    Attributes:
+        parts: the places of some of the records, which increase, and their columns.
+        alone: the records that were read one by one, by their places.
+    """
 
     def __init__(self) -> None:
-        self._parts: list[tuple[Sequence[int], RecordColumns]] = []
-        self._alone: dict[int, Record] = {}
-
-    def add_record(self, place: int, record: Record) -> None:
-        """A record at this place among all."""
-        self._alone[place] = record
-
-    def add_columns(self, places: Sequence[int], columns: RecordColumns) -> None:
-        """Records at these places among all, which increase."""
-        self._parts.append((places, columns))
+        self.parts: list[tuple[Sequence[int], RecordColumns]] = []
+        self.alone: dict[int, Record] = {}
 
     def columns(self) -> RecordColumns:
         """All of them, whose places are the numbers from 0 on."""
-        parts = self._parts
-        if self._alone or not parts:
-            places = sorted(self._alone)
-            parts = [*parts, (places, RecordColumns.of([self._alone[place] for place in places]))]
+        parts = [*self.parts]
+        if self.alone or not parts:
+            places = sorted(self.alone)
+            parts.append((places, RecordColumns.of([self.alone[place] for place in places])))
         if len(parts) == 1:
             return parts[0][1]
-        parts = sorted(parts, key=lambda part: part[0][0])  # fields are in the order in which records have them
+        parts.sort(key=lambda part: part[0][0])  # fields are in the order in which records have them
         joined = RecordColumns.concat([columns for _, columns in parts])
         return joined.pick(np.argsort(np.concatenate([places for places, _ in parts])))
 

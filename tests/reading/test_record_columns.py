@@ -288,11 +288,11 @@ def test_records_are_put_together_in_the_order_of_their_places(
     gathering = Gathering()
     for i in order:
         if alone[i]:
-            gathering.add_record(i, some[i])
+            gathering.alone[i] = some[i]
     rest = [i for i in order if not alone[i]]
     for first in range(0, len(rest), a_part):
         places = sorted(rest[first : first + a_part])
-        gathering.add_columns(places, RecordColumns.of([some[i] for i in places]))
+        gathering.parts.append((places, RecordColumns.of([some[i] for i in places])))
     assert list(gathering.columns().records()) == some
 
 
