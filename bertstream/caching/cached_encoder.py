@@ -97,8 +97,9 @@ class CachedEncoder:
         if identity is None:
             if self._store.count_off(len(batch)):
                 logger.warning(
-                    "the cache is off while parameters of the encoder require gradients, or a hook or patched forward "
-                    "is in its model; encoder.freeze(), or removing the hook, turns it on again"
+                    "the cache is off while parameters of the encoder require gradients, or its model has a hook, a "
+                    "patched forward or a module in train mode; encoder.freeze(), or removing the hook, turns it on "
+                    "again"
                 )
             return self._encode(batch, max_forward_tokens)
         keys = text_keys(batch, identity.prefix, identity.fingerprint)
@@ -125,8 +126,8 @@ class CachedEncoder:
         identity = self._identity()
         if identity is None:
             raise ConfigError(
-                "the cache is off while parameters of the encoder require gradients, or a hook or patched forward is "
-                "in its model: call encoder.freeze(), or remove the hook, first"
+                "the cache is off while parameters of the encoder require gradients, or its model has a hook, a "
+                "patched forward or a module in train mode: call encoder.freeze(), or remove the hook, first"
             )
         keys = text_keys(batch, identity.prefix, identity.fingerprint)
         first, _ = distinct(keys)

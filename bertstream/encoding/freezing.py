@@ -56,6 +56,7 @@ class FreezableForward(RowForward):
 
     def freeze(self: Self) -> Self:
         """Stop training all parameters; from here on vectors may be cached."""
+        note_training(self.parameters())  # also frozen ones, which may have been written through `.data`
         return self.requires_grad_(False)
 
     def unfreeze(self: Self, layers: int | None = None, *, parameters: Iterable[nn.Parameter] | None = None) -> Self:

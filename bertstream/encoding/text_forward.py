@@ -123,7 +123,7 @@ class TextForward(CalibratedForward):
 
         Returns:
             16 bytes, the same in every process; None while a parameter requires a gradient, because optimizers change
-            weights without a trace, and while a hook or a patched forward is in the model: what it does is unknown.
+            weights without a trace, and while a hook, a patched forward or a module in train mode is in the model.
         """
         state = weights_state(self.model)
         if state is None or alteration(self.model) is not None:

@@ -66,8 +66,8 @@ def check_cacheable(encoder: SupportsEncode, cached: CachedEncoder) -> None:
     if isinstance(encoder, SupportsTraining) and not encoder.trainable and cached.prefix() is None:
         raise ConfigError(
             "cache= is refused: parameters of the encoder require gradients, as those of your own model do by "
-            "default, or a hook or patched forward is in its model. Call encoder.freeze(), or remove the hook, first; "
-            "encoder.unfreeze() may follow later"
+            "default, or its model has a hook, a patched forward or a module in train mode. Call encoder.freeze(), or "
+            "remove the hook, first; encoder.unfreeze() may follow later"
         )
 
 
