@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import ConfigError, counted
 from .access import is_local
 from .config import StreamConfig
+from .faults import file_version
 from .files import shard_size
 from .options import ReadOptions
 from .pieces import count_records, split_shard
@@ -311,7 +312,10 @@ def _cut(shards: Sequence[str], rows: Any, reading: StreamConfig, *, shuffle: bo
     pieces: list[tuple[Piece, int]] = []
     if rows is None and len(shards) >= most * open_shards:
         # Enough for each lane. Asking a server for thousands of sizes would take longer than it helps.
-        pieces = [(Piece(path), 1 if "://" in path else shard_size(path, reading)) for path in shards]
+        pieces = [
+            (Piece(path, version=file_version(path)), shard_size(path, reading)) if is_local(path) else (Piece(path), 1)
+            for path in shards
+        ]
         return Layout(pieces, most, open_shards, ranks=ranks if reading.lanes is None and most > _MOST_LANES else 1)
     sizes = [] if rows is not None else [shard_size(path, reading) for path in shards]
     if rows is None:
