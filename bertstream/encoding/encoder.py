@@ -20,6 +20,7 @@ from .autotune import fastest_dtype
 from .calibrating import CalibratedForward
 from .cutting import warn_of_cut
 from .fingerprint import hash_weights, weights_state
+from .finite import FiniteCheck
 from .forward_size import ForwardSize
 from .freezing import warn_of_half
 from .model_guard import alteration
@@ -169,7 +170,7 @@ class Encoder(CalibratedForward):
             vocab_size=num_ids(config),
         )
         self._pretrained_tokenizer = tokenizer
-        self._checked_finite = self.dtype != torch.float16
+        self._check_finite = FiniteCheck()
         self._fingerprint: tuple[Any, bytes] | None = None
         self.train(False)
 
@@ -395,8 +396,7 @@ class Encoder(CalibratedForward):
         check_segments(batch, self.model.config)
         self._check_marks(batch)
         found = self._vectors(batch, max_forward_tokens=max_forward_tokens)
-        if not self._checked_finite:
-            self._check_finite(found)
+        self._check_finite(found, self.dtype)
         return found
 
     def _tokenized(self, texts: Sequence[Text]) -> TokenBatch:
@@ -434,16 +434,6 @@ class Encoder(CalibratedForward):
                 known = state, hash_weights(self.model, repr(self.spec.settings), config.to_dict())
             self._fingerprint = known
         return known[1]
-
-    def _check_finite(self, found: Embeddings) -> None:
-        if not len(found.values):
-            return
-        if not bool(found.values.isfinite().all()):
-            raise EncoderError(
-                "the first float16 batch holds values that are not finite: this model overflows in float16, ask for "
-                "dtype='bfloat16' or 'float32'"
-            )
-        self._checked_finite = True
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_fingerprint": None}
