@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..embeddings import Embeddings, SupportsCache
 from ..encoding.attention import plain_mode
+from ..encoding.finite import named, texts_not_finite
 from ..errors import ConfigError, EncoderError
 from ..repeats import distinct, text_bytes
 from ..system.cuda import to_device
@@ -58,6 +59,7 @@ class CachedEncoder:
         self._store = store
         self._codec = Codec(storage, encoder.row_shape, encoder.output_dtype)
         self._known: _Identity | None = None
+        self._warned_of_not_finite = False
         self.compute_s = 0.0
         self.encode_calls = self.encoded_tokens = 0
         store.reserve(self._codec.row_bytes)
@@ -186,15 +188,33 @@ class CachedEncoder:
         wait: bool = False,
     ) -> Tensor:
         """Encode these texts and add their rows to the store."""
-        computed = self._store.compute(
-            lambda: self._codec.pack(self._encode(batch.pick(texts), max_forward_tokens).values),
-            hold_writes=self.device.type == "cpu",
-        )
+        made: list[Embeddings] = []
+
+        def make_rows() -> Tensor:
+            made.append(self._encode(batch.pick(texts), max_forward_tokens))
+            return self._codec.pack(made[0].values)
+
+        computed = self._store.compute(make_rows, hold_writes=self.device.type == "cpu")
         self.compute_s += computed.seconds
         # If training started meanwhile, the rows may mix old and new weights: return them and keep none.
         if self._identity() == identity:
-            self._store.add(keys, row_counts, computed, wait=wait)
+            kept = computed
+            # Elsewhere the host would wait for the vectors.
+            if self._store.rows_on_host and (wrong := texts_not_finite(made[0].values, row_counts)):
+                self._warn_of_not_finite(wrong, made[0].tokens)
+                right = np.delete(np.arange(len(keys)), wrong)
+                kept = computed.pick(rows_of(right, cumulate(row_counts)))
+                keys, row_counts = [keys[i] for i in right], row_counts[right]
+            self._store.add(keys, row_counts, kept, wait=wait)
         return computed.rows
+
+    def _warn_of_not_finite(self, texts: list[int], batch: TokenBatch) -> None:
+        if not self._warned_of_not_finite:
+            self._warned_of_not_finite = True
+            logger.warning(
+                "the cache keeps no vectors that are not finite, and computes them again each time (said once): %s",
+                named(texts, batch),
+            )
 
 
 def text_keys(batch: TokenBatch, prefix: bytes, fingerprint: bytes) -> list[bytes]:

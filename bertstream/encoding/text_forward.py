@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from ..embeddings import Embeddings
-from ..errors import EncoderError
 from ..tokens import Text, TokenBatch
 from .attention import BatchingSupport, plain_mode
 from .calibrating import CalibratedForward
 from .cutting import warn_of_cut
 from .fingerprint import hash_weights, weights_state
+from .finite import FiniteCheck
 from .forward_size import ForwardSize
 from .model_guard import alteration
 from .output_spec import OutputSpec
@@ -47,7 +46,7 @@ class TextForward(CalibratedForward):
     ) -> None:
         super().__init__(model, spec, batching, num_layers, size)
         self.tokenizer = tokenizer
-        self._checked_finite = self.dtype != torch.float16
+        self._check_finite = FiniteCheck()
         self._fingerprint: tuple[Any, bytes] | None = None
         self.train(False)
 
@@ -87,8 +86,7 @@ class TextForward(CalibratedForward):
         check_segments(batch, self.model.config)
         self._check_marks(batch)
         found = self._vectors(batch, max_forward_tokens=max_forward_tokens)
-        if not self._checked_finite:
-            self._check_finite(found)
+        self._check_finite(found, self.dtype)
         return found
 
     def _tokenized(self, texts: Sequence[Text]) -> TokenBatch:
@@ -100,16 +98,6 @@ class TextForward(CalibratedForward):
             counts = int((batch.cut_tokens > 0).sum()), len(batch), int(batch.cut_words.sum())
             warn_of_cut("in this call (said once; .tokens.cut_tokens counts)", *counts, int(batch.cut_tokens.sum()))
         return batch
-
-    def _check_finite(self, found: Embeddings) -> None:
-        if not len(found.values):
-            return
-        if not bool(found.values.isfinite().all()):
-            raise EncoderError(
-                "the first float16 batch holds values that are not finite: this model overflows in float16, ask for "
-                "dtype='bfloat16' or 'float32'"
-            )
-        self._checked_finite = True
 
     def fingerprint(self) -> bytes | None:
         """Hash all that changes the vectors of given tokens: weights, config and settings.
