@@ -17,7 +17,7 @@ from .finite import FiniteCheck
 from .forward_size import ForwardSize
 from .model_guard import alteration
 from .output_spec import OutputSpec
-from .rows import check_segments
+from .row_forward import check_segments
 from .texts import text_list
 from .tokenizer import TextTokenizer
 from .vocabulary import check_batch, num_ids

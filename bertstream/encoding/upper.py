@@ -18,7 +18,7 @@ from .freezing import warn_of_half
 from .layers import begin_at, begun_with, unroll
 from .own_model import own_copy
 from .probe import batch_of, probe_texts, worst_error
-from .rows import RowForward
+from .row_forward import RowForward
 
 logger = logging.getLogger(__name__)
 
