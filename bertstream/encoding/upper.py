@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..embeddings import Embeddings
-from ..errors import ConfigError, EncoderError
+from ..errors import ConfigError, EncoderError, kind_of
 from .attention import PACKED, plain_mode
 from .forward import BatchedForward
 from .freezing import warn_of_half
@@ -62,7 +62,7 @@ class UpperEncoder(RowForward):
         """
         if not isinstance(vectors, Embeddings):
             raise EncoderError(
-                f"the upper half takes Embeddings of the lower half, not a {type(vectors).__name__}: leave layout= "
+                f"the upper half takes Embeddings of the lower half, not {kind_of(vectors)}: leave layout= "
                 "out of the lower half's loader, and pass texts through the lower half first"
             )
         right = (vectors.tokens.num_tokens, self._hidden_size)

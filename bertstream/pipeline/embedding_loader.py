@@ -61,7 +61,7 @@ class EmbeddingLoader(OwnLoader):
         if self._stream is not None and text is None:
             text = (self._stream.text,)
         if cache is not None and not isinstance(cache, EmbeddingCache):
-            raise ConfigError(f"cache={cache!r} is a {type(cache).__name__}: pass a bertstream.EmbeddingCache")
+            raise ConfigError(f"cache={cache!r} is {kind_of(cache)}: pass a bertstream.EmbeddingCache")
         self._cache = cache
         cached = None if cache is None else cache.of(encoder)
         if cached is not None:

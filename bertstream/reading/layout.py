@@ -100,7 +100,7 @@ class Layout:
         """Why these ranks cannot each have data of their own, with the way out; None if they can."""
         if ranks > self.lanes:
             return (
-                f"{ranks} ranks cannot share {self.lanes} lane{'s' * (self.lanes > 1)}: write "
+                f"{ranks} ranks cannot share {counted(self.lanes, 'lane')}: write "
                 f"reading=StreamConfig(lanes={ranks}) or more, or leave lanes out"
             )
         count = len(self.pieces)
@@ -113,11 +113,11 @@ class Layout:
                 if self.pieces[0][0].stop is not None
                 else ("shard", f"give it as many, as in to_iterable_dataset(num_shards={ranks})")
             )
-            return f"{ranks} ranks cannot share {count} {what}{'s' * (count > 1)} of {name}: {way}, or use fewer ranks"
+            return f"{ranks} ranks cannot share {counted(count, what)} of {name}: {way}, or use fewer ranks"
         sizes = [size for _, size in self.pieces]
         total = f"{sum(sizes) / 2**20:,.1f} MiB" if all(sizes) else "an unknown number of bytes"
         return (
-            f"{ranks} ranks cannot share {count} piece{'s' * (count > 1)} of data, {total} in all: {name} "
+            f"{ranks} ranks cannot share {counted(count, 'piece')} of data, {total} in all: {name} "
             f"{'and the others ' * (count > 1)}cannot be cut further, and only up to {_SHARED_BYTES >> 20} MiB are "
             "shared out record by record, because each rank reads all of them. Write the data to at least "
             f"{ranks} shards (tools/make_shards.py), uncompressed, or as Parquet with a smaller row_group_size; "
