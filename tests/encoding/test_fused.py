@@ -257,6 +257,29 @@ def test_a_trained_encoder_says_that_its_own_modules_run(encoder: Encoder) -> No
     assert encoder.freeze().batching.way == "fused"
 
 
+def test_freeze_notices_weights_that_were_written_through_data(encoder: Encoder) -> None:
+    """As the averages of an EMA are; also of an encoder that is frozen, and of another over the same weights."""
+    other = Encoder(encoder.model, encoder._pretrained_tokenizer)
+    before, named = encoder(TEXTS).values, other.fingerprint()
+    assert torch.equal(other(TEXTS).values, before)
+    for parameter in encoder.parameters():
+        parameter.data.mul_(1.1)
+    encoder.freeze()
+    packed = copy.deepcopy(encoder)
+    packed._fused = None
+    right = packed(TEXTS).values
+    for one in (encoder, other):
+        assert error(one(TEXTS).values, right) < 1e-5 < error(before, right)
+    assert other.fingerprint() == encoder.fingerprint() != named
+
+
+def test_vectors_with_dropout_have_no_name_in_a_cache(encoder: Encoder) -> None:
+    named = encoder.fingerprint()
+    encoder.model.get_submodule("encoder.layer.1").train()
+    assert named is not None and encoder.fingerprint() is None
+    assert encoder.freeze().fingerprint() == named
+
+
 def test_vectors_under_a_hook_or_a_patched_forward_have_no_name_in_a_cache(encoder: Encoder) -> None:
     named = encoder.fingerprint()
     layer = encoder.model.get_submodule("encoder.layer.1")
