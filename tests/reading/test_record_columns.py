@@ -280,6 +280,7 @@ def test_columns_of_a_mixture_are_never_taken_apart(tmp_path: Path, monkeypatch:
 
 
 @given(st.permutations(range(9)), st.lists(st.booleans(), min_size=9, max_size=9), st.integers(1, 4))
+@example([*range(9)][::-1], [True] * 9, 1)
 def test_records_are_put_together_in_the_order_of_their_places(
     order: list[int], alone: list[bool], a_part: int
 ) -> None:
