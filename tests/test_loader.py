@@ -1010,7 +1010,7 @@ def test_bertstream_errors_from_worker_processes_keep_their_fields(
 
 def test_word_lists_that_default_collate_transposed_are_refused_with_the_way_out() -> None:
     data = Records(4, lambda i: {"words": ["a", "b", "c"]})
-    with pytest.raises(ConfigError, match=r"TokenCollate\(encoder, text=\.\.\.\)"):
+    with pytest.raises(ConfigError, match=r"TokenCollate\(encoder, text=\.\.\.\).*TokenCollate\(encoder\)\(texts\)"):
         list(bertstream.wrap(DataLoader(data, 2), FakeEncoder(), text="words"))
 
 

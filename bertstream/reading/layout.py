@@ -115,6 +115,8 @@ class Layout:
             )
             return f"{ranks} ranks cannot share {counted(count, what)} of {name}: {way}, or use fewer ranks"
         sizes = [size for _, size in self.pieces]
+        if not any(sizes) and all(is_local(piece.path) for piece, _ in self.pieces):
+            return f"{name}{' and the others' * (count > 1)}: no shard holds a record"
         total = f"{sum(sizes) / 2**20:,.1f} MiB" if all(sizes) else "an unknown number of bytes"
         return (
             f"{ranks} ranks cannot share {counted(count, 'piece')} of data, {total} in all: {name} "
