@@ -397,8 +397,8 @@ def _checked_texts(texts: Any, where: str) -> list[Any]:
         raise ConfigError(
             f"{where} holds tuples: pairs of texts, or lists that torch's default collate transposed; they look alike. "
             "Give the DataLoader collate_fn=bertstream.TokenCollate(encoder, text=...), which takes pairs as tuples "
-            "and leaves lists as they are; or, in a collate_fn of your own, put bertstream.TokenCollate(encoder)(texts) "
-            "into the batch, which also serves several texts per record, joined into one list"
+            "and leaves lists as they are; or, in a collate_fn of your own, put "
+            "bertstream.TokenCollate(encoder)(texts) in the batch, which also serves several texts per record, joined into one list"
         )
     return listed
 
