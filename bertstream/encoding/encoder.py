@@ -43,6 +43,7 @@ from .sentence_folder import SentenceFolder, remove_sentence_folder, write_sente
 from .sentence_head import HEAD, with_head
 from .texts import text_list
 from .tokenizer import Overflow, TextTokenizer, WordSplitter, check_cutting, renamed_splitter
+from .uncompiled import uncompiled
 from .upper import UpperEncoder, cannot_split, keep_apart, upper_half
 from .vocabulary import check_batch, check_vocabulary, num_ids
 from .word_cache import LIMIT
@@ -384,6 +385,7 @@ class Encoder(CalibratedForward):
         with plain_mode(self.device):
             return self.embed(texts, max_forward_tokens=max_forward_tokens)
 
+    @uncompiled
     def embed(self, texts: Sequence[Text] | TokenBatch, *, max_forward_tokens: int | None = None) -> Embeddings:
         """Like `encode`, but in the caller's modes: with gradients and autocast, and with dropout while it is trained.
 

@@ -18,6 +18,7 @@ from .layers import begin_at, begun_with, unroll
 from .own_model import own_copy
 from .probe import batch_of, probe_texts, worst_error
 from .rows import RowForward
+from .uncompiled import uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class UpperEncoder(RowForward):
         self.at = at
         self.eval()
 
+    @uncompiled
     def forward(self, vectors: Embeddings) -> Embeddings:
         """Continue a batch that the lower half encoded.
 
