@@ -21,7 +21,8 @@ def uncompiled(method: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(method)
     def run(*arguments: P.args, **named: P.kwargs) -> T:
         if torch.compiler.is_compiling():  # not always: `disable` imports the compiler, which takes seconds
-            return torch.compiler.disable(method)(*arguments, **named)
+            found: T = torch.compiler.disable(method)(*arguments, **named)
+            return found
         return method(*arguments, **named)
 
     return run
