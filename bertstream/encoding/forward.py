@@ -284,7 +284,7 @@ class BatchedForward(nn.Module):
         if (attention := cast(Any, self.model.config)._attn_implementation) != PACKED:
             raise EncoderError(
                 f"the model's attention is {attention!r} now, which mixes the texts of a packed row: call "
-                f"encoder.model.set_attn_implementation({PACKED!r}), and choose another attention on a copy of the model"
+                f"encoder.model.set_attn_implementation({PACKED!r}), and choose another attention on a copy of it"
             )
         ids = batch.input_ids[rows]
         inputs = {"input_ids": ids, "position_ids": packed_positions(ids, lengths, self._batching)}
