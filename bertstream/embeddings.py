@@ -22,7 +22,7 @@ from .columns import axis, concatenated, picked
 from .errors import ConfigError, check_at_least, check_choice, shortened
 from .system.cuda import to_device
 from .tokens import Indices, Int32Array, SupportsTokenize, TokenBatch, cumulate, rows_of
-from .word_tags import lay_out
+from .word_tags import align_tags
 
 Output: TypeAlias = Literal["tokens", "words", "sentence"]
 Layout: TypeAlias = Literal["padded", "nested", "packed_sequence", "flat"]
@@ -238,7 +238,7 @@ class Embeddings:
         """
         self._refuse_sentence("align")
         return to_device(
-            lay_out(tags, pad, self.lengths.numpy(), self.word_ids, self.tokens, names), self.values.device
+            align_tags(tags, pad, self.lengths.numpy(), self.word_ids, self.tokens, names), self.values.device
         )
 
     def spans(self) -> Tensor:

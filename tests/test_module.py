@@ -264,7 +264,7 @@ def test_after_unfreezing_inside_an_epoch_no_older_vector_is_yielded(small_folde
         optimizer = torch.optim.AdamW(encoder.parameter_groups(1e-2), fused=True)
         for number, batch in enumerate(loader):
             if number == 0:
-                while threading.active_count() > 1 and loader._stages.items["encode"] < 24:
+                while threading.active_count() > 1 and loader._parts.clocks.items["encode"] < 24:
                     threading.Event().wait(0.01)  # the queue is full of vectors
                 assert not isinstance(batch["text"], TokenBatch)
                 encoder.unfreeze()

@@ -22,7 +22,7 @@ from ..encoding.finite import named, texts_not_finite
 from ..errors import ConfigError, EncoderError
 from ..repeats import distinct, text_bytes
 from ..system.cuda import to_device
-from ..tokens import SupportsTokenize, TokenBatch, cumulate, rows_of
+from ..tokens import TokenBatch, cumulate, rows_of
 from .codec import Codec, Storage
 from .store import RowStore
 
@@ -40,7 +40,7 @@ class _Identity(NamedTuple):
 
 
 class CachedEncoder:
-    """An encoder with a cache, which a loader uses in the encoder's place; `EmbeddingCache.of` makes it.
+    """Encodes batches with a cache; `EmbeddingCache.of` makes it.
 
     Args:
         encoder: computes the rows that are missing.
@@ -63,21 +63,6 @@ class CachedEncoder:
         self.compute_s = 0.0
         self.encode_calls = self.encoded_tokens = 0
         store.reserve(self._codec.row_bytes)
-
-    @property
-    def tokenizer(self) -> SupportsTokenize:
-        """The encoder's."""
-        return self._encoder.tokenizer
-
-    @property
-    def device(self) -> torch.device:
-        """The encoder's."""
-        return self._encoder.device
-
-    @property
-    def max_forward_tokens(self) -> int:
-        """The encoder's."""
-        return self._encoder.max_forward_tokens
 
     def prefix(self) -> bytes | None:
         """What this encoder's keys begin with; None while one of its parameters requires gradients."""
@@ -105,7 +90,7 @@ class CachedEncoder:
                 )
             return self._encode(batch, max_forward_tokens)
         keys = text_keys(batch, identity.prefix, identity.fingerprint)
-        with plain_mode(self.device):
+        with plain_mode(self._encoder.device):
             rows = self._store.gather(keys, self._codec.row_bytes)
             if rows is None:
                 try:
@@ -113,7 +98,7 @@ class CachedEncoder:
                 except EncoderError:
                     # It names indices among the missing texts; encoding the whole batch raises it with the batch's.
                     return self._encode(batch, max_forward_tokens)
-            values = self._codec.unpack(to_device(rows, self.device))  # moved as stored: fewer bytes
+            values = self._codec.unpack(to_device(rows, self._encoder.device))  # moved as stored: fewer bytes
             return self._encoder.assemble(values, batch)
 
     def fill(self, batch: TokenBatch) -> int:
@@ -194,7 +179,7 @@ class CachedEncoder:
             made.append(self._encode(batch.pick(texts), max_forward_tokens))
             return self._codec.pack(made[0].values)
 
-        computed = self._store.compute(make_rows, hold_writes=self.device.type == "cpu")
+        computed = self._store.compute(make_rows, hold_writes=self._encoder.device.type == "cpu")
         self.compute_s += computed.seconds
         # If training started meanwhile, the rows may mix old and new weights: return them and keep none.
         if self._identity() == identity:

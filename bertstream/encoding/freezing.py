@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import ConfigError, check_at_least
 from .fingerprint import note_training
 from .layers import known_layers, layer_list
-from .rows import RowForward
+from .row_forward import RowForward
 
 logger = logging.getLogger(__name__)
 

@@ -50,6 +50,11 @@ class LaneReader:
         tolerant: bool,
         one_by_one: bool = False,
     ) -> None:
+        if not (start.next_piece or start.open or start.batch):
+            # No place in a whole shard is known yet: it may be another file than in the last epoch.
+            pieces = [
+                piece if piece.start or piece.stop is not None else replace(piece, version=None) for piece in pieces
+            ]
         self._pieces = pieces
         self._options = options
         self._tolerant = tolerant

@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import ConfigError, counted
 from .access import is_local
 from .config import StreamConfig
+from .faults import file_version
 from .files import shard_size
 from .options import ReadOptions
 from .pieces import count_records, split_shard
@@ -99,7 +100,7 @@ class Layout:
         """Why these ranks cannot each have data of their own, with the way out; None if they can."""
         if ranks > self.lanes:
             return (
-                f"{ranks} ranks cannot share {self.lanes} lane{'s' * (self.lanes > 1)}: write "
+                f"{ranks} ranks cannot share {counted(self.lanes, 'lane')}: write "
                 f"reading=StreamConfig(lanes={ranks}) or more, or leave lanes out"
             )
         count = len(self.pieces)
@@ -112,11 +113,11 @@ class Layout:
                 if self.pieces[0][0].stop is not None
                 else ("shard", f"give it as many, as in to_iterable_dataset(num_shards={ranks})")
             )
-            return f"{ranks} ranks cannot share {count} {what}{'s' * (count > 1)} of {name}: {way}, or use fewer ranks"
+            return f"{ranks} ranks cannot share {counted(count, what)} of {name}: {way}, or use fewer ranks"
         sizes = [size for _, size in self.pieces]
         total = f"{sum(sizes) / 2**20:,.1f} MiB" if all(sizes) else "an unknown number of bytes"
         return (
-            f"{ranks} ranks cannot share {count} piece{'s' * (count > 1)} of data, {total} in all: {name} "
+            f"{ranks} ranks cannot share {counted(count, 'piece')} of data, {total} in all: {name} "
             f"{'and the others ' * (count > 1)}cannot be cut further, and only up to {_SHARED_BYTES >> 20} MiB are "
             "shared out record by record, because each rank reads all of them. Write the data to at least "
             f"{ranks} shards (tools/make_shards.py), uncompressed, or as Parquet with a smaller row_group_size; "
@@ -311,7 +312,10 @@ def _cut(shards: Sequence[str], rows: Any, reading: StreamConfig, *, shuffle: bo
     pieces: list[tuple[Piece, int]] = []
     if rows is None and len(shards) >= most * open_shards:
         # Enough for each lane. Asking a server for thousands of sizes would take longer than it helps.
-        pieces = [(Piece(path), 1 if "://" in path else shard_size(path, reading)) for path in shards]
+        pieces = [
+            (Piece(path, version=file_version(path)), shard_size(path, reading)) if is_local(path) else (Piece(path), 1)
+            for path in shards
+        ]
         return Layout(pieces, most, open_shards, ranks=ranks if reading.lanes is None and most > _MOST_LANES else 1)
     sizes = [] if rows is not None else [shard_size(path, reading) for path in shards]
     if rows is None:

@@ -97,4 +97,7 @@ def read_lines(stream: BinaryIO, offset: int, limit: int) -> Iterator[Line]:
             while part and not part.endswith(b"\n"):
                 part = stream.readline(limit)
                 offset += len(part)
-        yield begin, line if begin else line.removeprefix(BOM)
+        if not begin:
+            line = line.removeprefix(BOM)
+        if line:  # a file may be a byte order mark alone
+            yield begin, line

@@ -50,11 +50,10 @@ def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[
     check_at_least("parts", parts, 1)
     kind = shard_kind(path, access)
     cuts = [(0, 0)]  # (index, offset) of each piece's first record
-    version = None
+    version = file_version(path) if is_local(path) else None
     if parts > 1 and not kind.compression and not is_pipe(path):
         check_packages(path, kind)
         try:
-            version = file_version(path) if is_local(path) else None
             if kind.format == "parquet":
                 with open_bytes(path, access) as stream:
                     cuts.extend(_group_cuts(ParquetReader(stream), parts))
@@ -69,7 +68,7 @@ def split_shard(path: str, parts: int, access: Access = DEFAULT_ACCESS) -> list[
             raise ShardError(f"{path}: cannot be read: {described(error)}", path=path) from error
     stops = [index for index, _ in cuts[1:]]
     return [
-        Piece(path, start, stop, offset, version=version if stops else None)
+        Piece(path, start, stop, offset, version=version)
         for (start, offset), stop in zip(cuts, [*stops, None], strict=True)
     ]
 

@@ -38,7 +38,8 @@ class Piece:
             the rest `share`.
         source: the number of its source in a mixture.
         lane: the only lane that may read it; None for any, or of a share, for any of its rank.
-        version: of the local file that was cut; reading another one at these places would lose or join records.
+        version: of the local file when the data was laid out; reading another one at its places would lose or join
+            records. None takes any.
     """
 
     path: str

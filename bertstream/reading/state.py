@@ -56,6 +56,7 @@ class StreamProgress:
         self._running_layout = layout
         self.from_the_top = True
         """Whether the iteration that is running began at the start of its epoch, not from a state."""
+        self._after_a_batch = False  # it began from a state after a batch, which some rank received
 
     @property
     def epoch(self) -> int:
@@ -110,7 +111,9 @@ class StreamProgress:
         if self._loaded is None:
             self.bad.reset()
         known = {*ranks}
-        self._running_layout, self.from_the_top = self.next_layout, self._loaded_here() is None
+        loaded = self._loaded_here()
+        self._running_layout, self.from_the_top = self.next_layout, loaded is None
+        self._after_a_batch = loaded is not None and _have_moved(loaded[1])
         self._running = [
             LaneQueue(queue) if queue is not None and rank in known else None for rank, queue in enumerate(self.start())
         ]
@@ -174,6 +177,8 @@ class StreamProgress:
             self.set_epoch(epoch + 1)
 
     def _check_some_were_good(self) -> None:
+        if self._after_a_batch:  # the counts may be those of another rank, which had none
+            return
         self.bad.check_some_were_good()
         # A worker of the user's own DataLoader, and one of several ranks, may have no record where others have some.
         alone = self._world_size == 1 and get_worker_info() is None
@@ -287,6 +292,12 @@ def epoch_of(state: Any, owner: str, parts: Sequence[str]) -> int:
     if type(epoch) is not int or epoch < 0:
         raise StateError(f"the state has epoch={shortened(epoch)}, where a number from 0 belongs", key="epoch")
     return epoch
+
+
+def _have_moved(queues: Queues) -> bool:
+    """Whether a batch was received before these cursors; no lane is left after the last one."""
+    cursors = [cursor for queue in queues for cursor in queue or ()]
+    return not cursors or any(cursor != Cursor(cursor.epoch, cursor.lane) for cursor in cursors)
 
 
 def _deal(queues: Queues, rank: int, world_size: int) -> Queues:

@@ -22,7 +22,7 @@ from fake_cuda import CUDA, fake_cuda
 from families import tokenizer_with_marks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import bertstream
 from bertstream import CacheError, ConfigError, EmbeddingCache, Embeddings, Encoder, EncoderError, TokenBatch, testing
@@ -154,11 +154,6 @@ def test_the_same_is_true_with_a_disk(
         assert len(texts) == len(set(texts))
     finally:
         cache.close()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(minilm_folder: str) -> Any:
-    return AutoTokenizer.from_pretrained(minilm_folder)
 
 
 def tiny(tokenizer: Any, **options: Any) -> Encoder:

@@ -190,7 +190,7 @@ def test_a_loader_judges_its_last_iteration_alone() -> None:
         time.sleep(0.5)
     assert loader.bottleneck().startswith("The training step")
     list(loader)
-    judged = loader._since.stats(loader.stats())
+    judged = loader._stats._since.stats(loader.stats())
     assert judged["batches"] == 3 and judged["step_s"] < 1.5 <= loader.stats()["step_s"]
     iter(loader)
     assert loader.bottleneck() == "No batch was received yet."

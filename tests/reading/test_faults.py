@@ -13,6 +13,7 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +366,28 @@ def test_a_shard_that_was_replaced_since_it_was_cut_is_not_read_at_the_old_place
         with pytest.raises(ShardError, match="changed while it was read: 40 bytes.* at first, 60 bytes"):
             list(read_records(piece, LINES))
     assert len(read(path)) == 20, "the whole file may be another one in each epoch"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("shards", [1, 3], ids=["one shard", "as many as lanes"])
+@pytest.mark.parametrize("bucket", [0, 2])
+def test_a_place_in_a_shard_that_was_replaced_since_is_refused(
+    tmp_path: Path, bucket: int, shards: int, ending: str
+) -> None:
+    paths = three(tmp_path, ending, "")[:shards]
+    reading = StreamConfig(lanes=shards, bucket_size=8)
+    loader = bertstream.stream(paths, FakeEncoder(), batch_size=4, fields=["id"], reading=reading)
+    with closing(iter(loader)) as batches:
+        for _ in range((2 * bucket + 1) * shards):
+            next(batches)
+    state = loader.state_dict()
+    for path in paths:
+        os.utime(path, (1, 1))
+    loader.load_state_dict(state)
+    with pytest.raises(ShardError, match="changed while it was read"):
+        next(iter(loader))
+    loader.set_epoch(1)
+    assert sum(len(batch["id"]) for batch in loader) == COUNT * shards, "all of it may be another one in each epoch"
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------------

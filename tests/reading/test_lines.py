@@ -28,6 +28,12 @@ def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path, ending: str) 
     assert everything(split_shard(path, 2), LINES) == read(path)
 
 
+def test_a_byte_order_mark_alone_is_no_record(tmp_path: Path) -> None:
+    for ending in ("txt", "jsonl", "csv"):
+        path = write(tmp_path / f"a.{ending}", b"\xef\xbb\xbf")
+        assert "it holds no record" in str(read_until_error(path)[1]) and count_records(path, LINES) == 0
+
+
 def test_another_text_field_of_a_txt_is_refused_with_what_to_write(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="not 'sentence': write text='text'"):
         read(write(tmp_path / "a.txt", "x"), ReadOptions(text="sentence"))

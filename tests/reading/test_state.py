@@ -16,6 +16,7 @@ from bertstream import Encoder, StateError, StreamConfig
 from bertstream.cursors import Cursor, OpenPiece
 from bertstream.reading.bad_records import BadRecords
 from bertstream.reading.layout import Layout
+from bertstream.reading.shards import Piece
 from bertstream.reading.state import StreamProgress, cursor_from_json, cursor_to_json
 from bertstream.testing import FakeEncoder
 from bertstream.tokens import ReadReport
@@ -127,6 +128,26 @@ def test_what_is_skipped_is_counted_by_epoch_and_over_all() -> None:
         tried.count(None)
         tried.end_epoch(tried.epoch)
     assert (tried.bad.read, tried.bad.records, tried.bad.all_records) == (9, 1, 2)
+
+
+def test_the_counts_of_a_rank_without_a_good_record_are_no_fault_of_an_epoch_that_a_state_continues() -> None:
+    saved = progress(lanes=2, world_size=2)
+    saved.begin(range(2))
+    saved.count(ReadReport(9, dropped=9))
+    start = saved.state_dict({"a": 1})
+    saved.advance([None, Cursor(0, 1, batch=1)])
+    state = saved.state_dict({"a": 1})
+
+    def resumed(state: dict[str, Any]) -> StreamProgress:
+        found = StreamProgress(Layout([(Piece("a"), 1)], 2, 1), 0, 1, BadRecords(0))
+        found.loading(state, {"a": 1})()
+        found.begin([0])
+        return found
+
+    resumed(state).end_epoch(0)
+    resumed(state | {"queues": [[], []]}).end_epoch(0)
+    with pytest.raises(bertstream.ShardError, match="dropped each of the 9 records"):
+        resumed(start).end_epoch(0)
 
 
 def test_a_state_of_another_bucket_size_is_refused_in_the_words_of_the_option() -> None:
