@@ -19,6 +19,7 @@ from .layers import begin_at, begun_with, unroll
 from .own_model import own_copy
 from .probe import batch_of, probe_texts, worst_error
 from .row_forward import RowForward
+from .uncompiled import uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class UpperEncoder(RowForward):
         self.at = at
         self.eval()
 
+    @uncompiled
     def forward(self, vectors: Embeddings) -> Embeddings:
         """Continue a batch that the lower half encoded.
 
