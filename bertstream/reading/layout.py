@@ -208,9 +208,7 @@ def lay_out(shards: Sequence[str], rows: Any, reading: StreamConfig, *, shuffle:
         ShardError: a shard is missing or cannot be read.
     """
     layout = _cut(shards, rows, reading, shuffle=shuffle, ranks=ranks)
-    sizes = [size for _, size in layout.pieces]
-    small = rows is None and all(sizes) and sum(sizes) <= _SHARED_BYTES
-    if not small or not len(layout.pieces) < ranks <= layout.lanes:
+    if not _may_be_shared(layout.pieces, rows) or not len(layout.pieces) < ranks <= layout.lanes:
         return layout
     logger.info("%d pieces are shared out record by record among %d ranks", len(layout.pieces), ranks)
     shared = [
@@ -282,7 +280,7 @@ def _stored(shards: Sequence[str], rows: Any, reading: StreamConfig) -> tuple[in
 
 
 def _may_be_shared(pieces: Sequence[tuple[Piece, int]], rows: Any) -> bool:
-    """Whether lanes may each read all of a source for every n-th record of it."""
+    """Whether lanes or ranks may each read all of these pieces for every n-th record."""
     sizes = [size for _, size in pieces]
     return rows is None and all(sizes) and sum(sizes) <= _SHARED_BYTES
 
