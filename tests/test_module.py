@@ -461,6 +461,20 @@ def test_only_the_adapters_of_peft_are_trained(small_folder: str) -> None:
     assert torch.allclose(adapted.eval()(input_ids=ids).last_hidden_state[0], after, atol=1e-5), "the user's own too"
 
 
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_adapters_that_the_user_merges_count_once(small_folder: str, merge: str) -> None:
+    """The weights that they are merged into are the encoder's too."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["query", "value"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModel.from_pretrained(small_folder), config)
+    encoder = Encoder(adapted, AutoTokenizer.from_pretrained(small_folder)).freeze()
+    before, named = encoder(["a bank"]).values, encoder.fingerprint()
+    getattr(adapted, merge)()
+    torch.testing.assert_close(encoder(["a bank"]).values, before, rtol=0, atol=1e-5)
+    assert encoder.fingerprint() not in (None, named)
+
+
 def test_adapters_that_are_not_in_the_model_are_refused(minilm_folder: str) -> None:
     from peft import PromptTuningConfig, get_peft_model
 

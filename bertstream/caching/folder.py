@@ -138,7 +138,10 @@ def _cannot_open(path: str, read_only: bool, error: Exception) -> CacheError:
         way_out = "make room on the disk, or name a folder on another"
     elif isinstance(error, (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PanicError)):
         way_out = "the folder is damaged or no cache: delete it, or name another"
-    elif isinstance(error, (lmdb.ReadonlyError, lmdb.LockError, PermissionError)) and not read_only:
+    elif not read_only and (
+        isinstance(error, (lmdb.ReadonlyError, lmdb.LockError, PermissionError))
+        or getattr(error, "errno", None) == errno.EROFS
+    ):
         way_out = "the folder cannot be written to: name another, or open this one with read_only=True"
     else:
         way_out = "name a folder on a local disk that can be used"

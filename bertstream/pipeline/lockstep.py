@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import time
@@ -90,7 +91,7 @@ def in_lockstep(
                     )
                 last = stream.any_batch()
                 assert last is not None  # another rank has one
-            group = batches = [Entry(last) for _ in range(count)]
+            group = batches = [Entry(_copied(last)) for _ in range(count)]
         elif len(batches) > count:
             end = next(i for i, entry in enumerate(group) if entry is batches[count])
             budget.put_back(group[end:])
@@ -99,10 +100,11 @@ def in_lockstep(
             cursors = [offered[step] if offered else None for offered in offers]
             entry.cursors = [None if cursor is None else cursor_from_json(cursor, epoch) for cursor in cursors]
             entry.number = agreed_on + step
-            last = entry.item
             if pad:
-                entry.item = _marked(last, repeated=has_finished)
+                entry.item = _marked(entry.item, repeated=has_finished)
                 entry.set_texts({None: entry.item})
+        if pad and not has_finished:
+            last = _copied(batches[-1].item)
         agreed_on += count
         del batches, entry, offer, offers  # their memory is the consumer's from now on
         # The others' batches may be light and a repeated one heavy: one group of it could be of any size.
@@ -162,6 +164,11 @@ def _refuse_ranks_without_data(offers: Sequence[Sequence[Any] | None], *, pad: b
             "them, so with uneven='stop' no rank would receive a batch. Repair the shards that the log of these ranks "
             "names, or write StreamConfig(uneven='pad')"
         )
+
+
+def _copied(batch: TokenBatch) -> TokenBatch:
+    """The batch with fields of its own: a loop may change those of a batch in place, `batch["label"] -= 1` say."""
+    return replace(batch, fields=copy.deepcopy(batch.fields))
 
 
 def _marked(batch: TokenBatch, *, repeated: bool) -> TokenBatch:

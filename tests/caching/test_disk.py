@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 import random
@@ -547,6 +548,22 @@ def test_a_folder_without_write_permission_can_be_opened_read_only() -> None:
             assert ended_well(forked(work))
         finally:
             folder.chmod(0o755)
+
+
+def test_of_a_file_system_that_is_mounted_read_only_the_error_says_how_to_open_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path):
+        pass
+
+    def refuse(path: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    monkeypatch.setattr("bertstream.caching.folder._take_lock_file", refuse)
+    with pytest.raises(CacheError, match="read_only=True"):
+        DiskTier(tmp_path, limit_bytes=16 * MIB, read_only=False)
+    with opened(tmp_path, read_only=True):
+        pass
 
 
 def test_an_empty_file_is_a_new_cache_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

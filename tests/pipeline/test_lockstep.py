@@ -12,6 +12,7 @@ from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -137,6 +138,34 @@ def test_ranks_yield_equally_many_batches_and_each_its_own_once(
         here = len(ranks[rank][0]) if uneven == "pad" else len(yielded)
         assert yielded == list(range(here))
         assert left[rank] == (0 if uneven == "pad" else len(numbers[rank]) - steps)
+
+
+def test_what_a_loop_does_to_its_batch_in_place_is_not_in_a_repeated_one() -> None:
+    table = Table(2)
+
+    def run(rank: int) -> list[tuple[bool, list[int], list[list[int]]]]:
+        entries = [own_entry(rank, number, 1) for number in range((1, 4)[rank])]
+        for number, entry in enumerate(entries):
+            entry.item.fields = {"label": np.array([number]), "spans": [np.array([number])]}
+        budget = GroupBudget[Entry](lambda entry: entry.weight, limit=1, by_the_clock=False)
+        stream = some_stream("pad", any_batch=lambda: None)
+        groups = in_lockstep(
+            gather(iter(entries), budget), budget, stream, table.seat(rank), EpochStatus(), lambda texts: None
+        )
+        found = []
+        for entry in (entry for group in groups for entry in group):
+            fields = entry.item.fields
+            found.append(
+                (fields["__repeated__"], fields["label"].tolist(), [span.tolist() for span in fields["spans"]])
+            )
+            fields["label"] -= 9
+            fields["spans"][0] -= 9
+        return found
+
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(run, range(2)))
+    assert found[0] == [(repeated, [0], [[0]]) for repeated in (False, True, True, True)]
+    assert found[1] == [(False, [number], [[number]]) for number in range(4)]
 
 
 def test_records_that_no_rank_receives_may_be_broken(caplog: pytest.LogCaptureFixture) -> None:
