@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, counted
-from .access import is_local
+from .access import file_name, is_local
 from .config import StreamConfig
 from .faults import file_version
 from .files import shard_size
@@ -63,7 +62,7 @@ class Layout:
     def digest(self) -> str:
         """The number of shards and a digest of the pieces; the same after the corpus was moved to another folder."""
         pieces = [
-            (re.split(r"[/\\]", piece.path)[-1], piece.start, piece.stop, size)
+            (file_name(piece.path), piece.start, piece.stop, size)
             + ((piece.share, piece.shares) if piece.shares > 1 else ())  # as before there were shares
             + ((piece.source,) if self.sources > 1 else ())
             for piece, size in self.pieces
