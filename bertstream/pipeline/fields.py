@@ -398,7 +398,7 @@ def _checked_texts(texts: Any, where: str) -> list[Any]:
             f"{where} holds tuples: pairs of texts, or lists that torch's default collate transposed; they look alike. "
             "Give the DataLoader collate_fn=bertstream.TokenCollate(encoder, text=...), which takes pairs as tuples "
             "and leaves lists as they are; or, in a collate_fn of your own, put "
-            "bertstream.TokenCollate(encoder)(texts) in the batch, which also serves several texts per record, joined into one list"
+            "bertstream.TokenCollate(encoder)(texts) in the batch; several texts per record are joined into one list"
         )
     return listed
 
