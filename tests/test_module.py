@@ -442,6 +442,36 @@ def test_a_model_that_cannot_be_saved_whole_is_refused_with_the_way_out(minilm_f
     Encoder(make("Albert", vocab_size=30522), AutoTokenizer.from_pretrained(minilm_folder)).save_pretrained(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's compiler looks
+@pytest.mark.parametrize("part", ["whole", "upper half"])
+def test_a_compiled_model_has_the_same_vectors_and_gradients(part: str, minilm_folder: str) -> None:
+    encoder = encoder_of(make("Bert"), minilm_folder)
+    lower, upper = encoder.split(1)
+    whole = BertEmbedding(encoder.unfreeze())
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert, self.head = whole if part == "whole" else upper, nn.Linear(32, 2)
+
+        def forward(self, texts: list[str]) -> Tensor:
+            rows, mask = self.bert(texts if part == "whole" else lower.encode(texts)).padded()
+            found: Tensor = (self.head(rows).tanh() * mask[..., None]).sum(1)
+            return found
+
+    model = Model()
+    compiled = torch.compile(model, backend="eager")
+    for texts in (["a bank", "the river"], ["a", "", "of the bank"]):
+        gradients = []
+        for one in (model, compiled):
+            model.zero_grad()
+            found = one(texts)
+            found.sum().backward()
+            gradients.append([found.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        assert len(gradients[0]) == len(gradients[1]) > 2
+        torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_only_the_adapters_of_peft_are_trained(small_folder: str) -> None:
     from peft import LoraConfig, get_peft_model
 

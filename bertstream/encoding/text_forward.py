@@ -20,6 +20,7 @@ from .output_spec import OutputSpec
 from .row_forward import check_segments
 from .texts import text_list
 from .tokenizer import TextTokenizer
+from .uncompiled import uncompiled
 from .vocabulary import check_batch, num_ids
 
 Self = TypeVar("Self", bound="TextForward")
@@ -74,6 +75,7 @@ class TextForward(CalibratedForward):
         with plain_mode(self.device):
             return self.embed(texts, max_forward_tokens=max_forward_tokens)
 
+    @uncompiled
     def embed(self, texts: Sequence[Text] | TokenBatch, *, max_forward_tokens: int | None = None) -> Embeddings:
         """Like `encode`, but in the caller's modes: with gradients and autocast, and with dropout while it is trained.
 
@@ -136,3 +138,6 @@ class TextForward(CalibratedForward):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_fingerprint": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_check_finite": FiniteCheck()} | state)  # encoders that were pickled before have none

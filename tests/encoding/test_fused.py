@@ -14,7 +14,7 @@ import torch
 from families import PAIRS, WORDS, Tokenizer, make
 from torch import Tensor, nn
 
-from bertstream import Encoder
+from bertstream import Encoder, EncoderError
 from bertstream.encoding import onednn
 from bertstream.tokens import Text
 
@@ -212,6 +212,17 @@ def test_weights_that_another_module_trains_are_never_joined(bert: nn.Module, mi
         parameter.data.mul_(1.1)  # leaves no trace
     after = encoder(TEXTS).values
     assert error(after, alone(model, encoder, TEXTS, 3)) < 1e-5 < error(after, before)
+
+
+def test_an_attention_that_would_mix_packed_texts_is_refused(encoder: Encoder) -> None:
+    right = encoder(TEXTS).values
+    with pytest.raises(EncoderError, match=r"set_attn_implementation\('sdpa'\) on a copy of it"):
+        encoder.model(torch.ones(1, 4, dtype=torch.int64))
+    encoder.model.set_attn_implementation("sdpa")  # type: ignore[operator]
+    with pytest.raises(EncoderError, match="attention is 'sdpa' now, which mixes the texts"):
+        encoder.unfreeze()(TEXTS)
+    encoder.model.set_attn_implementation("bertstream_packed")  # type: ignore[operator]
+    assert error(encoder(TEXTS).values.detach(), right) < 1e-5
 
 
 def test_gradients_are_those_of_the_model(bert: nn.Module, minilm_folder: str) -> None:
