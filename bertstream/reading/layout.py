@@ -311,10 +311,8 @@ def _cut(shards: Sequence[str], rows: Any, reading: StreamConfig, *, shuffle: bo
     pieces: list[tuple[Piece, int]] = []
     if rows is None and len(shards) >= most * open_shards:
         # Enough for each lane. Asking a server for thousands of sizes would take longer than it helps.
-        pieces = [
-            (Piece(path, version=file_version(path)), shard_size(path, reading)) if is_local(path) else (Piece(path), 1)
-            for path in shards
-        ]
+        whole = [Piece(path, version=file_version(path) if is_local(path) else None) for path in shards]
+        pieces = [(piece, 1 if "://" in piece.path else shard_size(piece.path, reading)) for piece in whole]
         return Layout(pieces, most, open_shards, ranks=ranks if reading.lanes is None and most > _MOST_LANES else 1)
     sizes = [] if rows is not None else [shard_size(path, reading) for path in shards]
     if rows is None:

@@ -131,6 +131,14 @@ def test_data_is_shared_out_only_where_a_rank_would_have_none(tmp_path: Path) ->
     assert [(piece.share, piece.shares) for piece, _ in layout(4).pieces] == [(i, 4) for i in range(4)] * 3
 
 
+def test_sizes_are_as_in_states_of_before(tmp_path: Path) -> None:
+    """They are part of the digest in a state: of a file its bytes; of a pipe none; of a URL 1, which asks no server."""
+    path = write(tmp_path / "a.jsonl", json_lines())
+    for shard, size in ((path, os.path.getsize(path)), (f"pipe:cat {path}", 0), ("s3://none/a.jsonl", 1)):
+        layout = lay_out([shard], None, StreamConfig(lanes=1, allow_pipe=True), shuffle=False, ranks=1)
+        assert [size for _, size in layout.pieces] == [size]
+
+
 def test_small_data_that_can_be_cut_has_a_lane_for_each_rank(tmp_path: Path) -> None:
     layout = lay_out([write(tmp_path / "a.jsonl", json_lines())], None, StreamConfig(), shuffle=False, ranks=3)
     assert layout.lanes == 3 and all(layout.deal(None, 0))
