@@ -50,14 +50,14 @@ def hash_weights(model: nn.Module, settings: str, config: Mapping[str, Any]) -> 
     return digest.digest()
 
 
-def note_training(parameters: Iterable[nn.Parameter]) -> None:
-    """Note that these parameters will be trained, or were until now, so they may change without a trace.
+def note_training(tensors: Iterable[Tensor]) -> None:
+    """Note that these parameters or buffers will be trained, or were until now, so they may change without a trace.
 
-    Fused optimizers do not raise a tensor's version. The count is on the parameter itself, because another encoder may
+    Fused optimizers do not raise a tensor's version. The count is on the tensor itself, because another encoder may
     share it.
     """
-    for parameter in parameters:
-        parameter.__dict__[_TIMES_TRAINED] = parameter.__dict__.get(_TIMES_TRAINED, 0) + 1
+    for tensor in tensors:
+        tensor.__dict__[_TIMES_TRAINED] = tensor.__dict__.get(_TIMES_TRAINED, 0) + 1
 
 
 def weights_state(model: nn.Module) -> object | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -55,8 +56,12 @@ class FreezableForward(RowForward):
         return self.train(self._mode)
 
     def freeze(self: Self) -> Self:
-        """Stop training all parameters; from here on vectors may be cached."""
-        note_training(self.parameters())  # also frozen ones, which may have been written through `.data`
+        """Stop training all parameters; from here on vectors may be cached.
+
+        Call it too after writing weights through `.data`, which leaves no trace: fingerprint and joined weights are
+        made again.
+        """
+        note_training(chain(self.parameters(), self.buffers()))  # also what was frozen before
         return self.requires_grad_(False)
 
     def unfreeze(self: Self, layers: int | None = None, *, parameters: Iterable[nn.Parameter] | None = None) -> Self:

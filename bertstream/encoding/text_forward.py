@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -22,8 +22,6 @@ from .texts import text_list
 from .tokenizer import TextTokenizer
 from .uncompiled import uncompiled
 from .vocabulary import check_batch, num_ids
-
-Self = TypeVar("Self", bound="TextForward")
 
 
 class TextForward(CalibratedForward):
@@ -126,15 +124,6 @@ class TextForward(CalibratedForward):
                 known = state, hash_weights(self.model, repr(self.spec.settings), config.to_dict())
             self._fingerprint = known
         return known[1]
-
-    def freeze(self: Self) -> Self:
-        """Stop training all parameters; from here on vectors may be cached.
-
-        Call it too after writing weights through `.data`, which leaves no trace: fingerprint and joined weights are
-        made again.
-        """
-        self._fingerprint = None  # the weights may have changed without a trace
-        return super().freeze()
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_fingerprint": None}

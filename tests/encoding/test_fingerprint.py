@@ -124,6 +124,15 @@ def test_training_without_a_trace_changes_the_fingerprint(tokenizer: Any) -> Non
     assert state is None and encoder.fingerprint() not in (None, first)
 
 
+def test_freeze_has_weights_and_buffers_read_again_that_were_written_through_data(tokenizer: Any) -> None:
+    encoder, known = Encoder(tiny_bert(), tokenizer), set()
+    for tensor in (None, next(encoder.parameters()), next(encoder.buffers())):
+        if tensor is not None:
+            tensor.data.add_(1)
+        known.add(encoder.freeze().fingerprint())
+    assert len(known) == 3 and known == known | {encoder.freeze().fingerprint()}
+
+
 def test_training_changes_the_fingerprint_of_every_encoder_that_shares_the_weights(tokenizer: Any) -> None:
     model = tiny_bert().requires_grad_(False)
     trained, other = Encoder(model, tokenizer), Encoder(model, tokenizer)
