@@ -230,7 +230,7 @@ class TextStream(IterableDataset[TokenBatch]):
         ranks = layout_ranks_of(state)
         layout = self._layout if ranks == self._layout.ranks else self._laid_out_for(ranks)
         settings, state = self._settings.completed(layout, state)
-        load = self.progress.loading(state, settings, layout)
+        load = self.progress.loading(state, settings, None if layout is self._layout else layout)
 
         def load_here() -> None:
             load()

@@ -48,9 +48,7 @@ class LaneReader:
     ) -> None:
         if not (start.next_piece or start.open or start.batch):
             # No place in a whole shard is known yet: it may be another file than in the last epoch.
-            pieces = [
-                piece if piece.start or piece.stop is not None else replace(piece, version=None) for piece in pieces
-            ]
+            pieces = [replace(piece, version=None) if piece.is_whole else piece for piece in pieces]
         self._pieces = pieces
         self._options = options
         self._tolerant = tolerant

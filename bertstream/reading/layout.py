@@ -70,6 +70,14 @@ class Layout:
         digest = hashlib.sha256(repr(pieces).encode()).hexdigest()[:16]
         return f"{len({piece.path for piece, _ in self.pieces})} by the digest {digest}"
 
+    def with_present_files(self) -> Layout:
+        """The same, of the local files that are there now: a shard that is not cut may be another in each epoch."""
+        pieces = [
+            (replace(piece, version=file_version(piece.path)) if piece.version and piece.is_whole else piece, size)
+            for piece, size in self.pieces
+        ]
+        return replace(self, pieces=pieces)
+
     def deal(self, seed: int | None, epoch: int) -> list[list[Piece]]:
         """The pieces by lane, each dealt to the lane with the fewest bytes so far, of its source.
 

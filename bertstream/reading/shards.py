@@ -38,8 +38,8 @@ class Piece:
             the rest `share`.
         source: the number of its source in a mixture.
         lane: the only lane that may read it; None for any, or of a share, for any of its rank.
-        version: of the local file when the data was laid out; reading another one at its places would lose or join
-            records. None takes any.
+        version: of the local file when the data was laid out, or the epoch begun; reading another one at its places
+            would lose or join records. None takes any.
     """
 
     path: str
@@ -51,6 +51,11 @@ class Piece:
     source: int = 0
     lane: int | None = None
     version: Version | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it begins and ends with its shard; it may be a share of its records."""
+        return not self.start and self.stop is None
 
     def own(self, start: int, stop: int) -> range:
         """Those of the shard's records from `start` to `stop` that are the piece's."""

@@ -112,6 +112,8 @@ class StreamProgress:
             self.bad.reset()
         known = {*ranks}
         loaded = self._loaded_here()
+        if loaded is None:
+            self._layout = self._layout.with_present_files()
         self._running_layout, self.from_the_top = self.next_layout, loaded is None
         self._after_a_batch = loaded is not None and _have_moved(loaded[1])
         self._running = [
@@ -224,7 +226,7 @@ class StreamProgress:
         Args:
             state: whatever was loaded.
             settings: of this stream in that layout.
-            layout: the one for as many ranks as `layout_ranks_of` says; None is the stream's own.
+            layout: the one for as many ranks as `layout_ranks_of` says; None is the present one.
         Raises:
             StateError: the state is none, of another version or of a stream with other settings, or it lacks the lanes
                 of other ranks.
