@@ -448,12 +448,12 @@ def test_a_bad_argument_is_refused_with_the_value_seen(auto: Any, options: dict[
 
 
 def test_a_list_of_texts_as_a_text_is_named_once(auto: Any, caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = TextTokenizer(auto, max_length=64)
     of_words: list[list[Text]] = [["the bank", "a b"], [["the", "bank", " ", "\ta\n"]], [("the bank", "a b")]]
     for texts in of_words:
-        tokenizer(texts)
+        TextTokenizer(auto, max_length=64)(texts)
     TextTokenizer(auto, max_length=64, word_splitter=str.split)([["New York", "banks"]])  # word vectors
     assert not caplog.records
+    tokenizer = TextTokenizer(auto, max_length=64)
     for _ in range(2):
         tokenizer(["the", (["bank"], ["The bank raised its rates.", "No."])])
     (message,) = [record.getMessage() for record in caplog.records]
