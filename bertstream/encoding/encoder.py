@@ -158,7 +158,7 @@ class Encoder(TextForward):
             vocab_size=num_ids(config),
         )
         super().__init__(own, spec, batching, num_layers, size, texts)
-        logger.info("%s runs %s: %s", type(model).__name__, self.batching.way, self.batching.reason)
+        logger.info("%s runs %s: %s", type(model).__name__, batching.way, batching.reason)
         self._pretrained_tokenizer = tokenizer
 
     @classmethod

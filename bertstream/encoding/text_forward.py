@@ -138,3 +138,6 @@ class TextForward(CalibratedForward):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_fingerprint": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_check_finite": FiniteCheck()} | state)  # encoders that were pickled before have none

@@ -90,7 +90,7 @@ class UpperEncoder(RowForward):
 
 
 def cannot_split(model: nn.Module, at: int) -> ConfigError:
-    """The error to raise from what went wrong, which speaks of other arguments than `at`."""
+    """The error for a model that cannot be split; its cause names other arguments than `at`."""
     return ConfigError(
         f"split(at={at}): {type(model).__name__} cannot be split, because its layers do not run one by one from "
         f"layer {at} on; train it whole, with unfreeze()"
@@ -130,7 +130,7 @@ def upper_half(at: int, whole: BatchedForward, lower: BatchedForward) -> UpperEn
 
 
 def _keep_apart(lower: BatchedForward, upper: BatchedForward) -> None:
-    """Give the lower half a copy of the parameters that both halves use, for training changes the upper half's."""
+    """Give the lower half a copy of the parameters that both halves use, because training changes the upper half's."""
     uppers = {id(parameter) for parameter in upper.parameters()}
     lowers = {id(parameter): parameter for parameter in lower.parameters()}
     if uppers.isdisjoint(lowers):

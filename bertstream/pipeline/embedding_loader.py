@@ -127,7 +127,7 @@ class EmbeddingLoader(OwnLoader):
         return self._not_empty(self._epochs.begin()) if self._trainer.has_resumed else self._epochs.begin()
 
     def _say_what_has_no_effect(self) -> None:
-        """Log once what the user asked for and does not get: by then an error would end a run for it."""
+        """Warn once about options that have no effect: an error at this point would end a run."""
         found = []
         if self._cache is not None and self._cache.is_closed:
             found.append("the cache was closed, so every text is encoded again: close it after the last epoch")
@@ -267,9 +267,8 @@ class EmbeddingLoader(OwnLoader):
 
         Args:
             state: of `state_dict`.
-            trainer_epoch: by which number a trainer that counts epochs itself calls the state's epoch. `set_epoch` then
-                takes the trainer's numbers, and if the state's epoch has no batch left, the next iteration is that of
-                the epoch after it.
+            trainer_epoch: the state's epoch as a trainer counts it. `set_epoch` then takes the trainer's numbers, and
+                if the state's epoch has no batch left, the next iteration is the epoch after it.
         Raises:
             StateError: the state does not fit this loader; `.key` names the difference, and nothing changes.
         """
@@ -287,16 +286,17 @@ class EmbeddingLoader(OwnLoader):
     def stats(self) -> Stats:
         """Counts and seconds since the loader was made: a dict of numbers, which `print` shows as a table.
 
-        The loop received `epochs`, `batches`, `texts` and `tokens`, with `steps_per_epoch` in so many `passes`. Of the
-        texts, `cut_texts` were truncated, by `cut_words` (known where texts are lists of words) and `cut_tokens` in
-        all. `bad_records` and `bad_shards` were skipped, as `max_bad_records` allows; the log names them.
-        `dropped_records` were dropped by `keep=`, `map=` or `drop_last`. `left_texts` reached no loop, because another
-        rank had finished and `uneven="stop"`; they are counted for two seconds, so there may be more. `encoded_tokens`
-        went to the encoder in `encode_calls`. Not in them are texts found in a cache, and `repeated_texts`, which were
-        in the same call already (a cache counts its own). `padding_share` is the share of padding if each batch were
-        padded to its longest text. `known_words_share` of the words came from the word cache (those of `TokenCollate`
-        are not counted). A stream has `workers`, and `lanes` of this rank: no more workers than lanes have work. Of a
-        `Mixture`, `source_0_texts` is how many of the texts are of the first source, and so on.
+        The loop received `epochs`, `batches`, `texts` and `tokens`; with `steps_per_epoch`, `passes` counts those over
+        the data. Of the texts, `cut_texts` were truncated, by `cut_words` (known where texts are lists of words) and
+        `cut_tokens` in all. `bad_records` and `bad_shards` were skipped, as `max_bad_records` allows; the log names
+        them. `dropped_records` were dropped by `keep=`, `map=` or `drop_last`. `left_texts` reached no loop, because
+        another rank had finished and `uneven="stop"`; they are counted for two seconds, so there may be more.
+        `encoded_tokens` went to the encoder in `encode_calls`. Not in them are texts found in a cache, and
+        `repeated_texts`, which were in the same call already (a cache counts its own). `padding_share` is the share of
+        padding if each batch were padded to its longest text. `known_words_share` of the words came from the word cache
+        (those of `TokenCollate` are not counted). A stream has `workers`, and `lanes` of this rank: no more workers
+        than lanes have work. Of a `Mixture`, `source_0_texts` is how many of the texts are of the first source, and so
+        on.
 
         Seconds: `read_s` waiting for the wrapped loader, or for the shards, which are tokenized as they are read;
         `tokenize_s` tokenizing a wrapped loader's texts; `lookup_s` in the cache; `encode_s` encoding (on CUDA:

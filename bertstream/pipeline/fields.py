@@ -391,9 +391,10 @@ def _checked_texts(texts: Any, where: str) -> list[Any]:
         )
     if any(isinstance(entry, tuple) for entry in listed):
         raise ConfigError(
-            f"{where} holds tuples: torch's default collate transposes lists, which puts the first words of all texts "
-            "together. Give the DataLoader collate_fn=bertstream.TokenCollate(encoder, text=...), which also takes "
-            "pairs of texts as tuples; for several texts per record, write a collate_fn that joins them into one list"
+            f"{where} holds tuples: pairs of texts, or lists that torch's default collate transposed; they look alike. "
+            "Give the DataLoader collate_fn=bertstream.TokenCollate(encoder, text=...), which takes pairs as tuples "
+            "and leaves lists as they are; or, in a collate_fn of your own, put "
+            "bertstream.TokenCollate(encoder)(texts) in the batch; several texts per record are joined into one list"
         )
     return listed
 

@@ -101,7 +101,7 @@ def name_of_rows(rows: Any) -> str:
 
 
 def digest_of_rows(sources: Sequence[Any], texts: Sequence[str]) -> dict[str, str]:
-    """What a state holds of rows, to know others, or another order of the same: a digest of the texts of some.
+    """A digest of the texts of some rows, which a state holds to notice other rows or another order.
 
     Args:
         sources: the dataset of rows of each source, or None for shards.

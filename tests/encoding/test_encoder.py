@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -75,6 +76,12 @@ def test_a_text_without_any_token_is_a_row_of_zeros_however_it_is_pooled(tokeniz
     for pooling in ("mean", "cls", "max", "pooler", ("pooler", "mean")):
         vectors = Encoder(model, tokenizer, output="sentence", pooling=pooling)(no_token).vectors
         assert vectors[0].any() and not vectors[1].any()
+
+
+def test_the_log_says_at_load_how_an_encoder_runs(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "bertstream"):
+        encoder = Encoder(tiny_bert(), tokenizer)
+    assert f"BertModel runs fused: {encoder.batching.reason}" in [record.getMessage() for record in caplog.records]
 
 
 def test_a_users_own_model_is_shared_and_stays_as_it_was(tokenizer: Any) -> None:

@@ -145,3 +145,12 @@ def test_token_ids_of_another_vocabulary_are_refused_and_the_text_named(minilm: 
     with pytest.raises(EncoderError, match="text 1 has the token id 99999, the model knows 0 to 30521") as caught:
         minilm(TokenBatch.from_padded(ids, torch.ones_like(ids)))
     assert caught.value.records == (1,)
+
+
+def test_an_encoder_that_was_pickled_by_an_earlier_version_still_encodes(tokenizer: Any) -> None:
+    encoder = Encoder(tiny_bert(), tokenizer)
+    state = encoder.__getstate__()
+    del state["_check_finite"]
+    earlier = Encoder.__new__(Encoder)
+    earlier.__setstate__(state)
+    assert torch.equal(earlier(["a text"]).values, encoder(["a text"]).values)
