@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import PackedSequence
 from .columns import axis, concatenated, picked
 from .errors import ConfigError, check_at_least, check_choice, shortened
 from .system.cuda import to_device
-from .tokens import Indices, Int32Array, SupportsTokenize, TokenBatch, cumulate, rows_of
-from .word_tags import lay_out
+from .tokens import Indices, Int32Array, SupportsTokenize, TokenBatch, cumulate, rows_of, steps
+from .word_tags import align_tags
 
 Output: TypeAlias = Literal["tokens", "words", "sentence"]
 Layout: TypeAlias = Literal["padded", "nested", "packed_sequence", "flat"]
@@ -193,13 +193,13 @@ class Embeddings:
         lengths = self.lengths.numpy()
         order = np.argsort(-lengths, kind="stable")
         ranks = np.argsort(order)
-        steps = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        turns = steps(lengths)
         # Step by step, longest text first within a step.
-        gather = np.lexsort((np.repeat(ranks, lengths), steps))
+        gather = np.lexsort((np.repeat(ranks, lengths), turns))
         device = self.values.device
         return PackedSequence(
             self.values.index_select(0, to_device(gather, device)),
-            torch.from_numpy(np.bincount(steps)),
+            torch.from_numpy(np.bincount(turns)),
             to_device(order, device),
             to_device(ranks, device),
         )
@@ -238,7 +238,7 @@ class Embeddings:
         """
         self._refuse_sentence("align")
         return to_device(
-            lay_out(tags, pad, self.lengths.numpy(), self.word_ids, self.tokens, names), self.values.device
+            align_tags(tags, pad, self.lengths.numpy(), self.word_ids, self.tokens, names), self.values.device
         )
 
     def spans(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .embeddings import Embeddings, Layout
 from .encoding.encoder import Encoder
-from .errors import ConfigError, EncoderError, check_at_least, check_choice
+from .errors import ConfigError, EncoderError, check_at_least, check_choice, kind_of
 from .system.distributed import can_talk
 from .tokens import Text, TokenBatch
 
@@ -38,7 +38,7 @@ class BertEmbedding(nn.Module):
     def __init__(self, encoder: Encoder, layout: Layout | None = None) -> None:
         super().__init__()
         if not isinstance(encoder, Encoder):
-            raise ConfigError(f"encoder is a {type(encoder).__name__}: pass a bertstream.Encoder")
+            raise ConfigError(f"encoder is {kind_of(encoder)}: pass a bertstream.Encoder")
         if layout is not None:
             check_choice("layout", layout, Layout)
         self.encoder = encoder
@@ -110,7 +110,7 @@ class UnfreezeSchedule:
 
     def __init__(self, encoder: Encoder, start: int = 1, every: int | None = None) -> None:
         if not isinstance(encoder, Encoder):
-            raise ConfigError(f"encoder is a {type(encoder).__name__}: pass a bertstream.Encoder")
+            raise ConfigError(f"encoder is {kind_of(encoder)}: pass a bertstream.Encoder")
         check_at_least("start", start, 0)
         if every is not None:
             check_at_least("every", every, 1)

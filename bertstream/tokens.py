@@ -283,15 +283,10 @@ class TokenBatch:
         shapes = [list(part.shape) for part in (input_ids, attention_mask, token_type_ids) if part is not None]
         if input_ids.dim() != 2 or any(shape != shapes[0] for shape in shapes):
             raise ConfigError(f"padded ids, their mask and their segment ids are one [B, T]; these are {shapes}")
-        nothing = np.zeros(len(input_ids), np.int32)
-        return cls(
-            input_ids=input_ids[real].cpu().numpy().astype(np.int32),
-            cu_seqlens=cumulate(real.sum(1).cpu().numpy()),
-            special=None,
+        return batch_of_ids(
+            input_ids[real].cpu().numpy().astype(np.int32),
+            real.sum(1).cpu().numpy(),
             token_type_ids=None if token_type_ids is None else token_type_ids[real].cpu().numpy().astype(np.int32),
-            word_ids=None,
-            num_words=nothing,
-            cut_tokens=nothing,
         )
 
     def _window_texts(self) -> npt.NDArray[Any]:
@@ -318,6 +313,20 @@ class TokenBatch:
     def lengths(self) -> Int32Array:
         """[B] int32, tokens of each text."""
         return self.cu_seqlens[1:] - self.cu_seqlens[:-1]  # a tenth of `np.diff`'s time for a batch
+
+
+def batch_of_ids(
+    input_ids: Int32Array,
+    lengths: npt.NDArray[Any],
+    *,
+    special: BoolArray | None = None,
+    token_type_ids: Int32Array | None = None,
+) -> TokenBatch:
+    """Whole texts, of whose words nothing is known; arguments as the attributes of `TokenBatch`."""
+    nothing = np.zeros(len(lengths), np.int32)
+    return TokenBatch(
+        input_ids, cumulate(lengths), special, token_type_ids, None, num_words=nothing, cut_tokens=nothing
+    )
 
 
 def cumulate(lengths: npt.NDArray[Any]) -> Int32Array:

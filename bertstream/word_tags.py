@@ -15,7 +15,7 @@ from .labels import NumberOf, UnknownLabelError
 from .tokens import Int32Array, TokenBatch
 
 
-def lay_out(
+def align_tags(
     tags: Sequence[Sequence[float | str] | Tensor],
     pad: float,
     lengths: npt.NDArray[np.int64],

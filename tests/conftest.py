@@ -26,6 +26,7 @@ from contextlib import contextmanager, nullcontext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 import torch
@@ -209,6 +210,12 @@ def _nothing_by_the_clock() -> Iterator[None]:
         patch.setattr("bertstream.encoding.calibrating.is_faster", lambda run, than: False)
         patch.setattr("bertstream.encoding.calibrating.fastest_forward_tokens", unmeasured_forward_tokens)
         yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer(minilm_folder: str) -> Any:
+    """all-MiniLM-L6-v2's, as transformers gives it."""
+    return AutoTokenizer.from_pretrained(minilm_folder)
 
 
 @pytest.fixture(scope="session")

@@ -8,17 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 import torch
 import transformers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
-from bertstream.tokens import Text
+from bertstream.encoding.attention import BatchingSupport
+from bertstream.encoding.self_test import probe_batching
+from bertstream.tokens import Int32Array, Text
 
 VOCABULARY = 8000
 """The first ids of MiniLM's: they spell every word, and an encoder copies its tokenizer and weights in a quarter of the
 time."""
+MASK = 103
+"""The id of the mask."""
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -37,7 +43,7 @@ TINY = {
     "max_position_embeddings": 300,
 }
 """Sizes for a test that makes its own vocabulary of ids."""
-OWN = {
+OWN: dict[str, dict[str, Any]] = {
     "DistilBert": {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64},
     "Electra": {"embedding_size": 16},
     "Albert": {"embedding_size": 16},
@@ -52,6 +58,15 @@ OWN = {
     "Roberta": {"pad_token_id": 1, "type_vocab_size": 1},
     "XLMRoberta": {"pad_token_id": 1, "type_vocab_size": 1},
     "Camembert": {"pad_token_id": 1, "type_vocab_size": 1},
+    "BigBird": {"block_size": 4, "num_random_blocks": 1},
+    "Data2VecText": {"pad_token_id": 1},
+    "Esm": {"mask_token_id": MASK, "token_dropout": False},
+    "EsmWithMaskRatio": {"mask_token_id": MASK, "token_dropout": True, "position_embedding_type": "rotary"},
+    "IBert": {"pad_token_id": 1},
+    "Longformer": {"attention_window": [16] * 3},
+    "Nystromformer": {"num_landmarks": 8, "segment_means_seq_len": 8},
+    "SqueezeBert": {"embedding_size": 32},
+    "XLM": {"emb_dim": 32, "n_layers": 3, "n_heads": 4, "pad_index": 0},
 }
 WORDS = ["The", "unbelievable", "banks", "of", "the", "river", "sprang", "electroencephalography"]
 PAIRS: list[Text] = [("a question", "its answer, which is longer"), ("", "b"), ("the bank of the river", "no")]
@@ -59,7 +74,8 @@ PAIRS: list[Text] = [("a question", "its answer, which is longer"), ("", "b"), (
 
 def make(name: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    kind = name.removeprefix("Grouped")  # heads that share keys and values
+    # Heads that share keys and values; a share of masks that the model was trained with.
+    kind = name.removeprefix("Grouped").removesuffix("WithMaskRatio")
     config = getattr(transformers, f"{kind}Config")(**SIZES | OWN.get(name, {}) | options)
     model = getattr(transformers, f"{kind}Model")(config).eval()
     with torch.no_grad():  # spread like trained weights: with the initial ones attention is nearly uniform
@@ -67,6 +83,22 @@ def make(name: str, **options: Any) -> nn.Module:
             if parameter.dim() > 1:
                 parameter.mul_(4)
     return model
+
+
+def tiny(model: type[nn.Module], config: type[Any], **options: Any) -> nn.Module:
+    """A model of `TINY` sizes."""
+    torch.manual_seed(0)
+    return model(config(**TINY | options)).eval()
+
+
+def tiny_bert(**options: Any) -> nn.Module:
+    """One for all ids of MiniLM's tokenizer, with BERT's own number of positions."""
+    return tiny(BertModel, BertConfig, **{"vocab_size": 30522, "max_position_embeddings": 512} | options)
+
+
+def probed(model: nn.Module) -> BatchingSupport:
+    """How the last layer of a tiny model runs."""
+    return probe_batching(model, (3,), 3)[1]
 
 
 class Tokenizer:
@@ -90,6 +122,16 @@ def first_pieces(folder: str) -> str:
     parts = json.loads(Path(folder, "tokenizer.json").read_text("utf-8"))
     parts["model"]["vocab"] = {piece: i for piece, i in parts["model"]["vocab"].items() if i < VOCABULARY}
     return json.dumps(parts)
+
+
+def random_texts(lengths: Sequence[int], special: Sequence[int] = (), seed: int = 0) -> list[Int32Array]:
+    """Texts with these ids inside, each at another place, and not in every text."""
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(1000, VOCABULARY, length, np.int32) for length in lengths]
+    for number, text in enumerate(texts):
+        for i in special[number % (len(special) + 1) :]:
+            text[rng.integers(1, max(2, len(text) - 1))] = i
+    return texts
 
 
 def loss_of(rows: list[Tensor]) -> Tensor:

@@ -723,31 +723,6 @@ def test_a_closed_loader_refuses_iteration() -> None:
     loader.close()
 
 
-def test_stats_count_what_the_loop_received(minilm_folder: str) -> None:
-    encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", overflow="truncate", max_length=8)
-    loader = bertstream.wrap([["short", "many " * 20], ["three short words"]], encoder)
-    list(loader)
-    stats = loader.stats()
-    assert (stats["epochs"], stats["batches"], stats["texts"], stats["tokens"]) == (1, 2, 3, 3 + 8 + 5)
-    assert (stats["cut_texts"], stats["cut_tokens"]) == (1, 14)
-    assert stats["encode_s"] > 0 and stats["wait_s"] > 0
-
-
-def test_the_plot_of_a_step_shows_milliseconds_per_batch(tmp_path: Path) -> None:
-    loader = bertstream.wrap(batches(20), FakeEncoder(), text="text")
-    loader.save_plot(tmp_path / "nothing.svg")
-    for _ in loader:
-        pass
-    loader.save_plot(tmp_path / "step.svg")
-    stats = loader.stats()
-    shown = (tmp_path / "step.svg").read_text("utf-8")
-    for stage in ("step", "wait", "read", "tokenize", "lookup", "encode", "hand_over"):
-        assert f"<!-- {stage.replace('_', ' ')} -->" in shown
-        assert f"<!-- {1e3 * stats[f'{stage}_s'] / 20:,.2f} ms, " in shown
-    with pytest.raises(ConfigError, match=r"ends in \.png"):
-        loader.save_plot(tmp_path / "step.foo")
-
-
 def test_truncation_is_reported_once_an_epoch(minilm_folder: str, caplog: pytest.LogCaptureFixture) -> None:
     encoder = Encoder.from_pretrained(minilm_folder, dtype="float32", overflow="truncate", max_length=8)
     loader = bertstream.wrap([["many " * 20], ["more " * 30]], encoder)
@@ -1010,7 +985,7 @@ def test_bertstream_errors_from_worker_processes_keep_their_fields(
 
 def test_word_lists_that_default_collate_transposed_are_refused_with_the_way_out() -> None:
     data = Records(4, lambda i: {"words": ["a", "b", "c"]})
-    with pytest.raises(ConfigError, match=r"TokenCollate\(encoder, text=\.\.\.\)"):
+    with pytest.raises(ConfigError, match=r"TokenCollate\(encoder, text=\.\.\.\).*TokenCollate\(encoder\)\(texts\)"):
         list(bertstream.wrap(DataLoader(data, 2), FakeEncoder(), text="words"))
 
 
@@ -1038,13 +1013,13 @@ def test_a_batch_without_the_text_is_refused_with_the_fields_it_has(batch: Any, 
         ({"prefetch": -1}, "prefetch=-1"),
         ({"text": ()}, r"text=\(\)"),
         ({"text": ("a", "b"), "into": "c"}, "into='c'"),
-        ({"loader": 5}, "loader is a int"),
+        ({"loader": 5}, "loader is an int"),
         ({"pair": "text"}, "pair='text' is also the field of the first text"),
         ({"text": ("a", "b"), "pair": "c"}, r"pair='c' for text=\('a', 'b'\): name the one field"),
         ({"text": None, "pair": "b"}, "pair='b' for text=None: name the one field"),
         ({"loader": FakeEncoder(), "encoder": batches(1)}, r"write wrap\(loader, encoder\)"),
         ({"cache": "1GiB"}, "cache='1GiB' is a str: pass a bertstream.EmbeddingCache"),
-        ({"encoder": object()}, "encoder is a object without encode"),
+        ({"encoder": object()}, "encoder is an object without encode"),
         ({"deterministic": "no"}, "deterministic='no': write True or False"),
         ({"allow_replicated": "no"}, "allow_replicated='no': write True or False"),
     ],

@@ -264,7 +264,7 @@ def test_after_unfreezing_inside_an_epoch_no_older_vector_is_yielded(small_folde
         optimizer = torch.optim.AdamW(encoder.parameter_groups(1e-2), fused=True)
         for number, batch in enumerate(loader):
             if number == 0:
-                while threading.active_count() > 1 and loader._stages.items["encode"] < 24:
+                while threading.active_count() > 1 and loader._parts.clocks.items["encode"] < 24:
                     threading.Event().wait(0.01)  # the queue is full of vectors
                 assert not isinstance(batch["text"], TokenBatch)
                 encoder.unfreeze()
@@ -442,6 +442,36 @@ def test_a_model_that_cannot_be_saved_whole_is_refused_with_the_way_out(minilm_f
     Encoder(make("Albert", vocab_size=30522), AutoTokenizer.from_pretrained(minilm_folder)).save_pretrained(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's compiler looks
+@pytest.mark.parametrize("part", ["whole", "upper half"])
+def test_a_compiled_model_has_the_same_vectors_and_gradients(part: str, minilm_folder: str) -> None:
+    encoder = encoder_of(make("Bert"), minilm_folder)
+    lower, upper = encoder.split(1)
+    whole = BertEmbedding(encoder.unfreeze())
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert, self.head = whole if part == "whole" else upper, nn.Linear(32, 2)
+
+        def forward(self, texts: list[str]) -> Tensor:
+            rows, mask = self.bert(texts if part == "whole" else lower.encode(texts)).padded()
+            found: Tensor = (self.head(rows).tanh() * mask[..., None]).sum(1)
+            return found
+
+    model = Model()
+    compiled = torch.compile(model, backend="eager")
+    for texts in (["a bank", "the river"], ["a", "", "of the bank"]):
+        gradients = []
+        for one in (model, compiled):
+            model.zero_grad()
+            found = one(texts)
+            found.sum().backward()
+            gradients.append([found.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        assert len(gradients[0]) == len(gradients[1]) > 2
+        torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_only_the_adapters_of_peft_are_trained(small_folder: str) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -459,6 +489,20 @@ def test_only_the_adapters_of_peft_are_trained(small_folder: str) -> None:
     assert encoder.batching.way == "packed" and not torch.allclose(after, before)
     ids = torch.from_numpy(encoder.tokenizer.batch(["a bank"]).input_ids.astype(np.int64))[None]
     assert torch.allclose(adapted.eval()(input_ids=ids).last_hidden_state[0], after, atol=1e-5), "the user's own too"
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_adapters_that_the_user_merges_count_once(small_folder: str, merge: str) -> None:
+    """The weights that they are merged into are the encoder's too."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["query", "value"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModel.from_pretrained(small_folder), config)
+    encoder = Encoder(adapted, AutoTokenizer.from_pretrained(small_folder)).freeze()
+    before, named = encoder(["a bank"]).values, encoder.fingerprint()
+    getattr(adapted, merge)()
+    torch.testing.assert_close(encoder(["a bank"]).values, before, rtol=0, atol=1e-5)
+    assert encoder.fingerprint() not in (None, named)
 
 
 def test_adapters_that_are_not_in_the_model_are_refused(minilm_folder: str) -> None:

@@ -361,8 +361,17 @@ def test_a_training_that_is_killed_goes_on_where_its_checkpoint_was(
         return RANKS.start(f"import os; os.setsid()\n{program}", *arguments)
 
     found = train_and_kill(tmp_path, shards, kills=kills, workers=workers, start=start)
-    assert found["exact"] and len(found["resumed_from"]) == kills
+    assert found["exact"] and found["status"] == 0 and len(found["resumed_from"]) == kills
     assert not found["processes_left"] and not found["shared_memory_left"]
+
+
+def test_a_training_that_never_ends_is_ended_and_told(shards: list[str], tmp_path: Path) -> None:
+    def start(program: str, *arguments: str) -> Program:
+        return RANKS.start("import os, time; os.setsid(); time.sleep(600)")
+
+    (tmp_path / "log").touch()
+    found = train_and_kill(tmp_path, shards, kills=0, workers=0, start=start, limit_s=0.5)
+    assert found["status"] == -9 and not found["exact"] and not found["processes_left"]
 
 
 # --- broken data ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -73,6 +74,7 @@ def train_and_kill(
     workers: int,
     seed: int = 0,
     start: Callable[..., Any] = new_python,
+    limit_s: float = 300,
 ) -> dict[str, Any]:
     """Kill the training program at random moments, let it finish, and compare its batches with an undisturbed epoch.
 
@@ -83,11 +85,12 @@ def train_and_kill(
         workers: of the training program's loader.
         seed: of the moments.
         start: starts a program as the first process of its session, and returns an object with `pid` and `wait()`.
+        limit_s: seconds for a run's first batch, and for the whole of the last run; what takes longer is killed.
 
     Returns:
         The number of batches of an epoch; the checkpoints that runs resumed from; whether the batches that counted (up
-        to each checkpoint used, then those after the last start) are the undisturbed epoch in order; and the processes
-        and shared memory files that remain after 15 seconds.
+        to each checkpoint used, then those after the last start) are the undisturbed epoch in order; the exit status of
+        the last run; and the processes and shared memory files that remain after 15 seconds.
     """
     reading = bertstream.StreamConfig(lanes=5, bucket_size=30)
     with closing(bertstream.stream(shards, FakeEncoder(), batch_size=4, shuffle=True, reading=reading)) as loader:
@@ -101,12 +104,15 @@ def train_and_kill(
         process = start(TRAINING, str(folder), str(workers), *shards)
         sessions.add(process.pid)
         if number < kills:
-            deadline = time.monotonic() + 100
+            deadline = time.monotonic() + limit_s
             while log_lines(log, "ids") == trained and time.monotonic() < deadline:
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.08))
             os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        alarm = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))
+        alarm.start()
+        status = process.wait()
+        alarm.cancel()
     trained: list[Any] = []
     starts: list[int] = []
     for line in map(json.loads, log.read_text().splitlines()):
@@ -124,6 +130,7 @@ def train_and_kill(
         "batches": len(undisturbed),
         "resumed_from": starts[1:],
         "exact": trained == undisturbed and len(starts) == kills + 1,
+        "status": status,
         "processes_left": len(left),
         "shared_memory_left": len({name for name in shared_memory() - shared if "torch" in name}),
     }
@@ -161,7 +168,8 @@ def kill(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], b
         place = folder / str(workers)
         shards = write_shards(place / "shards", texts, shards=7)
         found.append(train_and_kill(place, shards, kills=arguments.kills, workers=workers, seed=workers))
-    clean = all(run["exact"] and not run["processes_left"] + run["shared_memory_left"] for run in found)
+    left = ("status", "processes_left", "shared_memory_left")
+    clean = all(run["exact"] and not any(run[name] for name in left) for run in found)
     return {"runs": found}, clean
 
 

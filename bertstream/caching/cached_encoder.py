@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ..embeddings import Embeddings, SupportsCache
 from ..encoding.attention import plain_mode
+from ..encoding.finite import named, texts_not_finite
 from ..errors import ConfigError, EncoderError
 from ..repeats import distinct, text_bytes
 from ..system.cuda import to_device
-from ..tokens import SupportsTokenize, TokenBatch, cumulate, rows_of
+from ..tokens import TokenBatch, cumulate, rows_of
 from .codec import Codec, Storage
 from .store import RowStore
 
@@ -39,7 +40,7 @@ class _Identity(NamedTuple):
 
 
 class CachedEncoder:
-    """An encoder with a cache, which a loader uses in the encoder's place; `EmbeddingCache.of` makes it.
+    """Encodes batches with a cache; `EmbeddingCache.of` makes it.
 
     Args:
         encoder: computes the rows that are missing.
@@ -58,24 +59,10 @@ class CachedEncoder:
         self._store = store
         self._codec = Codec(storage, encoder.row_shape, encoder.output_dtype)
         self._known: _Identity | None = None
+        self._warned_of_not_finite = False
         self.compute_s = 0.0
         self.encode_calls = self.encoded_tokens = 0
         store.reserve(self._codec.row_bytes)
-
-    @property
-    def tokenizer(self) -> SupportsTokenize:
-        """The encoder's."""
-        return self._encoder.tokenizer
-
-    @property
-    def device(self) -> torch.device:
-        """The encoder's."""
-        return self._encoder.device
-
-    @property
-    def max_forward_tokens(self) -> int:
-        """The encoder's."""
-        return self._encoder.max_forward_tokens
 
     def prefix(self) -> bytes | None:
         """What this encoder's keys begin with; None while one of its parameters requires gradients."""
@@ -97,12 +84,13 @@ class CachedEncoder:
         if identity is None:
             if self._store.count_off(len(batch)):
                 logger.warning(
-                    "the cache is off while parameters of the encoder require gradients, or a hook or patched forward "
-                    "is in its model; encoder.freeze(), or removing the hook, turns it on again"
+                    "the cache is off while parameters of the encoder require gradients, or its model has a hook, a "
+                    "patched forward or a module in train mode; encoder.freeze(), or removing the hook, turns it on "
+                    "again"
                 )
             return self._encode(batch, max_forward_tokens)
         keys = text_keys(batch, identity.prefix, identity.fingerprint)
-        with plain_mode(self.device):
+        with plain_mode(self._encoder.device):
             rows = self._store.gather(keys, self._codec.row_bytes)
             if rows is None:
                 try:
@@ -110,7 +98,7 @@ class CachedEncoder:
                 except EncoderError:
                     # It names indices among the missing texts; encoding the whole batch raises it with the batch's.
                     return self._encode(batch, max_forward_tokens)
-            values = self._codec.unpack(to_device(rows, self.device))  # moved as stored: fewer bytes
+            values = self._codec.unpack(to_device(rows, self._encoder.device))  # moved as stored: fewer bytes
             return self._encoder.assemble(values, batch)
 
     def fill(self, batch: TokenBatch) -> int:
@@ -125,8 +113,8 @@ class CachedEncoder:
         identity = self._identity()
         if identity is None:
             raise ConfigError(
-                "the cache is off while parameters of the encoder require gradients, or a hook or patched forward is "
-                "in its model: call encoder.freeze(), or remove the hook, first"
+                "the cache is off while parameters of the encoder require gradients, or its model has a hook, a "
+                "patched forward or a module in train mode: call encoder.freeze(), or remove the hook, first"
             )
         keys = text_keys(batch, identity.prefix, identity.fingerprint)
         first, _ = distinct(keys)
@@ -185,15 +173,33 @@ class CachedEncoder:
         wait: bool = False,
     ) -> Tensor:
         """Encode these texts and add their rows to the store."""
-        computed = self._store.compute(
-            lambda: self._codec.pack(self._encode(batch.pick(texts), max_forward_tokens).values),
-            hold_writes=self.device.type == "cpu",
-        )
+        made: list[Embeddings] = []
+
+        def make_rows() -> Tensor:
+            made.append(self._encode(batch.pick(texts), max_forward_tokens))
+            return self._codec.pack(made[0].values)
+
+        computed = self._store.compute(make_rows, hold_writes=self._encoder.device.type == "cpu")
         self.compute_s += computed.seconds
         # If training started meanwhile, the rows may mix old and new weights: return them and keep none.
         if self._identity() == identity:
-            self._store.add(keys, row_counts, computed, wait=wait)
+            kept = computed
+            # Elsewhere the host would wait for the vectors.
+            if self._store.rows_on_host and (wrong := texts_not_finite(made[0].values, row_counts)):
+                self._warn_of_not_finite(wrong, made[0].tokens)
+                right = np.delete(np.arange(len(keys)), wrong)
+                kept = computed.pick(rows_of(right, cumulate(row_counts)))
+                keys, row_counts = [keys[i] for i in right], row_counts[right]
+            self._store.add(keys, row_counts, kept, wait=wait)
         return computed.rows
+
+    def _warn_of_not_finite(self, texts: list[int], batch: TokenBatch) -> None:
+        if not self._warned_of_not_finite:
+            self._warned_of_not_finite = True
+            logger.warning(
+                "the cache keeps no vectors that are not finite, and computes them again each time (said once): %s",
+                named(texts, batch),
+            )
 
 
 def text_keys(batch: TokenBatch, prefix: bytes, fingerprint: bytes) -> list[bytes]:

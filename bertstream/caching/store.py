@@ -67,6 +67,11 @@ class ComputedRows(NamedTuple):
     on_host: Bytes | None
     seconds: float
 
+    def pick(self, rows: npt.NDArray[np.integer[Any]]) -> ComputedRows:
+        """Some of the rows."""
+        on_host = None if self.on_host is None else self.on_host[rows]
+        return ComputedRows(self.rows[to_device(rows, self.rows.device)], on_host, self.seconds)
+
 
 class RowStore:
     """Rows of texts by key, looked up in memory first, then on disk.
@@ -112,6 +117,11 @@ class RowStore:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
+
+    @property
+    def rows_on_host(self) -> bool:
+        """Whether computed rows come to the host, which then waits for them."""
+        return self.device.type == "cpu" or self._disk is not None
 
     @property
     def has_disk(self) -> bool:

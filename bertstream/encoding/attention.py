@@ -118,7 +118,7 @@ def packed_attention(
     if packing is None or attention_mask is not None:
         raise EncoderError(
             f"{PACKED} attention runs only on a packed row (packing= given and no attention_mask); to run this model "
-            "on padded input, call set_attn_implementation('sdpa') on it first"
+            "on padded input, call set_attn_implementation('sdpa') on a copy of it first"
         )
     if key.shape[1] != query.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..tokens import TokenBatch, cumulate
+from ..tokens import batch_of_ids
 from . import onednn
 from .attention import plain_mode
 from .autotune import TRIED_TOKENS, fastest_forward_tokens, is_faster
@@ -67,8 +67,7 @@ class CalibratedForward(FreezableForward):
 
     def _dummy_forward(self, tokens: int) -> object:
         lengths = np.full(tokens // 32, 32, np.int32)
-        nothing = np.zeros(len(lengths), np.int32)
         ids = np.zeros(32 * len(lengths), np.int32)
-        batch = TokenBatch(ids, cumulate(lengths), None, None, None, nothing, nothing)
+        batch = batch_of_ids(ids, lengths)
         with plain_mode(self.device):
             return self._chosen_forward()(batch, np.arange(len(ids)), lengths, None)

@@ -1,4 +1,4 @@
-"""A pretrained BERT that turns token batches into embeddings, several texts packed into one row."""
+"""A pretrained BERT that turns texts into embeddings: made from a model or by name, split in two, saved."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..embeddings import Embeddings, Output
+from ..embeddings import Output
 from ..errors import ConfigError, EncoderError
 from ..system.cuda import resolve_device
-from ..tokens import Text, TokenBatch
-from .attention import plain_mode
 from .autotune import fastest_dtype
-from .calibrating import CalibratedForward
-from .cutting import warn_of_cut
-from .fingerprint import hash_weights, weights_state
 from .forward_size import ForwardSize
-from .freezing import warn_of_half
-from .model_guard import alteration
 from .output_spec import OutputSpec
 from .own_model import own_copy, without_peft
 from .pooling import Combine, SentencePooling, WordPooling
@@ -36,20 +29,19 @@ from .pretrained import (
     save_model,
     torch_dtype,
 )
-from .rows import check_segments
 from .self_test import probe_batching
 from .sentence_folder import SentenceFolder, remove_sentence_folder, write_sentence_folder
 from .sentence_head import HEAD, with_head
-from .texts import text_list
+from .text_forward import TextForward
 from .tokenizer import Overflow, TextTokenizer, WordSplitter, check_cutting, renamed_splitter
-from .upper import UpperEncoder, cannot_split, keep_apart, upper_half
-from .vocabulary import check_batch, check_vocabulary, num_ids
+from .upper import UpperEncoder, cannot_split, upper_half
+from .vocabulary import check_vocabulary, num_ids
 from .word_cache import LIMIT
 
 logger = logging.getLogger(__name__)
 
 
-class Encoder(CalibratedForward):
+class Encoder(TextForward):
     """Turns texts, or a `TokenBatch`, into `Embeddings`; frozen until `unfreeze`.
 
     The model's structure is copied and its parameters are shared; the user's model object stays as it is (until `.to()`
@@ -103,7 +95,6 @@ class Encoder(CalibratedForward):
     """
 
     _folder = SentenceFolder()
-    _warned_of_cut = False
 
     def __init__(
         self,
@@ -153,10 +144,8 @@ class Encoder(CalibratedForward):
         spec = with_head(spec, own, num_layers)
         special_ids = [getattr(tokenizer, f"{name}_token_id", None) for name in ("mask", "pad", "unk")]
         own, batching = probe_batching(own, spec.layers, num_layers, packed, special_ids)
-        super().__init__(own, spec, batching, num_layers, size)
-        logger.info("%s runs %s: %s", type(model).__name__, self.batching.way, self.batching.reason)
-        longest = longest_text(tokenizer, config, max_length, self.batching.first_position)
-        self.tokenizer = TextTokenizer(
+        longest = longest_text(tokenizer, config, max_length, batching.first_position)
+        texts = TextTokenizer(
             tokenizer,
             max_length=longest.tokens,
             limit=longest.said,
@@ -168,10 +157,9 @@ class Encoder(CalibratedForward):
             word_cache=word_cache,
             vocab_size=num_ids(config),
         )
+        super().__init__(own, spec, batching, num_layers, size, texts)
+        logger.info("%s runs %s: %s", type(model).__name__, batching.way, batching.reason)
         self._pretrained_tokenizer = tokenizer
-        self._checked_finite = self.dtype != torch.float16
-        self._fingerprint: tuple[Any, bytes] | None = None
-        self.train(False)
 
     @classmethod
     def from_pretrained(
@@ -270,14 +258,13 @@ class Encoder(CalibratedForward):
         followed.finish(encoder.tokenizer, max_length)
         return encoder
 
-    def freeze(self) -> Encoder:
-        """Stop training all parameters; from here on vectors may be cached.
-
-        Call it too after writing weights through `.data`, which leaves no trace: fingerprint and joined weights are
-        made again.
-        """
-        self._fingerprint = None  # the weights may have changed without a trace
-        return super().freeze()
+    def __repr__(self) -> str:
+        """One line; `print(encoder.model)` shows the layers."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"Encoder({type(self.model).__name__}, output={self.output!r}, layers={self.layers}, "
+            f"embedding_dim={self.embedding_dim}, {self.batching.way}, {dtype}, {self.device})"
+        )
 
     def split(self, at: int) -> tuple[Encoder, UpperEncoder]:
         """Split into two halves: a lower one to stream and cache, an upper one to train.
@@ -313,11 +300,7 @@ class Encoder(CalibratedForward):
         lower.tokenizer = self.tokenizer
         lower.spec = dataclasses.replace(lower.spec, every_window=True)
         lower._size = ForwardSize(self._size.given, limit=self._size.limit)  # its own layers are measured again
-        upper = upper_half(at, self, lower)
-        keep_apart(lower, upper)
-        upper.requires_grad_(True)
-        warn_of_half(upper.parameters())
-        return lower, upper
+        return lower, upper_half(at, self, lower)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write model and tokenizer as transformers does, and the pooling as sentence-transformers does.
@@ -350,100 +333,3 @@ class Encoder(CalibratedForward):
             )
             head = getattr(self.model, HEAD, None)
             write_sentence_folder(folder, like, head, self._hidden_size)
-
-    def __repr__(self) -> str:
-        """One line; `print(encoder.model)` shows the layers."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return (
-            f"Encoder({type(self.model).__name__}, output={self.output!r}, layers={self.layers}, "
-            f"embedding_dim={self.embedding_dim}, {self.batching.way}, {dtype}, {self.device})"
-        )
-
-    def forward(self, texts: Sequence[Text] | TokenBatch) -> Embeddings:
-        """Call `encode`, or `embed` once the encoder is unfrozen."""
-        return self.embed(texts) if self.trainable else self.encode(texts)
-
-    def encode(self, texts: Sequence[Text] | TokenBatch, *, max_forward_tokens: int | None = None) -> Embeddings:
-        """Encode texts, longest together, in as many forwards as `max_forward_tokens` allows.
-
-        The caller's grad mode, inference mode and autocast do not matter: the forward runs without them, and its result
-        is an ordinary tensor that a trainable layer may take.
-
-        Args:
-            texts: strings, lists of words, or pairs of either as tuples; or a `TokenBatch`.
-            max_forward_tokens: tokens of one forward in this call; None is the encoder's own number.
-        Returns:
-            A row for each token, word or text, in the order of the batch; on `device`, in `output_dtype`. A text
-            without any token never enters the model; as a sentence it is a row of zeros.
-        Raises:
-            ConfigError: `texts` is no list of texts.
-            EncoderError: a text is longer than the model takes, or says nothing of its words where word output needs
-                them; or a float16 forward overflowed.
-        """
-        with plain_mode(self.device):
-            return self.embed(texts, max_forward_tokens=max_forward_tokens)
-
-    def embed(self, texts: Sequence[Text] | TokenBatch, *, max_forward_tokens: int | None = None) -> Embeddings:
-        """Like `encode`, but in the caller's modes: with gradients and autocast, and with dropout while it is trained.
-
-        Raises:
-            ConfigError: as for `encode`.
-            EncoderError: as for `encode`.
-        """
-        batch = texts if isinstance(texts, TokenBatch) else self._tokenized(texts)
-        check_batch(batch, self.tokenizer, num_ids(self.model.config) or 0)
-        check_segments(batch, self.model.config)
-        self._check_marks(batch)
-        found = self._vectors(batch, max_forward_tokens=max_forward_tokens)
-        if not self._checked_finite:
-            self._check_finite(found)
-        return found
-
-    def _tokenized(self, texts: Sequence[Text]) -> TokenBatch:
-        listed = text_list(texts)
-        batch = self.tokenizer.batch(listed)
-        batch.texts = listed
-        if not self._warned_of_cut and batch.cut_tokens.any():
-            self._warned_of_cut = True
-            counts = int((batch.cut_tokens > 0).sum()), len(batch), int(batch.cut_words.sum())
-            warn_of_cut("in this call (said once; .tokens.cut_tokens counts)", *counts, int(batch.cut_tokens.sum()))
-        return batch
-
-    def fingerprint(self) -> bytes | None:
-        """Hash all that changes the vectors of given tokens: weights, config and settings.
-
-        The weights are read once, and again when they may have changed: after any of them required a gradient, was
-        written in place, moved or converted, and after `freeze`. Writes through `.data` (an EMA's averages, for
-        example) leave no trace, here and in the joined weights of a fused forward: call `freeze` after them.
-
-        Rows of the fused and of the packed forward count as the same: in float32 they agree within 1e-5, in bfloat16
-        they differ by rounding, as rows of two batches do.
-
-        Returns:
-            16 bytes, the same in every process; None while a parameter requires a gradient, because optimizers change
-            weights without a trace, and while a hook or a patched forward is in the model: what it does is unknown.
-        """
-        state = weights_state(self.model)
-        if state is None or alteration(self.model) is not None:
-            self._fingerprint = None
-            return None
-        known = self._fingerprint
-        if known is None or known[0] != state:
-            config: Any = self.model.config
-            with self._weights():
-                known = state, hash_weights(self.model, repr(self.spec.settings), config.to_dict())
-            self._fingerprint = known
-        return known[1]
-
-    def _check_finite(self, found: Embeddings) -> None:
-        if not len(found.values):
-            return
-        if not bool(found.values.isfinite().all()):
-            raise EncoderError(
-                "the first float16 batch holds values that are not finite: this model overflows in float16, ask for "
-                "dtype='bfloat16' or 'float32'"
-            )
-        self._checked_finite = True
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_fingerprint": None}

@@ -19,7 +19,7 @@ from ..embeddings import Output
 from ..errors import BertstreamError, EncoderError
 from ..system.cuda import InTurn, to_device
 from ..tokens import Indices, Int32Array, TokenBatch, cumulate, rows_of, steps
-from .attention import BatchingSupport, Packing, packed_positions, register
+from .attention import PACKED, BatchingSupport, Packing, packed_positions, register
 from .fingerprint import note_training
 from .forward_size import ForwardSize
 from .fused import FusedForward
@@ -281,6 +281,11 @@ class BatchedForward(nn.Module):
         self, batch: TokenBatch, rows: npt.NDArray[np.integer[Any]], lengths: Int32Array, given: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """The hidden states of `layers`, each [n, H], of these texts, and the rows [n] that they are of."""
+        if (attention := cast(Any, self.model.config)._attn_implementation) != PACKED:
+            raise EncoderError(
+                f"the model's attention is {attention!r} now, which mixes the texts of a packed row: call "
+                f"encoder.model.set_attn_implementation({PACKED!r}), and choose another attention on a copy of it"
+            )
         ids = batch.input_ids[rows]
         inputs = {"input_ids": ids, "position_ids": packed_positions(ids, lengths, self._batching)}
         if batch.token_type_ids is not None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..tokens import Int32Array, TokenBatch, cumulate, steps
+from ..tokens import Int32Array, TokenBatch, batch_of_ids, steps
 
 
 class Framed(NamedTuple):
@@ -36,7 +36,8 @@ class Framed(NamedTuple):
         lengths = np.array([len(encoding.ids) for encoding in encodings], np.int32)
         second = np.repeat(np.array([counts[0] if counts else 0 for counts in words], np.int32), lengths)
         second[joined["sequence_ids"] != 1] = 0
-        tokens = _batch(joined["ids"], lengths, joined["special_tokens_mask"] != 0, joined["type_ids"])
+        special = joined["special_tokens_mask"] != 0
+        tokens = batch_of_ids(joined["ids"], lengths, special=special, token_type_ids=joined["type_ids"])
         if any(words):
             tokens.word_ids = joined["word_ids"] + second
             tokens.num_words = np.array([sum(counts) for counts in words], np.int32)
@@ -50,11 +51,6 @@ class Framed(NamedTuple):
 
 def _joined(columns: Sequence[Sequence[int | None]]) -> Int32Array:
     return np.array([-1 if entry is None else entry for column in columns for entry in column], np.int32)
-
-
-def _batch(ids: Int32Array, lengths: Int32Array, special: Any, type_ids: Int32Array) -> TokenBatch:
-    nothing = np.zeros(len(lengths), np.int32)
-    return TokenBatch(ids, cumulate(lengths), special, type_ids, None, num_words=nothing, cut_tokens=nothing)
 
 
 class _Slot(NamedTuple):
@@ -105,7 +101,8 @@ class Frame:
         sequence_ids = for_each([slot.sequence for slot in slots])
         ids = np.frombuffer(bytearray().join(parts), np.int32)
         types = for_each([slot.type_id for slot in slots])
-        return Framed(_batch(ids, sizes.sum(1, dtype=np.int32), sequence_ids < 0, types), sequence_ids)
+        lengths = sizes.sum(1, dtype=np.int32)
+        return Framed(batch_of_ids(ids, lengths, special=sequence_ids < 0, token_type_ids=types), sequence_ids)
 
     def lists(self, rows: Sequence[list[bytes]], texts: int) -> Framed:
         """Lists of words, or pairs of lists, with their special tokens.

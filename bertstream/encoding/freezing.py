@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import ConfigError, check_at_least
 from .fingerprint import note_training
 from .layers import known_layers, layer_list
-from .rows import RowForward
+from .row_forward import RowForward
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class FreezableForward(RowForward):
 
     def freeze(self: Self) -> Self:
         """Stop training all parameters; from here on vectors may be cached."""
+        note_training(self.parameters())  # also frozen ones, which may have been written through `.data`
         return self.requires_grad_(False)
 
     def unfreeze(self: Self, layers: int | None = None, *, parameters: Iterable[nn.Parameter] | None = None) -> Self:

@@ -23,7 +23,7 @@ from .attention import Packing, attend
 from .fingerprint import states_of
 from .layer_modules import EncoderModules, LayerModules, UndescribedError, describe
 from .model_guard import ModelGuard
-from .weights import Layer, Norm, Product, block, is_rms_norm, join, read_norm
+from .weights import Layer, Norm, Product, is_rms_norm, join, read_norm
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +160,7 @@ class FusedForward:
         layer: Any = self._modules.layers[0]
 
         def products(*sources: Any) -> tuple[Product, ...]:
-            made = join(sources)
-            return tuple(block(product, rows) for product in made) if blocked else made
+            return join(sources, rows if blocked else None)
 
         steps: list[Any] = [
             partial(_apply, products(*layer.qkv)),
@@ -196,8 +195,7 @@ class FusedForward:
         def products(*sources: Any) -> tuple[Product, ...]:
             key = tuple(id(source.weight) for source in sources)  # layers may share their weights
             if key not in known:
-                made = join(sources)
-                known[key] = made if rows is None else tuple(block(product, rows) for product in made)
+                known[key] = join(sources, rows)
             return known[key]
 
         self._loop = [

@@ -1,4 +1,4 @@
-"""Texts that are given as ids: checked, and made what they are when this tokenizer makes them."""
+"""Texts that come as ids: checked, and completed to what the tokenizer would have made of them."""
 
 from __future__ import annotations
 

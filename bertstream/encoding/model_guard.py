@@ -70,13 +70,15 @@ class ModelGuard:
 
 
 def alteration(model: nn.Module) -> str | None:
-    """Code beside a model's modules that may change its vectors, in words: a hook, or a patched forward; else None."""
+    """What may change a model's vectors beside its weights: a hook, a patched forward, or train mode; else None."""
     named = [(path or type(model).__name__, module) for path, module in model.named_modules()]
     if (hooked := _hooked(named)) is not None:
         return f"it has a hook on {hooked}"
     for path, module in named:
         if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's only move weights
             return f"{path} has a forward of its own"
+        if module.training:  # dropout
+            return f"{path} is in train mode"
     return None
 
 

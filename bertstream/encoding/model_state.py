@@ -100,7 +100,7 @@ def _clones(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def _identical(found: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Whether these are the same objects in the same order: true of most modules, and quickly said."""
+    """Whether these are the same objects in the same order: cheap, and so for most modules."""
     return found.keys() == before.keys() and all(map(operator.is_, found.values(), before.values()))
 
 

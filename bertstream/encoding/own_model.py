@@ -43,7 +43,7 @@ def own_copy(model: nn.Module, device: torch.device | str = "auto", dtype: DType
     device = parameter.device if str(device) == "auto" else resolve_device(device)
     dtype = parameter.dtype if dtype == "auto" else torch_dtype(dtype)
     shared = (device, dtype) == (parameter.device, parameter.dtype)
-    own: Any = copy.deepcopy(model, {id(p): p for p in model.parameters()} if shared else {}).eval()
+    own: Any = copy.deepcopy(model, _shared(model) if shared else {}).eval()
     remove_capture(own)
     if own.config._attn_implementation == PACKED:  # the model of another encoder
         try:
@@ -53,3 +53,12 @@ def own_copy(model: nn.Module, device: torch.device | str = "auto", dtype: DType
     if not shared:
         convert(own.requires_grad_(False), device, dtype)
     return cast(nn.Module, own)
+
+
+def _shared(model: nn.Module) -> dict[int, Any]:
+    """What a copy over the same weights shares: the weights, and PEFT's lists of the adapters merged into them.
+
+    With a list of its own the copy would add an adapter to weights that hold it already.
+    """
+    merged: list[Any] = [m.merged_adapters for m in model.modules() if hasattr(m, "merged_adapters")]
+    return {id(part): part for part in (*model.parameters(), *merged)}

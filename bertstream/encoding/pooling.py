@@ -36,7 +36,7 @@ def pool_runs(
     """
     if how == "first_last":
         return torch.cat([pool_runs(values, offsets, "first"), pool_runs(values, offsets, "last")], -1)
-    lengths = offsets.diff()
+    lengths = offsets.to(torch.int64).diff()  # the weights of 46,341 rows sum to more than 32 bits hold
     trailing = (1,) * (values.dim() - 1)
     if how in ("mean", "mean_sqrt_len", "weighted_mean"):
         rows, weight = values.float(), lengths

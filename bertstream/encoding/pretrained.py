@@ -19,7 +19,7 @@ import torch
 from tokenizers import normalizers
 from torch import nn
 
-from ..errors import ConfigError, EncoderError, check_flag, described
+from ..errors import ConfigError, EncoderError, check_flag, described, kind_of
 from .output_spec import OutputSpec
 from .sentence_folder import SentenceFolder, read_sentence_folder
 from .sentence_head import HEAD, load_head
@@ -144,7 +144,7 @@ class Pretrained:
         lacking = [key for key in missing if not key.startswith("pooler.")]
         if lacking:
             raise EncoderError(
-                f"{self.name!r} lacks {len(lacking)} of the weights of a {type(model).__name__}, which would be "
+                f"{self.name!r} lacks {len(lacking)} of the weights of {kind_of(model)}, which would be "
                 f"random: {', '.join(lacking[:3])}{' ...' if lacking[3:] else ''}"
             )
         model.eval()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EncoderError
-from ..tokens import Int32Array, TokenBatch, cumulate
+from ..tokens import Int32Array, TokenBatch, batch_of_ids
 from .attention import plain_mode
 from .layers import is_cut
 from .model_state import ModelState
@@ -251,9 +251,7 @@ def _skipped_id(model: nn.Module) -> int | None:
 
 def batch_of(texts: Sequence[Int32Array]) -> TokenBatch:
     """Texts as a batch of single texts that nothing more is known of."""
-    lengths = np.array([len(text) for text in texts], np.int32)
-    nothing = np.zeros(len(texts), np.int32)
-    return TokenBatch(np.concatenate(texts), cumulate(lengths), None, None, None, nothing, nothing)
+    return batch_of_ids(np.concatenate(texts), np.array([len(text) for text in texts], np.int32))
 
 
 def _is_exact(model: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import ConfigError, EncoderError, described, shortened
+from ..errors import ConfigError, EncoderError, described, kind_of, shortened
 from .frame import Framed
 from .word_cache import WordCount
 from .words import Blanks, better_blanks
@@ -68,9 +68,10 @@ class PythonBackend:
     word_count = WordCount()
 
     def __init__(self, tokenizer: Any) -> None:
-        kind = type(tokenizer).__name__
         if lacking := [name for name in _USED if not callable(getattr(tokenizer, name, None))]:
-            raise ConfigError(f"tokenizer is a {kind} without {lacking[0]}(): pass a transformers tokenizer, or None")
+            raise ConfigError(
+                f"tokenizer is {kind_of(tokenizer)} without {lacking[0]}(): pass a transformers tokenizer, or None"
+            )
         self._tokenizer = tokenizer
         self.splits_special = bool(getattr(tokenizer, "split_special_tokens", False))
         try:
@@ -88,7 +89,7 @@ class PythonBackend:
             logger.warning(
                 "%s is written in Python, so texts are tokenized one by one, without the word cache: "
                 "num_workers= shares the work among processes",
-                kind,
+                type(tokenizer).__name__,
             )
 
     def _check_call(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import ConfigError, shortened, table_columns
+from ..errors import ConfigError, kind_of, shortened, table_columns
 
 
 def text_list(texts: Any) -> list[Any]:
@@ -41,7 +41,7 @@ def check_texts(texts: Any) -> None:
     """
     if isinstance(texts, (str, bytes)):
         raise ConfigError(f"texts={shortened(texts)}, one string: pass a list of texts, [text] for a single one")
-    kind = type(texts).__name__
+    kind = kind_of(texts)
     if isinstance(texts, Mapping):
         way_out = "pass the list of texts under one of its keys"
         if "input_ids" in texts:
@@ -49,15 +49,15 @@ def check_texts(texts: Any) -> None:
             way_out = (
                 f"tokenize with padding=True, return_tensors='pt', and pass TokenBatch.from_padded({', '.join(parts)})"
             )
-        raise ConfigError(f"texts is a {kind} with the keys {shortened(list(texts))}: {way_out}")
+        raise ConfigError(f"texts is {kind} with the keys {shortened(list(texts))}: {way_out}")
     columns = table_columns(texts)
     if columns is not None:
         raise ConfigError(
-            f"texts is a {kind} with the columns {shortened(columns)}: pass the list of texts in one of its columns"
+            f"texts is {kind} with the columns {shortened(columns)}: pass the list of texts in one of its columns"
         )
     in_order = hasattr(texts, "__len__") and hasattr(texts, "__getitem__") and getattr(texts, "ndim", 1) == 1
     if isinstance(texts, (Set, Tensor)) or not in_order:
         raise ConfigError(
-            f"texts is a {kind}: pass a list of texts (strings, lists of words, or pairs of either as tuples) or a "
+            f"texts is {kind}: pass a list of texts (strings, lists of words, or pairs of either as tuples) or a "
             "TokenBatch"
         )

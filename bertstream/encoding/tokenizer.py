@@ -100,6 +100,7 @@ class TextTokenizer:
     """
 
     _padding: tuple[int, str] | None = None  # of the class: tokenizers that were pickled before have none
+    _warned_of_long_words = False
 
     def __init__(
         self,
@@ -252,6 +253,8 @@ class TextTokenizer:
         parts = [_parts(text, i) for i, text in enumerate(text_list(texts))]
         if self.word_splitter is not None:
             parts = [[self.words_of(part, i) for part in text] for i, text in enumerate(parts)]
+        elif not self._warned_of_long_words:
+            self._warn_of_long_words(parts)
         if self.prompt:
             parts = [[self._prompted(text[0]), *text[1:]] for text in parts]
         kinds: dict[tuple[int, bool], list[int]] = {}
@@ -271,6 +274,20 @@ class TextTokenizer:
                 tokens.word_ids = np.maximum(tokens.word_ids - words, np.int32(-1))
                 tokens.num_words -= words
             yield from self._fitted(tokens, indices, partial(self._cut_framed, framed, parts, indices))
+
+    def _warn_of_long_words(self, texts: list[Any]) -> None:
+        """Warn once where the "words" of a text look like texts: several in a record are easily passed as a list."""
+        for i, text in enumerate(texts):
+            for part in text:
+                if isinstance(part, list) and any(" " in word.strip() for word in part):
+                    self._warned_of_long_words = True
+                    logger.warning(
+                        "text %d is a list of words, of which some are several: %s. It is encoded as one text (said "
+                        "once); several texts of a record have to be joined into one list, by a collate_fn for example",
+                        i,
+                        shortened(part),
+                    )
+                    return
 
     def _cut_framed(self, framed: Framed, parts: list[Any], indices: list[int], number: int) -> TokenizedText:
         return self._cut_text(framed.pick(number), parts[indices[number]], indices[number])

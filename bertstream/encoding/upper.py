@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..embeddings import Embeddings
-from ..errors import ConfigError, EncoderError
+from ..errors import ConfigError, EncoderError, kind_of
 from .attention import PACKED, plain_mode
 from .forward import BatchedForward
+from .freezing import warn_of_half
 from .layers import begin_at, begun_with, unroll
 from .own_model import own_copy
 from .probe import batch_of, probe_texts, worst_error
-from .rows import RowForward
+from .row_forward import RowForward
+from .uncompiled import uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class UpperEncoder(RowForward):
         self.at = at
         self.eval()
 
+    @uncompiled
     def forward(self, vectors: Embeddings) -> Embeddings:
         """Continue a batch that the lower half encoded.
 
@@ -61,7 +64,7 @@ class UpperEncoder(RowForward):
         """
         if not isinstance(vectors, Embeddings):
             raise EncoderError(
-                f"the upper half takes Embeddings of the lower half, not a {type(vectors).__name__}: leave layout= "
+                f"the upper half takes Embeddings of the lower half, not {kind_of(vectors)}: leave layout= "
                 "out of the lower half's loader, and pass texts through the lower half first"
             )
         right = (vectors.tokens.num_tokens, self._hidden_size)
@@ -87,7 +90,7 @@ class UpperEncoder(RowForward):
 
 
 def cannot_split(model: nn.Module, at: int) -> ConfigError:
-    """The error to raise from what went wrong, which speaks of other arguments than `at`."""
+    """The error for a model that cannot be split; its cause names other arguments than `at`."""
     return ConfigError(
         f"split(at={at}): {type(model).__name__} cannot be split, because its layers do not run one by one from "
         f"layer {at} on; train it whole, with unfreeze()"
@@ -95,7 +98,7 @@ def cannot_split(model: nn.Module, at: int) -> ConfigError:
 
 
 def upper_half(at: int, whole: BatchedForward, lower: BatchedForward) -> UpperEncoder:
-    """Make the upper half of an encoder, and compare both halves with the whole.
+    """Make the upper half of an encoder, compare both halves with the whole, and train the upper one.
 
     Args:
         at: the layer whose hidden states the lower half gives.
@@ -120,11 +123,14 @@ def upper_half(at: int, whole: BatchedForward, lower: BatchedForward) -> UpperEn
             f"split(at={at}): the halves of this {type(whole.model).__name__} differ from the whole (relative L2 error "
             f"{worst:.1e}); train it whole, with unfreeze()"
         )
+    _keep_apart(lower, upper)
+    upper.requires_grad_(True)
+    warn_of_half(upper.parameters())
     return upper
 
 
-def keep_apart(lower: BatchedForward, upper: BatchedForward) -> None:
-    """Give the lower half a copy of the parameters that both halves use, for training changes the upper half's."""
+def _keep_apart(lower: BatchedForward, upper: BatchedForward) -> None:
+    """Give the lower half a copy of the parameters that both halves use, because training changes the upper half's."""
     uppers = {id(parameter) for parameter in upper.parameters()}
     lowers = {id(parameter): parameter for parameter in lower.parameters()}
     if uppers.isdisjoint(lowers):

@@ -5,6 +5,7 @@ Shapes: N tokens of all texts, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,19 +39,25 @@ class Product(NamedTuple):
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
 
-def join(sources: tuple[Any, ...]) -> tuple[Product, ...]:
-    """One product in the place of several linear layers of the same input; several where one may be trained."""
+def join(sources: Sequence[Any], block_rows: int | None = None) -> tuple[Product, ...]:
+    """One product in the place of several linear layers of the same input; several where one may be trained.
+
+    Args:
+        sources: the linear layers.
+        block_rows: blocks the weights for products of about so many rows; None leaves them. Those that may be trained
+            stay as they are.
+    """
     products = tuple(Product(source.weight, source.bias) for source in sources)
     biases = [product.bias for product in products if product.bias is not None]
     trained = any(product.requires_grad for product in products)
-    if len(products) == 1 or len(biases) not in (0, len(products)) or trained:
-        return products
-    with torch.no_grad():
-        return (Product(torch.cat([product.weight for product in products]), torch.cat(biases) if biases else None),)
+    if len(products) > 1 and len(biases) in (0, len(products)) and not trained:
+        with torch.no_grad():
+            weight = torch.cat([product.weight for product in products])
+            products = (Product(weight, torch.cat(biases) if biases else None),)
+    return products if block_rows is None else tuple(_blocked(product, block_rows) for product in products)
 
 
-def block(product: Product, rows: int) -> Product:
-    """The product with a blocked weight, for `rows` rows or so; as it is where it may be trained."""
+def _blocked(product: Product, rows: int) -> Product:
     if product.requires_grad:
         return product
     return Product(onednn.blocked(product.weight, rows), product.bias, blocked=True)

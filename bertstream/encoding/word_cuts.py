@@ -133,7 +133,7 @@ class Cut:
 
 
 def find_cut(backend: Any, content: str | None = None) -> Cut:
-    """The cut that a tokenizer's parts prove, and that nasty texts do not disprove.
+    """The cut that a tokenizer's parts prove, and that hostile texts do not disprove.
 
     Args:
         backend: a tokenizer of the tokenizers library, without truncation and padding.

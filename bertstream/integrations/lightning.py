@@ -24,7 +24,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, kind_of
 from ..pipeline.embedding_loader import EmbeddingLoader
 
 
@@ -41,7 +41,7 @@ class LoaderState(Callback):
 
     def __init__(self, loader: EmbeddingLoader) -> None:
         if not isinstance(loader, EmbeddingLoader):
-            raise ConfigError(f"LoaderState takes a loader of bertstream.wrap or stream, not a {type(loader).__name__}")
+            raise ConfigError(f"LoaderState takes a loader of bertstream.wrap or stream, not {kind_of(loader)}")
         self._loader = loader
         self._trained = 0  # batches of the loader's iteration that the loop has trained on
         self._epoch_is_new = False

@@ -27,7 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
-from ..errors import ConfigError, StateError
+from ..errors import ConfigError, StateError, kind_of
 from ..pipeline.embedding_loader import EmbeddingLoader
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class LoaderState(TrainerCallback, ExportableState):
         loader = kwargs.get("train_dataloader")
         if not isinstance(loader, EmbeddingLoader):
             raise ConfigError(
-                f"LoaderState found a {type(loader).__name__} as the Trainer's loader: have get_train_dataloader "
+                f"LoaderState found {kind_of(loader)} as the Trainer's loader: have get_train_dataloader "
                 "return one of bertstream.wrap or stream"
             )
         self._loader = loader

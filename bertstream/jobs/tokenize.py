@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..caching.cache import as_bytes
 from ..encoding.tokenizer import TextTokenizer
-from ..errors import ConfigError, check_at_least, described
+from ..errors import ConfigError, check_at_least, described, kind_of
 from ..pipeline.source import read_in_workers
 from ..reading.config import StreamConfig
 from ..reading.dataset import HasTokenizer, Shards, TextStream
@@ -85,7 +85,7 @@ def tokenize(
     refuse_mixture(shards, "tokenize")
     tokenizer = encoder.tokenizer
     if not isinstance(tokenizer, TextTokenizer) or tokenizer.ids_identity is None:
-        kind = "none" if isinstance(tokenizer, TextTokenizer) else f"a {type(tokenizer).__name__}"
+        kind = "none" if isinstance(tokenizer, TextTokenizer) else kind_of(tokenizer)
         raise ConfigError(f"the encoder's tokenizer is {kind}: files name the tokenizer, pass an Encoder that has one")
     if own := [name for name in fields or () if name in PLACE]:
         raise ConfigError(f"fields names {own[0]!r}, which a stream of the files has of its own: leave it out")

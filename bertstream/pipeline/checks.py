@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from ..caching.cached_encoder import CachedEncoder
 from ..embeddings import SupportsEncode, SupportsTraining
-from ..errors import ConfigError, shortened
+from ..errors import ConfigError, kind_of, shortened
 from ..reading.dataset import TextStream
 from ..reading.tables import is_table
 from ..system.distributed import rank_and_world_size
@@ -26,8 +26,7 @@ def check_encoder(encoder: Any) -> None:
         raise ConfigError(f"encoder={encoder!r} is a name: pass bertstream.Encoder.from_pretrained({str(encoder)!r})")
     missing = [name for name in ("encode", "tokenizer", "device", "max_forward_tokens") if not hasattr(encoder, name)]
     if missing:
-        kind = type(encoder).__name__
-        raise ConfigError(f"encoder is a {kind} without {', '.join(missing)}: pass a bertstream.Encoder")
+        raise ConfigError(f"encoder is {kind_of(encoder)} without {', '.join(missing)}: pass a bertstream.Encoder")
 
 
 def check_batches(loader: Any) -> None:
@@ -39,11 +38,11 @@ def check_batches(loader: Any) -> None:
     """
     if hasattr(loader, "encode"):
         raise ConfigError("the first argument is an encoder: write wrap(loader, encoder)")
-    kind = type(loader).__name__
+    kind = kind_of(loader)
     if is_table(loader):
-        raise ConfigError(f"loader is a {kind}, which holds rows, not batches: write bertstream.stream(...) for it")
+        raise ConfigError(f"loader is {kind}, which holds rows, not batches: write bertstream.stream(...) for it")
     if isinstance(loader, Mapping):
-        raise ConfigError(f"loader is a {kind} with the keys {shortened(list(loader))}: pass a DataLoader over one")
+        raise ConfigError(f"loader is {kind} with the keys {shortened(list(loader))}: pass a DataLoader over one")
     joins = isinstance(loader, DataLoader) and loader.batch_size is not None and loader.collate_fn is default_collate
     if joins and isinstance(loader.dataset, TextStream):
         raise ConfigError(
@@ -51,7 +50,7 @@ def check_batches(loader: Any) -> None:
             "DataLoader(text_stream, batch_size=None), and batch_size= in TextStream"
         )
     if not isinstance(loader, Iterable):
-        raise ConfigError(f"loader is a {kind}: pass an iterable of batches")
+        raise ConfigError(f"loader is {kind}: pass an iterable of batches")
 
 
 def check_cacheable(encoder: SupportsEncode, cached: CachedEncoder) -> None:
@@ -66,8 +65,8 @@ def check_cacheable(encoder: SupportsEncode, cached: CachedEncoder) -> None:
     if isinstance(encoder, SupportsTraining) and not encoder.trainable and cached.prefix() is None:
         raise ConfigError(
             "cache= is refused: parameters of the encoder require gradients, as those of your own model do by "
-            "default, or a hook or patched forward is in its model. Call encoder.freeze(), or remove the hook, first; "
-            "encoder.unfreeze() may follow later"
+            "default, or its model has a hook, a patched forward or a module in train mode. Call encoder.freeze(), or "
+            "remove the hook, first; encoder.unfreeze() may follow later"
         )
 
 

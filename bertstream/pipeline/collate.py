@@ -13,7 +13,7 @@ from torch.utils.data import get_worker_info
 
 from ..embeddings import SupportsEncode
 from ..encoding.texts import text_list
-from ..errors import BertstreamError, ConfigError, EncoderError
+from ..errors import BertstreamError, ConfigError, EncoderError, kind_of
 from ..reading.batch_fields import stack_column
 from ..reading.raw import RecordError
 from ..reading.token_ids import BESIDE_IDS, ids_of, tokens_of
@@ -62,7 +62,7 @@ class TokenCollate:
         keep_text: bool = False,
     ) -> None:
         if not hasattr(encoder, "tokenizer"):
-            raise ConfigError(f"encoder is a {type(encoder).__name__} without a tokenizer: pass a bertstream.Encoder")
+            raise ConfigError(f"encoder is {kind_of(encoder)} without a tokenizer: pass a bertstream.Encoder")
         if not getattr(encoder.tokenizer, "takes_texts", True):
             raise ConfigError(
                 "the encoder has no tokenizer and takes ids alone: collate padded ids with their attention_mask, or "

@@ -5,41 +5,24 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import asdict
-from typing import Any, get_args
+from typing import Any
 
 from ..caching.cache import EmbeddingCache
 from ..embeddings import Layout, SupportsEncode, SupportsTraining
-from ..errors import ConfigError, LoaderClosedError, StateError, check_at_least, check_choice, check_flag, kind_of
-from ..reading.state import STATE_VERSION
+from ..errors import ConfigError, LoaderClosedError, check_at_least, check_choice, check_flag, kind_of
 from .checks import check_cacheable, check_encoder
-from .clocks import Stage, StageClocks
+from .clocks import StageClocks
 from .encode import BatchEncoder
 from .epoch import Counts, Epochs, Parts
 from .fields import Field
-from .plots import plot_step
+from .loader_stats import LoaderStats
 from .progress import OwnLoader, Progress, ProgressInStream, text_stream
 from .source_progress import ProgressInSource, has_state
-from .stats import LOOP, WORK, KnownWords, Since, Stats, bottleneck
+from .stats import Stats
 from .steps import ProgressInSteps, StepEpochs
-from .trainer_calls import asked_by_lightning, within_lightning, within_trainer
+from .trainers import REBUILT, SeenTrainer, asked_by_lightning, within_trainer
 
 logger = logging.getLogger(__name__)
-
-_REBUILT = (
-    "this loader cannot be rebuilt from its dataset, as accelerate's skip_first_batches and a resuming Trainer try: "
-    "the batches would have no vectors. Add bertstream.integrations.transformers.LoaderState() to its callbacks; "
-    "with Accelerate call accelerator.register_for_checkpointing(loader), and in your own loop load_state_dict"
-)
-_IN_LIGHTNING = (
-    "Lightning asked the loader itself for this state, which cannot know that Lightning holds a batch ahead: "
-    "add bertstream.integrations.lightning.LoaderState(loader) to the Trainer's callbacks, also when it saves"
-)
-_HELD_BY_LIGHTNING = (
-    "Lightning takes the batches, and holds one that its loop does not have yet: its checkpoints keep the state of the "
-    "loader if bertstream.integrations.lightning.LoaderState(loader) is among the Trainer's callbacks; elsewhere write "
-    "state_dict(after=n) for a loop that has n batches of this iteration"
-)
 
 
 class EmbeddingLoader(OwnLoader):
@@ -75,17 +58,15 @@ class EmbeddingLoader(OwnLoader):
         self.encoder = encoder
         self._source = source
         self._stream = text_stream(source)
-        self._known_words = KnownWords(encoder.tokenizer if self._stream is None else self._stream.progress)
         if self._stream is not None and text is None:
             text = (self._stream.text,)
         if cache is not None and not isinstance(cache, EmbeddingCache):
-            raise ConfigError(f"cache={cache!r} is a {type(cache).__name__}: pass a bertstream.EmbeddingCache")
+            raise ConfigError(f"cache={cache!r} is {kind_of(cache)}: pass a bertstream.EmbeddingCache")
         self._cache = cache
-        self._cached = None if cache is None else cache.of(encoder)
-        if self._cached is not None:
-            check_cacheable(encoder, self._cached)
-        self._stages = StageClocks()
-        self._batch_encoder = BatchEncoder(encoder, self._cached, self._stages, deterministic=deterministic)
+        cached = None if cache is None else cache.of(encoder)
+        if cached is not None:
+            check_cacheable(encoder, cached)
+        clocks = StageClocks()
         self._steps_per_epoch = steps_per_epoch
         in_steps: ProgressInSteps | None = None
         self._progress: Progress
@@ -99,7 +80,7 @@ class EmbeddingLoader(OwnLoader):
         self._parts = Parts(
             progress=self._progress,
             stream=self._stream,
-            encoder=self._batch_encoder,
+            encoder=BatchEncoder(encoder, cached, clocks, deterministic=deterministic),
             tokenizer=encoder.tokenizer,
             text=text,
             pair=pair,
@@ -109,18 +90,16 @@ class EmbeddingLoader(OwnLoader):
             layout=layout,
             prefetch=prefetch,
             deterministic=deterministic,
-            clocks=self._stages,
+            clocks=clocks,
             counts=Counts(source_texts=[0] * (len(mixture.sources) if mixture else 0)),
         )
         self._join_ranks()
         self._epochs = Epochs(self._parts) if in_steps is None else StepEpochs(self._parts, in_steps)
-        self._since = Since(self.stats())
+        num_workers: int = getattr(source, "num_workers", 0)
+        self._stats = LoaderStats(self._parts, self._epochs, num_workers, cache, cached)
         self._closed = False
         self._said: set[str] = set()
-        self._resumed_by_trainer = False
-        self._epochs_before = 0  # that a trainer does not count
-        self._may_warn = True  # that checkpoints cannot resume
-        self._held_epoch: int | None = None  # of whose batches Lightning holds one
+        self._trainer = SeenTrainer()
 
     def __repr__(self) -> str:
         state = (
@@ -142,13 +121,13 @@ class EmbeddingLoader(OwnLoader):
         if isinstance(self.encoder, SupportsTraining) and not self._parts.deterministic:
             self.encoder.calibrate()
         self._progress.await_iteration()
-        self._since = Since(self.stats())
+        self._stats.begin_iteration()
         self._say_what_has_no_effect()
-        self._held_epoch = self.epoch if asked_by_lightning() and not self._has_length() else None
-        return self._not_empty(self._epochs.begin()) if self._resumed_by_trainer else self._epochs.begin()
+        self._trainer.begins(self.epoch, holds_a_batch=asked_by_lightning() and not self._has_length())
+        return self._not_empty(self._epochs.begin()) if self._trainer.has_resumed else self._epochs.begin()
 
     def _say_what_has_no_effect(self) -> None:
-        """Log once what the user asked for and does not get: by then an error would end a run for it."""
+        """Warn once about options that have no effect: an error at this point would end a run."""
         found = []
         if self._cache is not None and self._cache.is_closed:
             found.append("the cache was closed, so every text is encoded again: close it after the last epoch")
@@ -168,11 +147,11 @@ class EmbeddingLoader(OwnLoader):
 
         Lightning makes an iterator to see that it can, which it drops: until one is used, a loaded state waits.
         """
-        self._resumed_by_trainer = False
+        self._trainer.has_resumed = False
         received = self._parts.counts.batches
         yield from rest
         if self._parts.counts.batches == received:
-            self._epochs_before += 1
+            self._trainer.epochs_before += 1
             yield from self._epochs.begin()
 
     def __len__(self) -> int:
@@ -233,7 +212,7 @@ class EmbeddingLoader(OwnLoader):
     def expect_callback(self) -> None:
         """A trainer's callback keeps the state; StateError, with the way out, unless `can_resume`."""
         self._progress.check_can_resume()
-        self._may_warn = False
+        self._trainer.expect_callback()
 
     @property
     def dataset(self) -> Any:
@@ -253,7 +232,7 @@ class EmbeddingLoader(OwnLoader):
     @property
     def collate_fn(self) -> Any:
         """ConfigError: who asks for it is about to build another DataLoader, whose batches would have no vectors."""
-        raise ConfigError(_REBUILT)
+        raise ConfigError(REBUILT)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the next iteration's epoch, and pass it to every part of the wrapped loader that has `set_epoch`.
@@ -262,7 +241,7 @@ class EmbeddingLoader(OwnLoader):
         `steps_per_epoch` it is a number alone: what is read continues where the last iteration stopped.
         """
         check_at_least("epoch", epoch, 0)
-        self._progress.set_epoch(epoch + self._epochs_before)
+        self._progress.set_epoch(epoch + self._trainer.epochs_before)
 
     def state_dict(self, after: int | None = None) -> dict[str, Any]:
         """The state after the last batch that the loop received, whatever was read ahead: small, plain JSON.
@@ -278,39 +257,27 @@ class EmbeddingLoader(OwnLoader):
             ConfigError: the iteration has yielded fewer than `after` batches, or many more.
         """
         if after is None and asked_by_lightning():
-            return self._state_for_lightning()
-        if after is None and self._held_epoch is not None and (self.epoch == self._held_epoch or within_lightning()):
-            raise StateError(_HELD_BY_LIGHTNING, key="after")
+            return self._trainer.unusable_state()
+        if after is None:
+            self._trainer.check_holds_none(self.epoch)
         return self._progress.state_dict(after)
-
-    def _state_for_lightning(self) -> dict[str, Any]:
-        """What its checkpoints keep beside the callback's state. An error would end runs that nobody resumes."""
-        if self._may_warn:
-            logger.warning("no run can resume from this checkpoint: %s", _IN_LIGHTNING)
-            self._may_warn = False
-        return {"version": STATE_VERSION, "unusable": _IN_LIGHTNING}
 
     def load_state_dict(self, state: dict[str, Any], *, trainer_epoch: int | None = None) -> None:
         """Continue the next iteration after the batch at which the state was taken; end a running one.
 
         Args:
             state: of `state_dict`.
-            trainer_epoch: by which number a trainer that counts epochs itself calls the state's epoch. `set_epoch` then
-                takes the trainer's numbers, and if the state's epoch has no batch left, the next iteration is that of
-                the epoch after it.
+            trainer_epoch: the state's epoch as a trainer counts it. `set_epoch` then takes the trainer's numbers, and
+                if the state's epoch has no batch left, the next iteration is the epoch after it.
         Raises:
             StateError: the state does not fit this loader; `.key` names the difference, and nothing changes.
         """
-        if isinstance(state, dict) and "unusable" in state:
-            if self._resumed_by_trainer:  # its callback was first
-                return
-            raise StateError(state["unusable"], key="unusable")
+        if self._trainer.brings_unusable(state):
+            return
         load = self._progress.loading(state)
         self._epochs.stop("a state was loaded while this loop ran")
         load()
-        self._held_epoch = None
-        self._resumed_by_trainer = trainer_epoch is not None
-        self._epochs_before = 0 if trainer_epoch is None else self.epoch - trainer_epoch
+        self._trainer.loaded(self.epoch, trainer_epoch)
 
     def loading(self, state: Any) -> Callable[[], None]:
         """Check a state, StateError if it does not fit, and return what loads it."""
@@ -319,16 +286,17 @@ class EmbeddingLoader(OwnLoader):
     def stats(self) -> Stats:
         """Counts and seconds since the loader was made: a dict of numbers, which `print` shows as a table.
 
-        The loop received `epochs`, `batches`, `texts` and `tokens`, with `steps_per_epoch` in so many `passes`. Of the
-        texts, `cut_texts` were truncated, by `cut_words` (known where texts are lists of words) and `cut_tokens` in
-        all. `bad_records` and `bad_shards` were skipped, as `max_bad_records` allows; the log names them.
-        `dropped_records` were dropped by `keep=`, `map=` or `drop_last`. `left_texts` reached no loop, because another
-        rank had finished and `uneven="stop"`; they are counted for two seconds, so there may be more. `encoded_tokens`
-        went to the encoder in `encode_calls`. Not in them are texts found in a cache, and `repeated_texts`, which were
-        in the same call already (a cache counts its own). `padding_share` is the share of padding if each batch were
-        padded to its longest text. `known_words_share` of the words came from the word cache (those of `TokenCollate`
-        are not counted). A stream has `workers`, and `lanes` of this rank: no more workers than lanes have work. Of a
-        `Mixture`, `source_0_texts` is how many of the texts are of the first source, and so on.
+        The loop received `epochs`, `batches`, `texts` and `tokens`; with `steps_per_epoch`, `passes` counts those over
+        the data. Of the texts, `cut_texts` were truncated, by `cut_words` (known where texts are lists of words) and
+        `cut_tokens` in all. `bad_records` and `bad_shards` were skipped, as `max_bad_records` allows; the log names
+        them. `dropped_records` were dropped by `keep=`, `map=` or `drop_last`. `left_texts` reached no loop, because
+        another rank had finished and `uneven="stop"`; they are counted for two seconds, so there may be more.
+        `encoded_tokens` went to the encoder in `encode_calls`. Not in them are texts found in a cache, and
+        `repeated_texts`, which were in the same call already (a cache counts its own). `padding_share` is the share of
+        padding if each batch were padded to its longest text. `known_words_share` of the words came from the word cache
+        (those of `TokenCollate` are not counted). A stream has `workers`, and `lanes` of this rank: no more workers
+        than lanes have work. Of a `Mixture`, `source_0_texts` is how many of the texts are of the first source, and so
+        on.
 
         Seconds: `read_s` waiting for the wrapped loader, or for the shards, which are tokenized as they are read;
         `tokenize_s` tokenizing a wrapped loader's texts; `lookup_s` in the cache; `encode_s` encoding (on CUDA:
@@ -339,34 +307,7 @@ class EmbeddingLoader(OwnLoader):
 
         Entries named `cache_` are those of `EmbeddingCache.stats`, and cover all loaders that share the cache.
         """
-        seconds = self._stages.seconds
-        counts = asdict(self._parts.counts) | self._epochs.counts()
-        of_sources = {f"source_{number}_texts": texts for number, texts in enumerate(counts.pop("source_texts"))}
-        stats = Stats(counts | of_sources | asdict(self._batch_encoder.counts))
-        bad = None if self._stream is None else self._stream.progress.bad
-        if self._stream is not None:
-            own = range(self._stream.rank, self._stream.num_lanes, self._stream.world_size)
-            stats["workers"], stats["lanes"] = getattr(self._source, "num_workers", 0), len(own)
-        stats["bad_records"], stats["bad_shards"] = (0, 0) if bad is None else (bad.all_records, bad.all_shards)
-        stats["dropped_records"] = 0 if bad is None else bad.all_dropped
-        stats["known_words_share"] = self._known_words.share()
-        if self._cached is not None:
-            stats["encode_calls"], stats["encoded_tokens"] = self._cached.encode_calls, self._cached.encoded_tokens
-        padded = stats.pop("padded_tokens")
-        stats["padding_share"] = 1 - stats["tokens"] / padded if padded else 0.0
-        stats |= {f"{stage}_s": seconds[stage] for stage in get_args(Stage)}
-        stats["lookup_s"] = 0.0
-        if self._cached is not None:
-            # During a call, its compute time is counted already and the call itself is not.
-            stats["lookup_s"] = max(0.0, seconds["encode"] - self._cached.compute_s)
-            stats["encode_s"] = self._cached.compute_s
-        loop_s = stats["wait_s"] + stats["step_s"]
-        stats["texts_per_s"], stats["tokens_per_s"] = (
-            stats[n] / loop_s if loop_s else 0.0 for n in ("texts", "tokens")
-        )
-        if self._cache is not None:
-            stats |= {f"cache_{name}": value for name, value in self._cache.stats().items()}
-        return stats
+        return self._stats.stats()
 
     def bottleneck(self) -> str:
         """Say in one sentence what the training loop waits for, and what would help.
@@ -374,8 +315,7 @@ class EmbeddingLoader(OwnLoader):
         It is about the last iteration, from its start on; `stats()` covers all of them. Further sentences say so where
         that was too short to judge by, or other processes hold the cores (on Linux).
         """
-        since = self._since
-        return bottleneck(since.stats(self.stats()), getattr(self.encoder, "dtype", None), since.queued_share())
+        return self._stats.bottleneck(getattr(self.encoder, "dtype", None))
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Write a trace of the stages, the last 20,000 spans, for chrome://tracing or ui.perfetto.dev.
@@ -390,7 +330,7 @@ class EmbeddingLoader(OwnLoader):
         Raises:
             OSError: the file cannot be written.
         """
-        self._stages.save_trace(path)
+        self._parts.clocks.save_trace(path)
 
     def save_plot(self, path: str | os.PathLike[str]) -> None:
         """Plot where the time of a step goes: the seconds of `stats` as milliseconds per batch.
@@ -405,10 +345,7 @@ class EmbeddingLoader(OwnLoader):
             ConfigError: matplotlib is not installed, or does not know the file's ending.
             OSError: the file cannot be written.
         """
-        stats = self.stats()
-        per_batch = {stage: 1e3 * stats[f"{stage}_s"] / (stats["batches"] or 1) for stage in LOOP + WORK}
-        loop, work = ({stage: per_batch[stage] for stage in stages} for stages in (LOOP, WORK))
-        plot_step(path, loop=loop, work=work)
+        self._stats.save_plot(path)
 
     def close(self) -> None:
         """Stop the worker thread and the processes it reads from; the loader cannot be iterated again.
@@ -428,7 +365,7 @@ class EmbeddingLoader(OwnLoader):
         try:
             return getattr(self._source, name)
         except AttributeError as error:
-            raise AttributeError(f"{kind_of(self._source)} has no {name!r}; {_REBUILT}") from error
+            raise AttributeError(f"{kind_of(self._source)} has no {name!r}; {REBUILT}") from error
 
     def _has_length(self) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""Tokens to vectors, group by group: texts are tokenized if they are not yet, encoded together, and parted again."""
+"""Tokens to vectors, group by group: texts are tokenized if need be, encoded together, and dealt to their batches."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class BatchEncoder:
         return self._encoder.max_forward_tokens if fixed is None else fixed
 
     def follow_loop(self) -> None:
-        """Called by the loop's thread as an epoch begins: what it has done to the weights comes first."""
+        """Encode after all that the loop has done to the weights; its thread calls this as an epoch begins."""
         if self._encoder.device != self._device:  # it was moved
             self._device = self._encoder.device
             self._side = SideStream(self._device)
@@ -275,5 +275,5 @@ def _tokens(embeddings: Embeddings | TokenBatch) -> TokenBatch:
 
 
 def _bare(tokens: TokenBatch) -> TokenBatch:
-    """The tokens without what a stream's batch carries besides them."""
+    """The tokens alone, without a stream's fields, cursor and report."""
     return replace(tokens, fields={}, cursor=None, report=None)

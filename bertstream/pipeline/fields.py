@@ -221,7 +221,7 @@ def texts_of(
         return {None: batch}
     if is_table(batch):
         raise ConfigError(
-            f"a batch is a {type(batch).__name__} with the columns {shortened(table_columns(batch))}, where vectors "
+            f"a batch is {kind_of(batch)} with the columns {shortened(table_columns(batch))}, where vectors "
             "cannot be put: yield dicts of columns, such as df.to_dict('list') of pandas or table.to_pydict() of Arrow"
         )
     out = {}
@@ -348,10 +348,10 @@ def _tokenized(
     if isinstance(ids, Tensor) and field is not None:
         return _from_padded(ids, where, follow(batch, way_to(batch, field)[:-1]), beside)
     if beside:
-        (named, _), kind = next(iter(beside.values())), type(texts).__name__
-        raise ConfigError(f"{where} is a {kind}: the field {named!r} is for padded ids, a tensor [B, T]")
+        named, _ = next(iter(beside.values()))
+        raise ConfigError(f"{where} is {kind_of(texts)}: the field {named!r} is for padded ids, a tensor [B, T]")
     if isinstance(texts, Mapping) and field is None:
-        raise ConfigError(f"a batch is a {type(texts).__name__}: name its texts with text=, one of {list(texts)}")
+        raise ConfigError(f"a batch is {kind_of(texts)}: name its texts with text=, one of {list(texts)}")
     bare = field is None and isinstance(texts, (list, tuple))
     if bare and any(isinstance(entry, (Tensor, np.ndarray)) for entry in texts):
         raise ConfigError(f"the batch is {describe(batch)}, one entry per field: say where the texts are, with text=0")
@@ -384,9 +384,8 @@ def _checked_texts(texts: Any, where: str) -> list[Any]:
     try:
         listed = text_list(texts)
     except ConfigError as error:
-        kind = type(texts).__name__
         raise ConfigError(
-            f"{where} is a {kind}: a batch of texts is a list of strings or of lists of words, or such a column"
+            f"{where} is {kind_of(texts)}: a batch of texts is a list of strings or of lists of words, or such a column"
         ) from error
     if any(isinstance(entry, Tensor) for entry in listed):
         raise ConfigError(
@@ -396,9 +395,10 @@ def _checked_texts(texts: Any, where: str) -> list[Any]:
         )
     if any(isinstance(entry, tuple) for entry in listed):
         raise ConfigError(
-            f"{where} holds tuples: torch's default collate transposes lists, which puts the first words of all texts "
-            "together. Give the DataLoader collate_fn=bertstream.TokenCollate(encoder, text=...), which also takes "
-            "pairs of texts as tuples; for several texts per record, write a collate_fn that joins them into one list"
+            f"{where} holds tuples: pairs of texts, or lists that torch's default collate transposed; they look alike. "
+            "Give the DataLoader collate_fn=bertstream.TokenCollate(encoder, text=...), which takes pairs as tuples "
+            "and leaves lists as they are; or, in a collate_fn of your own, put "
+            "bertstream.TokenCollate(encoder)(texts) in the batch; several texts per record are joined into one list"
         )
     return listed
 

@@ -276,7 +276,7 @@ class ProgressInStream(Progress):
 
     @property
     def has_all(self) -> bool:
-        """As for one that asked for the length and takes as many batches, as trainers do."""
+        """Known once somebody has asked for the length: trainers take that many batches, and never ask for the end."""
         return self._to_come is not None and self._received >= self._to_come
 
     def end_epoch(self, epoch: int) -> None:

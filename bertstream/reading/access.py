@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -124,6 +125,11 @@ def is_url(path: str) -> bool:
 def is_local(path: str) -> bool:
     """Whether a shard is named by a local path."""
     return not is_url(path) and not is_pipe(path)
+
+
+def file_name(path: str) -> str:
+    """The last part of a path or URL, after a slash of either kind."""
+    return re.split(r"[/\\]", path)[-1]
 
 
 def check_pipe(path: str, access: Access) -> None:

@@ -176,7 +176,7 @@ class LaneReader:
             if not error.skippable:
                 raise
             if not self._tolerant:
-                if error.index is not None:  # a fault of the whole shard, such as a missing column, is rather a mistake
+                if error.index is not None:  # one of the whole shard, such as a missing column, is the user's mistake
                     error.args = (f"{error}; reading=StreamConfig(max_bad_records=) skips and counts such records",)
                 raise
             error.gives_up_shard = True

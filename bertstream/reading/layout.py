@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, counted
-from .access import is_local
+from .access import file_name, is_local
 from .config import StreamConfig
 from .faults import file_version
 from .files import shard_size
@@ -63,7 +62,7 @@ class Layout:
     def digest(self) -> str:
         """The number of shards and a digest of the pieces; the same after the corpus was moved to another folder."""
         pieces = [
-            (re.split(r"[/\\]", piece.path)[-1], piece.start, piece.stop, size)
+            (file_name(piece.path), piece.start, piece.stop, size)
             + ((piece.share, piece.shares) if piece.shares > 1 else ())  # as before there were shares
             + ((piece.source,) if self.sources > 1 else ())
             for piece, size in self.pieces
@@ -100,7 +99,7 @@ class Layout:
         """Why these ranks cannot each have data of their own, with the way out; None if they can."""
         if ranks > self.lanes:
             return (
-                f"{ranks} ranks cannot share {self.lanes} lane{'s' * (self.lanes > 1)}: write "
+                f"{ranks} ranks cannot share {counted(self.lanes, 'lane')}: write "
                 f"reading=StreamConfig(lanes={ranks}) or more, or leave lanes out"
             )
         count = len(self.pieces)
@@ -113,11 +112,13 @@ class Layout:
                 if self.pieces[0][0].stop is not None
                 else ("shard", f"give it as many, as in to_iterable_dataset(num_shards={ranks})")
             )
-            return f"{ranks} ranks cannot share {count} {what}{'s' * (count > 1)} of {name}: {way}, or use fewer ranks"
+            return f"{ranks} ranks cannot share {counted(count, what)} of {name}: {way}, or use fewer ranks"
         sizes = [size for _, size in self.pieces]
+        if not any(sizes) and all(is_local(piece.path) for piece, _ in self.pieces):
+            return f"{name}{' and the others' * (count > 1)}: no shard holds a record"
         total = f"{sum(sizes) / 2**20:,.1f} MiB" if all(sizes) else "an unknown number of bytes"
         return (
-            f"{ranks} ranks cannot share {count} piece{'s' * (count > 1)} of data, {total} in all: {name} "
+            f"{ranks} ranks cannot share {counted(count, 'piece')} of data, {total} in all: {name} "
             f"{'and the others ' * (count > 1)}cannot be cut further, and only up to {_SHARED_BYTES >> 20} MiB are "
             "shared out record by record, because each rank reads all of them. Write the data to at least "
             f"{ranks} shards (tools/make_shards.py), uncompressed, or as Parquet with a smaller row_group_size; "
@@ -208,9 +209,7 @@ def lay_out(shards: Sequence[str], rows: Any, reading: StreamConfig, *, shuffle:
         ShardError: a shard is missing or cannot be read.
     """
     layout = _cut(shards, rows, reading, shuffle=shuffle, ranks=ranks)
-    sizes = [size for _, size in layout.pieces]
-    small = rows is None and all(sizes) and sum(sizes) <= _SHARED_BYTES
-    if not small or not len(layout.pieces) < ranks <= layout.lanes:
+    if not _may_be_shared(layout.pieces, rows) or not len(layout.pieces) < ranks <= layout.lanes:
         return layout
     logger.info("%d pieces are shared out record by record among %d ranks", len(layout.pieces), ranks)
     shared = [
@@ -282,7 +281,7 @@ def _stored(shards: Sequence[str], rows: Any, reading: StreamConfig) -> tuple[in
 
 
 def _may_be_shared(pieces: Sequence[tuple[Piece, int]], rows: Any) -> bool:
-    """Whether lanes may each read all of a source for every n-th record of it."""
+    """Whether lanes or ranks may each read all of these pieces for every n-th record."""
     sizes = [size for _, size in pieces]
     return rows is None and all(sizes) and sum(sizes) <= _SHARED_BYTES
 

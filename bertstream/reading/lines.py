@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, BinaryIO, TypeAlias, cast
 
 from ..errors import ShardError, shortened
+from .access import file_name
 from .options import ReadOptions
 from .raw import BOM, RawRecord, RecordError, check_size, parse_json, parse_text
 from .shards import Piece
@@ -67,7 +68,7 @@ def check_json_lines(stream: BinaryIO, path: str) -> None:
         ShardError: with a command that makes lines of it.
     """
     begin = cast(io.BufferedReader, stream).peek(1).removeprefix(BOM).lstrip(BLANKS)
-    name = re.split(r"[/\\]", path)[-1]
+    name = file_name(path)
     for pattern, what, each in ((rb"\[", "an array", ".[]"), (rb"\{[ \t\r]*\n", "an object over several lines", ".")):
         if re.match(pattern, begin):
             message = f"it is {what}, but a record is an object on a line: jq -c '{each}' {name} > {name}l makes lines"

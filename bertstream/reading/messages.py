@@ -27,7 +27,7 @@ with 16 1.86 times."""
 
 
 class StreamMessages(IterableDataset[list[MessageItem]]):
-    """The items of a stream in lists, for workers whose messages `InTurn` takes apart.
+    """The items of a stream in lists, for workers whose messages `WorkersInTurn` takes apart.
 
     A worker's first lists are shorter, so that its first batch comes at once; they are as long as those of the others.
 
@@ -59,7 +59,7 @@ def _worker_id() -> int:
     return 0 if worker is None else worker.id
 
 
-class InTurn(Iterator[StreamItem]):
+class WorkersInTurn(Iterator[StreamItem]):
     """One item of each worker in turn, as a DataLoader yields them without messages.
 
     Args:
@@ -107,4 +107,4 @@ class StreamLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         received = super().__iter__()
-        return InTurn(received, self.num_workers) if isinstance(self.dataset, StreamMessages) else received
+        return WorkersInTurn(received, self.num_workers) if isinstance(self.dataset, StreamMessages) else received

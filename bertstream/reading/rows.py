@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch.utils.data import DataLoader
 
-from ..errors import ConfigError, described, shortened, table_columns
+from ..errors import ConfigError, described, kind_of, shortened, table_columns
 from ..paths import find, splits
 from .arrow import records_of, rows_at_a_time
 from .faults import outside_fault
@@ -54,7 +54,7 @@ def find_rows(source: Any) -> Any | None:
         return source if is_rows else None
     if not len(rows):
         raise ConfigError(
-            f"shards is a {type(source).__name__} of 0 rows with the columns {shortened(table_columns(rows))}: there "
+            f"shards is {kind_of(source)} of 0 rows with the columns {shortened(table_columns(rows))}: there "
             "is nothing to read; did a filter drop every row?"
         )
     return rows
@@ -74,24 +74,24 @@ def _without_format(dataset: Any) -> Any:
 
 
 def _check_source(source: Any) -> None:
-    kind = type(source).__name__
+    kind = kind_of(source)
     if isinstance(source, Mapping):
         names = list(source)
         way_out = f"pass one of its splits, as in data[{names[0]!r}]" if names else "pass a list of dicts, one a record"
         if names and all(isinstance(column, (list, tuple, np.ndarray)) for column in source.values()):
             way_out = "pass a list of dicts, one a record, as in [dict(zip(data, row)) for row in zip(*data.values())]"
-        raise ConfigError(f"shards is a {kind} with the keys {shortened(names)}: {way_out}")
+        raise ConfigError(f"shards is {kind} with the keys {shortened(names)}: {way_out}")
     if isinstance(source, Set):
-        raise ConfigError(f"shards is a {kind}, which has no order: pass a list")
+        raise ConfigError(f"shards is {kind}, which has no order: pass a list")
     if any(base.__module__.partition(".")[0] == "pyarrow" for base in type(source).__mro__):
         for method in ("read_all", "to_table"):  # of a RecordBatchReader; of a Dataset or Scanner
             if hasattr(source, method):
-                raise ConfigError(f"shards is a {kind}, which has no positions to share out: pass its {method}()")
-    if kind == "LazyFrame":
+                raise ConfigError(f"shards is {kind}, which has no positions to share out: pass its {method}()")
+    if type(source).__name__ == "LazyFrame":
         raise ConfigError("shards is a LazyFrame, which has no rows yet: pass what its collect() returns")
     if isinstance(source, DataLoader) or (hasattr(source, "__getitem__") and not hasattr(source, "__len__")):
         raise ConfigError(
-            f"shards is a {kind}, which has no positions to share out: use bertstream.wrap with a DataLoader"
+            f"shards is {kind}, which has no positions to share out: use bertstream.wrap with a DataLoader"
         )
 
 
@@ -101,7 +101,7 @@ def name_of_rows(rows: Any) -> str:
 
 
 def digest_of_rows(sources: Sequence[Any], texts: Sequence[str]) -> dict[str, str]:
-    """What a state holds of rows, to know others, or another order of the same: a digest of the texts of some.
+    """A digest of the texts of some rows, which a state holds to notice other rows or another order.
 
     Args:
         sources: the dataset of rows of each source, or None for shards.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from braceexpand import braceexpand
 
 from ..errors import ConfigError, ShardError, shortened
-from .access import DEFAULT_ACCESS, Access, check_installed, check_pipe, is_local, is_pipe, is_url
+from .access import DEFAULT_ACCESS, Access, check_installed, check_pipe, file_name, is_local, is_pipe, is_url
 from .endings import ENDINGS, parse_format, split_compression, split_ending
 from .faults import Version
 from .remote import list_url
@@ -148,7 +148,7 @@ def shard_kind(path: str, access: Access = DEFAULT_ACCESS) -> ShardKind:
         name = next(link for link in path.split("::") if "://" in link)
         if name.startswith(("http://", "https://")):  # elsewhere ? and # are part of a name
             name = re.split("[?#]", name)[0]
-    base = re.split(r"[/\\]", name)[-1]
+    base = file_name(name)
     found = split_ending(base)
     if access.format is None:
         if found is None:

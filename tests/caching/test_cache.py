@@ -22,7 +22,7 @@ from fake_cuda import CUDA, fake_cuda
 from families import tokenizer_with_marks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import bertstream
 from bertstream import CacheError, ConfigError, EmbeddingCache, Embeddings, Encoder, EncoderError, TokenBatch, testing
@@ -105,6 +105,31 @@ def test_any_batches_and_bound_return_what_the_encoder_returns(batches: list[lis
         assert asked == sum(map(len, batches)) and stats["misses"] == sum(map(len, encoder.encoded))
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "int8"])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_vectors_that_are_not_finite_are_returned_but_not_kept(
+    dtype: Storage, on_disk: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(FakeEncoder):
+        def encode(self, batch: TokenBatch) -> Embeddings:
+            found = super().encode(batch)
+            found.values[found.values[:, 0] == 3, 1] = torch.nan
+            return found
+
+    encoder = Broken()
+    with logged(caplog) as said, EmbeddingCache("1MiB", tmp_path if on_disk else None, "64MiB", dtype=dtype) as cache:
+        cached = cache.of(encoder)
+        for texts in ([[1, 2], [], [2, 3, 1], [4], [3]], [[4], [3], [1, 2]], [[3]]):
+            found = cached.encode(batch_of(*texts))
+            assert [text.isnan().any().item() for text in found] == [3 in text for text in texts]
+        cache.flush()
+        assert encoder.encoded == [[(1, 2), (), (2, 3, 1), (4,), (3,)], [(3,)], [(3,)]]
+        assert cached.fill(batch_of([3], [1])) == 2
+        cache.flush()
+        assert cache.stats()["memory_texts"] == 4 and cache.stats().get("disk_texts", 4) == 4
+    assert len(said) == 1 and "2 of 5 texts" in said[0] and "number 2, [2, 3, 1]" in said[0]
+
+
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.tuples(some_texts, st.booleans()), max_size=8),
@@ -129,11 +154,6 @@ def test_the_same_is_true_with_a_disk(
         assert len(texts) == len(set(texts))
     finally:
         cache.close()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(minilm_folder: str) -> Any:
-    return AutoTokenizer.from_pretrained(minilm_folder)
 
 
 def tiny(tokenizer: Any, **options: Any) -> Encoder:

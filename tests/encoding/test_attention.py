@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from families import TINY
+from families import tiny
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
@@ -19,16 +19,12 @@ from transformers import (
     ModernBertConfig,
     ModernBertModel,
 )
+from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from bertstream import EncoderError
 from bertstream.encoding import attention
-from bertstream.encoding.attention import PACKED, Packing, attend, packed_attention
+from bertstream.encoding.attention import PACKED, BatchingSupport, Packing, attend, packed_attention, packed_positions
 from bertstream.tokens import cumulate
-
-
-def tiny(model: type[nn.Module], config: type[Any], **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return model(config(**TINY, **options)).eval()
 
 
 def packing_of(lengths: list[int]) -> Packing:
@@ -169,3 +165,18 @@ def test_a_sliding_window_limits_attention_in_longer_texts() -> None:
             packing=packing_of([40, 90]),
         ).last_hidden_state
     torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
+
+
+@given(texts=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=8), min_size=1, max_size=5))
+def test_positions_of_a_packed_row_are_those_of_its_texts(texts: list[list[int]]) -> None:
+    lengths = np.array([len(text) for text in texts], np.int32)
+    ids = np.concatenate(texts)
+    for padding in (0, 3, 9):
+        right = [
+            RobertaEmbeddings.create_position_ids_from_input_ids(torch.tensor([text]), padding)[0].numpy()
+            for text in texts
+        ]
+        found = packed_positions(ids, lengths, BatchingSupport("packed", "", skipped_id=padding))
+        assert found.tolist() == np.concatenate(right).tolist()
+    plain = packed_positions(ids, lengths, BatchingSupport("packed", ""))
+    assert plain.tolist() == [i for text in texts for i in range(len(text))]

@@ -186,7 +186,7 @@ def test_the_fingerprint_depends_on_which_adapters_are_on_and_how_strong(tokeniz
 def test_the_fingerprint_reads_the_weights_once(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = Encoder(tiny_bert(), tokenizer)
     first = encoder.fingerprint()
-    monkeypatch.setattr("bertstream.encoding.encoder.hash_weights", lambda *arguments: pytest.fail("read again"))
+    monkeypatch.setattr("bertstream.encoding.text_forward.hash_weights", lambda *arguments: pytest.fail("read again"))
     assert encoder.fingerprint() == first
 
 

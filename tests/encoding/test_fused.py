@@ -14,7 +14,7 @@ import torch
 from families import PAIRS, WORDS, Tokenizer, make
 from torch import Tensor, nn
 
-from bertstream import Encoder
+from bertstream import Encoder, EncoderError
 from bertstream.encoding import onednn
 from bertstream.tokens import Text
 
@@ -214,6 +214,17 @@ def test_weights_that_another_module_trains_are_never_joined(bert: nn.Module, mi
     assert error(after, alone(model, encoder, TEXTS, 3)) < 1e-5 < error(after, before)
 
 
+def test_an_attention_that_would_mix_packed_texts_is_refused(encoder: Encoder) -> None:
+    right = encoder(TEXTS).values
+    with pytest.raises(EncoderError, match=r"set_attn_implementation\('sdpa'\) on a copy of it"):
+        encoder.model(torch.ones(1, 4, dtype=torch.int64))
+    encoder.model.set_attn_implementation("sdpa")  # type: ignore[operator]
+    with pytest.raises(EncoderError, match="attention is 'sdpa' now, which mixes the texts"):
+        encoder.unfreeze()(TEXTS)
+    encoder.model.set_attn_implementation("bertstream_packed")  # type: ignore[operator]
+    assert error(encoder(TEXTS).values.detach(), right) < 1e-5
+
+
 def test_gradients_are_those_of_the_model(bert: nn.Module, minilm_folder: str) -> None:
     model = copy.deepcopy(bert).requires_grad_(True)
     encoder = Encoder(model, Tokenizer(minilm_folder, model))
@@ -255,6 +266,29 @@ def test_a_trained_encoder_says_that_its_own_modules_run(encoder: Encoder) -> No
     encoder.unfreeze().train()
     assert encoder.batching.way == "packed" and "train mode" in encoder.batching.reason
     assert encoder.freeze().batching.way == "fused"
+
+
+def test_freeze_notices_weights_that_were_written_through_data(encoder: Encoder) -> None:
+    """As the averages of an EMA are; also of an encoder that is frozen, and of another over the same weights."""
+    other = Encoder(encoder.model, encoder._pretrained_tokenizer)
+    before, named = encoder(TEXTS).values, other.fingerprint()
+    assert torch.equal(other(TEXTS).values, before)
+    for parameter in encoder.parameters():
+        parameter.data.mul_(1.1)
+    encoder.freeze()
+    packed = copy.deepcopy(encoder)
+    packed._fused = None
+    right = packed(TEXTS).values
+    for one in (encoder, other):
+        assert error(one(TEXTS).values, right) < 1e-5 < error(before, right)
+    assert other.fingerprint() == encoder.fingerprint() != named
+
+
+def test_vectors_with_dropout_have_no_name_in_a_cache(encoder: Encoder) -> None:
+    named = encoder.fingerprint()
+    encoder.model.get_submodule("encoder.layer.1").train()
+    assert named is not None and encoder.fingerprint() is None
+    assert encoder.freeze().fingerprint() == named
 
 
 def test_vectors_under_a_hook_or_a_patched_forward_have_no_name_in_a_cache(encoder: Encoder) -> None:

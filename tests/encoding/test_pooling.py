@@ -49,6 +49,11 @@ def test_weights_count_the_rows_that_were_left_out_before_a_run(skipped: list[in
         torch.testing.assert_close(run, right)
 
 
+def test_weights_of_a_book_sum_to_more_than_32_bits_hold() -> None:
+    found = pool_runs(torch.ones(50_000, 1), offsets([50_000]), "weighted_mean")
+    torch.testing.assert_close(found, torch.ones(1, 1), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("lengths", [[1], [3, 0, 5], [0], [2, 2]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_mean_by_the_root_of_the_length_is_the_sum_divided_by_it(lengths: list[int], dtype: torch.dtype) -> None:

@@ -318,7 +318,7 @@ def test_a_users_own_class_needs_no_special_tokens() -> None:
             partial(Letters, pattern="bos_eos", bos_token="a"),
             "special tokens .* that it does not have: set its cls_token",
         ),
-        (object, r"tokenizer is a object without tokenize\(\): pass a transformers tokenizer, or None"),
+        (object, r"tokenizer is an object without tokenize\(\): pass a transformers tokenizer, or None"),
         (lambda: str.split, "without tokenize"),
     ],
 )

@@ -6,20 +6,16 @@ import copy
 import io
 import pickle
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from families import TINY, VOCABULARY, Tokenizer, make
-from hypothesis import given
-from hypothesis import strategies as st
+from families import MASK, VOCABULARY, Tokenizer, make, probed, random_texts, tiny
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
-    BertForTokenClassification,
     BertModel,
     DebertaV2Config,
     DebertaV2Model,
@@ -34,43 +30,18 @@ from transformers import (
     RobertaConfig,
     RobertaModel,
 )
-from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from bertstream import ConfigError, Encoder, EncoderError
 from bertstream.encoding import attention
-from bertstream.encoding.attention import PACKED, BatchingSupport, Packing, packed_positions
-from bertstream.encoding.pretrained import most_positions
-from bertstream.encoding.probe import MOST_TOKENS, _odd_lengths, batch_of, probe_texts
-from bertstream.encoding.self_test import probe_batching
+from bertstream.encoding.attention import PACKED, Packing
+from bertstream.encoding.probe import batch_of
 from bertstream.tokens import Int32Array
 
-MASK, UNKNOWN = 103, 100
-OPTIONS: dict[str, dict[str, Any]] = {
-    "BigBird": {"block_size": 4, "num_random_blocks": 1},
-    "Data2VecText": {"pad_token_id": 1},
-    "EsmWithMaskRatio": {"mask_token_id": MASK, "token_dropout": True, "position_embedding_type": "rotary"},
-    "Esm": {"mask_token_id": MASK, "token_dropout": False},
-    "IBert": {"pad_token_id": 1},
-    "Longformer": {"attention_window": [16] * 3},
-    "Nystromformer": {"num_landmarks": 8, "segment_means_seq_len": 8},
-    "SqueezeBert": {"embedding_size": 32},
-    "XLM": {"emb_dim": 32, "n_layers": 3, "n_heads": 4, "pad_index": 0},
-}
-RIGHT_IN_EVERY_LAYER = [*OPTIONS, "ConvBert", "CLIPText", "Deberta", "MarkupLM", "Splinter"]
-
-
-def tiny(model: type[nn.Module], config: type[Any], **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return model(config(**TINY | options)).eval()
-
-
-def probed(model: nn.Module) -> BatchingSupport:
-    """How the last layer of a tiny model runs."""
-    return probe_batching(model, (3,), 3)[1]
-
-
-def family(name: str, **options: Any) -> nn.Module:
-    return make(name.removesuffix("WithMaskRatio"), **OPTIONS.get(name, {}) | options)
+UNKNOWN = 100
+RIGHT_IN_EVERY_LAYER = [
+    *("BigBird", "Data2VecText", "EsmWithMaskRatio", "Esm", "IBert", "Longformer", "Nystromformer", "SqueezeBert"),
+    *("XLM", "ConvBert", "CLIPText", "Deberta", "MarkupLM", "Splinter"),
+]
 
 
 def xlnet() -> nn.Module:
@@ -102,19 +73,9 @@ def worst_error(
     return max(errors)
 
 
-def random_texts(lengths: Sequence[int], special: Sequence[int] = (), seed: int = 0) -> list[Int32Array]:
-    """Texts with these ids inside, each at another place, and not in every text."""
-    rng = np.random.default_rng(seed)
-    texts = [rng.integers(1000, VOCABULARY, length, np.int32) for length in lengths]
-    for number, text in enumerate(texts):
-        for i in special[number % (len(special) + 1) :]:
-            text[rng.integers(1, max(2, len(text) - 1))] = i
-    return texts
-
-
 @pytest.mark.parametrize("name", RIGHT_IN_EVERY_LAYER)
 def test_every_layer_is_the_models_own_whatever_is_beside_a_text(name: str, minilm_folder: str) -> None:
-    model = family(name)
+    model = make(name)
     texts = random_texts([5, 17, 60, 5, 16, 33, 4, 9, 75, 8], (MASK, 0, UNKNOWN, 1))
     known: dict[bytes, list[Tensor]] = {}
     for layers in ((1,), (3, 2, 0)):
@@ -141,7 +102,7 @@ def test_a_model_that_mixes_the_segments_of_its_row_is_not_packed() -> None:
 
 @pytest.mark.parametrize("name", ["BigBird", "XLM"])
 def test_an_encoder_of_the_models_own_states_is_picklable(name: str, minilm_folder: str) -> None:
-    model = family(name)
+    model = make(name)
     encoder = Encoder(model, Tokenizer(minilm_folder, model), layers=1)
     assert encoder.batching.reads_own
     texts = random_texts([5, 9])
@@ -159,40 +120,6 @@ def test_time_first_layers_are_read_from_the_models_own_states(minilm_folder: st
     assert worst_error(encoder, model, random_texts([5, 3, 3, 20])) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["Bart", "LED"])
-def test_layers_that_the_model_does_not_give_are_refused_by_name(name: str, minilm_folder: str) -> None:
-    sizes = {f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in (("layers", 3), ("ffn_dim", 64))}
-    model = make(name, d_model=32, encoder_attention_heads=4, decoder_attention_heads=4, pad_token_id=1, **sizes)
-    with pytest.raises(EncoderError, match=rf"{name}Model gives 0 hidden_states.*layers=\(1,\).*leave layers= out"):
-        Encoder(model, Tokenizer(minilm_folder, model), layers=1)
-
-
-def test_a_model_that_needs_more_than_ids_is_refused_with_the_way_out(minilm_folder: str) -> None:
-    model = make("T5", d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4)
-    for layers in (-1, 1):
-        with pytest.raises(EncoderError, match=r"T5Model does not run.*get_encoder"):
-            Encoder(model, Tokenizer(minilm_folder, model), layers=layers)
-    with pytest.raises(EncoderError, match="base_model"):
-        probed(tiny(BertForTokenClassification, BertConfig))
-
-
-class Differing:
-    """A config whose layers differ in a setting, which transformers then refuses to give for all of them."""
-
-    def __init__(self) -> None:
-        self.block_size = 8
-        self.is_heterogeneous = True
-        self.per_layer_config = [SimpleNamespace(sliding_window=40), SimpleNamespace(sliding_window=None)]
-
-    @property
-    def sliding_window(self) -> int:
-        raise ValueError("differs from layer to layer")
-
-
-def test_windows_that_differ_from_layer_to_layer_are_probed() -> None:
-    assert list(_odd_lengths(Differing())) == [9, 41]
-
-
 class Crowded(BertModel):
     """A model in which every text depends on how many share its forward."""
 
@@ -207,28 +134,13 @@ def test_a_model_that_is_right_in_no_way_is_refused() -> None:
         probed(tiny(Crowded, BertConfig))
 
 
-class Wide(BertModel):
-    """Like reformer, whose last layer is two tensors side by side."""
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        out = super().forward(*arguments, **named)
-        out.last_hidden_state = torch.cat([out.last_hidden_state] * 2, -1)
-        return out
-
-
-def test_vectors_of_another_size_than_the_config_says_are_refused() -> None:
-    for layers in ((3,), (1,)):
-        with pytest.raises(EncoderError, match="vectors of (32 and )?64 numbers, and its config says hidden_size=32"):
-            probe_batching(tiny(Wide, BertConfig), layers, 3)
-
-
 @pytest.mark.parametrize("padding", [1, UNKNOWN])
 @pytest.mark.parametrize("packed", [None, False])
 @pytest.mark.parametrize("name", ["Roberta", "XLMRoberta", "Data2VecText", "Esm"])
 def test_positions_are_counted_as_the_model_counts_them(
     name: str, minilm_folder: str, packed: bool | None, padding: int
 ) -> None:
-    model = family(name, pad_token_id=padding, max_position_embeddings=padding + 41)
+    model = make(name, pad_token_id=padding, max_position_embeddings=padding + 41)
     encoder = Encoder(model, Tokenizer(minilm_folder, model), packed=packed)
     assert encoder.batching.packs == (packed is None)
     texts = random_texts([9, 4, 40, 9, 3], (padding, padding, UNKNOWN))
@@ -240,24 +152,9 @@ def test_positions_are_counted_as_the_model_counts_them(
     )
 
 
-@given(texts=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=8), min_size=1, max_size=5))
-def test_positions_of_a_packed_row_are_those_of_its_texts(texts: list[list[int]]) -> None:
-    lengths = np.array([len(text) for text in texts], np.int32)
-    ids = np.concatenate(texts)
-    for padding in (0, 3, 9):
-        right = [
-            RobertaEmbeddings.create_position_ids_from_input_ids(torch.tensor([text]), padding)[0].numpy()
-            for text in texts
-        ]
-        found = packed_positions(ids, lengths, BatchingSupport("packed", "", skipped_id=padding))
-        assert found.tolist() == np.concatenate(right).tolist()
-    plain = packed_positions(ids, lengths, BatchingSupport("packed", ""))
-    assert plain.tolist() == [i for text in texts for i in range(len(text))]
-
-
 def test_a_mask_in_a_text_does_not_change_the_texts_beside_it(minilm_folder: str) -> None:
     for name, packs in (("EsmWithMaskRatio", False), ("Esm", True)):
-        encoder = Encoder(family(name), Tokenizer(minilm_folder, family(name)))
+        encoder = Encoder(make(name), Tokenizer(minilm_folder, make(name)))
         assert encoder.batching.packs == packs, encoder.batching
         plain, masked = random_texts([7, 9])
         masked[2:5] = MASK
@@ -266,7 +163,7 @@ def test_a_mask_in_a_text_does_not_change_the_texts_beside_it(minilm_folder: str
 
 
 def test_a_model_that_changes_itself_begins_each_forward_as_it_was_loaded(minilm_folder: str) -> None:
-    model = family("BigBird")
+    model = make("BigBird")
     encoder = Encoder(model, Tokenizer(minilm_folder, model))
     assert encoder.batching.way == "grouped" and encoder.batching.changes_itself
     assert model.attention_type == encoder.model.attention_type == "block_sparse"
@@ -290,58 +187,8 @@ def test_no_forward_is_longer_than_a_table_of_the_model(minilm_folder: str) -> N
         assert worst_error(encoder, make(name, max_position_embeddings=positions), texts) <= 1e-5
 
 
-def test_positions_end_where_the_frequencies_of_a_whole_forward_change() -> None:
-    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64}
-    known = {"max_position_embeddings": 512}
-    for made, right in (
-        ({}, None),
-        ({"max_position_embeddings": -1}, None),
-        (known, 512),
-        (known | {"rope_parameters": rope}, 64),
-        (known | {"rope_scaling": rope}, 64),
-        (known | {"rope_parameters": {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}}, 64),
-        (known | {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, 512),
-    ):
-        assert most_positions(type("Config", (), made)) == right
-
-
-def test_the_probed_texts_hold_what_breaks_packing() -> None:
-    model = tiny(RobertaModel, RobertaConfig, pad_token_id=1, mask_token_id=150, attention_window=[64, 32, 5000])
-    texts = probe_texts(model, (78, None, 10**6))
-    lengths = [len(text) for text in texts]
-    assert {1, 78, 150} <= set(np.concatenate(texts).tolist()) <= set(range(200))
-    assert {33, 65} <= set(lengths) and max(lengths) > 10 * min(lengths) and len(set(lengths)) < len(lengths)
-    assert sum(lengths) <= MOST_TOKENS
-    assert all({1, 78, 150}.isdisjoint((text[0], text[-1])) for text in texts)
-    short = tiny(RobertaModel, RobertaConfig, pad_token_id=1, max_position_embeddings=8)
-    assert max(len(text) for text in probe_texts(short)) == 6
-
-
-@pytest.mark.parametrize("name", ["Longformer", "CLIPText", "MarkupLM", "XLM", "SqueezeBert"])
-def test_a_model_that_cannot_be_split_is_refused_in_words(name: str, minilm_folder: str) -> None:
-    model = family(name)
-    with pytest.raises(
-        ConfigError, match=rf"split\(at=1\): {name}Model cannot be split, because .* from layer 1 on; .*unfreeze\(\)$"
-    ):
-        Encoder(model, Tokenizer(minilm_folder, model)).split(1)
-
-
-def test_halves_that_differ_from_the_whole_are_refused(minilm_folder: str) -> None:
-    model = family("BigBird")
-    with pytest.raises(ConfigError, match="differ from the whole"):
-        Encoder(model, Tokenizer(minilm_folder, model)).split(1)
-
-
-def test_a_model_with_eager_attention_only_is_split(minilm_folder: str) -> None:
-    model = family("Splinter")
-    encoder = Encoder(model, Tokenizer(minilm_folder, model))
-    lower, upper = encoder.split(1)
-    batch = batch_of(random_texts([5, 9]))
-    torch.testing.assert_close(upper(lower(batch)).values, encoder(batch).values, atol=1e-5, rtol=1e-5)
-
-
 def test_a_model_with_several_lists_of_layers_is_trained_whole_or_not_at_all(minilm_folder: str) -> None:
-    model = family("XLM")
+    model = make("XLM")
     encoder = Encoder(model, Tokenizer(minilm_folder, model))
     with pytest.raises(ConfigError, match="4 lists of 3 layers"):
         encoder.unfreeze(1)
@@ -418,17 +265,3 @@ def test_the_self_test_tries_blocks_of_short_texts(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Packing, "block_mask", noted)
     assert probed(tiny(BertModel, BertConfig, max_position_embeddings=4096)).way == "fused"
     assert max(tried, default=0) >= 3
-
-
-def test_a_model_whose_vectors_are_not_finite_is_refused() -> None:
-    model = tiny(BertModel, BertConfig)
-    with torch.no_grad():
-        model.embeddings.LayerNorm.weight.fill_(float("nan"))
-    with pytest.raises(EncoderError, match="not finite"):
-        probed(model)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_self_test_judges_half_precision_by_its_own_noise(dtype: torch.dtype) -> None:
-    assert probed(tiny(BertModel, BertConfig).to(dtype)).packs
-    assert probed(tiny(MPNetModel, MPNetConfig).to(dtype)).way == "padded"

@@ -53,7 +53,7 @@ COLUMNS = {"text": ["a bank"], "label": [1]}
         (np.array([["a", "bank"]]), "texts is a ndarray: pass a list of texts"),
         (torch.ones(2), "texts is a Tensor: pass a list of texts"),
         (b"a bank", "one string: pass a list of texts"),
-        (7, "texts is a int: pass a list of texts"),
+        (7, "texts is an int: pass a list of texts"),
     ],
     ids=lambda value: type(value).__name__,
 )

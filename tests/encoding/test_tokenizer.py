@@ -445,3 +445,16 @@ def test_one_string_instead_of_a_list_is_refused(auto: Any) -> None:
 def test_a_bad_argument_is_refused_with_the_value_seen(auto: Any, options: dict[str, Any], seen: str) -> None:
     with pytest.raises(ConfigError, match=seen):
         TextTokenizer(auto, **options)
+
+
+def test_a_list_of_texts_as_a_text_is_named_once(auto: Any, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = TextTokenizer(auto, max_length=64)
+    of_words: list[list[Text]] = [["the bank", "a b"], [["the", "bank", " ", "\ta\n"]], [("the bank", "a b")]]
+    for texts in of_words:
+        tokenizer(texts)
+    TextTokenizer(auto, max_length=64, word_splitter=str.split)([["New York", "banks"]])  # word vectors
+    assert not caplog.records
+    for _ in range(2):
+        tokenizer(["the", (["bank"], ["The bank raised its rates.", "No."])])
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "text 1 is a list of words" in message and "['The bank raised its rates.', 'No.']" in message

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import FULL_RUN
-from families import PAIRS, WORDS, Tokenizer, loss_of, make
+from families import PAIRS, WORDS, Tokenizer, loss_of, make, random_texts
 from torch import Tensor, nn
 
 import bertstream
 from bertstream import ConfigError, EmbeddingCache, Embeddings, Encoder, EncoderError
 from bertstream.encoding.layers import layer_list
+from bertstream.encoding.probe import batch_of
 from bertstream.testing import write_shards
 
 FAMILIES = ("Bert", "Roberta", "DistilBert", "Electra", "Albert", "ModernBert", "DebertaV2", "MPNet", "MobileBert")
@@ -273,3 +274,26 @@ def test_a_bad_split_and_foreign_vectors_are_refused(minilm: Encoder, minilm_fol
     untold = bertstream.TokenBatch.from_padded(torch.tensor([[101, 1037, 102]]), torch.ones(1, 3))
     with pytest.raises(EncoderError, match="belong to no word"):
         upper(lower(untold))
+
+
+@pytest.mark.parametrize("name", ["Longformer", "CLIPText", "MarkupLM", "XLM", "SqueezeBert"])
+def test_a_model_that_cannot_be_split_is_refused_in_words(name: str, minilm_folder: str) -> None:
+    model = make(name)
+    with pytest.raises(
+        ConfigError, match=rf"split\(at=1\): {name}Model cannot be split, because .* from layer 1 on; .*unfreeze\(\)$"
+    ):
+        Encoder(model, Tokenizer(minilm_folder, model)).split(1)
+
+
+def test_halves_that_differ_from_the_whole_are_refused(minilm_folder: str) -> None:
+    model = make("BigBird")
+    with pytest.raises(ConfigError, match="differ from the whole"):
+        Encoder(model, Tokenizer(minilm_folder, model)).split(1)
+
+
+def test_a_model_with_eager_attention_only_is_split(minilm_folder: str) -> None:
+    model = make("Splinter")
+    encoder = Encoder(model, Tokenizer(minilm_folder, model))
+    lower, upper = encoder.split(1)
+    batch = batch_of(random_texts([5, 9]))
+    torch.testing.assert_close(upper(lower(batch)).values, encoder(batch).values, atol=1e-5, rtol=1e-5)

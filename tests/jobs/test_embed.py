@@ -22,7 +22,7 @@ import torch
 import webdataset
 from fork_server import ENCODERS
 from safetensors import safe_open
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 
 import bertstream
 from bertstream import ConfigError, Encoder, ShardError, StateError, StreamConfig
@@ -36,11 +36,6 @@ FORMATS: tuple[PartFormat, ...] = get_args(PartFormat)
 KILLS = int(os.environ.get("BERTSTREAM_KILLS", "1"))
 
 Found = dict[tuple[str, int], npt.NDArray[Any]]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(minilm_folder: str) -> Any:
-    return AutoTokenizer.from_pretrained(minilm_folder)
 
 
 def tiny(tokenizer: Any, **options: Any) -> Encoder:

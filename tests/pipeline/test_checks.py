@@ -32,7 +32,7 @@ def loader_of(kind: str) -> Any:
         ("Table", "loader is a Table, which holds rows"),
         ("a dict", r"loader is a dict with the keys \['train'\]: pass a DataLoader over one"),
         ("an encoder", "the first argument is an encoder"),
-        ("a number", "loader is a int: pass an iterable of batches"),
+        ("a number", "loader is an int: pass an iterable of batches"),
     ],
 )
 def test_what_yields_no_batches_is_refused(kind: str, message: str) -> None:

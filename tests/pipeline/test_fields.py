@@ -338,7 +338,7 @@ def test_texts_are_keyed_by_field_and_tokens_stay_as_they_are() -> None:
     "texts", ["a text", {"a text"}, 5, None, np.array("a"), np.array([["a"]]), {"a": 1}, iter("ab")]
 )
 def test_a_value_that_is_no_list_of_texts_is_refused_with_its_type(texts: Any) -> None:
-    with pytest.raises(ConfigError, match=f"text='said' is a {type(texts).__name__}: a batch of texts is a list"):
+    with pytest.raises(ConfigError, match=rf"text='said' is an? {type(texts).__name__}: a batch of texts is a list"):
         texts_of({"said": texts}, ("said",), FakeTokenizer())
 
 

@@ -1,27 +1,15 @@
-"""A loader's numbers print as a table, go to TensorBoard, and one sentence names the bottleneck."""
+"""A loader's numbers print as a table, and one sentence names the bottleneck."""
 
 from __future__ import annotations
 
 import json
-import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
 
 import bertstream
 from bertstream.pipeline.stats import LOOP, WORK, Since, Stats, bottleneck
-from bertstream.testing import FakeEncoder, write_shards
-
-BATCHES = [{"text": ["a b", "c"]} for _ in range(20)]
-
-
-def cells(table: str) -> dict[str, list[str]]:
-    """The first word of each line of a table -> the other words."""
-    return {words[0]: words[1:] for words in map(str.split, table.splitlines())}
+from bertstream.testing import FakeEncoder
 
 
 def test_stats_print_as_a_table_and_are_a_plain_dict_otherwise() -> None:
@@ -57,39 +45,6 @@ def test_stats_print_as_a_table_and_are_a_plain_dict_otherwise() -> None:
     assert repr(stats) == repr(dict(stats)) and json.loads(json.dumps(stats)) == stats
 
 
-def test_a_loaders_table_shows_every_number_that_is_not_zero(minilm: bertstream.Encoder) -> None:
-    cache = bertstream.EmbeddingCache("1MiB")
-    loader = bertstream.wrap(BATCHES, minilm, text="text", cache=cache)
-    fresh = cells(str(loader.stats()))
-    assert fresh["cache_misses"] == ["0"] and "cache_memory_texts" not in fresh
-    assert "and" not in cells(str(bertstream.wrap(BATCHES, minilm, text="text").stats()))
-    list(loader)
-    stats = loader.stats()
-    table = cells(str(stats))
-    for name, value in stats.items():
-        stage = name.removesuffix("_s")
-        shown = table.get(stage if stage in (*LOOP, *WORK) else name)
-        assert (shown is not None) or not value, f"{name} is {value} and not in the table"
-    assert table["batches"] == ["20"] and table["cache_memory_hits"] == [str(stats["cache_memory_hits"])]
-    assert table["encode"][0] == f"{stats['encode_s']:.3f}"
-
-
-def test_tensorboard_takes_every_number_unchanged(tmp_path: Path, minilm: bertstream.Encoder) -> None:
-    with bertstream.EmbeddingCache("1MiB", disk=tmp_path / "cache", disk_limit="10MiB") as cache:
-        loader = bertstream.wrap(BATCHES, minilm, text="text", cache=cache)
-        with SummaryWriter(tmp_path / "runs") as writer:
-            for _ in loader:
-                stats = loader.stats()
-                for name, value in stats.items():
-                    writer.add_scalar(f"bertstream/{name}", value, stats["batches"])
-    events = EventAccumulator(str(tmp_path / "runs")).Reload()
-    assert set(events.Tags()["scalars"]) == {f"bertstream/{name}" for name in stats}
-    for name, value in stats.items():
-        written = events.Scalars(f"bertstream/{name}")
-        assert [event.step for event in written] == list(range(1, len(BATCHES) + 1))
-        assert written[-1].value == pytest.approx(value)
-
-
 # --- the bottleneck ---------------------------------------------------------------------------------------------------
 
 
@@ -106,7 +61,7 @@ def test_half_precision_is_not_advised_to_an_encoder_that_runs_in_it() -> None:
     }
     assert all("dtype='bfloat16'" in bottleneck(stats, dtype) for dtype in (None, torch.float32))
     assert all("dtype=" not in bottleneck(stats, dtype) for dtype in (torch.bfloat16, torch.float16))
-    loader = bertstream.wrap(BATCHES, FakeEncoder(), text="text")
+    loader = bertstream.wrap([["a b", "c"]], FakeEncoder())
     loader.encoder.dtype = torch.bfloat16  # type: ignore[attr-defined]
     for _ in loader:
         pass
@@ -151,30 +106,6 @@ def test_the_step_is_the_bottleneck_of_a_loop_that_hardly_waits() -> None:
     assert "takes 94% of the time" in sentence(wait=0.6, step=9.4, encode=9.0)
 
 
-def test_a_loader_names_what_it_waits_for() -> None:
-    class Slow(FakeEncoder):
-        def encode(self, batch: Any) -> Any:
-            time.sleep(0.005)
-            return super().encode(batch)
-
-    def slowly() -> Any:
-        for batch in BATCHES:
-            time.sleep(0.005)
-            yield batch
-
-    loader = bertstream.wrap(BATCHES, Slow(), text="text", prefetch=0)
-    assert loader.bottleneck() == "No batch was received yet."
-    list(loader)
-    assert loader.bottleneck().startswith("Encoding is the bottleneck")
-    reading = bertstream.wrap(slowly(), FakeEncoder(), text="text", prefetch=0)
-    list(reading)
-    assert reading.bottleneck().startswith("Reading is the bottleneck")
-    training = bertstream.wrap(BATCHES[:3], FakeEncoder(), text="text", prefetch=0)
-    for _ in training:
-        time.sleep(0.1)
-    assert training.bottleneck().startswith("The training step")
-
-
 def test_a_short_iteration_is_not_judged_without_saying_so() -> None:
     assert sentence(wait=0.3, step=0.01, encode=0.3).endswith("But 0.31 s are too short to judge by.")
     assert "too short" not in sentence(wait=3.0, step=0.1, encode=3.0)
@@ -182,18 +113,6 @@ def test_a_short_iteration_is_not_judged_without_saying_so() -> None:
 
 def test_a_wrapped_loader_is_told_of_its_own_workers() -> None:
     assert "workers of your DataLoader (its num_workers=)" in sentence(wait=9.0, read=9.0)
-
-
-def test_a_loader_judges_its_last_iteration_alone() -> None:
-    loader = bertstream.wrap(BATCHES[:3], FakeEncoder(), text="text", prefetch=0)
-    for _ in loader:
-        time.sleep(0.5)
-    assert loader.bottleneck().startswith("The training step")
-    list(loader)
-    judged = loader._since.stats(loader.stats())
-    assert judged["batches"] == 3 and judged["step_s"] < 1.5 <= loader.stats()["step_s"]
-    iter(loader)
-    assert loader.bottleneck() == "No batch was received yet."
 
 
 def test_where_the_cache_lacks_texts_their_share_is_named() -> None:
@@ -233,36 +152,3 @@ def test_where_reading_is_the_bottleneck_workers_and_lanes_are_counted(workers: 
     stats = {"batches": 9.0, "wait_s": 9.0, "step_s": 1.0, "read_s": 8.0, "workers": workers, "lanes": lanes}
     assert advice in bottleneck(stats)
     assert "lanes" not in bottleneck(stats | {"encode_s": 99.0})
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_streams_loader_counts_its_workers_and_lanes(tmp_path: Path, workers: int) -> None:
-    shards = write_shards(tmp_path, ["a b", "c"] * 4)
-    reading = bertstream.StreamConfig(lanes=3)
-    with bertstream.stream(shards, FakeEncoder(), num_workers=workers, reading=reading) as loader:
-        assert (loader.stats()["workers"], loader.stats()["lanes"]) == (workers, 3)
-    with bertstream.wrap(BATCHES, FakeEncoder(), text="text") as loader:
-        assert "lanes" not in loader.stats()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_streams_loader_shows_the_share_of_words_that_its_workers_knew(
-    tmp_path: Path, minilm: bertstream.Encoder, workers: int
-) -> None:
-    shards = write_shards(tmp_path, ["the bank"] * 1200)
-    reading = bertstream.StreamConfig(lanes=2, bucket_size=600)
-    with bertstream.stream(shards, minilm, num_workers=workers, reading=reading) as loader:
-        assert loader.stats()["known_words_share"] == 0
-        for _ in loader:
-            pass
-        assert 0.5 < loader.stats()["known_words_share"] < 1 or workers == 0  # in this process others learnt them
-        assert loader.stats()["known_words_share"] <= 1
-
-
-def test_a_wrapped_loader_shows_the_share_of_known_words_since_it_was_made(minilm: bertstream.Encoder) -> None:
-    minilm(["the bank"])
-    with bertstream.wrap([["the bank"], ["the bank"]], minilm) as loader:
-        assert loader.stats()["known_words_share"] == 0
-        for _ in loader:
-            pass
-        assert loader.stats()["known_words_share"] == 1

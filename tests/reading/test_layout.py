@@ -147,8 +147,9 @@ def test_small_data_that_can_be_cut_has_a_lane_for_each_rank(tmp_path: Path) -> 
         ),
         (lambda folder: "pipe:zcat a.jsonl.gz # .jsonl", "1 piece of data, an unknown number of bytes in all: pipe:"),
         (lambda folder: [{"text": "a"}, {"text": "b"}], "3 ranks cannot share 2 rows of list"),
+        (lambda folder: write(folder / "a.jsonl", b""), r"a\.jsonl: no shard holds a record"),
     ],
-    ids=["Parquet", "pipe", "rows"],
+    ids=["Parquet", "pipe", "rows", "empty"],
 )
 def test_what_cannot_be_shared_is_refused_with_the_numbers(
     make: Callable[[Path], Any], seen: str, tmp_path: Path, as_rank: AsRank, monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,7 @@ from bertstream import ShardError, StreamConfig, TextStream, TokenBatch
 from bertstream.pipeline.progress import reading_items
 from bertstream.reading.dataset import StreamItems
 from bertstream.reading.lane_batches import LaneEnd
-from bertstream.reading.messages import MESSAGE, InTurn, StreamLoader, StreamMessages
+from bertstream.reading.messages import MESSAGE, StreamLoader, StreamMessages, WorkersInTurn
 from bertstream.testing import FakeEncoder, write_shards
 
 
@@ -51,7 +51,7 @@ def round_robin(workers: list[Iterator[Any]]) -> Iterator[Any]:
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5))
 def test_items_come_in_the_order_that_they_have_without_messages(counts: list[int]) -> None:
     workers = [[(worker, i) for i in range(count)] for worker, count in enumerate(counts)]
-    found = InTurn(round_robin([messages(items) for items in workers]), len(workers))
+    found = WorkersInTurn(round_robin([messages(items) for items in workers]), len(workers))
     assert list(found) == list(round_robin([iter(items) for items in workers]))
 
 
@@ -61,7 +61,7 @@ def test_an_error_comes_after_the_items_before_it(counts: list[int], before: int
     workers.append([*range(before), ValueError("broken")])
     found: list[list[Any]] = []
     for source in (
-        InTurn(round_robin([messages(items) for items in workers]), len(workers)),
+        WorkersInTurn(round_robin([messages(items) for items in workers]), len(workers)),
         round_robin([Items(items).items() for items in workers]),
     ):
         found.append([])

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 import bertstream
-from bertstream.reading.messages import AHEAD, InTurn, StreamMessages
+from bertstream.reading.messages import AHEAD, StreamMessages, WorkersInTurn
 
 from .common import take_turns, texts_about, texts_of
 
@@ -73,7 +73,7 @@ def stream(arguments: argparse.Namespace) -> dict[str, object]:
         def epoch(name: str) -> None:
             loader = loaders[name]
             own, wall = time.thread_time(), time.perf_counter()
-            for _ in InTurn(iter(loader), loader.num_workers):
+            for _ in WorkersInTurn(iter(loader), loader.num_workers):
                 pass
             busy[name].append((time.thread_time() - own) / (time.perf_counter() - wall))
 
