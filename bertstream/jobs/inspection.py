@@ -162,8 +162,7 @@ def inspect_shards(
         [piece for piece, _ in pieces], options, Cursor(0, 0), open_shards=1, tolerant=reading.max_bad_records > 0
     )
     with closing(first):
-        example = first.read()
-    assert example is not None  # an epoch without a good record is an error
+        [example] = first.read_columns(1).records()  # an epoch without a good record is an error
     shown = example.text.input_ids.tolist() if isinstance(example.text, TokenizedText) else example.text
     lengths = np.concatenate(found.lengths)
     fitting = np.minimum(lengths, tokenizer.max_length)

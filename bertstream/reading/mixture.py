@@ -26,11 +26,10 @@ import numpy as np
 
 from ..cursors import Cursor, SourcePlace
 from ..errors import ConfigError, ShardError, check_choice, shortened
-from ..tokens import Record
 from .access import Access
 from .lanes import LaneReader
 from .options import SOURCE, ReadOptions
-from .record_columns import RecordColumns
+from .record_columns import Gathering, RecordColumns
 from .rows import find_rows, name_of_rows
 from .shards import Piece, expand_shards
 
@@ -221,35 +220,47 @@ class MixtureReader:
         self._turns = [(self._turn(source), source.number) for source in self._sources]
         heapify(self._turns)
 
-    def read(self) -> Record | None:
-        """The next good record; None after the last, and once more was skipped than may be.
+    def read_columns(self, count: int) -> RecordColumns:
+        """The next good records: this many, or as many as come before the lane ends or too much was skipped.
 
         Raises:
             ShardError: a record or shard is broken, or the lane has no record of a source; unless `tolerant`.
         """
-        while self._turns and self.may_skip >= 0:
-            source = self._sources[self._turns[0][1]]
-            reader = source.reader
-            reader.may_skip, dropped = self.may_skip, reader.dropped
-            record = reader.read()
-            self.may_skip = reader.may_skip
-            self.dropped += reader.dropped - dropped
-            if record is not None:
-                source.drawn += 1
-                source.fresh = False
-                heapreplace(self._turns, (self._turn(source), source.number))
-                record.fields[SOURCE] = source.number
-                return record
-            if self.may_skip >= 0:
-                self._exhausted(source)
-        return None
+        records = Gathering()
+        numbers: list[int] = []  # of the records' sources
+        places: list[list[int]] = [[] for _ in self._sources]  # of the records that each source has not given yet
+        ready = [0] * len(self._sources)  # how many more each can give
+        while len(numbers) < count and self._turns and self.may_skip >= 0:
+            number = self._turns[0][1]
+            source = self._sources[number]
+            if not ready[number]:
+                source.reader.give(places[number], records)
+                places[number] = []
+                ready[number] = self._ready(source)
+                if not ready[number]:
+                    continue
+            ready[number] -= 1
+            places[number].append(len(numbers))
+            numbers.append(number)
+            source.drawn += 1
+            heapreplace(self._turns, (self._turn(source), number))
+        for source in self._sources:
+            source.reader.give(places[source.number], records)
+        columns = records.columns()
+        return replace(columns, fields=columns.fields | {SOURCE: np.array(numbers, np.int64)})
 
-    def read_columns(self, count: int) -> RecordColumns:
-        """The next good records: this many, or as many as there are until `read` returns None."""
-        records: list[Record] = []
-        while len(records) < count and (record := self.read()) is not None:
-            records.append(record)
-        return RecordColumns.of(records)
+    def _ready(self, source: _Source) -> int:
+        """How many records the source that is due can give; with 0, the turns have changed, or too much was skipped."""
+        reader = source.reader
+        reader.may_skip, dropped = self.may_skip, reader.dropped
+        ready = reader.ready()
+        self.may_skip = reader.may_skip
+        self.dropped += reader.dropped - dropped
+        if ready:
+            source.fresh = False
+        elif self.may_skip >= 0:
+            self._exhausted(source)
+        return ready
 
     def cursor(self, lane: Cursor) -> Cursor:
         """After the last record read, where a bucket of this lane and epoch would start."""
@@ -283,9 +294,7 @@ class MixtureReader:
         if options.rows is not None:
             options = replace(options, epoch=lane.epoch + place.passes)
         start = replace(lane, next_piece=place.next_piece, open=place.open)
-        return LaneReader(
-            pieces, options, start, open_shards=self._open_shards, tolerant=self._tolerant, one_by_one=True
-        )
+        return LaneReader(pieces, options, start, open_shards=self._open_shards, tolerant=self._tolerant)
 
     def _exhausted(self, source: _Source) -> None:
         """The source that is due has no record left: the lane ends, or reads on without it, or it starts over."""

@@ -105,6 +105,31 @@ class RecordColumns:
             yield Record(text, dict(zip(self.fields, row, strict=True)), key, shard, index)
 
 
+class Gathering:
+    """Records in the order of their places, put together from columns and from records that were read one by one.
+
+    Attributes:
+        parts: the places of some of the records, which increase, and their columns.
+        alone: the records that were read one by one, by their places.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Sequence[int], RecordColumns]] = []
+        self.alone: dict[int, Record] = {}
+
+    def columns(self) -> RecordColumns:
+        """All of them, whose places are the numbers from 0 on."""
+        parts = [*self.parts]
+        if self.alone or not parts:
+            places = sorted(self.alone)
+            parts.append((places, RecordColumns.of([self.alone[place] for place in places])))
+        if len(parts) == 1:
+            return parts[0][1]
+        parts.sort(key=lambda part: part[0][0])  # fields are in the order in which records have them
+        joined = RecordColumns.concat([columns for _, columns in parts])
+        return joined.pick(np.argsort(np.concatenate([places for places, _ in parts])))
+
+
 def joined_columns(parts: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> dict[str, Any]:
     """The columns of all parts, one part after the other, with `MISSING` where a part lacks one that others have.
 

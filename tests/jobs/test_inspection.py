@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -70,6 +72,18 @@ def test_texts_that_are_too_long_are_counted_not_refused(minilm_folder: str, tmp
         assert found.lengths.most == 62 and found.tokens == 5 + 30 + 32 + 62
         assert 31 in found.length_edges and found.batch_tokens.most == 5 + 3 * 30
         assert encoder.tokenizer.overflow == overflow
+
+
+@pytest.mark.parametrize("text", ["said", "input_ids"])
+def test_what_is_stored_as_columns_is_inspected_too(minilm: Encoder, tmp_path: Path, text: str) -> None:
+    columns = {"said": ["a bank", "a"], "input_ids": [[101, 1037, 2924, 102], [101, 1037, 102]], "n": [7, 8]}
+    table = pyarrow.table(columns)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for shards in (tmp_path / "a.parquet", table):
+        found = inspect_shards(shards, minilm, text=text, **QUIET)
+        assert (found.texts, found.tokens) == (2, 7)
+        assert found.fields[text] == {"said": "'a bank'", "input_ids": "[101, 1037, 2924, 102]"}[text]
+        assert found.fields["n"] == "7"
 
 
 def test_cache_bytes_are_what_a_cache_takes(minilm: Encoder, tmp_path: Path, sentences: list[str]) -> None:

@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import bertstream
 from bertstream.errors import ShardError
 from bertstream.reading import raw, records
 from bertstream.reading.options import ReadOptions
-from bertstream.reading.record_columns import MISSING, RecordColumns
+from bertstream.reading.record_columns import MISSING, Gathering, RecordColumns
 from bertstream.reading.records import read_columns, read_records
 from bertstream.reading.shards import Piece
 from bertstream.testing import FakeEncoder, write_shards
@@ -162,11 +162,11 @@ def contents(batch: Any) -> Any:
         name: (str(column.dtype), column.tolist()) if isinstance(column, np.ndarray) else list(column)
         for name, column in batch.fields.items()
     }
-    return batch.input_ids.tolist(), batch.cu_seqlens.tolist(), fields, batch.cursor, batch.report
+    return batch.input_ids.tolist(), batch.cu_seqlens.tolist(), fields, batch.cursor, repr(batch.report)
 
 
-def batches(paths: list[str], start: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
-    stream = bertstream.TextStream(paths, FakeEncoder(), **options)
+def batches(shards: Any, start: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
+    stream = bertstream.TextStream(shards, FakeEncoder(), **options)
     if start is not None:
         stream.load_state_dict(start)
     for batch in stream:
@@ -217,6 +217,84 @@ def test_a_text_that_the_tokenizer_refuses_costs_itself_alone(tmp_path: Path, mi
     numbers = [n for batch in stream for n in batch.fields["n"].tolist()]
     assert sorted(numbers) == [i for i in range(400) if i % 4 != 2]
     assert stream.progress.bad.records == 100
+
+
+def mixture(folder: Path, sizes: list[int], a_group: int, stopping: Any) -> bertstream.Mixture:
+    """Of two shards of Parquet, json lines, a table with a broken record, and a list of rows."""
+    paths, texts = written(folder, [sizes[0], sizes[0]], a_group), [f"line {i}" for i in range(sizes[1])]
+    table = pa.table({"text": [None, *["a b"] * sizes[2]], "n": range(sizes[2] + 1)})
+    rows = [{"text": "row", "tags": [i]} for i in range(sizes[3])]
+    sources = [(paths, 3), (write_shards(folder / "lines", texts), 1), (table, 0.7), (rows, 0.5)]
+    return bertstream.Mixture(sources, stopping=stopping)
+
+
+@settings(max_examples=15)
+@given(
+    sizes=st.lists(st.integers(2, 30), min_size=4, max_size=4),
+    a_group=st.integers(1, 20),
+    stopping=st.sampled_from(["first", "all"]),
+    shuffle=st.booleans(),
+    lanes=st.integers(1, 2),
+    open_shards=st.integers(1, 4),
+    bucket_size=st.integers(1, 60),
+    stop=st.integers(0, 10),
+)
+def test_a_mixture_of_columns_is_that_of_their_records_also_from_a_state_on(
+    sizes: list[int],
+    a_group: int,
+    stopping: str,
+    shuffle: bool,
+    lanes: int,
+    open_shards: int,
+    bucket_size: int,
+    stop: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    mixed = mixture(tmp_path_factory.mktemp("mixed"), sizes, a_group, stopping)
+    reading = bertstream.StreamConfig(
+        lanes=lanes, open_shards=open_shards, bucket_size=bucket_size, max_bad_records=1000
+    )
+    options: dict[str, Any] = {"shuffle": shuffle, "batch_size": 4, "reading": reading, "keep_text_as": "text"}
+    as_columns = list(batches(mixed, **options))
+    with one_by_one():
+        assert list(batches(mixed, **options)) == as_columns
+    stop = min(stop, len(as_columns) - 1)
+    rest = [batch[:4] for batch, _ in batches(mixed, as_columns[stop][1], **options)]
+    assert rest == [batch[:4] for batch, _ in as_columns[stop + 1 :]]
+
+
+def test_columns_of_a_mixture_are_never_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(records: list[Record]) -> RecordColumns:
+        assert not records
+        return RecordColumns([], {}, [], [], np.zeros(0, np.int64))
+
+    monkeypatch.setattr(RecordColumns, "of", of)
+    monkeypatch.setattr(RecordColumns, "records", pytest.fail)
+    datasets = pytest.importorskip("datasets")
+    table = pa.table({"text": ["a"] * 300, "n": range(300)})
+    path = str(tmp_path / "a.parquet")
+    pq.write_table(table, path)
+    sources = [path, table, table.to_pandas(), datasets.Dataset(table)]
+    stream = bertstream.TextStream(bertstream.Mixture((source, 1) for source in sources), FakeEncoder())
+    assert sum(map(len, stream)) == 1200
+
+
+@given(st.permutations(range(9)), st.lists(st.booleans(), min_size=9, max_size=9), st.integers(1, 4))
+@example([*range(9)][::-1], [True] * 9, 1)
+def test_records_are_put_together_in_the_order_of_their_places(
+    order: list[int], alone: list[bool], a_part: int
+) -> None:
+    """However they come: one by one in any order, or as columns of places that increase."""
+    some = [Record(f"text {i}", {"i": i}, f"k{i}", "a.tar", i) for i in range(9)]
+    gathering = Gathering()
+    for i in order:
+        if alone[i]:
+            gathering.alone[i] = some[i]
+    rest = [i for i in order if not alone[i]]
+    for first in range(0, len(rest), a_part):
+        places = sorted(rest[first : first + a_part])
+        gathering.parts.append((places, RecordColumns.of([some[i] for i in places])))
+    assert list(gathering.columns().records()) == some
 
 
 class CountingEncoder(FakeEncoder):
