@@ -269,15 +269,22 @@ class TokenBatch:
 
         Args:
             input_ids: [B, T] integers, padded on either side.
-            attention_mask: [B, T], other than 0 where a token is real.
+            attention_mask: [B, T], above 0 where a token is real, 0 for padding.
             token_type_ids: [B, T] segment ids, or None.
         Raises:
-            ConfigError: they are no tensors, or the shapes differ.
+            ConfigError: they are no tensors, the ids are no integers, a mask is below 0, or the shapes differ.
         """
         if not (isinstance(input_ids, Tensor) and isinstance(attention_mask, Tensor)):
             kinds = f"{type(input_ids).__name__} and {type(attention_mask).__name__}"
             raise ConfigError(
                 f"input_ids and attention_mask are {kinds}: pass tensors [B, T], as return_tensors='pt' makes them"
+            )
+        if input_ids.is_floating_point():
+            raise ConfigError(f"input_ids are {input_ids.dtype}, no ids of tokens: padded ids are integers [B, T]")
+        if bool((attention_mask < 0).any()):
+            raise ConfigError(
+                f"attention_mask has {float(attention_mask.min()):g}, as a mask to be added to scores has for padding: "
+                "pass one that is 1 where a token is real and 0 for padding"
             )
         real = attention_mask != 0
         shapes = [list(part.shape) for part in (input_ids, attention_mask, token_type_ids) if part is not None]

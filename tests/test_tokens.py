@@ -225,6 +225,15 @@ def test_the_representation_is_one_line() -> None:
     assert repr(batch) == "TokenBatch(2 texts, 3 tokens, fields=['label'])"
 
 
+def test_padded_ids_that_are_no_ids_and_masks_that_are_added_are_refused() -> None:
+    ids, mask = torch.tensor([[5, 6, 0]]), torch.tensor([[1.0, 1, 0]])
+    assert TokenBatch.from_padded(ids, mask).input_ids.tolist() == [5, 6]
+    with pytest.raises(ConfigError, match=r"input_ids are torch.float32, no ids of tokens"):
+        TokenBatch.from_padded(ids.float(), mask)
+    with pytest.raises(ConfigError, match=r"attention_mask has -1e\+09, .*1 where a token is real and 0 for padding"):
+        TokenBatch.from_padded(ids, (1 - mask) * -1e9)
+
+
 @pytest.mark.parametrize("ids", [[[1, 2]], np.ones((1, 2)), None], ids=lambda value: type(value).__name__)
 def test_padded_ids_that_are_no_tensors_are_refused_with_the_way_to_get_them(ids: Any) -> None:
     for given_ids, mask in ((ids, ids), (torch.ones(1, 2), ids), (ids, torch.ones(1, 2))):

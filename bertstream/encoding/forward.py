@@ -19,7 +19,7 @@ from ..embeddings import Output
 from ..errors import BertstreamError, EncoderError
 from ..system.cuda import InTurn, to_device
 from ..tokens import Indices, Int32Array, TokenBatch, cumulate, rows_of, steps
-from .attention import PACKED, BatchingSupport, Packing, packed_positions, register
+from .attention import BatchingSupport, Packing, packed_positions, register
 from .fingerprint import note_training
 from .forward_size import ForwardSize
 from .fused import FusedForward
@@ -51,6 +51,7 @@ class BatchedForward(nn.Module):
         self.model = model
         self.spec = spec
         self._batching = batching
+        self._attention: str = cast(Any, model.config)._attn_implementation  # that the self-test saw, or sees next
         self._fused = FusedForward(model, spec.layers, num_layers) if batching.way == "fused" else None
         self._num_layers = num_layers
         self._size = size
@@ -281,10 +282,10 @@ class BatchedForward(nn.Module):
         self, batch: TokenBatch, rows: npt.NDArray[np.integer[Any]], lengths: Int32Array, given: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """The hidden states of `layers`, each [n, H], of these texts, and the rows [n] that they are of."""
-        if (attention := cast(Any, self.model.config)._attn_implementation) != PACKED:
+        if (attention := cast(Any, self.model.config)._attn_implementation) != self._attention:
             raise EncoderError(
                 f"the model's attention is {attention!r} now, which mixes the texts of a packed row: call "
-                f"encoder.model.set_attn_implementation({PACKED!r}), and choose another attention on a copy of it"
+                f"encoder.model.set_attn_implementation({self._attention!r}), and choose another one on a copy of it"
             )
         ids = batch.input_ids[rows]
         inputs = {"input_ids": ids, "position_ids": packed_positions(ids, lengths, self._batching)}

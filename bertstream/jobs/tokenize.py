@@ -222,8 +222,10 @@ class _Part:
                     f"the records' own field {name!r} would be taken for one of ids: choose others with fields="
                 )
             parts = [batch.fields.get(name, [None] * len(batch)) for batch in self._batches]
+            dtypes = {part.dtype if isinstance(part, np.ndarray) else None for part in parts}
             try:
-                if all(isinstance(part, np.ndarray) for part in parts):
+                # Numbers of one kind: numpy would make floats of large integers and numbers of truth values.
+                if len(dtypes) == 1 and None not in dtypes:
                     columns[name] = pyarrow.array(np.concatenate(parts))
                 else:
                     columns[name] = pyarrow.array([value for part in parts for value in part])

@@ -369,14 +369,10 @@ def _from_padded(ids: Tensor, where: str, holder: Any, beside: Mapping[str, tupl
             f"{where} is a tensor: padded ids need their attention_mask in the same dict, or its field named, as in "
             "wrap(loader, encoder, text=0, mask=1)"
         )
-    if ids.is_floating_point():
-        raise ConfigError(f"{where} holds {ids.dtype}, no ids of tokens: padded ids are integers [B, T]")
-    if isinstance(mask, Tensor) and bool((mask < 0).any()):
-        raise ConfigError(
-            f"the mask of {where} has {float(mask.min()):g} where nothing is to be added: pass one that is 1 where a "
-            "token is real and 0 for padding"
-        )
-    return TokenBatch.from_padded(ids, mask, parts.get("token_type_ids"))
+    try:
+        return TokenBatch.from_padded(ids, mask, parts.get("token_type_ids"))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _checked_texts(texts: Any, where: str) -> list[Any]:

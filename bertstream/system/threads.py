@@ -56,11 +56,15 @@ class Prefetcher(Generic[T]):
         self._error: BaseException | None = None
         self._finished = False
         self._closing = False
+        self._is_parents = False
+        self._make_lock()
+        # A daemon: a loop that is never closed must not keep the interpreter alive. `_stop_all` stops it before that.
+        self._thread = threading.Thread(target=self._run, args=(source,), name=f"bertstream-{stage}", daemon=True)
+
+    def _make_lock(self) -> None:
         # Methods take the lock itself: entering a Condition runs Python code, and Ctrl-C there would leave it locked.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        # A daemon: a loop that is never closed must not keep the interpreter alive. `_stop_all` stops it before that.
-        self._thread = threading.Thread(target=self._run, args=(source,), name=f"bertstream-{stage}", daemon=True)
 
     def start(self) -> None:
         """Begin to run ahead: apart from the constructor, so that Ctrl-C never leaves a thread without an owner."""
@@ -81,6 +85,11 @@ class Prefetcher(Generic[T]):
                 return item
             error, self._error = self._error, None
         self.close()
+        if self._is_parents:
+            raise RuntimeError(
+                f"this process was forked from one whose {self.stage} thread it does not have: begin an iteration of "
+                "its own, with iter(loader)"
+            )
         try:
             raise StopIteration if error is None else error
         finally:
@@ -109,6 +118,11 @@ class Prefetcher(Generic[T]):
                 logger.warning("closing: the %s thread had failed ahead of its consumer: %r", self.stage, error)
         _alive.discard(self)
         return True
+
+    def _end_in_child(self) -> None:
+        self._make_lock()
+        self._queue.clear()
+        self._finished = self._is_parents = True
 
     def _stop(self) -> None:
         with self._lock:
@@ -262,6 +276,13 @@ def _stop_all() -> None:
             logger.warning("exiting: the %s thread is still busy, and the process ends without it", owner.stage)
 
 
-# A forked child has none of these threads, and a lock that one of them held stays locked.
+def _after_fork() -> None:
+    """In a forked child, which has none of these threads, while a lock that one of them held stays locked."""
+    for owner in list(_alive):
+        if isinstance(owner, Prefetcher):
+            owner._end_in_child()
+    _alive.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_alive.clear)
+    os.register_at_fork(after_in_child=_after_fork)

@@ -285,7 +285,14 @@ def test_another_tokenizer_and_another_prompt_are_refused_by_name(
         ({"encoder": FakeEncoder()}, ConfigError, "tokenizer is a FakeTokenizer: files name the tokenizer"),
         ({"fields": ["__index__"]}, ConfigError, "fields names '__index__', which a stream of the files has"),
         ({"shards": [{"text": "a", "word_ids": 1}]}, ConfigError, "own field 'word_ids' would be taken"),
-        ({"shards": [{"text": "a", "x": 1}, {"text": "a", "x": "b"}]}, ConfigError, "field 'x' cannot be a column"),
+        *(
+            (
+                {"shards": [{"text": "a", "x": x}, {"text": "a", "x": y}], "reading": StreamConfig(bucket_size=1)},
+                ConfigError,
+                "field 'x' cannot be a column",
+            )
+            for x, y in ((1, "b"), (True, 3), (2**53 + 1, 0.5))  # one a bucket
+        ),
     ],
 )
 def test_what_cannot_be_written_is_refused_by_name(

@@ -448,6 +448,40 @@ def test_a_forked_child_exits_even_if_the_lock_was_held_at_the_fork() -> None:
     assert (done.returncode, done.stderr) == (7, "")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_is_told_that_the_thread_is_its_parents_also_if_the_lock_was_held() -> None:
+    code = """
+    import warnings
+    warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of a fork with running threads
+    worker, held, done = ahead(iter(range(5))), threading.Event(), threading.Event()
+    assert next(worker) == 0
+
+    def hold():
+        with worker._changed:
+            held.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        try:
+            next(worker)
+        except RuntimeError as error:
+            print(error, flush=True)
+        worker.close()
+        os._exit(7)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    holder.join()
+    assert [*worker] == [1, 2, 3, 4]
+    sys.exit(os.waitstatus_to_exitcode(status))
+    """
+    done = process(code)
+    assert (done.returncode, done.stderr) == (7, "") and "whose encode thread it does not have" in done.stdout
+
+
 # --- background work --------------------------------------------------------------------------------------------------
 
 
