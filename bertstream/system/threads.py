@@ -75,6 +75,11 @@ class Prefetcher(Generic[T]):
         return self
 
     def __next__(self) -> T:
+        if self._is_parents:
+            raise RuntimeError(
+                f"this process was forked from one whose {self.stage} thread it does not have: begin an iteration of "
+                "its own, with iter(loader)"
+            )
         with self._lock:
             while not (self._queue or self._finished):
                 self._changed.wait()
@@ -85,11 +90,6 @@ class Prefetcher(Generic[T]):
                 return item
             error, self._error = self._error, None
         self.close()
-        if self._is_parents:
-            raise RuntimeError(
-                f"this process was forked from one whose {self.stage} thread it does not have: begin an iteration of "
-                "its own, with iter(loader)"
-            )
         try:
             raise StopIteration if error is None else error
         finally:
@@ -121,8 +121,7 @@ class Prefetcher(Generic[T]):
 
     def _end_in_child(self) -> None:
         self._make_lock()
-        self._queue.clear()
-        self._finished = self._is_parents = True
+        self._is_parents = True  # and so are its items: a child cannot free what they hold on a GPU
 
     def _stop(self) -> None:
         with self._lock:

@@ -450,11 +450,14 @@ def test_a_forked_child_exits_even_if_the_lock_was_held_at_the_fork() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_is_told_that_the_thread_is_its_parents_also_if_the_lock_was_held() -> None:
+    """And the fork frees none of the items, which may hold memory of a GPU."""
     code = """
     import warnings
     warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of a fork with running threads
     worker, held, done = ahead(iter(range(5))), threading.Event(), threading.Event()
     assert next(worker) == 0
+    while not worker._queue:
+        time.sleep(0.001)
 
     def hold():
         with worker._changed:
@@ -466,6 +469,7 @@ def test_a_forked_child_is_told_that_the_thread_is_its_parents_also_if_the_lock_
     held.wait()
     child = os.fork()
     if child == 0:
+        assert worker._queue
         try:
             next(worker)
         except RuntimeError as error:
