@@ -355,6 +355,8 @@ class BatchedForward(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         register()  # this process may not have made an encoder yet
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "_attention" not in state:  # encoders that were pickled before have none
+            self._attention = cast(Any, self.model.config)._attn_implementation
         self._lock = threading.Lock()
         self._weights_in_turn = InTurn()
 
