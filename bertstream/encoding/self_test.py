@@ -1,7 +1,7 @@
 """The self-test at load: which ways of sharing a forward give each text the vectors that it has alone.
 
-Each way is tried with the code that runs later (`BatchedForward`), on the texts of a `Probe`. What is right, the
-model itself says: as it came, one text at a time, without padding, by its own `hidden_states`.
+Each way is tried with the code that runs later (`BatchedForward`), on the texts of a `Probe`. The reference is
+the model as it came: one text at a time, without padding, by its own `hidden_states`.
 """
 
 from __future__ import annotations

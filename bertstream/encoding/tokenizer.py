@@ -379,9 +379,9 @@ def _warn_of_long_words(texts: Sequence[Any], indices: Sequence[int]) -> None:
         for words in texts[i]:
             if any(" " in word.strip() for word in words):
                 logger.warning(
-                    "text %d is a list of words, of which some are several: %s. It is encoded as one text (only the "
-                    "first lists are looked at); several texts of a record have to be joined into one list, by a "
-                    "collate_fn for example",
+                    "text %d is a list of words, but some look like texts: %s. It is encoded as one text. If a record "
+                    "has several texts, join those of all records into one list, in a collate_fn for example (only "
+                    "the first lists are looked at)",
                     i,
                     shortened(words),
                 )
