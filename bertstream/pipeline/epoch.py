@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -142,6 +143,7 @@ class Epoch:
         self._source = Source(parts.progress, parts.clocks)
         self._ready: Generator[Ready | Entry, None, None] | None = None
         self._worker: Prefetcher[Ready | Entry] | None = None
+        self._process = os.getpid()
         self._ended = False
         self._ended_by: int | None = None
         self._step_started: float | None = None
@@ -248,6 +250,8 @@ class Epoch:
         this_thread = threading.get_ident()
         if self._ended or self._ended_by not in (None, this_thread):
             return  # it has ended, or another thread is ending it
+        if self._process != os.getpid():
+            return  # in a forked child: the workers and ranks are its parent's
         self._ended_by = this_thread
         self._status.is_over = True
         if self._parts.peers is not None and not self._status.ranks_have_ended:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import os
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from fork_server import RANKS
 
 import bertstream
 from bertstream.testing import FakeEncoder, write_shards
@@ -240,6 +242,34 @@ def test_a_worker_that_is_not_waited_for_closes_what_it_reads(monkeypatch: pytes
     assert not source.closed
     go_on.set()
     wait_until(lambda: source.closed)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_is_refused_its_parents_iteration_and_leaves_its_workers_alone() -> None:
+    program = """
+import os, signal
+from torch.utils.data import DataLoader
+import bertstream
+from bertstream.testing import FakeEncoder
+
+signal.alarm(30)
+batches = DataLoader(["a b"] * 40, batch_size=2, num_workers=1, multiprocessing_context="fork")
+iteration = iter(bertstream.wrap(batches, FakeEncoder(), prefetch=1))
+next(iteration)
+child = os.fork()
+if not child:
+    try:
+        next(iteration)
+    except RuntimeError as error:
+        print(error, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+print(sum(1 for _ in iteration))
+"""
+    process = RANKS.start(program)
+    assert process.wait() == 0
+    refusal, rest = process.out.read_text().splitlines()
+    assert "forked from one whose encode thread it does not have" in refusal and rest == "19"
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
