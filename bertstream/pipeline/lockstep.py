@@ -7,6 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -168,7 +169,11 @@ def _refuse_ranks_without_data(offers: Sequence[Sequence[Any] | None], *, pad: b
 
 def _copied(batch: TokenBatch) -> TokenBatch:
     """The batch with fields of its own: a loop may change those of a batch in place, `batch["label"] -= 1` say."""
-    return replace(batch, fields=copy.deepcopy(batch.fields))
+    fields = dict(batch.fields)
+    for name, values in fields.items():
+        with suppress(Exception):  # an open file, say, stays the same one
+            fields[name] = copy.deepcopy(values)
+    return replace(batch, fields=fields)
 
 
 def _marked(batch: TokenBatch, *, repeated: bool) -> TokenBatch:

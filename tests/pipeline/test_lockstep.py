@@ -146,7 +146,8 @@ def test_what_a_loop_does_to_its_batch_in_place_is_not_in_a_repeated_one() -> No
     def run(rank: int) -> list[tuple[bool, list[int], list[list[int]]]]:
         entries = [own_entry(rank, number, 1) for number in range((1, 4)[rank])]
         for number, entry in enumerate(entries):
-            entry.item.fields = {"label": np.array([number]), "spans": [np.array([number])]}
+            lock = threading.Lock()  # which nothing copies
+            entry.item.fields = {"label": np.array([number]), "spans": [np.array([number])], "lock": [lock]}
         budget = GroupBudget[Entry](lambda entry: entry.weight, limit=1, by_the_clock=False)
         stream = some_stream("pad", any_batch=lambda: None)
         groups = in_lockstep(
