@@ -443,6 +443,7 @@ def test_a_model_that_cannot_be_saved_whole_is_refused_with_the_way_out(minilm_f
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's compiler looks
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # torch, on Python 3.13.0
 @pytest.mark.parametrize("part", ["whole", "upper half"])
 def test_a_compiled_model_has_the_same_vectors_and_gradients(part: str, minilm_folder: str) -> None:
     encoder = encoder_of(make("Bert"), minilm_folder)
