@@ -173,34 +173,37 @@ def batches(shards: Any, start: dict[str, Any] | None = None, **options: Any) ->
         yield contents(batch), stream.state_dict()
 
 
+READING = st.fixed_dictionaries(
+    {"lanes": st.integers(1, 2), "open_shards": st.integers(1, 4), "bucket_size": st.integers(1, 60)}
+)
+
+
+def check_columns_are_records(shards: Any, shuffle: bool, stop: int, reading: dict[str, Any]) -> None:
+    """A stream has the batches that it has record by record, also from the state after the batch `stop`."""
+    config = bertstream.StreamConfig(**reading)
+    options: dict[str, Any] = {"shuffle": shuffle, "batch_size": 4, "reading": config, "keep_text_as": "text"}
+    as_columns = list(batches(shards, **options))
+    with one_by_one():
+        assert list(batches(shards, **options)) == as_columns
+    stop = min(stop, len(as_columns) - 1)
+    rest = [batch[:4] for batch, _ in batches(shards, as_columns[stop][1], **options)]
+    assert rest == [batch[:4] for batch, _ in as_columns[stop + 1 :]]
+
+
 @given(
-    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5),
-    a_group=st.integers(1, 20),
-    shuffle=st.booleans(),
-    lanes=st.integers(1, 2),
-    open_shards=st.integers(1, 4),
-    bucket_size=st.integers(1, 40),
-    stop=st.integers(0, 10),
+    st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 20), st.booleans(), st.integers(0, 10), READING
 )
 def test_a_stream_of_columns_is_that_of_its_records_also_from_a_state_on(
+    tmp_path_factory: pytest.TempPathFactory,
     sizes: list[int],
     a_group: int,
     shuffle: bool,
-    lanes: int,
-    open_shards: int,
-    bucket_size: int,
     stop: int,
-    tmp_path_factory: pytest.TempPathFactory,
+    reading: dict[str, Any],
 ) -> None:
     paths = written(tmp_path_factory.mktemp("shards"), sizes, a_group)
-    reading = bertstream.StreamConfig(lanes=min(lanes, sum(sizes)), open_shards=open_shards, bucket_size=bucket_size)
-    options: dict[str, Any] = {"shuffle": shuffle, "batch_size": 4, "reading": reading, "keep_text_as": "text"}
-    as_columns = list(batches(paths, **options))
-    with one_by_one():
-        assert list(batches(paths, **options)) == as_columns
-    state = as_columns[min(stop, len(as_columns) - 1)][1]
-    rest = [batch[:4] for batch, _ in batches(paths, state, **options)]
-    assert rest == [batch[:4] for batch, _ in as_columns[min(stop, len(as_columns) - 1) + 1 :]]
+    lanes = min(reading["lanes"], sum(sizes))
+    check_columns_are_records(paths, shuffle, stop, reading | {"lanes": lanes})
 
 
 @pytest.mark.parametrize("field", ["text", "input_ids"])
@@ -230,37 +233,24 @@ def mixture(folder: Path, sizes: list[int], a_group: int, stopping: Any) -> bert
 
 @settings(max_examples=15)
 @given(
-    sizes=st.lists(st.integers(2, 30), min_size=4, max_size=4),
-    a_group=st.integers(1, 20),
-    stopping=st.sampled_from(["first", "all"]),
-    shuffle=st.booleans(),
-    lanes=st.integers(1, 2),
-    open_shards=st.integers(1, 4),
-    bucket_size=st.integers(1, 60),
-    stop=st.integers(0, 10),
+    st.lists(st.integers(2, 30), min_size=4, max_size=4),
+    st.integers(1, 20),
+    st.sampled_from(["first", "all"]),
+    st.booleans(),
+    st.integers(0, 10),
+    READING,
 )
 def test_a_mixture_of_columns_is_that_of_their_records_also_from_a_state_on(
+    tmp_path_factory: pytest.TempPathFactory,
     sizes: list[int],
     a_group: int,
     stopping: str,
     shuffle: bool,
-    lanes: int,
-    open_shards: int,
-    bucket_size: int,
     stop: int,
-    tmp_path_factory: pytest.TempPathFactory,
+    reading: dict[str, Any],
 ) -> None:
     mixed = mixture(tmp_path_factory.mktemp("mixed"), sizes, a_group, stopping)
-    reading = bertstream.StreamConfig(
-        lanes=lanes, open_shards=open_shards, bucket_size=bucket_size, max_bad_records=1000
-    )
-    options: dict[str, Any] = {"shuffle": shuffle, "batch_size": 4, "reading": reading, "keep_text_as": "text"}
-    as_columns = list(batches(mixed, **options))
-    with one_by_one():
-        assert list(batches(mixed, **options)) == as_columns
-    stop = min(stop, len(as_columns) - 1)
-    rest = [batch[:4] for batch, _ in batches(mixed, as_columns[stop][1], **options)]
-    assert rest == [batch[:4] for batch, _ in as_columns[stop + 1 :]]
+    check_columns_are_records(mixed, shuffle, stop, reading | {"max_bad_records": 1000})
 
 
 def test_columns_of_a_mixture_are_never_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

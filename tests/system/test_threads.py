@@ -350,7 +350,8 @@ def test_a_source_may_close_its_own_prefetcher() -> None:
 # --- the end of the process -------------------------------------------------------------------------------------------
 
 MODULE_ALONE = f"""
-import importlib.util, os, sys, threading, time
+import contextlib, importlib.util, os, sys, threading, time, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of a fork with running threads
 spec = importlib.util.spec_from_file_location("threads", {threads.__file__!r})
 threads = sys.modules["threads"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(threads)
@@ -360,6 +361,22 @@ def ahead(source):
     worker = threads.Prefetcher(source, weigh=lambda item: 1, limit=lambda: 2, stage="encode")
     worker.start()
     return worker
+
+@contextlib.contextmanager
+def lock_held(worker):
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with worker._changed:
+            held.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    yield
+    done.set()
+    holder.join()
 """
 
 
@@ -418,30 +435,17 @@ def test_a_stuck_source_does_not_keep_the_process_alive() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_exits_even_if_the_lock_was_held_at_the_fork() -> None:
     code = """
-    import warnings
-    warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of a fork with running threads
-
     def source():
         while True:
             time.sleep(0.01)
             yield 0
 
-    worker, held, done = ahead(source()), threading.Event(), threading.Event()
-
-    def hold():
-        with worker._changed:
-            held.set()
-            done.wait()
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    held.wait()
-    child = os.fork()
-    if child == 0:
-        sys.exit(7)
-    _, status = os.waitpid(child, 0)
-    done.set()
-    holder.join()
+    worker = ahead(source())
+    with lock_held(worker):
+        child = os.fork()
+        if child == 0:
+            sys.exit(7)
+        _, status = os.waitpid(child, 0)
     sys.exit(os.waitstatus_to_exitcode(status))
     """
     done = process(code)
@@ -452,33 +456,21 @@ def test_a_forked_child_exits_even_if_the_lock_was_held_at_the_fork() -> None:
 def test_a_forked_child_is_told_that_the_thread_is_its_parents_also_if_the_lock_was_held() -> None:
     """And the fork frees none of the items, which may hold memory of a GPU."""
     code = """
-    import warnings
-    warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of a fork with running threads
-    worker, held, done = ahead(iter(range(5))), threading.Event(), threading.Event()
+    worker = ahead(iter(range(5)))
     assert next(worker) == 0
     while not worker._queue:
         time.sleep(0.001)
-
-    def hold():
-        with worker._changed:
-            held.set()
-            done.wait()
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    held.wait()
-    child = os.fork()
-    if child == 0:
-        assert worker._queue
-        try:
-            next(worker)
-        except RuntimeError as error:
-            print(error, flush=True)
-        worker.close()
-        os._exit(7)
-    _, status = os.waitpid(child, 0)
-    done.set()
-    holder.join()
+    with lock_held(worker):
+        child = os.fork()
+        if child == 0:
+            assert worker._queue
+            try:
+                next(worker)
+            except RuntimeError as error:
+                print(error, flush=True)
+            worker.close()
+            os._exit(7)
+        _, status = os.waitpid(child, 0)
     assert [*worker] == [1, 2, 3, 4]
     sys.exit(os.waitstatus_to_exitcode(status))
     """
